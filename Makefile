@@ -1,0 +1,74 @@
+# `make papers` and `make test` need nothing but Python >= 3.10; everything else lives in .venv
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+OUT    ?= papers/runs
+PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+
+# kernels run in Triton's interpreter where there is no GPU; it has to be set before triton is imported
+ifeq ($(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU),)
+export TRITON_INTERPRET = 1
+endif
+ifeq ($(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+export TRITON_INTERPRET = 1
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install papers test test-all test-gpu export clean outputs readme check bench dist hooks
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "segkern needs Python >= 3.10; call make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# a stamp per extra: the second call takes seconds
+$(VENV)/.papers: settings.ini setup.py | $(BIN)/python
+	@echo "setting up $(VENV): PyTorch, JupyterLab and papermill (2 to 4 minutes, once)"
+	@$(PIP) -e ".[papers]"
+	@touch $@
+
+$(VENV)/.dev: settings.ini setup.py | $(BIN)/python
+	@echo "setting up $(VENV) with the development tools (2 to 4 minutes, once)"
+	@$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.papers
+
+install: $(VENV)/.dev hooks ## .venv with everything a developer needs, and nbdev's git hooks
+
+hooks: $(VENV)/.dev
+	@git rev-parse --git-dir >/dev/null 2>&1 && $(BIN)/nbdev_install_hooks >/dev/null && echo "git hooks installed" || echo "no git checkout: hooks left out"
+
+papers: $(VENV)/.papers ## reproduce every paper at smoke scale and write the report
+	@$(BIN)/segkern reproduce --scale smoke --jobs $(JOBS) --out $(OUT)
+
+test: $(VENV)/.dev ## notebooks and tests, at most 25 minutes on 2 cores
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run.py
+
+test-all: $(VENV)/.dev ## everything, the slow tests too
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run.py --all
+
+test-gpu: $(VENV)/.dev ## what needs a CUDA device
+	@$(BIN)/nbdev_test --flags gpu --n_workers 1 && $(BIN)/python -m pytest -m gpu
+
+export: $(VENV)/.dev ## notebooks -> segkern/
+	@$(BIN)/nbdev_export
+
+clean: $(VENV)/.dev ## strip notebook metadata (outputs stay)
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_clean --fname papers
+
+outputs: $(VENV)/.dev ## run the notebooks and keep what they show
+	@$(BIN)/python tests/nbtools.py outputs
+
+readme: $(VENV)/.dev ## README.md from nbs/index.ipynb, without quarto
+	@$(BIN)/python tests/nbtools.py readme
+
+check: export clean readme ## fails where export, cleaning or the README were forgotten
+	@git diff --exit-code -- segkern nbs papers README.md
+
+bench: $(VENV)/.papers ## speed of the models on this machine -> data/bench
+	@$(BIN)/segkern bench models
+
+dist: $(VENV)/.dev ## wheel and sdist in dist/
+	@rm -rf dist build && $(BIN)/python -m build --quiet
