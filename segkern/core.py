@@ -7,7 +7,7 @@ __all__ = ['logger', 'IGNORE', 'IMAGENET', 'data_path', 'load_table', 'atomic_pa
            'env_info', 'progress', 'fmt', 'Table', 'Preprocess']
 
 # %% ../nbs/00_core.ipynb #2cd8d100
-import contextlib, functools, json, logging, os, platform, random, shutil, subprocess, sys, tempfile, time
+import contextlib, functools, importlib.util, json, logging, os, platform, random, shutil, subprocess, tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,11 +20,16 @@ logger = logging.getLogger("segkern")
 IGNORE = 255 # the one void label inside segkern; loaders map every other convention to it
 
 # %% ../nbs/00_core.ipynb #9581530c
+def _package_dir():
+    "The folder of the package, also while this module runs as a notebook."
+    return Path(importlib.util.find_spec("segkern").origin).resolve().parent
+
+# %% ../nbs/00_core.ipynb #5e537ce1
 def data_path(
     name:str="", # file or folder below `data/`, e.g. "camvid.json"
 )->Path: # an existing path
     "The path of a table that ships with segkern."
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path(sys.modules["segkern"].__path__[0]).resolve()
+    here = _package_dir()
     roots = [here/"_data", here.parent/"data"]
     for root in roots:
         if (root/name).exists(): return root/name
@@ -120,11 +125,11 @@ def _cpu_name():
 def _git_commit():
     "The commit of the checkout that segkern runs from, or None."
     try:
-        root = Path(sys.modules["segkern"].__path__[0]).resolve().parent
+        root = _package_dir().parent
         if not (root/".git").exists(): return None
         run = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
         return run.stdout.strip() or None
-    except (OSError, KeyError, subprocess.SubprocessError): return None
+    except (OSError, subprocess.SubprocessError): return None
 
 # %% ../nbs/00_core.ipynb #ff5cefa7
 def progress(
