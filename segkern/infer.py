@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'legal_size', 'whole_logits', 'window_starts', 'sliding_logits', 'multiscale_probs', 'segment',
-           'class_lookup', 'evaluate']
+           'class_lookup', 'evaluate', 'conv_chains', 'fold_norm', 'PackedConv', 'Optimized', 'optimize']
 
 # %% ../nbs/62_infer.ipynb #cd389fa7
-import contextlib, math, time
+import contextlib, copy, math, os, shutil, time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
-from .core import pick_device, progress
+from .core import logger, pick_device, progress
 from .layers import resize
 from .metrics import Confusion
+from .ops.head import upsample_argmax
 
 # %% ../nbs/62_infer.ipynb #94e793bf
 @contextlib.contextmanager
@@ -238,7 +242,8 @@ def evaluate(
     if ours is None and model.num_classes != len(names): raise ValueError(f"the model has {model.num_classes} classes, the dataset {len(names)}")
     lookup, confusion, home = class_lookup(ours or names, names), Confusion(len(names)), _device_of(model)
     target_device = home if device is None else pick_device(str(device))
-    start, model = time.perf_counter(), model.to(target_device)
+    start = time.perf_counter()
+    if target_device != home: model.to(target_device)
     try:
         with evaluating(model), progress(desc=desc, total=count, unit="image") as bar:
             for items in _batches(dataset, count, batch, workers):
@@ -247,8 +252,214 @@ def evaluate(
                 if lookup is not None: labels = lookup.to(labels.device)[labels.long()]
                 confusion.update(labels, torch.stack([t for _, t in items]).to(target_device))
                 bar.update(len(items))
-    finally: model.to(home)
+    finally:
+        if target_device != home: model.to(home)
     facts = dict(classes=names, protocol=protocol, miou_over=miou, n_images=count, seconds=time.perf_counter() - start, permuted=lookup is not None)
     if protocol != "whole": facts.update(window=window, stride=stride)
     if protocol == "multiscale": facts.update(scales=list(scales), flip=flip, combine=combine)
     return {**confusion.result(miou), **facts}
+
+# %% ../nbs/62_infer.ipynb #19767d90
+class _Uses(TorchDispatchMode):
+    "Counts how often each tensor is read by an operation; keeps all of them alive, so that identities stay unique."
+    def __init__(self):
+        super().__init__()
+        self.count, self.held = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for t in tree_leaves((args, kwargs)):
+            if torch.is_tensor(t): self.see(t)
+        out = func(*args, **(kwargs or {}))
+        self.held.append(out)
+        return out
+
+    def see(self, t):
+        "One more reader of `t`."
+        self.count[id(t)] += 1
+        self.held.append(t)
+
+# %% ../nbs/62_infer.ipynb #df877fb8
+def _is_conv(m): return isinstance(m, nn.Conv2d) and type(m).forward is nn.Conv2d.forward and m.padding_mode == "zeros"
+
+def _is_norm(m): return isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and type(m).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+
+# %% ../nbs/62_infer.ipynb #5fc57953
+def _watch(net, size):
+    "Run one picture; the calls (module, input, output, readers of the input before) of convolutions, norms and ReLUs, and all readers."
+    calls, uses = [], _Uses()
+    def note(m, args, out): calls.append((m, args[0], out, before.pop()))
+    def look(m, args): before.append(uses.count[id(args[0])])
+    before, hooks = [], []
+    for m in net.modules():
+        if _is_conv(m) or _is_norm(m) or type(m) is nn.ReLU: hooks += [m.register_forward_pre_hook(look), m.register_forward_hook(note)]
+    p = next(net.parameters())
+    try:
+        with evaluating(net), uses:
+            out = net(torch.ones(1, 3, *legal_size(net, size), device=p.device, dtype=p.dtype))
+            for t in tree_leaves(out): uses.see(t)
+    finally:
+        for h in hooks: h.remove()
+    return calls, uses
+
+# %% ../nbs/62_infer.ipynb #aa3d6f6b
+def conv_chains(
+    net:nn.Module, # a network in evaluation mode
+    size:tuple=(64, 96), # of the picture that is sent through
+)->list: # (convolution, norm or None, ReLU or None) modules that may become one
+    "Convolutions with the norm and the ReLU that read nothing but their output."
+    calls, uses = _watch(net, size)
+    times = Counter(id(m) for m, *_ in calls)
+    owners = Counter(id(p) for m in net.modules() for p in m.parameters(recurse=False))
+    reader = {}
+    for m, x, out, before in calls:
+        alone = uses.count[id(x)] == 1 or (type(m) is nn.ReLU and m.inplace and before == 0)
+        if times[id(m)] == 1 and alone: reader[id(x)] = (m, out)
+    chains = []
+    for m, _, out, _ in calls:
+        single = times[id(m)] == 1 and uses.count[id(m.weight)] == 1 == owners[id(m.weight)] if _is_conv(m) else False
+        if not single: continue
+        norm, after = reader.get(id(out), (None, None))
+        if norm is not None and not (_is_norm(norm) and norm.running_var is not None): norm = None
+        relu, _ = reader.get(id(out if norm is None else after), (None, None))
+        chains.append((m, norm, relu if type(relu) is nn.ReLU else None))
+    return chains
+
+# %% ../nbs/62_infer.ipynb #8268c34e
+@torch.no_grad()
+def fold_norm(
+    conv:nn.Conv2d, # changed in place: weight and bias take the norm in
+    norm:nn.Module, # a batch norm with running statistics
+)->nn.Conv2d: # `conv`
+    "Move a batch norm's affine map into the convolution before it, computed in double precision."
+    double = lambda t, default: torch.full_like(norm.running_var, default, dtype=torch.float64) if t is None else t.double()
+    scale = double(norm.weight, 1.)*(norm.running_var.double() + norm.eps).rsqrt()
+    bias = double(norm.bias, 0.) + scale*(double(conv.bias, 0.) - norm.running_mean.double())
+    weight = conv.weight.double()*scale.view(-1, 1, 1, 1)
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+    return conv
+
+# %% ../nbs/62_infer.ipynb #472b596d
+def _replace(net, old, new):
+    "Put `new` wherever `old` stands in `net`."
+    for parent in net.modules():
+        for name, child in list(parent.named_children()):
+            if child is old: setattr(parent, name, new)
+
+# %% ../nbs/62_infer.ipynb #d9bec357
+class PackedConv(nn.Module):
+    "A convolution on the CPU whose weights are already in oneDNN's blocked layout, with an optional ReLU in the same pass."
+    def __init__(self,
+        conv:nn.Conv2d, # to be replaced
+        relu:bool=False, # apply a ReLU to the result
+    ):
+        super().__init__()
+        self.where = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+        self.bias, self.post, self.text = conv.bias, "relu" if relu else "none", conv.extra_repr()
+        self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.detach().to_mkldnn(), *self.where)
+
+    def forward(self, x): return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.where, self.post, [], "")
+
+    def _apply(self, fn, recurse=True): raise ValueError("a model that was optimized for the CPU cannot be moved or cast: do that first, then call optimize")
+
+    def extra_repr(self): return f"{self.text}, {self.post}"
+
+# %% ../nbs/62_infer.ipynb #f522e5d6
+class Optimized(nn.Module):
+    "An inference-only copy of a model; made by `optimize`."
+    def __init__(self,
+        net:nn.Module, # the rewritten copy
+        channels_last:bool, # feed it in this layout
+        dtype:torch.dtype|None, # compute in this type; None: as the input comes
+        compile:bool, # hand whole functions to Inductor
+        facts:dict, # what was done
+    ):
+        super().__init__()
+        self.net, self.channels_last, self.dtype, self.facts = net, channels_last, dtype, facts
+        self.whole_map = compile or (channels_last and _device_of(net).type == "cpu") or not hasattr(net, "align_corners")
+        wrap = (lambda f: torch.compile(f, dynamic=False, options={"freezing": True})) if compile else (lambda f: f)
+        self._logits, self._label = wrap(self._run), wrap(self._run_labels)
+        super().train(False)
+
+    def __getattr__(self, name):
+        try: return super().__getattr__(name)
+        except AttributeError: return getattr(super().__getattr__("net"), name)
+
+    def _run(self, x): return self.net(x).float() if x.dtype in (torch.bfloat16, torch.float16) else self.net(x)
+
+    def _run_labels(self, x, size):
+        "Labels; where a full-size map is made, it is that of one picture (Inductor makes none)."
+        logits = self._run(x)
+        if not self.whole_map: return upsample_argmax(logits, size, self.net.align_corners)
+        return torch.cat([self.net.upsample(one, size).argmax(1).to(torch.uint8) for one in logits.split(1)])
+
+    def _input(self, x):
+        "`x` in the network's type and layout."
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.to(dtype=self.dtype or x.dtype, memory_format=layout)
+
+    @torch.inference_mode()
+    def forward(self, x:torch.Tensor)->torch.Tensor:
+        "Logits at the network's stride, at least float32."
+        return self._logits(self._input(x))
+
+    def outputs(self, x:torch.Tensor)->dict:
+        "The logits by name; auxiliary heads are gone."
+        return {"logits": self(x)}
+
+    @torch.inference_mode()
+    def predict(self, x:torch.Tensor, size:tuple|None=None)->torch.Tensor:
+        "uint8 labels [b, *size]."
+        return self._label(self._input(x), tuple(size or x.shape[-2:]))
+
+    def train(self, mode:bool=True):
+        if mode: raise ValueError("an optimized model is for inference only: train the model it was made from")
+        return super().train(False)
+
+    def extra_repr(self): return ", ".join(f"{k}={v}" for k, v in self.facts.items())
+
+# %% ../nbs/62_infer.ipynb #ed2cdadf
+def _check_compiler():
+    "Inductor builds C++ on a CPU."
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
+    if not any(shutil.which(n) for n in names): raise ValueError(f"compile=True needs a C++ compiler on a CPU; none of {names} is on the path")
+
+# %% ../nbs/62_infer.ipynb #3e7fbb43
+def _cpu_has_bf16():
+    "Whether the processor multiplies bfloat16 itself (where torch can tell)."
+    facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(facts.get(k, True) for k in ("avx512_bf16", "amx_bf16")) if facts.get("architecture", "").startswith("x86") else True
+
+# %% ../nbs/62_infer.ipynb #aa173d38
+def optimize(
+    model:nn.Module, # any model of segkern; stays as it is
+    channels_last:bool=True, # activations in channels_last layout
+    fold_bn:bool=True, # batch norms move into the convolutions before them
+    prepack:bool|None=None, # oneDNN weight layout and ReLU in the same pass (CPU only); default: on a CPU, unless compiled
+    dtype:torch.dtype|None=None, # compute in this type, e.g. torch.bfloat16; logits come back as float32
+    compile:bool=False, # torch.compile with frozen weights: fastest, but see below
+)->Optimized: # a new module in evaluation mode
+    """A faster copy of a model for inference, with the same answers up to rounding.
+
+    `compile=True` pays half a minute or so for every new input size (and needs a C++ compiler on a CPU); choose it for
+    fixed-size streams. Half precision helps where the hardware computes in it; a CPU without bf16 arithmetic gets slower."""
+    net = copy.deepcopy(model).eval().requires_grad_(False)
+    if hasattr(net, "deploy"): net = net.deploy()
+    cpu = _device_of(net).type == "cpu"
+    if prepack is None: prepack = cpu and not compile and torch.backends.mkldnn.is_available() and next(net.parameters()).dtype == torch.float32
+    if prepack and not cpu: raise ValueError(f"prepack is for models on the CPU, this one is on {_device_of(net)}")
+    if prepack and compile: raise ValueError("compile=True packs the weights itself: leave prepack out")
+    if compile and cpu: _check_compiler()
+    if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16(): logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
+    chains = conv_chains(net) if fold_bn or prepack else []
+    folded = [(conv, norm) for conv, norm, _ in chains if norm is not None] if fold_bn else []
+    for conv, norm in folded:
+        fold_norm(conv, norm)
+        _replace(net, norm, nn.Identity())
+    net = net.to(dtype=dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    for conv, norm, relu in chains if prepack else []:
+        relu = relu if norm is None or fold_bn else None
+        _replace(net, conv, PackedConv(conv, relu is not None))
+        if relu is not None: _replace(net, relu, nn.Identity())
+    facts = dict(bn_folded=len(folded), channels_last=channels_last, prepacked=bool(prepack), dtype=str(dtype or "as input").replace("torch.", ""), compiled=compile)
+    return Optimized(net, channels_last, dtype, compile, facts)
