@@ -219,6 +219,8 @@ def panel(
 )->Picture: # one row per image
     "Image | target | prediction | error map, with a shared legend of the classes present."
     images, targets, preds = _many(image, 3), _many(target, 2), _many(pred, 2)
+    counts = {len(x) for x in (images, targets, preds) if x is not None}
+    if len(counts) != 1 or 0 in counts: raise ValueError(f"a panel needs as many targets and predictions as images, at least one; got {sorted(counts)}")
     columns = [("image", [_rgb(i) for i in images])]
     for name, maps in (("target", targets), ("prediction", preds)):
         if maps is not None: columns.append((name, [_hatched(colour(a, palette), _labels(a)) for a in maps]))
