@@ -19,7 +19,8 @@ from .core import Table, _package_dir, env_info, fmt, progress, write_json
 # %% ../nbs/75_reproduce.ipynb #e56af2f8
 logger = logging.getLogger("segkern")
 SCALES = ("smoke", "quick", "full")
-_ROW = dict(claim=str, claimed=(int, float, type(None)), value=(int, float, type(None)), unit=str, protocol=str, n=(int, type(None)), why=str)
+_NUMBER = (int, float, type(None))
+_ROW = dict(claim=str, claimed=_NUMBER, value=_NUMBER, unit=str, protocol=str, n=(int, type(None)), why=str)
 _RESULT = dict(paper=str, variant=str, scale=str, seed=int, seconds=(int, float), hardware=str, versions=dict, rows=list)
 
 def _problems(record, schema, where):
@@ -102,12 +103,13 @@ def record(
     for i, row in enumerate(rows):
         unknown = sorted(set(row) - {"claim", "claimed", "measured", "unit", "protocol", "n", "why"})
         if unknown: raise ValueError(f"row {i}: unknown fields {unknown}")
-        if "claim" not in row or "measured" not in row: raise ValueError(f"row {i} needs 'claim' and 'measured' (None where it was not run): {row}")
+        if not {"claim", "measured"} <= set(row): raise ValueError(f"row {i} needs 'claim' and 'measured' (None: not run), got {row}")
         clean.append(dict(claim=row["claim"], claimed=_number(row.get("claimed")), value=_number(row["measured"]), unit=row.get("unit", ""),
                           protocol=row.get("protocol", ""), n=row.get("n"), why=row.get("why", "")))
     versions = {k: v for k, v in env_info().items() if k not in ("gpu", "cpu", "threads")}
-    results = dict(paper=paper, variant=variant, scale=scale, seed=seed, seconds=round(_number(seconds), 2), hardware=hardware or _hardware(),
-                   versions=versions, rows=clean, **({"extra": extra} if extra else {}))
+    results = dict(paper=paper, variant=variant, scale=scale, seed=seed, seconds=round(_number(seconds), 2),
+                   hardware=hardware or _hardware(), versions=versions, rows=clean)
+    if extra: results["extra"] = extra
     write_json(Path(out)/"results.json", check_results(results))
     return results_table(results)
 
@@ -208,9 +210,15 @@ def _source_hash(path, parameters):
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
     for cell in _notebook(path)["cells"]:
         if cell["cell_type"] == "code": digest.update("".join(cell["source"]).encode())
+    digest.update(_package_digest())
+    return digest.hexdigest()[:16]
+
+def _package_digest():
+    "A digest of the package's modules that a paper may use."
+    digest = hashlib.sha256()
     for f in sorted(_package_dir().rglob("*.py")):
         if f.name not in ("cli.py", "reproduce.py", "_modidx.py"): digest.update(f.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.digest()
 
 # %% ../nbs/75_reproduce.ipynb #3aa35d96
 class _Job:
@@ -289,8 +297,8 @@ def _clear(folder, old):
 def _environment(threads):
     "The environment of a paper's process: its share of the cores, this package, this Python's kernel."
     path = os.pathsep.join([str(_package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "JUPYTER_PREFER_ENV_PATH": "1",
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
+            "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -304,7 +312,8 @@ def _failure(folder, name, code):
                     lines = [line for line in _ANSI.sub("", "\n".join(o.get("traceback", []))).splitlines() if line.strip(" -")]
                     return "\n".join(lines[-8:] or [f"{o['ename']}: {o['evalue']}"]) + f"\nin {executed}"
     if code:
-        lines = [_ANSI.sub("", line) for line in (folder/"log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        log = _ANSI.sub("", (folder/"log.txt").read_text(encoding="utf-8", errors="replace"))
+        lines = [line for line in log.splitlines() if line.strip()]
         return "\n".join(lines[-8:]) + f"\nprocess ended with {code}; see {folder/'log.txt'}"
     try: read_results(folder)
     except FileNotFoundError: return f"the notebook ran, but wrote no {folder/'results.json'}"
@@ -337,7 +346,8 @@ def _entry(notebook, folder, job=None):
     figures = folder/"figures"
     captions = _captions(figures)
     names = [*captions, *sorted({f.stem for f in figures.glob("*.png")} - set(captions))]
-    out["figures"] = [dict(file=f"{notebook.stem}/figures/{n}.png", caption=captions.get(n, n)) for n in names if (figures/f"{n}.png").exists()]
+    there = [n for n in names if (figures/f"{n}.png").exists()]
+    out["figures"] = [dict(file=f"{notebook.stem}/figures/{n}.png", caption=captions.get(n, n)) for n in there]
     files = (f"{notebook.stem}.html", f"{notebook.stem}.ipynb", "results.json", "log.txt")
     out["files"] = [f"{notebook.stem}/{f}" for f in files if (folder/f).exists()]
     out["metrics"] = next((str(p.relative_to(folder.parent)) for p in sorted(folder.rglob("metrics.jsonl"))), None)
@@ -346,7 +356,8 @@ def _entry(notebook, folder, job=None):
 def _report(out, scale, entries, seconds):
     "The report as a dict."
     now = [e for e in entries if e["now"]]
-    return dict(title="segkern: papers reproduced", scale=scale, seconds=round(seconds, 2), finished=datetime.now().isoformat(timespec="seconds"),
+    finished = datetime.now().isoformat(timespec="seconds")
+    return dict(title="segkern: papers reproduced", scale=scale, seconds=round(seconds, 2), finished=finished,
                 passed=sum(e["state"] == "passed" for e in now), failed=sum(e["state"] == "failed" for e in now), total=len(now),
                 versions={k: v for k, v in env_info().items() if k not in ("gpu", "cpu", "threads")}, hardware=_hardware_box(),
                 report=str(out/"report.html"), papers={e["paper"]: e for e in entries})
@@ -398,7 +409,8 @@ td .small { display: block }
 .claims td:last-child { min-width: 12rem }
 .figures { display: grid; gap: 1.4rem }
 figure { margin: 0 }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: 6px }
+figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
+  border-radius: 6px; padding: 6px }
 figcaption { font-size: .875rem; color: var(--soft); margin-top: .4rem; max-width: 46rem }
 pre { background: var(--badbg); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
@@ -430,7 +442,8 @@ def _rows_html(rows):
         claim, claimed, value, diff, why = map(escape, _row_texts(row))
         under = " · ".join(filter(None, [row["protocol"], f"n = {row['n']:,}" if row["n"] is not None else ""]))
         none = ' none' if row["value"] is None else ""
-        return (f'<tr><td>{claim}{f"""<span class="soft small">{escape(under)}</span>""" if under else ""}</td><td class="num">{claimed}</td>'
+        under = f'<span class="soft small">{escape(under)}</span>' if under else ""
+        return (f'<tr><td>{claim}{under}</td><td class="num">{claimed}</td>'
                 f'<td class="num{none}">{value}</td><td class="num">{diff}</td><td>{why}</td></tr>')
     head = '<tr><th>claim</th><th class="num">claimed</th><th class="num">measured</th><th class="num">difference</th><th>why</th></tr>'
     return f'<div class="scroll"><table class="claims"><thead>{head}</thead><tbody>{"".join(map(line, rows))}</tbody></table></div>'
@@ -440,11 +453,12 @@ def _figures_html(entry, out):
     pictures = []
     if entry["metrics"] and not any("curve" in f["file"] for f in entry["figures"]):
         from segkern.viz import _png, curves
-        with contextlib.suppress(ValueError): pictures.append((_png(curves(out/entry["metrics"])), f"The run's curves ({entry['metrics']})."))
+        with contextlib.suppress(ValueError):
+            pictures.append((_png(curves(out/entry["metrics"])), f"The run's curves ({entry['metrics']})."))
     pictures += [((out/f["file"]).read_bytes(), f["caption"]) for f in entry["figures"]]
     if not pictures: return ""
-    one = lambda png, text: f'<figure><img src="{_data_uri(png)}" alt="{escape(text, quote=True)}"><figcaption>{escape(text)}</figcaption></figure>'
-    return '<h3>Pictures</h3><div class="figures">' + "".join(one(*p) for p in pictures) + "</div>"
+    one = lambda png, text: f'<figure><img src="{_data_uri(png)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    return '<h3>Pictures</h3><div class="figures">' + "".join(one(png, escape(text)) for png, text in pictures) + "</div>"
 
 def _chip(entry):
     "The state of a paper in colour."
@@ -458,7 +472,8 @@ def _paper_html(entry, out):
     names = {"html": "executed notebook", "ipynb": "as .ipynb", "json": "results.json", "txt": "log"}
     links = "".join(f'<a href="{escape(f, quote=True)}">{names[f.rsplit(".", 1)[1]]}</a>' for f in entry["files"])
     parts = [f'<section id="{escape(entry["paper"])}"><div class="head"><h2>{escape(entry["title"])}</h2>{_chip(entry)}</div>',
-             f'<p>{escape(entry["claim"])}</p>' if entry["claim"] else "", f'<p class="soft small">{escape(" · ".join(filter(None, facts)))}</p>',
+             f'<p>{escape(entry["claim"])}</p>' if entry["claim"] else "",
+             f'<p class="soft small">{escape(" · ".join(filter(None, facts)))}</p>',
              f'<h3>What went wrong</h3><pre>{escape(entry["error"])}</pre>' if entry["error"] else "",
              "<h3>Claimed and measured</h3>" + _rows_html(entry["rows"]) if entry["rows"] else "", _figures_html(entry, out),
              f'<div class="links">{links}</div>' if links else "", "</section>"]
@@ -472,8 +487,8 @@ the paper reaches.</p>"""
 def _overview_html(papers):
     "One line per paper, where there are several."
     if len(papers) < 2: return ""
-    line = lambda e: (f'<tr><td><a href="#{escape(e["paper"])}">{escape(e["title"])}</a></td><td>{_chip(e)}</td><td>{escape(e["scale"] or "–")}</td>'
-                      f'<td class="num">{_time(e["seconds"]) if e["seconds"] else "–"}</td></tr>')
+    line = lambda e: (f'<tr><td><a href="#{escape(e["paper"])}">{escape(e["title"])}</a></td><td>{_chip(e)}</td>'
+                      f'<td>{escape(e["scale"] or "–")}</td><td class="num">{_time(e["seconds"]) if e["seconds"] else "–"}</td></tr>')
     head = '<tr><th>paper</th><th>state</th><th>scale</th><th class="num">time</th></tr>'
     return f'<h3>Overview</h3><table><thead>{head}</thead><tbody>{"".join(map(line, papers))}</tbody></table>'
 
@@ -482,14 +497,16 @@ def _page(report, out):
     papers, title = list(report["papers"].values()), escape(report["title"])
     open_ = report["total"] - report["passed"] - report["failed"]
     status = [f"{report['passed']} of {report['total']} passed", f"{report['failed']} failed" if report["failed"] else "",
-              f"{open_} not finished" if open_ else "", f"scale {report['scale']}", _time(report["seconds"]), report["finished"].replace("T", " ")]
+              f"{open_} not finished" if open_ else "", f"scale {report['scale']}", _time(report["seconds"]),
+              report["finished"].replace("T", " ")]
     wide = lambda v: ' class="wide"' if len(str(v)) > 24 else ""
     env = {k: v for k, v in {**report["hardware"], **report["versions"]}.items() if v is not None}
     box = "".join(f"<div{wide(v)}><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in env.items())
     return "\n".join([
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{_CSS}</style></head><body><main><h1>{title}</h1>",
-        f'<p class="soft">{escape(" · ".join(filter(None, status)))}</p>{_NOTE}', _overview_html(papers), *(_paper_html(e, out) for e in papers),
+        f'<p class="soft">{escape(" · ".join(filter(None, status)))}</p>{_NOTE}',
+        _overview_html(papers), *(_paper_html(e, out) for e in papers),
         f"<section><h2>Environment</h2><h3>This run</h3><dl>{box}</dl></section></main></body></html>", ""])
 
 def _write_report(out, scale, notebooks, jobs, seconds):
@@ -513,7 +530,8 @@ def _need(*modules):
 def _choose(papers, folder):
     "The wanted notebooks of a folder."
     notebooks = {p.stem: p for p in sorted(folder.glob("*.ipynb"))}
-    if unknown := sorted(set(papers or []) - set(notebooks)): raise ValueError(f"no paper {unknown} in {folder}; there are {sorted(notebooks)}")
+    unknown = sorted(set(papers or []) - set(notebooks))
+    if unknown: raise ValueError(f"no paper {unknown} in {folder}; there are {sorted(notebooks)}")
     return [notebooks[p] for p in dict.fromkeys(papers)] if papers else list(notebooks.values()), list(notebooks.values())
 
 @contextlib.contextmanager
@@ -534,7 +552,8 @@ def _finish(job):
     if not source.exists(): return
     try: _notebook_html(source, source.with_suffix(".html"))
     except Exception as e: # whatever nbconvert raises concerns this paper only
-        job.state, job.error = "failed", "\n".join(filter(None, [job.error, f"cannot write {source.with_suffix('.html')}: {type(e).__name__}: {e}"]))
+        trouble = f"cannot write {source.with_suffix('.html')}: {type(e).__name__}: {e}"
+        job.state, job.error = "failed", "\n".join(filter(None, [job.error, trouble]))
         job.save()
 
 # %% ../nbs/75_reproduce.ipynb #b7540f1b

@@ -28,10 +28,11 @@ def use_style():
     from cycler import cycler
     lines = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
     matplotlib.rcParams.update({
-        "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
-        "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
-        "axes.edgecolor": "#444444", "xtick.color": "#444444", "ytick.color": "#444444", "lines.linewidth": 1.5, "grid.color": "#dddddd",
-        "grid.linewidth": 0.6, "figure.dpi": 100, "image.interpolation": "nearest", "axes.prop_cycle": cycler(color=CYCLE) + cycler(linestyle=lines)})
+        "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.labelsize": 9, "legend.fontsize": 8,
+        "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.linewidth": 0.7, "axes.edgecolor": "#444444", "xtick.color": "#444444", "ytick.color": "#444444", "lines.linewidth": 1.5,
+        "grid.color": "#dddddd", "grid.linewidth": 0.6, "figure.dpi": 100, "image.interpolation": "nearest",
+        "axes.prop_cycle": cycler(color=CYCLE) + cycler(linestyle=lines)})
 
 # %% ../nbs/02_viz.ipynb #859265d8
 class Picture(Figure):
@@ -117,7 +118,8 @@ def _rgb(image):
     if isinstance(image, Image.Image): image = np.asarray(image.convert("RGB"))
     a = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3: a = a.transpose(1, 2, 0)
-    if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3: raise ValueError(f"an image must be uint8 [3, h, w] or [h, w, 3], got {a.dtype} {a.shape}")
+    if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3:
+        raise ValueError(f"an image must be uint8 [3, h, w] or [h, w, 3], got {a.dtype} {a.shape}")
     return a
 
 @functools.lru_cache(maxsize=None)
@@ -220,7 +222,8 @@ def panel(
     "Image | target | prediction | error map, with a shared legend of the classes present."
     images, targets, preds = _many(image, 3), _many(target, 2), _many(pred, 2)
     counts = {len(x) for x in (images, targets, preds) if x is not None}
-    if len(counts) != 1 or 0 in counts: raise ValueError(f"a panel needs as many targets and predictions as images, at least one; got {sorted(counts)}")
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"a panel needs as many targets and predictions as images, at least one; got {sorted(counts)}")
     columns = [("image", [_rgb(i) for i in images])]
     for name, maps in (("target", targets), ("prediction", preds)):
         if maps is not None: columns.append((name, [_hatched(colour(a, palette), _labels(a)) for a in maps]))
@@ -312,7 +315,8 @@ def confusion_figure(
     ax.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor"), ax.set_yticklabels(names)
     ax.spines[:].set_visible(False), ax.tick_params(length=0)
     for r, c in zip(*np.nonzero(share >= 0.5)):
-        ax.text(c, r, f"{share[r, c]:.0f}", ha="center", va="center", fontsize=7 if k > 12 else 8, color="white" if share[r, c] > 55 else "#222222")
+        ink = "white" if share[r, c] > 55 else "#222222"
+        ax.text(c, r, f"{share[r, c]:.0f}", ha="center", va="center", fontsize=7 if k > 12 else 8, color=ink)
     for r in np.flatnonzero(total[:, 0] == 0): ax.text(k/2 - 0.5, r, "no pixels", ha="center", va="center", fontsize=7, color="#777777")
     fig.colorbar(shown, ax=ax, shrink=0.8, label="% of the target's pixels").outline.set_visible(False)
     return fig
@@ -338,8 +342,8 @@ def heatmap(
     else: fig = ax.figure
     extent = (-0.5, w - 0.5, h - 0.5, -0.5)
     if image is not None: ax.imshow(_rgb(image).mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="antialiased")
-    smooth = "bilinear" if image is not None else "nearest"
-    shown = ax.imshow(v, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent, interpolation=smooth, alpha=alpha if image is not None else None, aspect="equal")
+    over = dict(interpolation="bilinear", alpha=alpha) if image is not None else dict(interpolation="nearest")
+    shown = ax.imshow(v, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent, aspect="equal", **over)
     ax.set_xticks([]), ax.set_yticks([])
     ax.spines[:].set_visible(False)
     if title: ax.set_title(title)
