@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
 from .core import logger, pick_device, progress
+from .data import permutation
 from .layers import resize
 from .metrics import Confusion
 from .ops.head import upsample_argmax
@@ -182,13 +183,10 @@ def class_lookup(
 )->torch.Tensor|None: # uint8 [256]: the dataset's id of each predicted id; None where the orders agree
     "How predicted ids become the dataset's ids."
     if list(model_classes) == list(data_classes): return None
-    a, b = set(model_classes), set(data_classes)
-    if a != b or len(model_classes) != len(data_classes):
-        only = lambda s: ", ".join(sorted(s)) or "nothing"
-        raise ValueError(f"model and dataset have different classes ({len(model_classes)} and {len(data_classes)}): "
-                         f"only the model knows {only(a - b)}; only the dataset knows {only(b - a)}")
+    try: order = permutation(list(model_classes), list(data_classes))
+    except ValueError as e: raise ValueError(f"the model ({len(model_classes)} classes) does not fit the dataset ({len(data_classes)}): {e}") from e
     lookup = torch.full((256,), 255, dtype=torch.uint8)
-    lookup[:len(model_classes)] = torch.tensor([list(data_classes).index(c) for c in model_classes], dtype=torch.uint8)
+    lookup[:len(order)] = torch.tensor(order, dtype=torch.uint8)
     return lookup
 
 # %% ../nbs/62_infer.ipynb #7852069f
