@@ -40,14 +40,14 @@ class ConvNormAct(nn.Module):
         kernel, dilation = ((v, v) if isinstance(v, int) else tuple(v) for v in (kernel, dilation))
         padding = tuple(d*(k//2) for k, d in zip(kernel, dilation))
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, groups, bias=False)
-        self.norm = nn.BatchNorm2d(c_out, eps=eps) if norm else None
+        self.bn = nn.BatchNorm2d(c_out, eps=eps) if norm else None
         self.act = activation(act if norm else None, c_out)
 
     def forward(self,
         x:torch.Tensor, # [b, c_in, h, w]
     )->torch.Tensor: # [b, c_out, h', w']
         x = self.conv(x)
-        return self.act(x if self.norm is None else self.norm(x))
+        return self.act(x if self.bn is None else self.bn(x))
 
 # %% ../nbs/20_layers.ipynb #e65f9867
 def resize(

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #57ddc9fa
-def _strip_max(x, axis):
-    "Maximum over one axis; a tie gives its gradient to the first index, as max-pooling does."
-    if not (torch.is_grad_enabled() and x.requires_grad): return x.amax(axis)
-    kernel = (x.shape[2], 1) if axis == 2 else (1, x.shape[3])
-    return F.max_pool2d(x, kernel).squeeze(axis)
+def _strip(x, axis, pool):
+    "Pool one axis away."
+    return pool(x, (x.shape[2], 1) if axis == 2 else (1, x.shape[3])).squeeze(axis)
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #adf1d790
 def strip_pool(
@@ -28,6 +26,6 @@ def strip_pool(
     if dim not in ("h", "w", "hw"): raise ValueError(f"unknown dim '{dim}'; known: h, w, hw")
     out = []
     for axis in [{"h": 2, "w": 3}[d] for d in dim]:
-        if "mean" in mode: out.append(x.mean(axis))
-        if "max" in mode: out.append(_strip_max(x, axis))
+        if "mean" in mode: out.append(_strip(x, axis, F.avg_pool2d))
+        if "max" in mode: out.append(_strip(x, axis, F.max_pool2d))
     return out[0] if len(out) == 1 else tuple(out)
