@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .core import Preprocess, atomic_path, env_info, logger, pick_device, progress, seeded, write_json
 from .recipes import Recipe
+from .weights import read
 
 # %% ../nbs/61_train.ipynb #0e1ec0df
 def lr_at(
@@ -171,7 +172,7 @@ def adopt(
     if k != len(classes): raise ValueError(f"the model has {k} classes, the training set {len(classes)}: {', '.join(classes)}")
     if val_set is not None and list(val_set.classes) != classes:
         raise ValueError(f"the validation set has the classes {list(val_set.classes)}, the training set {classes}")
-    new = dict(preprocess=recipe.preprocess, classes=classes, palette=[list(map(int, c)) for c in train_set.palette])
+    new = dict(preprocess=recipe.preprocess, dataset=train_set.name, classes=classes, palette=[list(map(int, c)) for c in train_set.palette])
     for field, value in new.items():
         old = getattr(model, field, None)
         if old is not None and old != value: logger.info("training sets model.%s from %s to %s", field, old, value)
@@ -223,7 +224,7 @@ def _naming(path):
     "Errors of the file system name the file and the free space."
     try: yield
     except OSError as e:
-        free = shutil.disk_usage(Path(path).parent).free
+        free = shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.exists())).free
         raise OSError(e.errno, f"cannot write {path} ({free/2**20:.0f} MB free): {e.strerror or e}") from e
 
 def _flush(path):
@@ -240,10 +241,10 @@ def weights_bytes(
     "Weights with what is needed to rebuild the model."
     from safetensors.torch import save
     from segkern import __version__
-    facts = {k: getattr(model, k, None) for k in ("name", "num_classes", "classes", "palette")}
+    facts = {k: getattr(model, k, None) for k in ("name", "num_classes", "dataset", "classes", "palette")}
     if isinstance(p := getattr(model, "preprocess", None), Preprocess): facts["preprocess"] = p.to_dict()
     facts = {**facts, "source": "segkern.train", "version": __version__, **more}
-    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items() if v is not None}
+    text = {k: json.dumps(v) for k, v in facts.items() if v is not None}
     return save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, text)
 
 # %% ../nbs/61_train.ipynb #01f985b6
@@ -257,18 +258,19 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     target, pointer = folder/f"step_{step:08}", folder/"last.json"
     if pointer.exists() and json.loads(pointer.read_text())["step"] == step: return target
-    with _naming(target):
-        tmp = Path(tempfile.mkdtemp(dir=folder, prefix=".step_"))
-        try:
-            tmp.chmod(0o755)
-            for name, data in files.items():
-                with _naming(target/name): (tmp/name).write_bytes(data)
+    with _naming(target): tmp = Path(tempfile.mkdtemp(dir=folder, prefix=".step_"))
+    try:
+        tmp.chmod(0o755)
+        for name, data in files.items():
+            with _naming(target/name):
+                (tmp/name).write_bytes(data)
                 _flush(tmp/name)
+        with _naming(target):
             _flush(tmp)
             if target.exists(): shutil.rmtree(target)
             os.replace(tmp, target)
             _flush(folder)
-        finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     write_json(pointer, dict(step=step, folder=target.name))
     for old in [*folder.glob("step_*"), *folder.glob(".step_*")]:
         if old != target: shutil.rmtree(old, ignore_errors=True)
@@ -489,11 +491,10 @@ def restore_run(
     folder:Path, # a checkpoint
 ):
     "Continue where a checkpoint was written."
-    from safetensors.torch import load_file
     acc = run.accelerator
     for module, name in ((run.model, "model.safetensors"), (run.ema, "ema.safetensors")):
-        if module is not None: module.load_state_dict(load_file(folder/name))
-    saved = torch.load(folder/"state.pt", map_location="cpu", weights_only=True)
+        if module is not None: module.load_state_dict(read(folder/name))
+    saved = read(folder/"state.pt")
     run.optimizer.load_state_dict(saved["optimizer"])
     if acc.scaler is not None and saved["scaler"]: acc.scaler.load_state_dict(saved["scaler"])
     run.state.update(saved["state"])

@@ -1,0 +1,325 @@
+"""The training loop: order, schedule, resume after a kill, full disks, refusals."""
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from segkern import train
+from segkern.recipes import STREETS
+from segkern.testing import assert_close, fixture
+from segkern.train import batches, fit, history, last_checkpoint, lr_at, optimizer_for, run_weights, save_checkpoint, step_keys
+from segkern.weights import read, read_safetensors
+from train_toy import RECIPE, Discs, Toy, noisy, run, toy
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def start(out, mode):
+    "The toy run in a process of its own."
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    return subprocess.Popen([sys.executable, str(HERE/"train_toy.py"), str(out), "--mode", mode], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
+
+
+def same(a, b, path=""):
+    "Bit-identical contents of two nested structures."
+    if isinstance(a, torch.Tensor): assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a: same(a[k], b[k], f"{path}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)): same(x, y, f"{path}[{i}]")
+    else: assert a == b, (path, a, b)
+
+
+def same_run(a, b):
+    "Two finished runs agree in weights, averaged weights, optimizer, random states, losses and scores."
+    a_last, b_last = last_checkpoint(a), last_checkpoint(b)
+    for name in ("model.safetensors", "ema.safetensors"): same(read(a_last/name), read(b_last/name), name)
+    one, two = read(a_last/"state.pt"), read(b_last/"state.pt")
+    for s in (one, two): s["state"].pop("seconds")
+    same(one, two, "state")
+    same(read_safetensors(run_weights(a)), read_safetensors(run_weights(b)), "best")
+    clean = lambda out: [{k: v for k, v in r.items() if k != "images_per_s"} for r in history(out)]
+    assert clean(a) == clean(b)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A run that nothing interrupts: folder, results, model."
+    out, model = tmp_path_factory.mktemp("whole")/"run", toy()
+    before = torch.get_rng_state()
+    result = run(out, model)
+    assert torch.equal(before, torch.get_rng_state())
+    return out, result, model
+
+
+# schedule and optimizer
+
+@pytest.mark.skipif(fixture("s2fpn_misc") is None, reason="no shared fixtures beside the checkout")
+def test_lr_matches_the_official_schedules():
+    golden, steps = fixture("s2fpn_misc").golden, [0, 1, 250, 499, 500, 501, 1000, 1001, 2000, 2001, 2999]
+    r = STREETS.replace(iterations=3000, warmup=500, warmup_ratio=1/3, lr=0.1)
+    recipes = dict(lr_poly=r.replace(lr=4e-3), lr_cosine=r.replace(schedule="cosine"), lr_multistep=r.replace(schedule="multistep", milestones=(1000, 2000)))
+    for name, recipe in recipes.items(): assert_close(name, golden[name], [1000*lr_at(recipe, t) for t in steps], 1e-6)
+    plain = r.replace(lr=4e-3, warmup=0)
+    assert_close("lr_poly_helper", golden["lr_poly_helper"], [1000*lr_at(plain, e*300 + i) for e, i in ((0, 0), (1, 10), (9, 299))], 1e-6)
+
+
+def test_lr_refuses_unknown_schedules():
+    with pytest.raises(ValueError, match="unknown schedule 'step'"): lr_at(RECIPE.replace(schedule="step"), 9)
+
+
+def test_optimizer_groups():
+    model = toy()
+    model.net[0][0].weight.requires_grad_(False)
+    opt = optimizer_for(model, RECIPE.replace(optimizer="sgd", decay_norms=False, weight_decay=0.1, lr_mult=(("net.3", 10.0),)))
+    assert isinstance(opt, torch.optim.SGD) and sum(len(g["params"]) for g in opt.param_groups) == len(list(model.parameters())) - 1
+    found = {(g["factor"], g["weight_decay"]): {p.ndim for p in g["params"]} for g in opt.param_groups}
+    assert found == {(1.0, 0.1): {4}, (1.0, 0.0): {1}, (10.0, 0.1): {4}, (10.0, 0.0): {1}}
+    assert isinstance(optimizer_for(model, RECIPE.replace(optimizer="adam")), torch.optim.Adam)
+    with pytest.raises(ValueError, match="no trained parameter starts with"): optimizer_for(model, RECIPE.replace(lr_mult=(("backbone.", 0.1),)))
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'"): optimizer_for(model, RECIPE.replace(optimizer="lion"))
+
+
+# order and augmentation
+
+def test_every_image_once_per_epoch():
+    keys = [step_keys(22, 4, 3, t) for t in range(10)]
+    assert len({i for step in keys[:5] for _, i in step}) == 20 and {e for step in keys[5:] for e, _ in step} == {1}
+    assert [i for s in keys[:5] for _, i in s] != [i for s in keys[5:] for _, i in s]
+    assert step_keys(22, 4, 4, 0) != keys[0]
+    with pytest.raises(ValueError, match="22 images, fewer than a batch of 23"): step_keys(22, 23, 0, 0)
+
+
+def test_batches_depend_on_the_step_only():
+    torch.manual_seed(1)
+    plain = list(batches(Discs(), noisy, RECIPE, seed=2))
+    torch.manual_seed(5)
+    for workers, first in ((2, 0), (0, 7)):
+        other = list(batches(Discs(), noisy, RECIPE, seed=2, start=first, workers=workers))
+        same(plain[first:], other)
+    parts = [[list(batches(Discs(), noisy, RECIPE, seed=2, rank=r, world=2, accumulate=2))] for r in (0, 1)]
+    joined = torch.cat([parts[r][0][p][1] for p in (0, 1) for r in (0, 1)])
+    assert torch.equal(joined, plain[0][1])
+    with pytest.raises(ValueError, match="does not divide into 3 processes"): list(batches(Discs(), noisy, RECIPE, world=3))
+
+
+# a run
+
+def test_run_folder(whole):
+    out, result, model = whole
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    last = "checkpoints/step_00000024"
+    assert {"config.json", "env.json", "metrics.jsonl", "results.json", "checkpoints/last.json", "checkpoints/best.safetensors", f"{last}/model.safetensors",
+            f"{last}/ema.safetensors", f"{last}/state.pt"} <= names
+    assert {n for n in names if n.startswith("checkpoints/step")} == {f"{last}/{f}" for f in ("model.safetensors", "ema.safetensors", "state.pt")}
+    assert len([n for n in names if n.startswith("samples/")]) == 9
+    lines = history(out)
+    assert [r["step"] for r in lines if "loss" in r] == [*range(3, 25, 3)] and [r["step"] for r in lines if "val" in r] == [8, 16, 24]
+    assert result["best_miou"] == max(r["val"]["miou"] for r in lines if "val" in r) and result["best_miou"] > 0.6
+    assert lines[0]["loss"] == pytest.approx(2*lines[0]["half"]) and lines[0]["lr"] == lr_at(RECIPE, 2)
+    assert json.loads((out/"results.json").read_text()) == result
+    same(dict(model.state_dict()), read(out/result["last"]))
+    state, meta = read_safetensors(run_weights(out))
+    assert meta["classes"] == Discs.classes and meta["name"] == "toy" and meta["num_classes"] == 3 and meta["step"] == result["best_step"]
+    assert meta["preprocess"] == RECIPE.preprocess.to_dict() and model.preprocess == RECIPE.preprocess
+    assert model.class_weights.tolist() == Discs.class_weights and all(m.eps == 1e-5 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_workers_do_not_change_the_run(whole, tmp_path):
+    run(tmp_path/"run", workers=2)
+    same_run(whole[0], tmp_path/"run")
+
+
+def test_evaluating_does_not_change_the_run(whole, tmp_path):
+    result = run(tmp_path/"run", eval_every=0, save_every=0)
+    same(read(whole[0]/whole[1]["last"]), read(tmp_path/"run"/result["last"]))
+
+
+def test_bn_eps_is_used_in_training_only(whole, tmp_path):
+    result = run(tmp_path/"run", recipe=RECIPE.replace(bn_eps=1e-5))
+    a, b = read(whole[0]/whole[1]["last"]), read(tmp_path/"run"/result["last"])
+    assert not torch.equal(a["net.0.0.weight"], b["net.0.0.weight"])
+
+
+def test_accumulation_gives_the_same_gradients(tmp_path):
+    recipe = RECIPE.replace(ema=0.0, bn_eps=1e-5, iterations=6, warmup=0, optimizer="sgd", class_weights=False)
+    runs = [run(tmp_path/str(k), toy(norm=False), recipe, accumulate=k) for k in (1, 2)]
+    a, b = (read(tmp_path/str(k)/r["last"]) for k, r in zip((1, 2), runs))
+    for k in a: assert_close(k, a[k], b[k], 1e-5)
+
+
+def test_kaiming_init_is_the_official_one():
+    model = toy()
+    with torch.no_grad(): model.net[0][1].weight.fill_(3)
+    train.kaiming_init(model, 1)
+    w = model.net[1][0].weight
+    assert torch.equal(model.net[0][1].weight, torch.ones(12)) and w.std().item() == pytest.approx((2/(9*12))**0.5, rel=0.1)
+
+
+def test_bf16_and_a_compiled_model(tmp_path):
+    model = toy()
+    compiled = torch.compile(model, backend="eager")
+    result = fit(compiled, RECIPE.replace(mixed_precision="bf16", iterations=4), Discs(), Discs(5, "val"), tmp_path/"run", transform=noisy, device="cpu")
+    same(dict(model.state_dict()), read(tmp_path/"run"/result["last"]))
+    assert "forward" not in model.__dict__ and model(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+
+
+def test_only_void_trains_on(tmp_path):
+    result = run(tmp_path/"run", train=Discs(void=True), recipe=RECIPE.replace(iterations=3))
+    assert result["steps"] == 3 and all(torch.isfinite(v).all() for v in read(tmp_path/"run"/result["last"]).values())
+
+
+def test_tracker(tmp_path):
+    run(tmp_path/"run", recipe=RECIPE.replace(iterations=3), tracker="tensorboard")
+    assert list((tmp_path/"run").rglob("events.out.tfevents*"))
+    with pytest.raises(ImportError, match="needs the package neptune_of_old"): run(tmp_path/"other", tracker="neptune_of_old")
+
+
+# killed runs
+
+def test_kill_9_and_resume_is_bit_identical(whole, tmp_path):
+    out = tmp_path/"run"
+    p = start(out, "slow")
+    deadline = time.time() + 60
+    while not (out/"waiting").exists() and time.time() < deadline and p.poll() is None: time.sleep(0.05)
+    assert p.poll() is None and (out/"waiting").exists()
+    with pytest.raises(RuntimeError, match=f"run is being written by process {p.pid}"): run(out, resume=True)
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
+    (out/"waiting").unlink()
+    assert [r["step"] for r in history(out)][-1] == 12 and last_checkpoint(out).name == "step_00000010"
+    with open(out/"metrics.jsonl", "a") as f: f.write('{"step": 13, "lo')
+    with pytest.raises(FileExistsError, match="step_00000010.*resume=True"): run(out)
+    run(out, resume=True)
+    same_run(whole[0], out)
+
+
+def test_killed_while_saving(whole, tmp_path):
+    out = tmp_path/"run"
+    p = start(out, "rename")
+    assert p.wait(60) == -signal.SIGKILL
+    assert list((out/"checkpoints").glob(".step_*")) and last_checkpoint(out).name == "step_00000010"
+    run(out, resume=True, workers=2)
+    same_run(whole[0], out)
+    assert not list((out/"checkpoints").glob(".step_*"))
+
+
+def test_full_disk_for_real(tmp_path):
+    out = tmp_path/"run"
+    p = start(out, "full")
+    text = p.communicate(timeout=60)[0]
+    assert p.returncode == 1 and text.count("cannot write") == 1 and "step_00000015/model.safetensors" in text and "MB free" in text and "File too large" in text
+    assert last_checkpoint(out).name == "step_00000010" and not list((out/"checkpoints").glob(".step_*"))
+    assert run(out, toy(width=32), resume=True)["steps"] == 24
+
+
+def full_disk(fail_at):
+    "An `os.replace` that fails where the destination's name holds `fail_at`."
+    replace = os.replace
+    def f(src, dst):
+        if fail_at in str(dst): raise OSError(errno.ENOSPC, "No space left on device")
+        replace(src, dst)
+    return f
+
+
+@pytest.mark.parametrize("fail_at", ["step_00000010", "last.json"])
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, fail_at):
+    for step in (5, 10):
+        if step == 10: monkeypatch.setattr(os, "replace", full_disk(fail_at))
+        try: save_checkpoint(tmp_path/"run"/"checkpoints", step, {"state.pt": b"x"*step})
+        except OSError as e: message = str(e)
+    monkeypatch.undo()
+    assert fail_at in message and "MB free" in message and "No space left" in message
+    assert (last_checkpoint(tmp_path/"run")/"state.pt").read_bytes() == b"x"*5
+    save_checkpoint(tmp_path/"run"/"checkpoints", 10, {"state.pt": b"x"*10})
+    assert sorted(p.name for p in (tmp_path/"run"/"checkpoints").iterdir()) == ["last.json", "step_00000010"]
+
+
+def test_finished_run_is_not_trained_again(whole, tmp_path):
+    out, result, model = whole
+    again = toy()
+    assert run(out, again, resume=True) == result
+    same(dict(model.state_dict()), dict(again.state_dict()))
+    with pytest.raises(FileExistsError, match="finished run"): run(out)
+
+
+def test_resume_of_an_empty_folder_starts_at_zero(tmp_path):
+    assert run(tmp_path/"run", recipe=RECIPE.replace(iterations=2), resume=True)["steps"] == 2
+
+
+def test_resume_with_another_recipe_names_the_fields(whole):
+    with pytest.raises(ValueError, match=r"recipe.lr is 0.02 there and 0.5 now; seed is 0 there and 1 now"):
+        run(whole[0], recipe=RECIPE.replace(lr=0.5), resume=True, seed=1)
+    with pytest.raises(ValueError, match=r"model.parameters is .* there and .* now"): run(whole[0], toy(width=8), resume=True)
+
+
+# refusals
+
+def test_nan_names_step_rate_and_files(tmp_path):
+    model = toy(hook=lambda n: n == 7 and model.net[3].weight.data.fill_(float("nan")))
+    with pytest.raises(FloatingPointError) as e: run(tmp_path/"run", model)
+    names = [f"train/{i:03}.png" for _, i in step_keys(22, 4, 0, 7)]
+    assert all(n in str(e.value) for n in names) and f"step 8 (lr {lr_at(RECIPE, 7):.3g})" in str(e.value) and "loss is nan" in str(e.value)
+    assert last_checkpoint(tmp_path/"run").name == "step_00000005" and "step_00000005 is untouched" in str(e.value)
+    assert run(tmp_path/"run", resume=True)["steps"] == 24
+
+
+def test_a_checkpoint_with_nan_is_not_written(tmp_path):
+    model = toy(hook=lambda n: n == 5 and model.net[3].weight.register_hook(lambda g: g*float("nan")))
+    with pytest.raises(FloatingPointError, match="not finite after step 5"): run(tmp_path/"run", model, recipe=RECIPE.replace(clip=0.0))
+    assert last_checkpoint(tmp_path/"run") is None
+
+
+def test_same_process_is_refused_too(tmp_path):
+    with train.run_lock(tmp_path), pytest.raises(RuntimeError, match="already being written by this process"):
+        run(tmp_path)
+
+
+def test_wrong_classes(tmp_path):
+    with pytest.raises(ValueError, match="model has 4 classes, the training set 3"): run(tmp_path/"run", Toy(4))
+    other = Discs(5, "val")
+    other.classes = ["ground", "blue", "red"]
+    with pytest.raises(ValueError, match="validation set has the classes"): run(tmp_path/"run", val=other)
+    assert not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("bad", [dict(seed=-1), dict(accumulate=0), dict(eval_every=-1), dict(accumulate=3)])
+def test_bad_arguments(tmp_path, bad):
+    with pytest.raises(ValueError): run(tmp_path/"run", **bad)
+
+
+def test_log_is_quiet_unless_asked(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.INFO, "segkern"): run(tmp_path/"run", recipe=RECIPE.replace(iterations=3))
+    text = capfd.readouterr()
+    assert text.out == "" and text.err == "" and "step 3/3" in caplog.text and "model.preprocess" not in caplog.text
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    one = run(tmp_path/"one", toy(norm=False), RECIPE.replace(bn_eps=1e-5, clip=0.0, ema=0.0))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE/"train_toy.py"), str(tmp_path/"two"), "--mode", "ddp"]
+    subprocess.run(command, env=env, check=True, timeout=120, capture_output=True)
+    two = json.loads((tmp_path/"two"/"results.json").read_text())
+    a, b = read(tmp_path/"one"/one["last"]), read(tmp_path/"two"/two["last"])
+    for k in a: assert_close(k, a[k], b[k], 1e-3)
