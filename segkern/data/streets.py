@@ -37,7 +37,11 @@ class Dice:
     def chance(self, p): return self.u() < p
     def below(self, n): return int(self.u()*n)
     def pick(self, seq): return seq[self.below(len(seq))]
-    def tint(self, rgb, by): return tuple(min(255, max(0, int(c + d))) for c, d in zip(rgb, [self.span(-by, by)]*3))
+
+    def tint(self, rgb, by):
+        "A colour made lighter or darker by up to `by`; `develop` clips it to bytes."
+        k = int(self.span(-by, by))
+        return rgb[0] + k, rgb[1] + k, rgb[2] + k
 
     def noise(self, *shape):
         "An array of random bytes."
@@ -249,13 +253,14 @@ def stand(sc, stamp, base, left, right, bottom, top):
     if j0 >= j1: return
     row = ((np.arange(j0, j1)[:, None] + .5 - y1)*(th/(y0 - y1))).astype(np.int32)
     px = stamp[np.minimum(np.maximum(row, 0), th - 1), (s*tw).astype(np.int32)]
-    show = (px > 0) & (sc.front[i0:i1] > min(zl, zr))
-    if zl != zr: show &= (row >= 0) & (row < th)
-    np.copyto(sc.buf[j0:j1, i0:i1], BYTE[px] + np.uint32(base + (sc.fog(zl) << 24)), where=show)
+    shown = px > 0
+    if (hidden := sc.front[i0:i1] <= min(zl, zr)).any(): shown &= ~hidden
+    if zl != zr: shown &= (row >= 0) & (row < th)
+    np.copyto(sc.buf[j0:j1, i0:i1], BYTE[px] + np.uint32(base + (sc.fog(zl) << 24)), where=shown)
 
 def shadow(sc, X, Z, wide, deep):
     "Darken an ellipse on the ground."
-    if Z - deep < 1.5: return
+    if Z - deep < 1.5 or Z > 40: return
     x0, x1, y0, y1 = sc.x(X - wide, Z), sc.x(X + wide, Z), sc.y(0, Z + deep), sc.y(0, Z - deep)
     i0, i1, j0, j1 = max(int(x0), 0), min(int(x1) + 1, sc.w), max(int(y0), 0), min(int(y1) + 1, sc.h)
     if i0 >= i1 or j0 >= j1: return
@@ -284,8 +289,8 @@ def draw_sky(sc, mood):
     "Gradient and clouds above the horizon, and a far skyline of trees and roofs."
     d, (high, low, _, cover, _) = sc.dice, mood
     n = min(math.ceil(sc.horizon), sc.h)
-    grades = [[(h*(15 - g) + q*g)//15 for h, q in zip(high, low)] for g in range(16)]
-    base = sc.paint([tuple((c*(7 - k) + (248*2 + q)//3*k)//7 for c, q in zip(rgb, low)) for rgb in grades for k in range(8)], SKY) + 1
+    g, k, high, low = np.arange(16)[:, None, None], np.arange(8)[:, None], np.array(high), np.array(low)
+    base = sc.paint((((high*(15 - g) + low*g)//15*(7 - k) + (496 + low)//3*k)//7).reshape(-1, 3).tolist(), SKY) + 1
     up = (n - np.arange(n))/n
     v = (d.below(256) + 60/(up + .12)).astype(np.int64) & 255
     u = (d.below(256) + (np.arange(sc.w) - sc.vanish)*(1/sc.w)*(70/(up + .25))[:, None]).astype(np.int64) & 255
@@ -389,30 +394,25 @@ def draw_walls(sc, walls, layers=("tall", "near")):
 
 def _columns(sc, p, k, cols, z, s, top):
     "Draw one wall per column: rows `k` of the wall table at distance `z`, fraction `s` along, up to `top`."
-    height, roof, gable, bay, floor, up, ground, base, light = p[4:, k]
-    y1, y0 = sc.horizon - sc.f*(top - sc.eye)/z, sc.horizon + sc.f*sc.eye/z
-    j0, j1 = max(int(y1.min()), 0), min(int(y0.max()) + 1, sc.h)
-    if j0 >= j1: return
+    height, _, gable, bay, floor, up, ground, base, light = p[4:, k]
+    j1 = np.clip(np.ceil(sc.horizon - .5 - sc.f*(top - sc.eye)/z), 0, sc.h).astype(np.int64)
+    n = np.clip(np.ceil(sc.horizon - .5 + sc.f*sc.eye/z).astype(np.int64), j1, sc.h) - j1
+    c = np.repeat(np.arange(len(cols)), n)
+    row = np.arange(len(c)) - np.repeat(np.cumsum(n) - n - j1, n)
+    per = 32/floor
+    level = (((sc.eye + (sc.horizon - .5)*z/sc.f)*per)[c] - row*(z/sc.f*per)[c]).astype(np.int32)
     length = np.sqrt((p[2] - p[0])**2 + (p[3] - p[1])**2)[k]
     along = s*np.maximum((length/bay + .5).astype(np.int64), 1)
-    Y = (sc.eye - (np.arange(j0, j1)[:, None] + .5 - sc.horizon)*(z/sc.f)).astype(np.float32)
-    inside = (Y >= 0) & (Y < top.astype(np.float32))
-    level = np.maximum(Y, 0)*(32/floor).astype(np.float32)
-    level = level.astype(np.int32)
-    upper, v = level >> 5, level & 31
-    u = (along*32).astype(np.int32) & 31
-    px = tiles().ravel()[np.where(upper > 0, (up*1024).astype(np.int32), (ground*1024).astype(np.int32)) + (v << 5) + u]
-    eaves = np.where(gable > 0, 1e9, height).astype(np.float32)
-    px[Y >= eaves] = 5
-    inside &= px != 15
-    flat = np.flatnonzero(inside)
-    at = flat//len(cols)*sc.w + (j0*sc.w + cols)[flat % len(cols)]
-    px, col = px.ravel()[flat], flat % len(cols)
-    room = sheet_of_noise()[5][(upper.ravel()[flat]*57 + (along.astype(np.int32)*101 + k*31)[col]) & 255]
-    rough = sheet_of_noise().ravel()[(level.ravel()[flat]*5 & 255)*256 + ((along*160).astype(np.int32)[col] & 255)]
-    fog = (200*(1 - 1/(1 + z/sc.visibility)**2)).astype(np.int64)
-    shade = np.where(px == 2, room >> 1, rough >> 3)
-    sc.buf.ravel()[at] = (base.astype(np.int64) + (light.astype(np.int64) << 16) + (fog << 24)).astype(np.uint32)[col] + px + (shade.astype(np.uint32) << 16)
+    u, story = (along*32).astype(np.int32) & 31, level >> 5
+    px = tiles().ravel()[np.where(story > 0, (up.astype(np.int32)*1024 + u)[c], (ground.astype(np.int32)*1024 + u)[c]) + ((level & 31) << 5)]
+    px[level > np.where(gable > 0, 1e6, height*per + .001).astype(np.int32)[c]] = 5
+    noise = sheet_of_noise()
+    room = noise[5][(story*57 + (along.astype(np.int32)*101 + k.astype(np.int32)*31)[c]) & 255]
+    rough = noise.ravel()[((level*5 & 255) << 8) + ((along*160).astype(np.int32) & 255)[c]]
+    fog = (200*(1 - 1/(1 + z/sc.visibility)**2)).astype(np.uint32)
+    value = (base.astype(np.uint32) + (light.astype(np.uint32) << 16) + (fog << 24))[c] + px + (np.where(px == 2, room >> 1, rough >> 3).astype(np.uint32) << 16)
+    at, solid = row*sc.w + cols[c], px != 15
+    sc.buf.ravel()[at[solid]] = value[solid]
 
 # %% ../../nbs/51_data.streets.ipynb #92a69d65
 class Plan:
@@ -438,7 +438,7 @@ def house_walls(sc, plan, side):
     d, rows, z, tall = sc.dice, [], .7, sc.dice.span(4, 14)
     back = plan.half + plan.pave[side] + dict(houses=0, yards=d.span(2, 5), park=d.span(9, 16))[plan.kind[side]]
     gap = plan.side_street[side]
-    while z < 150:
+    while z < 115:
         n, bay, floor = d.span(6, 20), d.span(2.2, 4), d.span(2.8, 3.6)
         if gap and z < gap[1] and z + n > gap[0]:
             n = gap[0] - z
@@ -602,18 +602,26 @@ def things(sc, plan):
 def develop(sc, mood):
     "Picture [3, h, w] and mask [h, w] of a finished scene, uint8."
     d, (_, low, light, *_) = sc.dice, mood
-    gain = [g*d.span(.9, 1.08) for g in light]
-    colours = (np.array(sc.colours, np.float32)*(np.array(gain, np.float32)/128)).clip(0, 255).astype(np.uint16).T
-    n_sky = 128
-    colours[:, :n_sky] = np.array(sc.colours[:n_sky], np.uint16).T
-    c = np.minimum(np.stack([np.take(t, sc.mat) for t in colours])*sc.shade >> 7, 255)
-    c = (c*(256 - sc.haze.astype(np.uint16)) + np.array(low, np.uint16)[:, None, None]*sc.haze) >> 8
-    if sc.w > 2: c[:, :, 1:-1] = (c[:, :, :-2] + 2*c[:, :, 1:-1] + c[:, :, 2:] + 2) >> 2
-    if sc.h > 2: c[:, 1:-1] = (c[:, :-2] + 2*c[:, 1:-1] + c[:, 2:] + 2) >> 2
+    gain = np.array([g*d.span(.9, 1.08)/128 for g in light], np.float32)
+    colours = np.array(sc.colours, np.float32)
+    colours[128:] *= gain
+    colours = np.ascontiguousarray(colours.clip(0, 255).astype(np.uint16).T)
+    mat, shade, haze = (np.ascontiguousarray(v, np.uint16) for v in (sc.mat, sc.shade, sc.haze))
+    c = np.stack([t[mat] for t in colours])
+    c *= shade
+    c >>= 7
+    np.minimum(c, 255, out=c)
+    c *= 256 - haze
+    c += np.array(low, np.uint16)[:, None, None]*haze
+    c >>= 8
+    if sc.w > 2: c[:, :, 1:-1] = (c[:, :, :-2] + (c[:, :, 1:-1] << 1) + c[:, :, 2:] + 2) >> 2
+    if sc.h > 2: c[:, 1:-1] = (c[:, :-2] + (c[:, 1:-1] << 1) + c[:, 2:] + 2) >> 2
     amp = d.pick((3, 7, 7, 15))
-    c += d.noise(3, sc.h, sc.w) & amp
-    image = (np.clip(c, amp//2, 255 + amp//2) - amp//2).astype(np.uint8)
-    mask = np.take(np.array(sc.labels, np.uint8), sc.mat)
+    c += d.noise(3, sc.h, sc.w) & np.uint8(amp)
+    np.clip(c, amp//2, 255 + amp//2, out=c)
+    c -= amp//2
+    image = c.astype(np.uint8)
+    mask = np.array(sc.labels, np.uint8)[mat]
     rim = np.zeros(mask.shape, bool)
     rim[:, 1:] = mask[:, 1:] != mask[:, :-1]
     rim[1:] |= mask[1:] != mask[:-1]
@@ -673,8 +681,8 @@ def _stroke(runs, d):
         fits = [r for r in by_row[y] if r[0] <= x + 1 and x - 1 < r[1]]
         if not fits: break
         a, b = max(fits, key=lambda r: r[1] - r[0])
-        t = min(.8, max(.2, t + d.span(-.06, .06)))
-        new = min(b - 1, max(a, x + max(-2, min(2, a + int(t*(b - a)) - x))))
+        if d.chance(.06): t = d.span(.25, .75)
+        new = min(b - 1, max(a, x + max(-1, min(1, a + int(t*(b - a)) - x))))
         out.append((y, max(a, min(x, new)), min(b, max(x, new) + 1)))
         x, y = new, y + 1
     return out
@@ -731,7 +739,7 @@ class Streets(SegDataset):
     def image(self, i): return torch.from_numpy(self.draw(i)[0])
     def target(self, i): return self[i][1]
 
-    def _weak(self, mask, i, kind): return weak_labels(mask, kind, self.seed, SPLITS[self.split][0], i, 7, smallest=max(12, mask.size//4000))
+    def _weak(self, mask, i, kind): return weak_labels(mask, kind, self.seed, SPLITS[self.split][0], i, 7, smallest=max(16, mask.size//1500))
 
     def scribbles(self, i)->torch.Tensor: # uint8 [h, w]
         "The target as thin strokes inside the regions, void elsewhere."
