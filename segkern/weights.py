@@ -186,8 +186,9 @@ def load_official(
 def _assign(model, state, rules, name):
     "Match tensors to names. Returns the new state, the report, and what does not fit (or None)."
     ours, new, loaded, ignored, unknown, shapes, filled = model.state_dict(), {}, [], [], [], [], {}
+    rename = getattr(model, "rename", lambda key: key) # inner names of blocks, the same everywhere in an official network
     for key, value in state.items():
-        target, why = map_key(key, rules)
+        target, why = map_key(rename(key), rules)
         if target is None and why: ignored.append((key, why, value.numel(), value.is_floating_point() and not key.endswith(_BUFFERS)))
         elif target in filled: unknown.append(f"{key} (its place '{target}' is taken by {filled[target]})")
         elif target in ours:
