@@ -14,9 +14,14 @@ from pathlib import Path
 DATASETS = dict(
     streets=("streets", "Streets", False, "train val test", "generated road scenes, CamVid's classes"),
     camvid=("camvid", "CamVid", True, "train val trainval test", "CamVid, 11 classes, both layouts, order=segnet|sanet"),
+    cityscapes=("cityscapes", "Cityscapes", True, "train val trainval test", "Cityscapes, 19 classes, annotation=fine|coarse"),
+    gtav=("gtav", "GTAV", True, "train val trainval test", "GTA V, classes=19|35"),
+    folder=("folder", "Folder", True, "train val trainval test all", "your own pictures and masks"),
 )
 
-_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", TrainTransform="transforms", EvalTransform="transforms")
+_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", Folder="folder", TrainTransform="transforms",
+             EvalTransform="transforms", check="checks", make="checks", Report="checks", weights_from_counts="checks", to_label_ids="cityscapes", save_submission="cityscapes",
+             colourise="cityscapes", weak_labels="streets")
 
 def __getattr__(name):
     "A public name, looked up in the module that holds it."

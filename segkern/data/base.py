@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'read_image', 'read_ids', 'lookup', 'read_colours', 'stored_as_colour', 'SegDataset', 'need_root',
-           'list_images', 'pair', 'read_list']
+           'list_images', 'unpaired', 'pair', 'read_list']
 
 # %% ../../nbs/50a_data.base.ipynb #9e592dd8
-import warnings
+import contextlib, contextvars, warnings
 from pathlib import Path
 
 import numpy as np
@@ -168,23 +168,31 @@ def list_images(
     it = folder.rglob("*") if deep else folder.iterdir()
     return sorted(p for p in it if p.suffix.lower() in IMAGES and not p.name.startswith("."))
 
+_tolerant = contextvars.ContextVar("tolerant", default=False)
+
+@contextlib.contextmanager
+def unpaired():
+    "Inside this block `pair` passes over missing masks; `check` reports them itself."
+    token = _tolerant.set(True)
+    try: yield
+    finally: _tolerant.reset(token)
+
 def pair(
     name:str, # dataset, for the message
     images:list, # picture paths
     mask_of, # picture path -> mask path
-    missing:str="error", # "error" | "none": what a missing mask becomes
-)->list: # (image, mask or None)
-    "Pictures with their masks; the error lists what is missing."
+)->list: # (image, mask)
+    "Pictures with their masks; the error says how many are missing."
     files = [(p, Path(mask_of(p))) for p in images]
     gone = [m for _, m in files if not m.is_file()]
-    if gone and missing == "error":
-        raise FileNotFoundError(f"{name}: {len(gone)} of {len(files)} images have no mask, the first is {gone[0]}. `segkern data check` lists them all")
-    return [(p, m if m.is_file() else None) for p, m in files]
+    if gone and not _tolerant.get():
+        raise FileNotFoundError(f"{name}: {len(gone)} of {len(files)} images have no mask, the first missing is {gone[0]}. `segkern data check` lists them all")
+    return files
 
 def read_list(
     path:str|Path, # text file, a sample per line: an image path, or image and mask separated by a tab or blanks
     root:Path, # what relative paths start from
-)->list: # (image path, mask path or None) as written, without a check that they exist
+)->list: # (image path, mask path or None)
     "The samples that a list file names."
     if not Path(path).is_file(): raise FileNotFoundError(f"the list file {path} does not exist")
     rows = []
@@ -194,12 +202,12 @@ def read_list(
         if len(parts) > 2: raise ValueError(f"{path}, line {n}: expected an image and a mask, got {len(parts)} words; separate paths with blanks in them by a tab")
         rows.append(tuple(_locate(root, p) for p in parts) + (None,)*(2 - len(parts)))
     if not rows: raise ValueError(f"the list file {path} names no image")
+    gone = [i for i, _ in rows if not i.is_file()]
+    if gone and not _tolerant.get(): raise FileNotFoundError(f"{len(gone)} of {len(rows)} images in {path} do not exist, the first is {gone[0]}")
     return rows
 
 def _locate(root, text):
-    "A path of a list file below `root`; SegNet's lists begin with '/SegNet/CamVid', which is not on your machine."
+    "A path of a list file below `root`, as jpg or png. SegNet's lists begin with '/SegNet/CamVid', which is on no other machine."
     path = Path(text)
-    if path.is_absolute() and not path.is_file():
-        for k in range(1, len(path.parts)):
-            if (root/Path(*path.parts[k:])).is_file(): return root/Path(*path.parts[k:])
-    return path if path.is_absolute() else root/path
+    tries = [path if path.is_absolute() else root/path] + [root/Path(*path.parts[k:]) for k in range(1, len(path.parts)) if path.is_absolute()]
+    return next((q for p in tries for q in (p, p.with_suffix(".jpg"), p.with_suffix(".png")) if q.is_file()), tries[0])

@@ -21,26 +21,19 @@ def camvid_files(
     root:Path, # dataset folder
     split:str, # "train" | "val" | "trainval" | "test"
     list:str|Path|None=None, # list file instead of the split's own
-    missing:str="error", # as in `pair`
 )->list: # (image, mask) paths
     "The files of a split, from a list file or from the folders."
     name = Path(list) if list else root/f"{split}.txt"
     if list or name.is_file():
-        rows = [(_any_ending(i), _any_ending(m) if m else _mask_of(root, _any_ending(i))) for i, m in read_list(name, root)]
-        for i, _ in rows:
-            if not i.is_file(): raise FileNotFoundError(f"camvid: {name} names {i}, which does not exist")
+        rows = [(i, m or _mask_of(root, i)) for i, m in read_list(name, root)]
         masks = dict(rows)
-        return pair("camvid", [i for i, _ in rows], masks.get, missing)
-    if split == "trainval": return camvid_files(root, "train", missing=missing) + camvid_files(root, "val", missing=missing)
+        return pair("camvid", [i for i, _ in rows], masks.get)
+    if split == "trainval": return camvid_files(root, "train") + camvid_files(root, "val")
     folder = next((f for f in (root/split, root/"images"/split) if f.is_dir()), None)
     if folder is None:
         have = sorted(p.name for p in root.iterdir())[:12]
         raise FileNotFoundError(f"camvid: {root} has neither {split}.txt nor a folder {split}/; it should hold {LAYOUT}. It holds {have}")
-    return pair("camvid", list_images(folder), lambda p: _mask_of(root, p), missing)
-
-def _any_ending(path):
-    "A listed path, or the same picture stored as jpg or png."
-    return next((p for p in (path, path.with_suffix(".jpg"), path.with_suffix(".png")) if p.is_file()), path)
+    return pair("camvid", list_images(folder), lambda p: _mask_of(root, p))
 
 def _mask_of(root, image):
     "Where the mask of a picture lies: the first place that has it, else the place of the layout at hand."
