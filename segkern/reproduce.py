@@ -597,8 +597,8 @@ def _run_all(todo, slots, resume, guess, write):
         try:
             while waiting or running:
                 while waiting and len(running) < slots:
+                    waiting[0].start()
                     running.append(waiting.pop(0))
-                    running[-1].start()
                 time.sleep(0.1)
                 for job in [j for j in running if j.poll()]:
                     running.remove(job)
