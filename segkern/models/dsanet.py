@@ -64,6 +64,8 @@ class Downsample(nn.Module):
 # %% ../../nbs/30b_models.dsanet.ipynb #33a4612d
 class DualAttention(nn.Module):
     "Spatial attention plus the picture's average, each through a 1×1 block."
+    literal = False # also run the 1×1 convolution whose result the official code drops, so that its cost is counted
+
     def __init__(self,
         c:int, # channels
     ):
@@ -74,6 +76,7 @@ class DualAttention(nn.Module):
 
     def forward(self, x): # [b, c, h, w] -> the same
         o = self.pre(x)
+        if self.literal: self.d4.conv(o)
         s = x + self.conv(o + (self.d2(o)*self.d3(o)).softmax(1)*self.d4(o))
         return self.spatial(s) + self.channel(x.mean((2, 3), keepdim=True).expand_as(x))
 
