@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
@@ -143,7 +143,7 @@ def _to_image(image):
         except OSError as e: raise ValueError(f"{what} cannot be decoded: {e}") from e
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[-1] != 3: raise ValueError(f"an array must be [h, w, 3] RGB, got {image.shape}")
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if not torch.is_tensor(image): raise ValueError(f"segment takes a path, PIL image, array or tensor, got {what}")
     if image.dtype != torch.uint8: raise ValueError(f"segment wants uint8 RGB in 0..255, got {image.dtype}; normalised input goes to model.predict")
     if image.ndim not in (3, 4) or image.shape[-3] != 3: raise ValueError(f"a tensor must be [3, h, w] or [b, 3, h, w], got {tuple(image.shape)}")
@@ -258,23 +258,26 @@ def evaluate(
     return {**confusion.result(miou), **facts}
 
 # %% ../nbs/62_infer.ipynb #19767d90
-class _Uses(TorchDispatchMode):
-    "Counts how often each tensor is read by an operation; keeps all of them alive, so that identities stay unique."
+_METADATA = {"__get__", "__len__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"} # these look at no value
+
+class _Uses(TorchFunctionMode):
+    "Counts how often each tensor is read; keeps all of them alive, so that identities stay unique."
     def __init__(self):
         super().__init__()
         self.count, self.held = Counter(), []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for t in tree_leaves((args, kwargs)):
-            if torch.is_tensor(t): self.see(t)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in _METADATA or any(torch.is_tensor(t) for t in tree_leaves(out)): self.see((args, kwargs))
         self.held.append(out)
         return out
 
-    def see(self, t):
-        "One more reader of `t`."
-        self.count[id(t)] += 1
-        self.held.append(t)
+    def see(self, tree):
+        "One more reader of all tensors in `tree`."
+        for t in tree_leaves(tree):
+            if not torch.is_tensor(t): continue
+            self.count[id(t)] += 1
+            self.held.append(t)
 
 # %% ../nbs/62_infer.ipynb #df877fb8
 def _is_conv(m): return isinstance(m, nn.Conv2d) and type(m).forward is nn.Conv2d.forward and m.padding_mode == "zeros"
@@ -294,7 +297,7 @@ def _watch(net, size):
     try:
         with evaluating(net), uses:
             out = net(torch.ones(1, 3, *legal_size(net, size), device=p.device, dtype=p.dtype))
-            for t in tree_leaves(out): uses.see(t)
+            uses.see(out)
     finally:
         for h in hooks: h.remove()
     return calls, uses
