@@ -20,7 +20,8 @@ def _ids(
 )->torch.Tensor: # flat int64
     "Labels as a flat int64 tensor; anything but integers is refused."
     t = torch.as_tensor(t)
-    if t.is_floating_point() or t.is_complex(): raise ValueError(f"{name} must hold integer class ids, got {t.dtype}; take the argmax of logits first")
+    if t.is_floating_point() or t.is_complex():
+        raise ValueError(f"{name} must hold integer class ids, got {t.dtype}; take the argmax of logits first")
     return t.reshape(-1).to(torch.int64)
 
 # %% ../nbs/60_metrics.ipynb #82a90a41
@@ -64,7 +65,8 @@ class Confusion:
         low, high = (int(v) for v in t.aminmax())
         if low >= 0 and high < self.num_classes: return
         bad = low if low < 0 else high
-        raise ValueError(f"{name} holds the id {bad}; expected 0 to {self.num_classes - 1}" + f" or {self.ignore_index} (void)"*(name == "target"))
+        void = f" or {self.ignore_index} (void)" if name == "target" else ""
+        raise ValueError(f"{name} holds the id {bad}; expected 0 to {self.num_classes - 1}{void}")
 
     def __add__(self,
         other:"Confusion", # counts of another process or part

@@ -110,7 +110,8 @@ def batches(
 )->DataLoader: # (indices [b], images [b, 3, h, w], targets [b, h, w]), to the end of the run
     "All batches from a step to the end."
     steps = Steps(len(train_set), recipe, seed, start, rank, world, accumulate)
-    return DataLoader(Samples(train_set, transform, seed), batch_sampler=steps, num_workers=workers, pin_memory=pin, generator=torch.Generator())
+    data = Samples(train_set, transform, seed)
+    return DataLoader(data, batch_sampler=steps, num_workers=workers, pin_memory=pin, generator=torch.Generator())
 
 # %% ../nbs/61_train.ipynb #033f6645
 def optimizer_for(
@@ -172,7 +173,8 @@ def adopt(
     if k != len(classes): raise ValueError(f"the model has {k} classes, the training set {len(classes)}: {', '.join(classes)}")
     if val_set is not None and list(val_set.classes) != classes:
         raise ValueError(f"the validation set has the classes {list(val_set.classes)}, the training set {classes}")
-    new = dict(preprocess=recipe.preprocess, dataset=train_set.name, classes=classes, palette=[list(map(int, c)) for c in train_set.palette])
+    palette = [list(map(int, c)) for c in train_set.palette]
+    new = dict(preprocess=recipe.preprocess, dataset=train_set.name, classes=classes, palette=palette)
     for field, value in new.items():
         old = getattr(model, field, None)
         if old is not None and old != value: logger.info("training sets model.%s from %s to %s", field, old, value)
@@ -242,6 +244,7 @@ def weights_bytes(
     from safetensors.torch import save
     from segkern import __version__
     facts = {k: getattr(model, k, None) for k in ("name", "num_classes", "dataset", "classes", "palette")}
+    facts |= dict(format="segkern", model=facts["name"], options={"act": model.act} if getattr(model, "act", None) else {}) # what `load` reads
     if isinstance(p := getattr(model, "preprocess", None), Preprocess): facts["preprocess"] = p.to_dict()
     facts = {**facts, "source": "segkern.train", "version": __version__, **more}
     text = {k: json.dumps(v) for k, v in facts.items() if v is not None}
@@ -251,7 +254,7 @@ def weights_bytes(
 def save_checkpoint(
     folder:str|Path, # `checkpoints/` of a run
     step:int,
-    files:dict, # file name -> bytes
+    files:dict, # file name -> content, as bytes
 )->Path: # the new checkpoint
     "Write a checkpoint, point `last.json` to it, remove older ones."
     folder = Path(folder)
@@ -331,8 +334,9 @@ def run_config(
 )->dict: # ready for JSON
     "What decides the course of a run, as it stands in `config.json`."
     size = sum(p.numel() for p in model.parameters())
-    return dict(model=dict(name=getattr(model, "name", type(model).__name__), num_classes=model.num_classes, parameters=size),
-                recipe=recipe.to_dict(), data=dict(name=train_set.name, split=train_set.split, images=len(train_set)), seed=seed, accumulate=accumulate)
+    net = dict(name=getattr(model, "name", type(model).__name__), num_classes=model.num_classes, parameters=size)
+    data = dict(name=train_set.name, split=train_set.split, images=len(train_set))
+    return dict(model=net, recipe=recipe.to_dict(), data=data, seed=seed, accumulate=accumulate)
 
 # %% ../nbs/61_train.ipynb #324f6688
 def _differences(there, now, prefix=""):
@@ -393,18 +397,21 @@ def accelerator_for(
 ):
     "The `Accelerator` of a run."
     from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import patch_environment
     from datetime import timedelta
-    if tracker and not any(importlib.util.find_spec(name) for name in {"tensorboard": ("tensorboard", "tensorboardX")}.get(tracker, (tracker,))):
+    packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+    if tracker and not any(map(importlib.util.find_spec, packages)):
         raise ImportError(f"tracker='{tracker}' needs the package {tracker}: pip install {tracker}")
-    device, launched, held = pick_device(device), "LOCAL_RANK" in os.environ, AcceleratorState._shared_state
+    device, launched = pick_device(device), "LOCAL_RANK" in os.environ
+    held = {**PartialState._shared_state, **AcceleratorState._shared_state}
     # accelerate keeps one configuration per process and refuses a second one
-    if held and (held["_mixed_precision"] != recipe.mixed_precision or (not launched and held["device"] != device)):
+    if held and (held.get("_mixed_precision") != recipe.mixed_precision or (not launched and held["device"] != device)):
         AcceleratorState._reset_state(reset_partial_state=not launched)
     with patch_environment(**({} if launched else {"ACCELERATE_TORCH_DEVICE": device})):
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=recipe.mixed_precision, gradient_accumulation_steps=accumulate, log_with=tracker,
-                           project_dir=str(out) or None, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+        patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # the other processes wait while one evaluates
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=recipe.mixed_precision, gradient_accumulation_steps=accumulate,
+                           log_with=tracker, project_dir=str(out) or None, kwargs_handlers=[patient])
 
 # %% ../nbs/61_train.ipynb #fbac1484
 def forward_backward(
@@ -478,12 +485,13 @@ def save_run(
     if not acc.is_main_process: return
     for name, v in run.model.state_dict().items():
         if v.is_floating_point() and not torch.isfinite(v).all():
-            raise FloatingPointError(f"{name} is not finite after step {step} (lr {lr_at(run.recipe, step - 1):.3g}); the last checkpoint is untouched")
-    buffer = io.BytesIO()
-    torch.save(dict(state=run.state, optimizer=run.optimizer.state_dict(), random=states, scaler=acc.scaler.state_dict() if acc.scaler else None), buffer)
+            lr = lr_at(run.recipe, step - 1)
+            raise FloatingPointError(f"{name} is not finite after step {step} (lr {lr:.3g}); the last checkpoint is untouched")
+    buffer, scaler = io.BytesIO(), acc.scaler.state_dict() if acc.scaler else None
+    torch.save(dict(state=run.state, optimizer=run.optimizer.state_dict(), random=states, scaler=scaler), buffer)
     files = {"model.safetensors": weights_bytes(run.model, step=step)}
     if run.ema is not None: files["ema.safetensors"] = weights_bytes(run.ema, step=step)
-    save_checkpoint(run.out/"checkpoints", step, {**files, "state.pt": buffer.getvalue()})
+    save_checkpoint(run.out/"checkpoints", step, {**files, "state.pt": buffer.getbuffer()})
 
 # %% ../nbs/61_train.ipynb #c416c2bd
 def restore_run(
@@ -554,7 +562,8 @@ def _every(value, total, parts):
 def _surroundings(device, seed):
     "Random numbers of the run's own and cuDNN's autotuner; the caller's come back."
     cuda, tuned = device.type == "cuda", torch.backends.cudnn.benchmark
-    with seeded(seed), torch.random.fork_rng(devices=[device] if cuda else []):
+    chosen = torch.cuda.device(device) if cuda and device.index is not None else contextlib.nullcontext()
+    with chosen, seeded(seed), torch.random.fork_rng(devices=[device] if cuda else []):
         if cuda: torch.cuda.manual_seed(seed)
         torch.backends.cudnn.benchmark = True
         try: yield
@@ -644,8 +653,9 @@ def _validate(run, val_set, eval_args):
     if found is None: return None
     val = {k: found[k] for k in ("miou", "pixel_acc", "mean_acc", "iou")}
     _append(run.out, dict(step=run.state["step"], val=val))
-    logger.info("step %d  mIoU %.4f  (best %.4f at step %d)", run.state["step"], val["miou"] or 0.0, run.state["best"], run.state["best_step"])
-    run.accelerator.log({f"val/{k}": v for k, v in val.items() if isinstance(v, float)}, step=run.state["step"])
+    state = run.state
+    logger.info("step %d  mIoU %.4f  (best %.4f at step %d)", state["step"], val["miou"] or 0.0, state["best"], state["best_step"])
+    run.accelerator.log({f"val/{k}": v for k, v in val.items() if isinstance(v, float)}, step=state["step"])
     return val
 
 # %% ../nbs/61_train.ipynb #71b63337
@@ -684,12 +694,12 @@ def fit(
         acc.wait_for_everyone()
         if recipe.init == "kaiming" and checkpoint is None: kaiming_init(plain, seed)
         run = start_run(out, model, recipe, train_set, acc)
-        loader = batches(train_set, transform, recipe, seed, _step_of(checkpoint), workers, acc.process_index, acc.num_processes, accumulate,
-                         acc.device.type == "cuda")
+        loader = batches(train_set, transform, recipe, seed, _step_of(checkpoint), workers,
+                         acc.process_index, acc.num_processes, accumulate, acc.device.type == "cuda")
         if checkpoint is not None: restore_run(run, checkpoint)
         if acc.is_main_process and not done: _describe(run, config, seed)
         if tracker: acc.init_trackers("segkern", config={k: v for k, v in config["recipe"].items() if isinstance(v, (int, float, str))})
-        found = None if done else train_steps(run, loader, every, val_set, eval_args)
+        found = None if done else train_steps(run, loader, every, val_set, {"workers": workers, **(eval_args or {})})
         for t in acc.trackers: t.finish()
         if run.ema is not None: run.model.load_state_dict(run.ema.state_dict())
         return json.loads((out/"results.json").read_text(encoding="utf-8")) if done else _finish(run, found, seed)
@@ -711,8 +721,9 @@ def _finish(run, found, seed):
     state, acc = run.state, run.accelerator
     speed = state["step"]*run.recipe.batch/max(state["seconds"], 1e-9)
     best = "checkpoints/best.safetensors" if state["best"] is not None else None
+    last = run_weights(run.out, "last").relative_to(run.out).as_posix() if acc.is_main_process else None
     results = dict(steps=state["step"], miou=found and found["miou"], best_miou=state["best"], best_step=state["best_step"], val=found,
-                   miou_over=run.recipe.miou, protocol=run.recipe.protocol, seconds=round(state["seconds"], 2), images_per_s=round(speed, 2),
-                   seed=seed, best=best, last=run_weights(run.out, "last").relative_to(run.out).as_posix() if acc.is_main_process else None)
+                   miou_over=run.recipe.miou, protocol=run.recipe.protocol, seconds=round(state["seconds"], 2),
+                   images_per_s=round(speed, 2), seed=seed, best=best, last=last)
     if acc.is_main_process: write_json(run.out/"results.json", results)
     return results

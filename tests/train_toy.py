@@ -20,7 +20,8 @@ RECIPE = STREETS.replace(batch=4, iterations=24, lr=0.02, warmup=5, crop=(24, 32
 
 class Discs:
     "Small pictures of one disc, deterministic by index; the corner is void."
-    name, classes, palette, class_weights = "discs", ["ground", "red", "blue"], [[90, 90, 90], [200, 40, 40], [40, 40, 200]], [1.0, 2.0, 3.0]
+    name, classes, class_weights = "discs", ["ground", "red", "blue"], [1.0, 2.0, 3.0]
+    palette = [[90, 90, 90], [200, 40, 40], [40, 40, 200]]
 
     def __init__(self, n=22, split="train", void=False):
         self.n, self.split, self.void = n, split, void
@@ -33,7 +34,8 @@ class Discs:
         y, x = torch.meshgrid(torch.arange(24), torch.arange(32), indexing="ij")
         cy, cx, kind = (int(torch.randint(a, b, (), generator=g)) for a, b in ((6, 18), (6, 26), (1, 3)))
         target = torch.where((y - cy)**2 + (x - cx)**2 < 30, kind, 0).to(torch.uint8)
-        image = (torch.tensor(self.palette).T[:, target.long()] + torch.randint(-30, 30, (3, 24, 32), generator=g)).clamp(0, 255).to(torch.uint8)
+        image = torch.tensor(self.palette).T[:, target.long()] + torch.randint(-30, 30, (3, 24, 32), generator=g)
+        image = image.clamp(0, 255).to(torch.uint8)
         target[:3, :3] = IGNORE
         return image, torch.full_like(target, IGNORE) if self.void else target
 
@@ -66,7 +68,8 @@ class Toy(nn.Module):
         if target is None: return logits
         self.calls += 1
         if self.hook: self.hook(self.calls)
-        loss = F.cross_entropy(self.upsample(logits, target.shape[-2:]), target.long(), self.class_weights, ignore_index=IGNORE, reduction="sum")
+        full = self.upsample(logits, target.shape[-2:])
+        loss = F.cross_entropy(full, target.long(), self.class_weights, ignore_index=IGNORE, reduction="sum")
         loss = loss/(target != IGNORE).sum().clamp(min=1)
         return dict(loss=loss, half=loss.detach()/2)
 
@@ -88,8 +91,8 @@ def main():
     p.add_argument("--mode", choices=["slow", "rename", "full", "ddp"])
     a = p.parse_args()
     torch.set_num_threads(1)
-    if a.mode == "slow": # waits in step 13 until it is killed from outside
-        run(a.out, toy(hook=lambda n: n == 13 and ((a.out/"waiting").touch(), time.sleep(60))))
+    if a.mode == "slow": # waits in step 13 until it is killed from outside; its loader processes live on for a while
+        run(a.out, toy(hook=lambda n: n == 13 and ((a.out/"waiting").touch(), time.sleep(60))), workers=2)
     if a.mode == "rename": # dies between the temporary folder of the third checkpoint and its place
         replace = os.replace
         def deadly(src, dst):
