@@ -21,7 +21,7 @@ DATASETS = dict(
 
 _LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", Folder="folder", TrainTransform="transforms",
              EvalTransform="transforms", check="checks", make="checks", Report="checks", weights_from_counts="checks", to_label_ids="cityscapes", save_submission="cityscapes",
-             colourise="cityscapes", weak_labels="streets")
+             weak_labels="streets")
 
 def __getattr__(name):
     "A public name, looked up in the module that holds it."

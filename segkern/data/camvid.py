@@ -8,10 +8,8 @@ __all__ = ['LAYOUT', 'SPLITS', 'camvid_files', 'CamVid']
 # %% ../../nbs/52_data.camvid.ipynb #7fe42223
 from pathlib import Path
 
-import numpy as np
-
 from ..core import IGNORE, load_table
-from .base import SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list, stored_as_colour
+from .base import MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list, stored_as_colour
 
 # %% ../../nbs/52_data.camvid.ipynb #8c0682a7
 LAYOUT = "train/ and trainannot/ (360x480 masks of ids, likewise val and test), or images/ and labels/ (720x960 masks of colours) with train.txt, val.txt, test.txt"
@@ -32,7 +30,7 @@ def camvid_files(
     folder = next((f for f in (root/split, root/"images"/split) if f.is_dir()), None)
     if folder is None:
         have = sorted(p.name for p in root.iterdir())[:12]
-        raise FileNotFoundError(f"camvid: {root} has neither {split}.txt nor a folder {split}/; it should hold {LAYOUT}. It holds {have}")
+        raise MissingSplit(f"camvid: {root} has neither {split}.txt nor a folder {split}/; it should hold {LAYOUT}. It holds {have}")
     return pair("camvid", list_images(folder), lambda p: _mask_of(root, p))
 
 def _mask_of(root, image):

@@ -6,7 +6,7 @@
 __all__ = ['weights_from_counts', 'Report', 'check', 'make']
 
 # %% ../../nbs/55_data.checks.ipynb #b02641ad
-import json, math
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..core import IGNORE, Table, atomic_path, load_table, progress, write_json
 from . import DATASETS, open_dataset
+from .base import MissingSplit, lookup, read_ids, unpaired
 
 # %% ../../nbs/55_data.checks.ipynb #f64de649
 def weights_from_counts(
@@ -27,8 +28,9 @@ def weights_from_counts(
 class Report:
     "What `check` found. Shows itself as a table and a list."
     def __init__(self, name, root):
-        self.name, self.root, self.problems, self.splits = name, root, [], {}
-        self.classes, self.counts, self.void, self.sizes = [], None, 0, {}
+        self.name, self.root, self.classes, self.counts, self.void = name, root, [], None, 0
+        self.splits, self.sizes = {}, {} # split -> pictures, (height, width) -> pictures
+        self.problems, self.notes = [], [] # what stops a training, what is worth knowing
 
     @property
     def ok(self): return not self.problems
@@ -47,7 +49,8 @@ class Report:
         "The findings as lines of text."
         seen = ", ".join(f"{s} {n}" for s, n in self.splits.items()) or "none"
         sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in sorted(self.sizes.items(), key=lambda kv: -kv[1])[:4])
-        head = [f"{self.name} in {self.root}" if self.root else self.name, f"images: {seen}", f"sizes: {sizes}" + (" …" if len(self.sizes) > 4 else "") if sizes else "", f"void: {self.void:,} pixels" if self.void else ""]
+        head = [f"{self.name} in {self.root}" if self.root else self.name, f"images: {seen}", f"sizes: {sizes}" + (" …" if len(self.sizes) > 4 else "") if sizes else "",
+                f"void: {self.void:,} pixels" if self.void else "", *[f"note: {n}" for n in self.notes]]
         body = [f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}:", *[f"  {p}" for p in self.problems[:50]]] if self.problems else ["no problems"]
         return [*filter(None, head), *body, *([f"  … and {len(self.problems) - 50} more"] if len(self.problems) > 50 else [])]
 
@@ -69,17 +72,18 @@ def check(
     report = Report(name, root)
     wanted = [split] if split else [s for s in DATASETS[name][3].split() if s not in ("trainval", "all")]
     if "list" in kwargs: wanted = wanted[:1]
-    for s in wanted: _check_split(report, s, dict(kwargs), limit)
-    if not report.splits and not report.problems: report.problems.append("no split could be opened")
-    if report.counts is not None:
-        report.problems += [f"class {i} ({c}) has no pixel" for i, (c, n) in enumerate(zip(report.classes, report.counts)) if not n and not limit]
+    for s in wanted: _check_split(report, s, dict(kwargs), limit, optional=split is None)
+    if not report.splits and not report.problems: report.problems, report.notes = report.notes or ["no split could be opened"], []
+    if empty := [c for c, n in zip(report.classes, report.counts or []) if not n]: report.notes.append(f"no pixel of {', '.join(empty)}")
     return report
 
-def _check_split(report, split, kwargs, limit):
+def _check_split(report, split, kwargs, limit, optional):
     "Add one split to the report."
-    from segkern.data import base
     try:
-        with base.unpaired(): ds = open_dataset(report.name, report.root, split, **kwargs)
+        with unpaired(): ds = open_dataset(report.name, report.root, split, **kwargs)
+    except MissingSplit as e:
+        (report.notes if optional else report.problems).append(f"{split}: {e}")
+        return
     except (OSError, ValueError) as e:
         report.problems.append(f"{split}: {e}")
         return
@@ -91,18 +95,14 @@ def _check_split(report, split, kwargs, limit):
 def _check_sample(report, ds, i, split):
     "Add one picture and its mask to the report."
     image_path, mask_path = ds.files[i]
-    size, target = None, None
-    try:
-        image, target = (ds[i] if not Path(image_path).is_file() and mask_path is None else (ds.image(i), None))
-        size = tuple(image.shape[1:])
-        report.sizes[size] = report.sizes.get(size, 0) + 1
+    size = target = None
+    try: size = tuple(ds.image(i).shape[1:])
     except (OSError, ValueError) as e: report.problems.append(f"{split}: {e}")
-    if target is None and mask_path is not None:
-        if not Path(mask_path).is_file():
-            report.problems.append(f"{split}: {image_path} has no mask; expected {mask_path}")
-            return
-        try: target = ds.target(i)
-        except (OSError, ValueError) as e: report.problems.append(f"{split}: {e}")
+    else: report.sizes[size] = report.sizes.get(size, 0) + 1
+    try:
+        if mask_path is not None and not Path(mask_path).is_file(): raise FileNotFoundError(f"{image_path} has no mask; expected {mask_path}")
+        target = ds.target(i)
+    except (OSError, ValueError) as e: report.problems.append(f"{split}: {e}")
     if target is None: return
     if size and tuple(target.shape) != size: report.problems.append(f"{split}: {image_path} is {size} (height, width), but its mask {mask_path} is {tuple(target.shape)}")
     n = np.bincount(target.numpy().ravel(), minlength=256)
@@ -125,7 +125,6 @@ def make(
 
 def _make_train_ids(root):
     "Write *_labelTrainIds.png beside every *_labelIds.png."
-    from segkern.data.base import lookup, read_ids
     from segkern.data.cityscapes import id_table
     files = sorted(p for kind in ("gtFine", "gtCoarse") if (root/kind).is_dir() for p in (root/kind).rglob("*_labelIds.png"))
     if not files: raise FileNotFoundError(f"cityscapes: {root} holds no gtFine/ or gtCoarse/ with *_labelIds.png")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import IGNORE
-from .base import SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list, stored_as_colour
+from .base import MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list, stored_as_colour
 
 # %% ../../nbs/54_data.folder.ipynb #e51eee49
 LAYOUT = "images/ and masks/, or train/images/ and train/masks/ and so on, and classes.json"
@@ -79,10 +79,10 @@ class Folder(SegDataset):
             masks = {i: m or mask_beside(i) for i, m in rows}
             return pair("folder", [i for i, _ in rows], masks.get)
         if split == "all" and (root/"images").is_dir(): return pair("folder", list_images(root/"images"), mask_beside)
-        if split in ("trainval", "all"): return [f for s in (("train", "val", "test") if split == "all" else ("train", "val")) for f in Folder._files(root, s, None)]
+        if split in ("trainval", "all"): return [f for s in ("train", "val", "test")[:2 if split == "trainval" else 3] for f in Folder._files(root, s, None)]
         if (root/split/"images").is_dir(): return pair("folder", list_images(root/split/"images"), mask_beside)
         if (root/"images"/split).is_dir(): return pair("folder", list_images(root/"images"/split), lambda p: _with_ending(root/"masks"/split/p.name))
-        if not (root/"images").is_dir(): raise FileNotFoundError(f"folder: {root} holds neither images/ nor {split}/images/; it should hold {LAYOUT}")
+        if not (root/"images").is_dir(): raise MissingSplit(f"folder: {root} holds neither images/ nor {split}/images/; it should hold {LAYOUT}")
         return pair("folder", [p for p in list_images(root/"images") if hash_split(p.stem) == split], mask_beside)
 
     def _plain(self, path):
