@@ -56,6 +56,11 @@ def test_measure_counts_and_synchronises():
     with pytest.raises(ValueError): measure(print, repeats=0)
 
 
+def test_processor_time_does_not_count_sleep():
+    assert measure(lambda: time.sleep(0.05), warmup=0, repeats=3, clock="cpu").median < 0.04
+    with pytest.raises(ValueError, match="wall, cpu"): measure(print, clock="sun")
+
+
 def test_compare_takes_turns():
     log = []
     c = compare({"a": lambda: (log.append("a"), time.sleep(0.09)), "b": lambda: (log.append("b"), time.sleep(0.03))}, rounds=4, warmup=1)
