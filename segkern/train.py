@@ -240,13 +240,14 @@ def weights_bytes(
     model:nn.Module, # name, num_classes, classes, palette, preprocess
     **more, # further metadata, e.g. step=120
 )->bytes: # a safetensors file
-    "Weights with what is needed to rebuild the model."
+    "Weights with what `segkern.load` needs to rebuild the model."
     from safetensors.torch import save
     from segkern import __version__
-    facts = {k: getattr(model, k, None) for k in ("name", "num_classes", "dataset", "classes", "palette")}
-    facts |= dict(format="segkern", model=facts["name"], options={"act": model.act} if getattr(model, "act", None) else {}) # what `load` reads
+    facts = {k: getattr(model, k, None) for k in ("num_classes", "dataset", "classes", "palette")}
+    facts |= dict(format="segkern", model=getattr(model, "name", type(model).__name__), version=__version__, source="segkern.train")
+    if getattr(model, "act", None): facts["options"] = {"act": model.act}
     if isinstance(p := getattr(model, "preprocess", None), Preprocess): facts["preprocess"] = p.to_dict()
-    facts = {**facts, "source": "segkern.train", "version": __version__, **more}
+    facts |= more
     text = {k: json.dumps(v) for k, v in facts.items() if v is not None}
     return save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, text)
 

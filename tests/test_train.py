@@ -142,10 +142,19 @@ def test_run_folder(whole):
     assert json.loads((out/"results.json").read_text()) == result
     same(dict(model.state_dict()), read(out/result["last"]))
     state, meta = read_safetensors(run_weights(out))
-    assert meta["classes"] == Discs.classes and meta["name"] == "toy" and meta["num_classes"] == 3 and meta["step"] == result["best_step"]
+    assert meta["classes"] == Discs.classes and meta["model"] == "toy" and meta["format"] == "segkern" and meta["num_classes"] == 3 and meta["step"] == result["best_step"]
     assert meta["preprocess"] == RECIPE.preprocess.to_dict() and model.preprocess == RECIPE.preprocess
     assert model.class_weights.tolist() == Discs.class_weights
     assert all(m.eps == 1e-5 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_published_models_load_from_a_run(tmp_path):
+    import segkern
+    model = segkern.create_model("s2fpn_r18", num_classes=3)
+    result = fit(model, RECIPE.replace(iterations=1, batch=2, crop=(64, 64), ema=0.0), Discs(), None, tmp_path/"run", device="cpu")
+    again = segkern.load(run_weights(tmp_path/"run"))
+    same(dict(model.state_dict()), dict(again.state_dict()))
+    assert again.classes == Discs.classes and again.preprocess == RECIPE.preprocess and again.name == "s2fpn_r18" and result["miou"] is None
 
 
 def test_workers_do_not_change_the_run(whole, tmp_path):
