@@ -9,10 +9,11 @@ from PIL import Image
 from torch import nn
 
 from segkern.core import IMAGENET, load_table, seeded
+from segkern.data import open_dataset
 from segkern.infer import (class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment, sliding_logits,
                            whole_logits, window_starts)
 from segkern.layers import ConvNormAct, resize
-from segkern.testing import relative_l2
+from segkern.testing import relative_l2, shared
 
 
 class Net(nn.Module):
@@ -357,3 +358,16 @@ def test_compiled_equals_eager():
     for size in ((32, 48), (33, 47)):
         x = torch.randn(1, 3, *size)
         assert relative_l2(m(x), fast(x)) < 2e-6 and (m.predict(x) == fast.predict(x)).float().mean() > 0.999
+
+
+# ---- real data
+
+def test_camvid_in_both_orders_scores_the_same():
+    root = shared("data/camvid")
+    if root is None: pytest.skip("the shared CamVid folder is absent")
+    orders = load_table("camvid")["orders"]
+    m = net(classes=orders["sanet"])
+    r = {o: evaluate(m, open_dataset("camvid", root, "val", order=o), limit=2) for o in orders}
+    assert r["segnet"]["permuted"] and not r["sanet"]["permuted"] and r["segnet"]["n_pixels"] > 100_000
+    iou = {o: dict(zip(r[o]["classes"], r[o]["iou"])) for o in orders}
+    assert iou["segnet"] == iou["sanet"] and r["segnet"]["miou"] == pytest.approx(r["sanet"]["miou"]) and r["sanet"]["miou"] > 0
