@@ -425,9 +425,10 @@ def predict(
     device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "Label pictures. One that cannot be read is reported at the end; the others are done."
+    files = find_pictures(inputs)
     from segkern.core import progress
     from segkern.infer import optimize, segment
-    files, shape = find_pictures(inputs), _size(size)
+    shape = _size(size)
     net = load_model(checkpoint, model, dataset, num_classes, device)
     ids, names = _submission(submission, net) if submission else None, output_names(files)
     _check_targets(files, [out/f"{n}.png" for n in names])
