@@ -171,7 +171,7 @@ def paper_speed(
 )->dict: # fps, ms, iterations
     "Frames per second by the S2-FPN paper's own protocol; autograd on, auxiliary heads computed, logits at full size."
     device, was = next(model.parameters()).device, torch.backends.cudnn.benchmark
-    net, sync = copy.deepcopy(model).eval(), _sync(device)
+    net, sync = _form(model, "paper"), _sync(device)
     torch.backends.cudnn.benchmark = True
     try:
         with torch.enable_grad():
@@ -217,10 +217,11 @@ def latency(
 # %% ../nbs/70_bench.ipynb #5e1a9db9
 def _forms(model, dtypes, compiled):
     "name -> (module, from normalised picture to labels)."
-    forms = {"paper": (model, lambda m, x: paper_outputs(m, x)["logits"].argmax(1).to(torch.uint8)),
+    forms = {"paper": (_form(model, "paper"), lambda m, x: paper_outputs(m, x)["logits"].argmax(1).to(torch.uint8)),
              "plain": (model, lambda m, x: m.upsample(m(x), x.shape[-2:]).argmax(1).to(torch.uint8))}
+    on_cpu = next(model.parameters()).device.type == "cpu"
     for compile in (False, True)[:1 + bool(compiled)]:
-        for dtype in (None, *dtypes):
+        for dtype in (None, *(() if compile and on_cpu else dtypes)):
             name = "optimized" + (" " + str(dtype).replace("torch.", "") if dtype else "") + (" compiled" if compile else "")
             forms[name] = optimize(model, dtype=dtype, compile=compile), lambda m, x: m.predict(x)
     return forms
@@ -232,7 +233,7 @@ def image_to_labels(
     rounds:int=10, # turns of each contender
     warmup:int=2, # turns that do not count
     dtypes:tuple=(torch.bfloat16,), # also optimized in these types
-    compiled:bool=False, # also the compiled forms; half a minute each to build
+    compiled:bool=False, # also compiled (on a CPU float32 only); half a minute to build
     clock:str="wall", # "wall" | "cpu": processor time of one thread, where others use the machine too
 )->list: # one row per contender: times, ratio to "paper" and to "plain", share of equal labels, facts
     "Labels before and after `optimize`: time and agreement, contenders taking turns in one process."

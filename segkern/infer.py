@@ -443,13 +443,16 @@ def optimize(
     """A faster copy of a model for inference, with the same answers up to rounding.
 
     `compile=True` pays half a minute or so for every new input size (and needs a C++ compiler on a CPU); choose it for
-    fixed-size streams. Half precision helps where the hardware computes in it; a CPU without bf16 arithmetic gets slower."""
+    fixed-size streams. Half precision helps where the hardware computes in it; a CPU without bf16 arithmetic gets slower,
+    and compiled half precision is refused on CPUs."""
     net = copy.deepcopy(model).eval().requires_grad_(False)
     if hasattr(net, "deploy"): net = net.deploy()
     cpu = _device_of(net).type == "cpu"
     if prepack is None: prepack = cpu and not compile and torch.backends.mkldnn.is_available() and next(net.parameters()).dtype == torch.float32
     if prepack and not cpu: raise ValueError(f"prepack is for models on the CPU, this one is on {_device_of(net)}")
     if prepack and compile: raise ValueError("compile=True packs the weights itself: leave prepack out")
+    if compile and cpu and dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(f"compile=True wants float32 on a CPU, got {dtype}: Inductor's half precision is slower there and changes labels")
     if compile and cpu: _check_compiler()
     if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16(): logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
     chains = conv_chains(net) if fold_bn or prepack else []

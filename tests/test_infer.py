@@ -171,7 +171,7 @@ def test_optimized_keeps_the_contract():
     assert fast.classes == m.classes and fast.preprocess == m.preprocess and fast.num_classes == 4 and not fast.training
     assert list(fast.outputs(torch.randn(1, 3, 16, 16))) == ["logits"]
     assert fast.eval() is fast
-    for bad in (lambda: fast.train(), lambda: fast.double(), lambda: optimize(m, prepack=True, compile=True)):
+    for bad in (lambda: fast.train(), lambda: fast.double(), lambda: optimize(m, prepack=True, compile=True), lambda: optimize(m, dtype=torch.bfloat16, compile=True)):
         with pytest.raises(ValueError): bad()
     with pytest.raises(AttributeError): fast.nothing
 
