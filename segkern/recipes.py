@@ -43,7 +43,7 @@ class Recipe:
     ema:float = 0.0                # decay of an averaged copy of the weights; 0: none
     class_weights:bool = True      # weight the cross-entropy by the dataset's table
     init:str = "pretrained"        # "pretrained" | "scratch" | "kaiming" (the official script's re-initialisation)
-    bn_eps:float = 1e-5            # of every BatchNorm2d while training
+    bn_eps:float = 1e-5            # of every BatchNorm2d while training; 1e-5: each layer's own
     mixed_precision:str = "no"     # "no" | "bf16" | "fp16"
     protocol:str = "whole"         # "whole" | "sliding" | "multiscale"
     miou:str = "present"           # which classes the mean runs over, see `segkern.metrics`

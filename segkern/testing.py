@@ -148,6 +148,8 @@ def save_fixture(
 @contextlib.contextmanager
 def nan_empty():
     "Within the block `torch.empty`, `empty_like` and `new_empty` return NaN for floating types."
+    from torch.utils._device import _device_constructors
+    _device_constructors() # `torch.device` as a context must have seen the real functions
     names = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
     saved = [getattr(o, n) for o, n in names]
     poison = lambda f: lambda *a, **k: (t.fill_(float("nan")) if (t := f(*a, **k)).is_floating_point() else t)
@@ -195,13 +197,13 @@ def check_model(
     missing = [n for n, p in m.named_parameters() if p.requires_grad and p.grad is None and n not in unused]
     if missing: raise AssertionError(f"{m.name}: no gradient for {missing[:5]}")
     if any(v.requires_grad for n, v in losses.items() if n != "loss"): raise AssertionError(f"{m.name}: parts of the loss must be detached")
-    rows += [dict(check="losses", value=", ".join(f"{n} {float(v):.3g}" for n, v in losses.items()))]
+    rows += [dict(check="losses", value=", ".join(f"{n} {v.item():.3g}" for n, v in losses.items()))]
 
     m.zero_grad(set_to_none=True)
     void = m(x, torch.full_like(target, 255))
     void["loss"].backward()
-    if float(void["loss"]) != 0 or any(p.grad is not None and not torch.isfinite(p.grad).all() for p in m.parameters()):
-        raise AssertionError(f"{m.name}: a batch of void pixels must give loss 0 and finite gradients, got {float(void['loss'])}")
+    if void["loss"].item() != 0 or any(p.grad is not None and not torch.isfinite(p.grad).all() for p in m.parameters()):
+        raise AssertionError(f"{m.name}: a batch of void pixels must give loss 0 and finite gradients, got {void['loss'].item()}")
     m.zero_grad(set_to_none=True)
     try: m.predict(x)
     except RuntimeError: rows += [dict(check="predict while training", value="refused")]

@@ -1,0 +1,55 @@
+"One seed, one thread, poisoned memory: what every test runs under."
+import os
+import sys
+
+import torch
+
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1") # read when triton is imported
+
+import pytest  # noqa: E402
+
+from torch.utils._device import _device_constructors  # noqa: E402
+
+_device_constructors() # `torch.device` as a context remembers the functions it redirects: let it see the real ones before they are wrapped
+from torch.utils._device import _device_constructors  # noqa: E402
+
+_device_constructors() # remembered before `torch.empty` is replaced: `with torch.device("meta")` looks it up there
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"): item.add_marker(pytest.mark.skip(reason="slow: run with --slow or `make test-all`"))
+        if "gpu" in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _poisoned(fn):
+    "`fn` with NaN in what it returns, for callers inside segkern: an output that is not fully written fails its test."
+    def empty(*args, **kwargs):
+        out = fn(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__") or ""
+        return out.fill_(float("nan")) if caller.startswith("segkern") and out.is_floating_point() and not out.is_meta else out
+    return empty
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def camvid():
+    "The real CamVid folder, or skip."
+    from segkern.testing import shared
+    root = shared("data/camvid")
+    if root is None: pytest.skip("the shared CamVid folder is not beside the checkout")
+    return root

@@ -1,0 +1,71 @@
+"""`make test`: the notebooks as nbdev_test runs them, then pytest, then one line that says it all.
+
+    python tests/run.py [--all]      --all: slow cells and slow tests too
+"""
+import argparse
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+def one_notebook(path, flags):
+    "Run one notebook in a worker; errors go to stderr."
+    from nbdev.test import test_nb
+    ok, seconds = test_nb(path, skip_flags=["notest", "gpu", "slow"], force_flags=flags, basepath=ROOT)
+    return path.name, ok, seconds
+
+
+def notebooks(flags):
+    "All notebooks, two at a time. Returns how many passed and the names of the others."
+    from tqdm import tqdm
+    os.chdir(ROOT/"nbs")
+    files, failed, slow = sorted((ROOT/"nbs").glob("*.ipynb")), [], []
+    with ProcessPoolExecutor(WORKERS) as pool:
+        jobs = [pool.submit(one_notebook, f, flags) for f in files]
+        for job in tqdm(as_completed(jobs), desc="notebooks", total=len(jobs), disable=None):
+            name, ok, seconds = job.result()
+            slow.append((seconds, name))
+            if not ok: failed.append(name)
+    os.chdir(ROOT)
+    print("slowest notebooks: " + ", ".join(f"{n} {s:.0f} s" for s, n in sorted(slow, reverse=True)[:5]), flush=True)
+    return len(files) - len(failed), sorted(failed)
+
+
+def tests(slow):
+    "pytest on all cores. Returns its exit code and the counts by outcome."
+    report = ROOT/".cache"/"pytest.xml"
+    report.parent.mkdir(exist_ok=True)
+    cmd = [sys.executable, "-m", "pytest", "-n", str(WORKERS), "--dist", "loadfile", f"--junitxml={report}", "--durations=5", *(["--slow"] if slow else [])]
+    code = subprocess.run(cmd, cwd=ROOT).returncode
+    if not report.exists(): return code, {}
+    suite = ET.parse(report).getroot().find("testsuite")
+    n = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
+    return code, n | {"passed": n["tests"] - n["failures"] - n["errors"] - n["skipped"]}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--all", action="store_true", help="slow cells and tests too")
+    a = p.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.environ["IN_TEST"] = "1"
+    start = time.perf_counter()
+    passed, failed = notebooks(["slow"] if a.all else [])
+    code, n = tests(a.all)
+    bad = n.get("failures", 0) + n.get("errors", 0)
+    print(f"summary: {passed} notebooks passed, {len(failed)} failed; {n.get('passed', 0)} tests passed, {bad} failed, {n.get('skipped', 0)} skipped; "
+          f"{time.perf_counter() - start:.0f} s")
+    if failed: print("failed notebooks: " + ", ".join(failed))
+    sys.exit(1 if failed or code else 0)
+
+
+if __name__ == "__main__":
+    main()
