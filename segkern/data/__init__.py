@@ -19,9 +19,10 @@ DATASETS = dict(
     folder=("folder", "Folder", True, "train val trainval test all", "your own pictures and masks"),
 )
 
-_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", Folder="folder", TrainTransform="transforms",
-             EvalTransform="transforms", check="checks", make="checks", Report="checks", weights_from_counts="checks", to_label_ids="cityscapes", save_submission="cityscapes",
-             weak_labels="streets")
+_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", Folder="folder",
+             TrainTransform="transforms",
+             EvalTransform="transforms", check="checks", make="checks", Report="checks", weights_from_counts="checks",
+             to_label_ids="cityscapes", save_submission="cityscapes", weak_labels="streets")
 
 def __getattr__(name):
     "A public name, looked up in the module that holds it."
@@ -38,7 +39,8 @@ def open_dataset(
     "A dataset by name."
     if name not in DATASETS:
         close = difflib.get_close_matches(str(name).lower(), DATASETS, 1, .5)
-        raise ValueError(f"there is no dataset '{name}'; there are {', '.join(DATASETS)}." + (f" Did you mean '{close[0]}'?" if close else ""))
+        raise ValueError(f"there is no dataset '{name}'; there are {', '.join(DATASETS)}."
+                         + (f" Did you mean '{close[0]}'?" if close else ""))
     module, cls, needs_root, *_ = DATASETS[name]
     make = getattr(importlib.import_module(f"segkern.data.{module}"), cls)
     try: return make(root, split=split, **kwargs) if needs_root else make(split=split, **kwargs)

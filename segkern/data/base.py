@@ -43,6 +43,7 @@ def read_ids(
 )->np.ndarray: # [h, w], the stored numbers
     "A mask that stores a number per pixel. The colours of a palette PNG are for people; its indices are the ids."
     def ids(f):
+        "The stored numbers of an opened mask."
         if f.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
             raise ValueError(f"mode {f.mode}, but a mask of ids has one channel; colour masks need a dataset with a colour table")
         return np.array(f).astype(np.int32 if f.mode.startswith("I") else np.uint8)
@@ -83,7 +84,7 @@ def read_colours(
     unknown = [k for k in keys.tolist() if k not in ids]
     if unknown and other is None:
         k = unknown[0]
-        raise ValueError(f"{path} holds the colour ({k >> 16}, {k >> 8 & 255}, {k & 255}), which is not in the palette of {len(colours)} classes. "
+        raise ValueError(f"{path} holds the colour ({k >> 16}, {k >> 8 & 255}, {k & 255}), not one of the palette's {len(colours)}. "
                          "Add it to the palette, or save the mask without anti-aliasing and lossy compression")
     return np.array([ids.get(k, other) for k in keys.tolist()], np.uint8)[where].reshape(packed.shape)
 
@@ -110,7 +111,8 @@ class SegDataset(torch.utils.data.Dataset):
         read_target=None, # mask path -> uint8 array [h, w]; default: the ids as stored
     ):
         if not files: raise ValueError(f"{name}: the split '{split}' is empty")
-        self.name, self.split, self.files, self.classes, self.palette, self.class_weights = name, split, files, list(classes), list(palette), class_weights
+        self.name, self.split, self.files = name, split, files
+        self.classes, self.palette, self.class_weights = list(classes), list(palette), class_weights
         self._read = read_target or self._plain
 
     def _plain(self, path):
@@ -118,7 +120,9 @@ class SegDataset(torch.utils.data.Dataset):
         return lookup(read_ids(path), {**{i: i for i in range(len(self.classes))}, IGNORE: IGNORE}, path)
 
     @property
-    def num_classes(self): return len(self.classes)
+    def num_classes(self):
+        "How many classes there are."
+        return len(self.classes)
 
     def __len__(self): return len(self.files)
 
@@ -188,9 +192,11 @@ def pair(
     files = [(p, Path(mask_of(p))) for p in images]
     gone = [m for _, m in files if not m.is_file()]
     if gone and not _tolerant.get():
-        raise FileNotFoundError(f"{name}: {len(gone)} of {len(files)} images have no mask, the first missing is {gone[0]}. `segkern data check` lists them all")
+        raise FileNotFoundError(f"{name}: {len(gone)} of {len(files)} images have no mask, the first missing is {gone[0]}. "
+                                "`segkern data check` lists them all")
     return files
 
+# %% ../../nbs/50a_data.base.ipynb #36d44bcf
 def read_list(
     path:str|Path, # text file, a sample per line: an image path, or image and mask separated by a tab or blanks
     root:Path, # what relative paths start from
@@ -201,15 +207,18 @@ def read_list(
     for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"): continue
         parts = [p.strip() for p in line.split("\t") if p.strip()] if "\t" in line else line.split()
-        if len(parts) > 2: raise ValueError(f"{path}, line {n}: expected an image and a mask, got {len(parts)} words; separate paths with blanks in them by a tab")
+        if len(parts) > 2:
+            raise ValueError(f"{path}, line {n}: expected an image and a mask, got {len(parts)} words; put a tab between paths with blanks")
         rows.append(tuple(_locate(root, p) for p in parts) + (None,)*(2 - len(parts)))
     if not rows: raise ValueError(f"the list file {path} names no image")
     gone = [i for i, _ in rows if not i.is_file()]
-    if gone and not _tolerant.get(): raise FileNotFoundError(f"{len(gone)} of {len(rows)} images in {path} do not exist, the first is {gone[0]}")
+    if gone and not _tolerant.get():
+        raise FileNotFoundError(f"{len(gone)} of {len(rows)} images in {path} do not exist, the first is {gone[0]}")
     return rows
 
 def _locate(root, text):
     "A path of a list file below `root`, as jpg or png. SegNet's lists begin with '/SegNet/CamVid', which is on no other machine."
     path = Path(text)
-    tries = [path if path.is_absolute() else root/path] + [root/Path(*path.parts[k:]) for k in range(1, len(path.parts)) if path.is_absolute()]
+    tries = [path if path.is_absolute() else root/path] + [root/Path(*path.parts[k:]) for k in range(1, len(path.parts))
+                                                           if path.is_absolute()]
     return next((q for p in tries for q in (p, p.with_suffix(".jpg"), p.with_suffix(".png")) if q.is_file()), tries[0])

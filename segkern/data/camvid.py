@@ -9,10 +9,12 @@ __all__ = ['LAYOUT', 'SPLITS', 'camvid_files', 'CamVid']
 from pathlib import Path
 
 from ..core import IGNORE, load_table
-from .base import MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list, stored_as_colour
+from .base import (MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list,
+                               stored_as_colour)
 
 # %% ../../nbs/52_data.camvid.ipynb #8c0682a7
-LAYOUT = "train/ and trainannot/ (360x480 masks of ids, likewise val and test), or images/ and labels/ (720x960 masks of colours) with train.txt, val.txt, test.txt"
+LAYOUT = ("train/ and trainannot/ (360x480 masks of ids, likewise val and test), "
+          "or images/ and labels/ (720x960 masks of colours) with train.txt, val.txt, test.txt")
 SPLITS = ("train", "val", "trainval", "test")
 
 def camvid_files(
@@ -36,7 +38,8 @@ def camvid_files(
 def _mask_of(root, image):
     "Where the mask of a picture lies: the first place that has it, else the place of the layout at hand."
     up, stem, folder = image.parent.parent, image.stem, image.parent.name
-    places = [up/f"{folder}annot"/f"{stem}.png", up/f"{folder}_labels"/f"{stem}_L.png", up/"labels"/f"{stem}_L.png", up/"labels"/f"{stem}.png",
+    places = [up/f"{folder}annot"/f"{stem}.png", up/f"{folder}_labels"/f"{stem}_L.png", up/"labels"/f"{stem}_L.png",
+              up/"labels"/f"{stem}.png",
               root/"labels"/folder/f"{stem}_L.png", root/"labels"/folder/f"{stem}.png", root/"labels"/f"{stem}_L.png"]
     fallback = next((p for p in places if p.parent.is_dir()), places[0])
     return next((p for p in places if p.is_file()), fallback)
@@ -64,4 +67,5 @@ class CamVid(SegDataset):
     def _plain(self, path):
         "A mask of either layout as class ids."
         if stored_as_colour(path): return read_colours(path, self._colours)
-        return lookup(read_ids(path), self._ids, path, "CamVid's masks hold 0..10 and 11 for void; masks of another tool go through the dataset `folder`.")
+        hint = "CamVid's masks hold 0..10 and 11 for void; masks of another tool go through the dataset `folder`."
+        return lookup(read_ids(path), self._ids, path, hint)

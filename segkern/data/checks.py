@@ -33,26 +33,32 @@ class Report:
         self.problems, self.notes = [], [] # what stops a training, what is worth knowing
 
     @property
-    def ok(self): return not self.problems
+    def ok(self):
+        "Whether nothing is wrong."
+        return not self.problems
 
     @property
-    def class_weights(self): return None if self.counts is None or not sum(self.counts) else weights_from_counts(self.counts)
+    def class_weights(self):
+        "Weights by the rule from the pixels counted, or None where none were."
+        return weights_from_counts(self.counts) if sum(self.counts or []) else None
 
     @property
     def table(self):
         "Pixels, share and weight per class."
         total = max(sum(self.counts or [0]), 1)
         return Table([{"id": i, "class": c, "pixels": n, "share %": 100*n/total, "weight": w}
-                      for i, (c, n, w) in enumerate(zip(self.classes, self.counts or [], self.class_weights or []))], ["id", "class", "pixels", "share %", "weight"])
+                      for i, (c, n, w) in enumerate(zip(self.classes, self.counts or [], self.class_weights
+                                                        or []))], ["id", "class", "pixels", "share %", "weight"])
 
     def _lines(self):
         "The findings as lines of text."
-        seen = ", ".join(f"{s} {n}" for s, n in self.splits.items()) or "none"
+        seen, count = ", ".join(f"{s} {n}" for s, n in self.splits.items()) or "none", len(self.problems)
         sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in sorted(self.sizes.items(), key=lambda kv: -kv[1])[:4])
-        head = [f"{self.name} in {self.root}" if self.root else self.name, f"images: {seen}", f"sizes: {sizes}" + (" …" if len(self.sizes) > 4 else "") if sizes else "",
+        head = [f"{self.name} in {self.root}" if self.root else self.name, f"images: {seen}",
+                f"sizes: {sizes}" + (" …" if len(self.sizes) > 4 else "") if sizes else "",
                 f"void: {self.void:,} pixels" if self.void else "", *[f"note: {n}" for n in self.notes]]
-        body = [f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}:", *[f"  {p}" for p in self.problems[:50]]] if self.problems else ["no problems"]
-        return [*filter(None, head), *body, *([f"  … and {len(self.problems) - 50} more"] if len(self.problems) > 50 else [])]
+        body = [f"{count} problem{'s'*(count > 1)}:", *[f"  {p}" for p in self.problems[:50]]] if count else ["no problems"]
+        return [*filter(None, head), *body, *([f"  … and {count - 50} more"] if count > 50 else [])]
 
     def __str__(self): return "\n".join(self._lines() + (["", str(self.table)] if self.counts else []))
     __repr__ = __str__
@@ -100,11 +106,13 @@ def _check_sample(report, ds, i, split):
     except (OSError, ValueError) as e: report.problems.append(f"{split}: {e}")
     else: report.sizes[size] = report.sizes.get(size, 0) + 1
     try:
-        if mask_path is not None and not Path(mask_path).is_file(): raise FileNotFoundError(f"{image_path} has no mask; expected {mask_path}")
+        if mask_path is not None and not Path(mask_path).is_file():
+            raise FileNotFoundError(f"{image_path} has no mask; expected {mask_path}")
         target = ds.target(i)
     except (OSError, ValueError) as e: report.problems.append(f"{split}: {e}")
     if target is None: return
-    if size and tuple(target.shape) != size: report.problems.append(f"{split}: {image_path} is {size} (height, width), but its mask {mask_path} is {tuple(target.shape)}")
+    if size and tuple(target.shape) != size:
+        report.problems.append(f"{split}: {image_path} is {size} (height, width), but its mask {mask_path} is {tuple(target.shape)}")
     n = np.bincount(target.numpy().ravel(), minlength=256)
     report.counts = [a + int(b) for a, b in zip(report.counts, n)]
     report.void += int(n[IGNORE])
@@ -121,7 +129,7 @@ def make(
     "Write what a dataset can do without, but other tools want."
     if name == "cityscapes": return _make_train_ids(Path(out))
     if name == "streets": return _make_streets(Path(out), n or 256, size, seed, annotation)
-    raise ValueError(f"there is nothing to make for '{name}'; there are 'cityscapes' (train-id masks) and 'streets' (a folder of generated pictures)")
+    raise ValueError(f"there is nothing to make for '{name}'; there are 'cityscapes' (train-id masks) and 'streets' (generated pictures)")
 
 def _make_train_ids(root):
     "Write *_labelTrainIds.png beside every *_labelIds.png."
@@ -141,7 +149,8 @@ def _make_streets(out, n, size, seed, annotation):
     table, written = load_table("streets"), 0
     write_json(out/"classes.json", {k: table[k] for k in ("classes", "palette", "class_weights")})
     for split, length in (("train", n), ("val", max(1, n//4)), ("test", max(1, n//4))):
-        ds = open_dataset("streets", split=split, length=length, size=size, seed=seed, annotation=annotation if split == "train" else "full")
+        ds = open_dataset("streets", split=split, length=length, size=size, seed=seed, annotation=annotation if split == "train"
+                          else "full")
         for i in progress(range(length), f"drawing {split}"):
             image, mask = (out/split/f/f"{i:05d}.png" for f in ("images", "masks"))
             if image.exists() and mask.exists(): continue

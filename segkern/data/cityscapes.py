@@ -52,7 +52,8 @@ class Cityscapes(SegDataset):
         kind, splits = ANNOTATIONS[annotation]
         if split not in splits and not list: raise ValueError(f"cityscapes ({annotation}) has the splits {splits}, got '{split}'")
         root, table = need_root("cityscapes", root, LAYOUT), load_table("cityscapes")
-        super().__init__("cityscapes", split, self._files(root, split, kind, list), table["classes"], table["palette"], table["class_weights"])
+        super().__init__("cityscapes", split, self._files(root, split, kind, list), table["classes"], table["palette"],
+                         table["class_weights"])
         self.annotation = annotation
 
     @staticmethod
@@ -71,7 +72,8 @@ class Cityscapes(SegDataset):
 
     def _plain(self, path):
         "A mask of label ids or train ids as train ids."
-        if "TrainIds" in path.name: return lookup(read_ids(path), {**{i: i for i in range(19)}, IGNORE: IGNORE}, path, "Remove it: the labelIds file is read instead.")
+        if "TrainIds" in path.name: return lookup(read_ids(path), {**{i: i for i in range(19)}, IGNORE: IGNORE}, path,
+                                                  "Remove it: the labelIds file is read instead.")
         return lookup(read_ids(path), id_table(), path, "Label ids are 0..33; a file of train ids must be named *_labelTrainIds.png.")
 
 # %% ../../nbs/53_data.cityscapes.ipynb #217669e3
@@ -80,7 +82,8 @@ def to_label_ids(
 )->np.ndarray: # uint8 of the same shape; void becomes 0, "unlabeled"
     "Train ids as the label ids that the test server expects."
     a = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
-    if a.size and (a.min() < 0 or ((a > 18) & (a != IGNORE)).any()): raise ValueError(f"expected train ids 0..18 or 255, got {int(a.min())}..{int(a.max())}")
+    if a.size and (a.min() < 0 or ((a > 18) & (a != IGNORE)).any()):
+        raise ValueError(f"expected train ids 0..18 or 255, got {int(a.min())}..{int(a.max())}")
     lut = np.zeros(256, np.uint8)
     lut[:19] = load_table("cityscapes")["label_ids"]
     return lut[a]

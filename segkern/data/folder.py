@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import IGNORE
-from .base import MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list, stored_as_colour
+from .base import (MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list,
+                               stored_as_colour)
 
 # %% ../../nbs/54_data.folder.ipynb #e51eee49
 LAYOUT = "images/ and masks/, or train/images/ and train/masks/ and so on, and classes.json"
@@ -29,7 +30,8 @@ def make_palette(
     n:int, # number of classes
 )->list: # n rgb triples, easy to tell apart
     "Colours for classes that have none: golden-ratio steps around the colour circle."
-    return [[round(255*c) for c in colorsys.hsv_to_rgb(i*.61803398875 % 1, (.85, .55, 1.)[i//3 % 3], (.95, .65, .8)[i % 3])] for i in range(n)]
+    return [[round(255*c) for c in colorsys.hsv_to_rgb(i*.61803398875 % 1, (.85, .55, 1.)[i//3 % 3], (.95, .65, .8)[i % 3])]
+            for i in range(n)]
 
 # %% ../../nbs/54_data.folder.ipynb #0ff1c85e
 def read_classes(
@@ -37,9 +39,9 @@ def read_classes(
     classes=None, # names, or a JSON file; default: classes.json in the folder
     palette=None, # an rgb triple per class; default: from the file, else generated
 )->tuple: # names, palette, whether the palette was given
-    "Class names and colours. The file holds a list of names, a dict name -> rgb, or {\"classes\": …, \"palette\": …, \"class_weights\": …}."
+    "Class names and colours. The file holds a list of names, a dict name -> rgb, or a dict with `classes` and `palette`."
     if classes is None and (root/"classes.json").is_file(): classes = root/"classes.json"
-    if classes is None: raise ValueError(f"folder: {root} has no classes.json and classes= is not given; write a list of class names, by id")
+    if classes is None: raise ValueError(f"folder: {root} has no classes.json and classes= is not given; write a list of names, by id")
     if isinstance(classes, (str, Path)):
         try: content = json.loads(Path(classes).read_text(encoding="utf-8"))
         except (OSError, ValueError) as e: raise ValueError(f"folder: cannot read the class table {classes}: {e}") from e
@@ -47,7 +49,8 @@ def read_classes(
         elif isinstance(content, dict): classes, palette = [*content], palette or [*content.values()]
         else: classes = content
     classes = [str(c) for c in classes]
-    if not 1 <= len(classes) <= 255 or len(set(classes)) < len(classes): raise ValueError(f"folder: expected 1 to 255 different class names, got {classes}")
+    if not 1 <= len(classes) <= 255 or len(set(classes)) < len(classes):
+        raise ValueError(f"folder: expected 1 to 255 different class names, got {classes}")
     if palette is not None and len(palette) != len(classes): raise ValueError(f"folder: {len(classes)} classes, but {len(palette)} colours")
     return classes, [list(map(int, c)) for c in palette or make_palette(len(classes))], palette is not None
 
@@ -79,15 +82,19 @@ class Folder(SegDataset):
             masks = {i: m or mask_beside(i) for i, m in rows}
             return pair("folder", [i for i, _ in rows], masks.get)
         if split == "all" and (root/"images").is_dir(): return pair("folder", list_images(root/"images"), mask_beside)
-        if split in ("trainval", "all"): return [f for s in ("train", "val", "test")[:2 if split == "trainval" else 3] for f in Folder._files(root, s, None)]
+        if split in ("trainval", "all"): return [f for s in ("train", "val", "test")[:2 if split == "trainval" else 3]
+                                                 for f in Folder._files(root, s, None)]
         if (root/split/"images").is_dir(): return pair("folder", list_images(root/split/"images"), mask_beside)
-        if (root/"images"/split).is_dir(): return pair("folder", list_images(root/"images"/split), lambda p: _with_ending(root/"masks"/split/p.name))
-        if not (root/"images").is_dir(): raise MissingSplit(f"folder: {root} holds neither images/ nor {split}/images/; it should hold {LAYOUT}")
+        if (root/"images"/split).is_dir(): return pair("folder", list_images(root/"images"/split),
+                                                       lambda p: _with_ending(root/"masks"/split/p.name))
+        if not (root/"images").is_dir():
+            raise MissingSplit(f"folder: {root} holds neither images/ nor {split}/images/; it should hold {LAYOUT}")
         return pair("folder", [p for p in list_images(root/"images") if hash_split(p.stem) == split], mask_beside)
 
     def _plain(self, path):
         "A mask of ids or, with a palette, of colours."
-        if not stored_as_colour(path): return lookup(read_ids(path), self._ids, path, "Add the class to the table, or name the id in void=.")
+        if not stored_as_colour(path): return lookup(read_ids(path), self._ids, path,
+                                                     "Add the class to the table, or name the id in void=.")
         if not self._given: raise ValueError(f"{path} holds colours, but no palette is given: pass palette= or put it into classes.json")
         void = [] if [0, 0, 0] in self.palette else [[0, 0, 0]]
         ids = read_colours(path, self.palette + void, None)

@@ -33,10 +33,21 @@ class Dice:
         if not self.pool: self.pool = (self.bits.random_raw(512) >> np.uint64(11)).tolist()
         return self.pool.pop() * 2.0**-53
 
-    def span(self, a, b): return a + (b - a)*self.u()
-    def chance(self, p): return self.u() < p
-    def below(self, n): return int(self.u()*n)
-    def pick(self, seq): return seq[self.below(len(seq))]
+    def span(self, a, b):
+        "Uniform between `a` and `b`."
+        return a + (b - a)*self.u()
+
+    def chance(self, p):
+        "True with probability `p`."
+        return self.u() < p
+
+    def below(self, n):
+        "One of 0 … n-1."
+        return int(self.u()*n)
+
+    def pick(self, seq):
+        "One of the values."
+        return seq[self.below(len(seq))]
 
     def tint(self, rgb, by):
         "A colour made lighter or darker by up to `by`; `develop` clips it to bytes."
@@ -50,7 +61,7 @@ class Dice:
 
 # %% ../../nbs/51_data.streets.ipynb #764f27f6
 class Stamp:
-    "A drawing in metres: x to the right, y up from the ground."
+    "A drawing in metres: x to the right, y up from the ground. Each method paints one shape and returns the stamp."
     def __init__(self, width, height, density=40):
         th, tw = max(int(height*density + .5), 1), max(int(width*density + .5), 1)
         self.width, self.height, self.t = width, height, np.zeros((th, tw), np.uint8)
@@ -58,23 +69,28 @@ class Stamp:
         self.y = (height - (np.arange(th) + .5)*(height/th))[:, None]
 
     def put(self, mask, mat, shade=8):
+        "Paint where the mask is set; material 0 makes it transparent again."
         self.t[mask] = mat + 16*shade if mat else 0
         return self
 
     def box(self, mat, x0, y0, x1, y1, shade=8):
+        "A rectangle."
         return self.put((self.x >= x0) & (self.x < x1) & (self.y >= y0) & (self.y < y1), mat, shade)
 
     def disc(self, mat, x, y, rx, ry=None, shade=8):
+        "An ellipse about (x, y)."
         dx, dy = (self.x - x)/rx, (self.y - y)/(ry or rx)
         return self.put(dx*dx + dy*dy < 1, mat, shade)
 
     def bar(self, mat, x0, y0, x1, y1, thick, shade=8):
+        "A thick line with round ends."
         dx, dy, px, py = x1 - x0, y1 - y0, self.x - x0, self.y - y0
         s = np.clip((px*dx + py*dy)/(dx*dx + dy*dy), 0, 1)
         ex, ey = px - s*dx, py - s*dy
         return self.put(ex*ex + ey*ey < thick*thick/4, mat, shade)
 
     def poly(self, mat, points, shade=8):
+        "A polygon."
         inside = np.zeros(self.t.shape, bool)
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
             if y0 != y1: inside ^= ((self.y >= y0) != (self.y >= y1)) & (self.x < x0 + (self.y - y0)*((x1 - x0)/(y1 - y0)))
@@ -82,7 +98,8 @@ class Stamp:
 
 # %% ../../nbs/51_data.streets.ipynb #c8edcadb
 # length, width, height, then along the side: end of the boot, start and end of the roof, foot of the windscreen
-VEHICLES = dict(hatch=(3.9, 1.75, 1.5, .1, .5, 2.2, 2.95), saloon=(4.5, 1.8, 1.44, 1.0, 1.6, 2.75, 3.5), estate=(4.6, 1.8, 1.5, .08, .4, 2.7, 3.5),
+VEHICLES = dict(hatch=(3.9, 1.75, 1.5, .1, .5, 2.2, 2.95), saloon=(4.5, 1.8, 1.44, 1.0, 1.6, 2.75, 3.5),
+                estate=(4.6, 1.8, 1.5, .08, .4, 2.7, 3.5),
                 suv=(4.5, 1.9, 1.75, .06, .35, 2.8, 3.4), van=(5.0, 2.0, 2.2, .02, .05, 3.9, 4.5), bus=(9.5, 2.5, 3.0, .02, .04, 9.3, 9.45),
                 lorry=(7.0, 2.4, 3.1, .02, .04, 6.6, 6.9))
 
@@ -92,11 +109,14 @@ def _side(kind):
     big, r = kind in ("bus", "lorry"), .48 if kind in ("bus", "lorry") else .32
     belt, low = h*(.42 if big else .6), .45 if big else .24
     s = Stamp(n, h, 28 if big else 44)
-    s.poly(1, [(0, low), (0, belt), (boot, belt + .04), (roof0, h), (roof1, h - .02), (cowl, belt + .02), (n - .1, belt - .1), (n, low + .12), (n - .06, low)])
+    s.poly(1, [(0, low), (0, belt), (boot, belt + .04), (roof0, h), (roof1, h - .02), (cowl, belt + .02), (n - .1, belt - .1),
+               (n, low + .12), (n - .06, low)])
     s.put((s.t > 0) & (s.y > h - .09), 1, 10)
     s.put((s.t > 0) & (s.y < low + .16), 1, 5)
     s.put((s.t > 0) & (abs(s.y - belt + .05) < .025), 1, 6)
-    if kind == "lorry": s.box(8, 0, .7, n - 1.9, h, 8).box(8, 0, h - .15, n - 1.9, h, 10).box(3, n - 1.9, low, n - 1.75, h).box(2, n - 1.3, 1.6, n - .35, 2.5)
+    if kind == "lorry":
+        s.box(8, 0, .7, n - 1.9, h, 8).box(8, 0, h - .15, n - 1.9, h, 10).box(3, n - 1.9, low, n - 1.75, h)
+        s.box(2, n - 1.3, 1.6, n - .35, 2.5)
     elif kind == "van": s.poly(2, [(2.9, belt + .05), (2.9, h - .3), (3.75, h - .32), (4.2, belt + .05)]).box(1, 2.75, low, 2.79, h, 5)
     elif kind == "bus": s.box(2, .3, belt, n - .2, h - .45).box(8, 0, belt - .35, n, belt - .1)
     else:
@@ -116,7 +136,8 @@ def _end(kind, front):
     belt = h*(.45 if big else .6)
     s = Stamp(w, h, 28 if big else 44)
     s.box(3, .08, 0, .3, .5).box(3, w - .3, 0, w - .08, .5)
-    s.poly(1, [(.02, low), (0, belt), (inset, h - .08), (inset + .1, h), (w - inset - .1, h), (w - inset, h - .08), (w, belt), (w - .02, low)])
+    s.poly(1, [(.02, low), (0, belt), (inset, h - .08), (inset + .1, h), (w - inset - .1, h), (w - inset, h - .08), (w, belt),
+               (w - .02, low)])
     s.put((s.t > 0) & (s.y > h - .08), 1, 10)
     if kind == "lorry" and not front: s.box(8, 0, .7, w, h).box(8, w/2 - .03, .8, w/2, h - .1, 5)
     else: s.poly(2, [(inset*.6 + .08, belt + .04), (inset + .1, h - .14), (w - inset - .1, h - .14), (w - inset*.6 - .08, belt + .04)])
@@ -142,12 +163,15 @@ def _cyclist(side):
     s = Stamp(1.9 if side else .8, 1.8, 48)
     if not side:
         s.box(7, .36, 0, .44, .68).bar(8, .1, 1.02, .7, 1.02, .05).bar(4, .33, .9, .27, .35, .14, 7).bar(4, .47, .9, .53, .45, .14)
-        s.box(5, .2, .28, .33, .36).box(5, .47, .38, .6, .46).poly(3, [(.26, .85), (.2, 1.38), (.3, 1.5), (.5, 1.5), (.6, 1.38), (.54, .85)])
+        s.box(5, .2, .28, .33, .36).box(5, .47, .38, .6, .46)
+        s.poly(3, [(.26, .85), (.2, 1.38), (.3, 1.5), (.5, 1.5), (.6, 1.38), (.54, .85)])
         s.bar(3, .23, 1.38, .12, 1.05, .11, 7).bar(3, .57, 1.38, .68, 1.05, .11, 7)
         return s.disc(1, .4, 1.58, .1, .13).disc(2, .4, 1.65, .12, .12).box(5, .36, .75, .44, .86)
     for x in (.36, 1.54): s.disc(7, x, .34, .34).disc(0, x, .34, .275).bar(7, x - .27, .34, x + .27, .34, .02).bar(7, x, .07, x, .6, .02)
-    for a in ((.36, .34, .72, .8), (.72, .8, 1.32, .82), (.36, .34, .85, .3), (.85, .3, 1.32, .82), (.72, .85, .85, .3), (1.54, .34, 1.28, 1.0)): s.bar(8, *a, .05)
-    s.bar(4, .72, .95, 1.1, .72, .17, 6).bar(4, 1.1, .72, .95, .25, .13, 6).bar(4, .7, .95, 1.02, .62, .17).bar(4, 1.02, .62, .8, .2, .13).bar(5, .76, .16, .9, .15, .09)
+    frame = (.36, .34, .72, .8), (.72, .8, 1.32, .82), (.36, .34, .85, .3), (.85, .3, 1.32, .82), (.72, .85, .85, .3), (1.54, .34, 1.28, 1.)
+    for ends in frame: s.bar(8, *ends, .05)
+    s.bar(4, .72, .95, 1.1, .72, .17, 6).bar(4, 1.1, .72, .95, .25, .13, 6).bar(4, .7, .95, 1.02, .62, .17)
+    s.bar(4, 1.02, .62, .8, .2, .13).bar(5, .76, .16, .9, .15, .09)
     s.poly(3, [(.58, .92), (.78, 1.42), (1.0, 1.46), (.9, .95)]).bar(3, .93, 1.38, 1.3, 1.05, .11, 10).disc(1, 1.3, 1.04, .05)
     return s.disc(1, 1.06, 1.56, .1, .13).disc(2, 1.03, 1.64, .13, .1)
 
@@ -177,7 +201,9 @@ def _board(shape):
     if shape == "ban": s.disc(1, .4, .4, .39).disc(2, .4, .4, .28).box(3, .2, .35, .6, .45)
     elif shape == "duty": s.disc(2, .4, .4, .39).disc(1, .4, .4, .36).bar(2, .4, .18, .4, .6, .1).poly(2, [(.24, .5), (.4, .7), (.56, .5)])
     elif shape == "warn": s.poly(1, tri).poly(2, [(.15, .14), (.4, .58), (.65, .14)]).box(3, .36, .2, .44, .42)
-    elif shape == "stop": s.poly(1, [(.25, .02), (.02, .25), (.02, .55), (.25, .78), (.55, .78), (.78, .55), (.78, .25), (.55, .02)]).box(2, .14, .33, .66, .47)
+    elif shape == "stop":
+        s.poly(1, [(.25, .02), (.02, .25), (.02, .55), (.25, .78), (.55, .78), (.78, .55), (.78, .25), (.55, .02)])
+        s.box(2, .14, .33, .66, .47)
     else: s.box(2, .02, .04, .78, .76).box(1, .06, .08, .74, .72).box(2, .14, .5, .6, .6).box(2, .14, .26, .5, .36)
     return s
 
@@ -188,20 +214,24 @@ def _lights():
 
 def _thing(kind):
     "Street furniture that belongs to no class."
-    if kind == "bin": return Stamp(.6, 1.1, 40).box(1, .04, 0, .56, 1.).box(1, 0, .95, .6, 1.1, 10).box(2, .12, .6, .48, .78).box(1, .44, 0, .56, .95, 6)
-    if kind == "cone": return Stamp(.5, .75, 40).poly(1, [(.06, .05), (.2, .75), (.3, .75), (.44, .05)]).box(1, 0, 0, .5, .06, 6).box(2, .12, .3, .38, .42)
-    if kind == "box": return Stamp(1.1, 1.3, 30).box(1, 0, 0, 1.1, 1.3).box(1, 0, 1.2, 1.1, 1.3, 11).box(1, .54, .1, .57, 1.2, 5).box(2, .2, .7, .4, .85)
-    return Stamp(1.6, .9, 40).box(1, 0, .4, 1.6, .5).box(1, .05, .55, 1.55, .9, 7).box(2, .15, 0, .22, .9).box(2, 1.38, 0, 1.45, .9)
+    s = Stamp(*dict(bin=(.6, 1.1), cone=(.5, .75), box=(1.1, 1.3), bench=(1.6, .9))[kind], 40)
+    if kind == "bin": return s.box(1, .04, 0, .56, 1.).box(1, 0, .95, .6, 1.1, 10).box(2, .12, .6, .48, .78).box(1, .44, 0, .56, .95, 6)
+    if kind == "cone": return s.poly(1, [(.06, .05), (.2, .75), (.3, .75), (.44, .05)]).box(1, 0, 0, .5, .06, 6).box(2, .12, .3, .38, .42)
+    if kind == "box": return s.box(1, 0, 0, 1.1, 1.3).box(1, 0, 1.2, 1.1, 1.3, 11).box(1, .54, .1, .57, 1.2, 5).box(2, .2, .7, .4, .85)
+    return s.box(1, 0, .4, 1.6, .5).box(1, .05, .55, 1.55, .9, 7).box(2, .15, 0, .22, .9).box(2, 1.38, 0, 1.45, .9)
 
 # %% ../../nbs/51_data.streets.ipynb #f4c7e34d
 @functools.lru_cache(maxsize=None)
 def stamps()->dict: # name -> list of stamps
     "All stamps, drawn on first use."
-    people = [_person(st, a, sk, b) for st, a, sk, b in ((.05, .12, 0, 0), (.22, .22, 0, 0), (.3, .28, 0, 1), (.14, .18, 1, 0), (.2, .2, 1, 1), (.02, .16, 0, 1))]
+    people = [_person(st, a, sk, b) for st, a, sk, b in ((.05, .12, 0, 0), (.22, .22, 0, 0), (.3, .28, 0, 1), (.14, .18, 1, 0),
+                                                         (.2, .2, 1, 1), (.02, .16, 0, 1))]
     trees = [_tree(i, k) for i, k in enumerate("round round round tall cone tall round cone".split())]
-    return dict(side={k: _side(k) for k in VEHICLES}, back={k: _end(k, False) for k in VEHICLES}, front={k: _end(k, True) for k in VEHICLES}, person=people,
-                rider_side=[_cyclist(True)], rider_back=[_cyclist(False)], tree=trees, bush=[_tree(20 + i, "bush") for i in range(3)],
-                board={k: _board(k) for k in ("ban", "duty", "warn", "stop", "info")}, lights=[_lights()], thing=[_thing(k) for k in ("bin", "cone", "box", "bench")])
+    return dict(side={k: _side(k) for k in VEHICLES}, back={k: _end(k, False) for k in VEHICLES},
+                front={k: _end(k, True) for k in VEHICLES},
+                person=people, rider_side=[_cyclist(True)], rider_back=[_cyclist(False)],
+                tree=trees, bush=[_tree(20 + i, "bush") for i in range(3)], thing=[_thing(k) for k in ("bin", "cone", "box", "bench")],
+                board={k: _board(k) for k in ("ban", "duty", "warn", "stop", "info")}, lights=[_lights()])
 
 # %% ../../nbs/51_data.streets.ipynb #545216e3
 class Scene:
@@ -223,9 +253,17 @@ class Scene:
         self.labels += labels if isinstance(labels, list) else [labels]*len(colours)
         return len(self.colours) - len(colours) - 1
 
-    def x(self, X, Z): return self.vanish + self.f*((X - self.cam)/Z + self.bend*Z)
-    def y(self, Y, Z): return self.horizon + self.f*(self.eye - Y)/Z
-    def fog(self, Z): return int(200*(1 - 1/(1 + Z/self.visibility)**2))
+    def x(self, X, Z):
+        "Image column of a place."
+        return self.vanish + self.f*((X - self.cam)/Z + self.bend*Z)
+
+    def y(self, Y, Z):
+        "Image row of a height."
+        return self.horizon + self.f*(self.eye - Y)/Z
+
+    def fog(self, Z):
+        "Haze at a distance, 0 … 200 of 256."
+        return int(200*(1 - 1/(1 + Z/self.visibility)**2))
 
 # %% ../../nbs/51_data.streets.ipynb #651205ee
 _k = np.arange(256, dtype=np.uint32)
@@ -281,8 +319,10 @@ def sheet_of_noise(n=256):
     return ((total - total.min())*255//(total.max() - total.min())).astype(np.uint8)
 
 # sky above, sky at the horizon, light (r, g, b in 1/128), clouds 0..8, sharp shadows
-MOODS = [((70, 120, 200), (190, 212, 235), (132, 130, 124), 3, 1), ((95, 145, 210), (205, 222, 238), (136, 134, 126), 5, 1), ((165, 172, 182), (208, 211, 214), (112, 114, 118), 7, 0),
-         ((190, 196, 202), (226, 228, 228), (120, 121, 122), 2, 0), ((90, 110, 170), (246, 206, 160), (138, 122, 104), 4, 1), ((60, 72, 110), (190, 160, 160), (92, 92, 106), 4, 0),
+MOODS = [((70, 120, 200), (190, 212, 235), (132, 130, 124), 3, 1), ((95, 145, 210), (205, 222, 238), (136, 134, 126), 5, 1),
+         ((165, 172, 182), (208, 211, 214), (112, 114, 118), 7, 0),
+         ((190, 196, 202), (226, 228, 228), (120, 121, 122), 2, 0), ((90, 110, 170), (246, 206, 160), (138, 122, 104), 4,
+                                                                     1), ((60, 72, 110), (190, 160, 160), (92, 92, 106), 4, 0),
          ((225, 230, 236), (246, 247, 247), (124, 124, 122), 0, 0)]
 
 def draw_sky(sc, mood):
@@ -298,7 +338,8 @@ def draw_sky(sc, mood):
     sc.mat[:n] = base + (15 - 15*up).astype(np.int64)[:, None]*8 + cloud
     for depth, label, colour in ((320, BUILDING, (130, 126, 124)), (240, TREE, (84, 104, 70)), (170, TREE, (70, 92, 52))):
         line, rough = sheet_of_noise()[d.below(256)], d.pick((1, 2, 3))
-        tall = line[(np.arange(sc.w)*(256//rough)//max(sc.w, 1) + d.below(256)) & 255] if label == TREE else line[np.arange(sc.w)*40//sc.w*5 & 255]
+        at = np.arange(sc.w)*(256//rough)//sc.w + d.below(256) if label == TREE else np.arange(sc.w)*40//sc.w*5
+        tall = line[at & 255]
         top = sc.horizon - sc.f*np.maximum(tall.astype(np.float64)*(d.span(.3, 1)*20/255) + d.span(0, 5), 0)/depth
         j = max(min(int(top.min()), n), 0)
         mask = np.arange(j, n)[:, None] + .5 > top
@@ -314,9 +355,11 @@ def draw_ground(sc, plan, mood):
     j0 = max(int(sc.horizon) + 1, 0)
     if j0 >= sc.h: return
     grey = d.below(45) + 62
-    base = sc.paint([(grey, grey, grey + 3), d.pick(((214, 214, 208), (200, 198, 190))), d.tint(d.pick(((150, 146, 140), (168, 158, 146), (138, 136, 138), (160, 140, 126))), 10),
+    base = sc.paint([(grey, grey, grey + 3), d.pick(((214, 214, 208), (200, 198, 190))),
+                     d.tint(d.pick(((150, 146, 140), (168, 158, 146), (138, 136, 138), (160, 140, 126))), 10),
                      (176, 174, 168), (grey - 12, grey - 12, grey - 10), d.pick(((205, 175, 60), (214, 214, 208))),
-                     d.tint(d.pick(((92, 116, 58), (110, 122, 62), (78, 108, 54))), 12)], [ROAD, ROAD, PAVEMENT, PAVEMENT, ROAD, ROAD, TREE])
+                     d.tint(d.pick(((92, 116, 58), (110, 122, 62), (78, 108, 54))),
+                            12)], [ROAD, ROAD, PAVEMENT, PAVEMENT, ROAD, ROAD, TREE])
     x = (np.arange(2*SPAN*CELL) + .5)/CELL - SPAN
     a, side = abs(x), x > 0
     strip = np.where(a < plan.half, 1, np.where(a < plan.half + .22, 4, 3))
@@ -332,9 +375,11 @@ def draw_ground(sc, plan, mood):
     z = sc.f*sc.eye/(np.arange(j0, sc.h) + .5 - sc.horizon)
     kind = np.where((z*.25).astype(np.int64) % 2 == 0, 1, 0)
     for at, deep, k in plan.rows: kind[(z >= at) & (z < at + deep)] = k
-    X = ((np.arange(sc.w) + .5 - sc.vanish).astype(np.float32)*(z/sc.f).astype(np.float32)[:, None] + (sc.cam - sc.bend*z*z).astype(np.float32)[:, None])
+    X = ((np.arange(sc.w) + .5 - sc.vanish).astype(np.float32)*(z/sc.f).astype(np.float32)[:, None]
+         + (sc.cam - sc.bend*z*z).astype(np.float32)[:, None])
     cell = np.clip((X + SPAN)*CELL, 0, 2*SPAN*CELL - 1).astype(np.int32)
-    sc.mat[j0:] = (base + np.stack([strip, dash, zebra, left, right]).astype(np.uint16)).ravel()[cell + (kind*len(x)).astype(np.int32)[:, None]]
+    kinds = (base + np.stack([strip, dash, zebra, left, right])).astype(np.uint16)
+    sc.mat[j0:] = kinds.ravel()[cell + (kind*len(x)).astype(np.int32)[:, None]]
     grain = sheet_of_noise().ravel()[((X*20).astype(np.int32) & 255) + ((z*20).astype(np.int32) & 255)[:, None]*256]
     sc.shade[j0:] = 112 + (grain >> 3)
     if mood[4] and plan.sun:
@@ -352,22 +397,32 @@ def _tile(*boxes):
 def _window(x0, y0, x1, y1, bars=1):
     "A framed window with a sill."
     xs = [x0 + (x1 - x0)*k//(bars + 1) for k in range(1, bars + 1)]
-    return [(3, x0 - 1, y0 - 1, x1 + 1, y1 + 1), (2, x0, y0, x1, y1), *[(3, x, y0, x + 1, y1) for x in xs], (4, x0 - 2, y0 - 2, x1 + 2, y0 - 1)]
+    return [(3, x0 - 1, y0 - 1, x1 + 1, y1 + 1), (2, x0, y0, x1, y1), *[(3, x, y0, x + 1, y1) for x in xs],
+            (4, x0 - 2, y0 - 2, x1 + 2, y0 - 1)]
 
 @functools.lru_cache(maxsize=None)
 def tiles():
     "All wall patterns: 8 of upper floors, 6 of ground floors, 6 of fences."
-    upper = [_tile(*_window(9, 8, 23, 26)), _tile(*_window(6, 10, 14, 27, 0), *_window(19, 10, 27, 27, 0)), _tile(*_window(3, 9, 29, 25, 3)), _tile((4, 0, 0, 32, 3), *_window(11, 7, 21, 28)),
-             _tile((2, 1, 6, 31, 30), (3, 15, 6, 17, 30)), _tile(*_window(8, 7, 24, 27), (6, 4, 3, 28, 6), (4, 4, 3, 28, 4)), _tile((4, 0, 0, 2, 32), (4, 30, 0, 32, 32), *_window(10, 9, 22, 26)),
+    upper = [_tile(*_window(9, 8, 23, 26)), _tile(*_window(6, 10, 14, 27, 0), *_window(19, 10, 27, 27, 0)),
+             _tile(*_window(3, 9, 29, 25, 3)), _tile((4, 0, 0, 32, 3), *_window(11, 7, 21, 28)),
+             _tile((2, 1, 6, 31, 30), (3, 15, 6, 17, 30)), _tile(*_window(8, 7, 24, 27), (6, 4, 3, 28, 6),
+                                                                 (4, 4, 3, 28,
+                                                                  4)), _tile((4, 0, 0, 2, 32), (4, 30, 0, 32, 32), *_window(10, 9, 22, 26)),
              _tile((2, 0, 8, 32, 26), (3, 0, 8, 32, 9), (3, 10, 8, 11, 26))]
-    ground = [_tile((6, 0, 22, 32, 28), (2, 2, 5, 20, 22), (3, 10, 5, 11, 22), (4, 22, 0, 30, 22), (2, 23, 6, 29, 20)), _tile((4, 0, 0, 32, 3), (6, 4, 0, 13, 20), (2, 6, 12, 11, 18), *_window(18, 9, 28, 22)),
-              _tile((4, 3, 0, 29, 23), *[(3, 3, y, 29, y + 1) for y in range(4, 23, 4)]), _tile((2, 1, 3, 31, 25), (3, 8, 3, 9, 25), (3, 23, 3, 24, 25), (6, 0, 26, 32, 31)),
-              _tile((4, 0, 0, 32, 5), *_window(9, 10, 23, 25)), _tile((6, 0, 20, 32, 27), (6, 2, 18, 30, 20), (2, 3, 4, 29, 18), (3, 15, 0, 17, 18))]
+    ground = [_tile((6, 0, 22, 32, 28), (2, 2, 5, 20, 22), (3, 10, 5, 11, 22), (4, 22, 0, 30, 22), (2, 23, 6, 29, 20)),
+              _tile((4, 0, 0, 32, 3), (6, 4, 0, 13, 20), (2, 6, 12, 11, 18), *_window(18, 9, 28, 22)),
+              _tile((4, 3, 0, 29, 23), *[(3, 3, y, 29, y + 1)
+                                         for y in range(4, 23, 4)]), _tile((2, 1, 3, 31, 25), (3, 8, 3, 9, 25), (3, 23, 3, 24, 25),
+                                                                           (6, 0, 26, 32, 31)),
+              _tile((4, 0, 0, 32, 5), *_window(9, 10, 23, 25)), _tile((6, 0, 20, 32, 27), (6, 2, 18, 30, 20), (2, 3, 4, 29, 18),
+                                                                      (3, 15, 0, 17, 18))]
     yy, xx = np.arange(32)[:, None], np.arange(32)
     open_ = lambda solid: np.where(solid, 1, 15).astype(np.uint8)
     brick = np.where((yy % 8 == 0) | ((xx + (yy//8 % 2)*8) % 16 == 0), 4, 1).astype(np.uint8)
-    fence = [open_((xx % 8 < 5) | (yy == 8) | (yy == 22)), open_((xx % 4 == 0) | (yy > 29) | ((yy > 3) & (yy < 6))), np.where(xx % 16 == 0, 3, np.where(yy > 29, 4, 1)).astype(np.uint8),
-             brick, open_((xx < 2) | (yy > 27) | ((yy > 13) & (yy < 17))), open_(((xx + yy) % 4 == 0) | ((xx - yy) % 4 == 0) | (xx < 2) | (yy > 29))]
+    panel = np.where(xx % 16 == 0, 3, np.where(yy > 29, 4, 1)).astype(np.uint8)
+    rails, mesh = (xx < 2) | (yy > 27) | ((yy > 13) & (yy < 17)), ((xx + yy) % 4 == 0) | ((xx - yy) % 4 == 0) | (xx < 2) | (yy > 29)
+    fence = [open_((xx % 8 < 5) | (yy == 8) | (yy == 22)), open_((xx % 4 == 0) | (yy > 29) | ((yy > 3) & (yy < 6))), panel, brick,
+             open_(rails), open_(mesh)]
     return np.stack(upper + ground + fence)
 
 # %% ../../nbs/51_data.streets.ipynb #1efce539
@@ -390,7 +445,8 @@ def draw_walls(sc, walls, layers=("tall", "near")):
         k = near if layer == "near" else rise.argmax(0)
         use = hit.any(0) if layer == "near" else (k != near) & hit.any(0)
         if layer == "tall": use &= rise.max(0) > np.take_along_axis(rise, near[None], 0)[0]
-        if (cols := np.flatnonzero(use)).size: _columns(sc, p, k[cols], cols, *(np.ascontiguousarray(v[k[cols], cols]) for v in (z, s, top)))
+        cols = np.flatnonzero(use)
+        if cols.size: _columns(sc, p, k[cols], cols, z[k[cols], cols], s[k[cols], cols], top[k[cols], cols])
 
 def _columns(sc, p, k, cols, z, s, top):
     "Draw one wall per column: rows `k` of the wall table at distance `z`, fraction `s` along, up to `top`."
@@ -404,13 +460,15 @@ def _columns(sc, p, k, cols, z, s, top):
     length = np.sqrt((p[2] - p[0])**2 + (p[3] - p[1])**2)[k]
     along = s*np.maximum((length/bay + .5).astype(np.int64), 1)
     u, story = (along*32).astype(np.int32) & 31, level >> 5
-    px = tiles().ravel()[np.where(story > 0, (up.astype(np.int32)*1024 + u)[c], (ground.astype(np.int32)*1024 + u)[c]) + ((level & 31) << 5)]
+    px = tiles().ravel()[np.where(story > 0, (up.astype(np.int32)*1024 + u)[c], (ground.astype(np.int32)*1024 + u)[c])
+                         + ((level & 31) << 5)]
     px[level > np.where(gable > 0, 1e6, height*per + .001).astype(np.int32)[c]] = 5
     noise = sheet_of_noise()
     room = noise[5][(story*57 + (along.astype(np.int32)*101 + k.astype(np.int32)*31)[c]) & 255]
     rough = noise.ravel()[((level*5 & 255) << 8) + ((along*160).astype(np.int32) & 255)[c]]
     fog = (200*(1 - 1/(1 + z/sc.visibility)**2)).astype(np.uint32)
-    value = (base.astype(np.uint32) + (light.astype(np.uint32) << 16) + (fog << 24))[c] + px + (np.where(px == 2, room >> 1, rough >> 3).astype(np.uint32) << 16)
+    shade = np.where(px == 2, room >> 1, rough >> 3).astype(np.uint32)
+    value = (base.astype(np.uint32) + (light.astype(np.uint32) << 16) + (fog << 24))[c] + px + (shade << 16)
     at, solid = row*sc.w + cols[c], px != 15
     sc.buf.ravel()[at[solid]] = value[solid]
 
@@ -431,7 +489,8 @@ class Plan:
         self.zebra = d.span(6, 28) if d.chance(.3) else None
         if self.zebra: self.rows.append((self.zebra, 3, 2))
 
-WALLS = [(176, 120, 92), (150, 88, 70), (200, 186, 160), (222, 214, 200), (140, 132, 126), (188, 160, 120), (172, 178, 182), (206, 190, 190), (120, 96, 84), (226, 206, 160), (160, 168, 150)]
+WALLS = [(176, 120, 92), (150, 88, 70), (200, 186, 160), (222, 214, 200), (140, 132, 126), (188, 160, 120), (172, 178, 182),
+         (206, 190, 190), (120, 96, 84), (226, 206, 160), (160, 168, 150)]
 
 def house_walls(sc, plan, side):
     "The houses of one side as rows for `draw_walls`."
@@ -448,14 +507,17 @@ def house_walls(sc, plan, side):
         if d.chance(dict(houses=.08, yards=.25, park=.75)[plan.kind[side]]): z, n = z + n, 0
         else:
             wall = d.tint(d.pick(WALLS), 18)
-            base = sc.paint([wall, d.pick(((58, 74, 92), (44, 52, 60), (96, 120, 142))), d.pick(((232, 230, 224), (90, 70, 58), (60, 62, 66))), tuple(c*3//4 for c in wall),
-                             d.tint(d.pick(((96, 66, 58), (84, 84, 90), (120, 72, 54))), 10), d.pick(((170, 50, 44), (44, 96, 80), (50, 70, 130), (190, 150, 60), (110, 60, 90)))], BUILDING)
+            base = sc.paint([wall, d.pick(((58, 74, 92), (44, 52, 60), (96, 120, 142))),
+                             d.pick(((232, 230, 224), (90, 70, 58), (60, 62, 66))), tuple(c*3//4 for c in wall),
+                             d.tint(d.pick(((96, 66, 58), (84, 84, 90), (120, 72, 54))),
+                                    10), d.pick(((170, 50, 44), (44, 96, 80), (50, 70, 130), (190, 150, 60), (110, 60, 90)))], BUILDING)
             height, x, deep = floor*max(1, int((tall + d.span(-3, 5))/floor)), side*(back + d.pick((0, 0, .4, 1.2))), d.span(6, 14)
             roof, style = d.pick((0, .4, d.span(1, 2.6))), (d.below(8), 8 + d.below(6))
             light = 112 + (14 if side == -plan.sun else -16 if plan.sun else 0)
             if n < 5: bay = n
             rows.append((x, z, x, z + n, height, roof, 0, bay, floor, *style, base, light))
-            rows.append((x, z, x + side*deep, z, height, roof*1.4 if roof > .5 else roof, roof > .5, bay, floor, style[0], style[0], base, 106))
+            rows.append((x, z, x + side*deep, z, height, roof*1.4 if roof > .5 else roof, roof > .5, bay, floor, style[0], style[0], base,
+                         106))
         z += n + (d.span(1, 5) if d.chance(.2) else 0)
     return rows
 
@@ -470,7 +532,8 @@ def fence_walls(sc, plan, side):
         hole = gap and z < gap[1] and z + n > gap[0]
         if d.chance(busy) and not hole:
             hedge, k = d.chance(.15), d.below(6)
-            main = (62, 92, 44) if hedge else d.pick(((130, 100, 72), (64, 66, 70), (226, 224, 216), (150, 90, 72), (96, 116, 92), (150, 150, 152)))
+            main = (62, 92, 44) if hedge else d.pick(((130, 100, 72), (64, 66, 70), (226, 224, 216), (150, 90, 72), (96, 116, 92),
+                                                      (150, 150, 152)))
             base = sc.paint([main, main, tuple(c*3//4 for c in main), tuple(c*4//5 for c in main), main, main], TREE if hedge else FENCE)
             high = d.span(.9, 1.9)
             style = 17 if hedge else 14 + k
@@ -479,8 +542,10 @@ def fence_walls(sc, plan, side):
     return rows
 
 # %% ../../nbs/51_data.streets.ipynb #1a45d40e
-PAINTS = [(196, 30, 36), (32, 58, 120), (26, 28, 32), (238, 238, 236), (186, 190, 194), (120, 124, 130), (24, 84, 60), (214, 168, 40), (110, 24, 40), (88, 140, 184), (70, 72, 78), (206, 202, 190)]
-CLOTHES = [(30, 34, 46), (150, 40, 44), (52, 80, 130), (220, 216, 206), (92, 96, 84), (196, 150, 60), (70, 50, 90), (40, 110, 100), (200, 96, 120), (110, 110, 114), (224, 120, 40)]
+PAINTS = [(196, 30, 36), (32, 58, 120), (26, 28, 32), (238, 238, 236), (186, 190, 194), (120, 124, 130), (24, 84, 60), (214, 168, 40),
+          (110, 24, 40), (88, 140, 184), (70, 72, 78), (206, 202, 190)]
+CLOTHES = [(30, 34, 46), (150, 40, 44), (52, 80, 130), (220, 216, 206), (92, 96, 84), (196, 150, 60), (70, 50, 90), (40, 110, 100),
+           (200, 96, 120), (110, 110, 114), (224, 120, 40)]
 POST = np.array([[6, 9, 10, 7]], np.uint8)*16 + 1
 
 def vehicle(sc, X, Z, away, kind=None):
@@ -488,7 +553,8 @@ def vehicle(sc, X, Z, away, kind=None):
     d, s = sc.dice, stamps()
     kind = kind or d.pick(("hatch", "hatch", "hatch", "saloon", "saloon", "estate", "suv", "suv", "van", "bus", "lorry"))
     n, w, h, *_ = VEHICLES[kind]
-    base = sc.paint([d.tint(d.pick(PAINTS), 12), (46, 58, 70), (24, 24, 27), (150, 152, 156), (190, 26, 26), (250, 246, 222), d.pick(((236, 232, 214), (232, 204, 70))),
+    base = sc.paint([d.tint(d.pick(PAINTS), 12), (46, 58, 70), (24, 24, 27), (150, 152, 156), (190, 26, 26), (250, 246, 222),
+                     d.pick(((236, 232, 214), (232, 204, 70))),
                      d.pick(PAINTS)], CAR)
     shadow(sc, X, Z + n/2, w*.62, n*.56)
     def draw():
@@ -508,21 +574,24 @@ def upright(sc, stamp, X, Z, colours, labels, high=0., size=1., flip=False, dark
 def person(sc, X, Z):
     "Somebody on foot."
     d = sc.dice
-    colours = [d.pick(((226, 186, 156), (190, 140, 106), (120, 82, 60))), d.pick(((50, 36, 26), (24, 22, 22), (150, 120, 70), (140, 138, 136))), d.tint(d.pick(CLOTHES), 10),
+    colours = [d.pick(((226, 186, 156), (190, 140, 106), (120, 82, 60))),
+               d.pick(((50, 36, 26), (24, 22, 22), (150, 120, 70), (140, 138, 136))), d.tint(d.pick(CLOTHES), 10),
                d.tint(d.pick(CLOTHES), 14), (34, 30, 30), d.pick(CLOTHES)]
     return upright(sc, d.pick(stamps()["person"]), X, Z, colours, PEDESTRIAN, size=d.span(.85, 1.1), flip=d.chance(.5))
 
 def rider(sc, X, Z, along):
     "Somebody on a bicycle."
     d = sc.dice
-    colours = [(220, 176, 146), d.pick(((230, 230, 225), (40, 40, 44), (190, 50, 46), (50, 36, 26))), d.tint(d.pick(CLOTHES), 10), d.pick(CLOTHES), (34, 30, 30), (0, 0, 0), (28, 28, 30), d.pick(PAINTS)]
+    colours = [(220, 176, 146), d.pick(((230, 230, 225), (40, 40, 44), (190, 50, 46), (50, 36, 26))), d.tint(d.pick(CLOTHES), 10),
+               d.pick(CLOTHES), (34, 30, 30), (0, 0, 0), (28, 28, 30), d.pick(PAINTS)]
     return upright(sc, stamps()["rider_back" if along else "rider_side"][0], X, Z, colours, BICYCLIST, flip=d.chance(.5))
 
 def tree(sc, X, Z, bush=False):
     "A tree or a bush."
     d = sc.dice
     leaf = d.tint(d.pick(((74, 108, 48), (92, 120, 52), (58, 88, 50), (120, 118, 50), (66, 100, 66))), 14)
-    return upright(sc, d.pick(stamps()["bush" if bush else "tree"]), X, Z, [d.tint((92, 74, 58), 12), leaf, tuple(c*7//8 for c in leaf)], TREE,
+    return upright(sc, d.pick(stamps()["bush" if bush else "tree"]), X, Z, [d.tint((92, 74, 58), 12), leaf, tuple(c*7//8 for c in leaf)],
+                   TREE,
                    size=d.span(.8, 1.3), flip=d.chance(.5))
 
 # %% ../../nbs/51_data.streets.ipynb #829f9176
@@ -540,9 +609,11 @@ def lamp(sc, X, Z, side):
 def sign(sc, X, Z):
     "A traffic sign or a traffic light on its post."
     d, s = sc.dice, stamps()
-    kind, high, post = d.pick(("ban", "duty", "warn", "stop", "info", "lights", "lights")), d.span(2.1, 2.6), sc.paint([d.tint((130, 132, 134), 25)], POLE)
+    kind, high, post = d.pick(("ban", "duty", "warn", "stop", "info", "lights",
+                               "lights")), d.span(2.1, 2.6), sc.paint([d.tint((130, 132, 134), 25)], POLE)
     red, white = (196, 34, 40), (238, 238, 234)
-    colours = dict(ban=[red, white, (40, 40, 44)], duty=[(28, 80, 170), white], warn=[red, white, (30, 30, 30)], stop=[red, white], info=[d.pick(((24, 96, 60), (30, 76, 160))), white],
+    colours = dict(ban=[red, white, (40, 40, 44)], duty=[(28, 80, 170), white], warn=[red, white, (30, 30, 30)], stop=[red, white],
+                   info=[d.pick(((24, 96, 60), (30, 76, 160))), white],
                    lights=[(34, 36, 38), (240, 50, 40), (230, 160, 40), (40, 200, 110)])[kind]
     stamp, base, size = s["lights"][0] if kind == "lights" else s["board"][kind], sc.paint(colours, SIGN), d.span(.95, 1.5)
     w, h = stamp.width*size*(1.5 if kind == "info" else 1), stamp.height*size
@@ -569,7 +640,8 @@ def things(sc, plan):
         if plan.half > 4.4 and d.chance(.55):
             z = d.span(3, 9)
             while z < 50:
-                if free(z) and d.chance(.75): out.append(vehicle(sc, side*(kerb - 1.05), z, side == mine, d.pick(("hatch", "saloon", "estate", "suv", "van"))))
+                if free(z) and d.chance(.75): out.append(vehicle(sc, side*(kerb - 1.05), z, side == mine,
+                                                                 d.pick(("hatch", "saloon", "estate", "suv", "van"))))
                 z += d.span(5.6, 9)
         step, z = d.span(14, 26), d.span(4, 16)
         while z < 75:
@@ -583,7 +655,8 @@ def things(sc, plan):
         for _ in range(d.below(3) + 1):
             if free(z := d.span(4.5, 30)): out.append(sign(sc, side*(kerb + d.span(.3, .8)), z))
         for _ in range(d.pick((0, 1, 2, 3, 5))): out.append(person(sc, side*(kerb + d.span(.4, max(pave - .4, .6))), d.span(4, 20)))
-        if d.chance(.3): out.append(upright(sc, d.pick(stamps()["thing"]), side*(kerb + pave - .7), d.span(4.5, 16), [d.tint(d.pick(PAINTS), 15), d.tint((200, 190, 170), 30)], IGNORE))
+        if d.chance(.3): out.append(upright(sc, d.pick(stamps()["thing"]), side*(kerb + pave - .7), d.span(4.5, 16),
+                                            [d.tint(d.pick(PAINTS), 15), d.tint((200, 190, 170), 30)], IGNORE))
         for _ in range(d.pick((0, 1, 1, 2))): out.append(rider(sc, side*(kerb - d.span(.5, 1.2)), d.span(4, 18), d.chance(.6)))
     if plan.zebra:
         for _ in range(d.below(4)): out.append(person(sc, d.span(-plan.half, plan.half), plan.zebra + d.span(.3, 2.7)))
@@ -594,7 +667,8 @@ def things(sc, plan):
         n, _, h, *_ = VEHICLES[kind]
         X = side*(plan.half + d.span(-3, 3))
         shadow(sc, X, at, n*.52, 1.1)
-        base = sc.paint([d.pick(PAINTS), (46, 58, 70), (24, 24, 27), (150, 152, 156), (190, 26, 26), (250, 246, 222), (236, 232, 214), (90, 90, 90)], CAR)
+        base = sc.paint([d.pick(PAINTS), (46, 58, 70), (24, 24, 27), (150, 152, 156), (190, 26, 26), (250, 246, 222), (236, 232, 214),
+                         (90, 90, 90)], CAR)
         out.append((at, lambda t=stamps()["side"][kind].t[:, ::d.pick((1, -1))]: stand(sc, t, base, (X - n/2, at), (X + n/2, at), 0, h)))
     return out
 
@@ -637,8 +711,10 @@ def draw_street(size, *key):
     sc.cam = plan.mine*plan.half*d.span(.25, .55)
     draw_sky(sc, mood)
     draw_ground(sc, plan, mood)
-    behind = [tree(sc, side*(plan.half + plan.pave[side] + d.span(1.5, 8)), d.span(9, 60)) for side in (-1, 1) if plan.kind[side] == "park" for _ in range(9)]
-    behind += [tree(sc, side*(plan.half + plan.pave[side] + 1.2), d.span(6, 40), True) for side in (-1, 1) if plan.kind[side] == "yards" for _ in range(4)]
+    behind = [tree(sc, side*(plan.half + plan.pave[side] + d.span(1.5, 8)), d.span(9, 60)) for side in (-1, 1) if plan.kind[side] == "park"
+              for _ in range(9)]
+    behind += [tree(sc, side*(plan.half + plan.pave[side] + 1.2), d.span(6, 40), True) for side in (-1, 1) if plan.kind[side] == "yards"
+               for _ in range(4)]
     draw_walls(sc, [row for side in (-1, 1) for row in house_walls(sc, plan, side)])
     out = things(sc, plan)
     for _, draw in sorted(behind, key=lambda o: -o[0]): draw()
@@ -656,6 +732,7 @@ def regions(mask):
     row, a, b, label = start//w, start % w, np.append(start[1:], h*w) - start + start % w, mask.ravel()[start]
     parent = list(range(len(start)))
     def find(i):
+        "The region that run `i` belongs to so far."
         while parent[i] != i: parent[i] = i = parent[parent[i]]
         return i
     first = np.searchsorted(row, np.arange(h + 1)).tolist()
@@ -687,6 +764,7 @@ def _stroke(runs, d):
         x, y = new, y + 1
     return out
 
+# %% ../../nbs/51_data.streets.ipynb #33f4172b
 def weak_labels(
     mask:np.ndarray, # uint8 [h, w], 255 void
     kind:str, # "scribble" | "point"
@@ -726,20 +804,29 @@ class Streets(SegDataset):
         annotation:str="full", # "full" | "scribble" | "point": what `ds[i]` has as target
     ):
         if split not in SPLITS: raise ValueError(f"streets has the splits {list(SPLITS)}, got '{split}'")
-        if annotation not in ("full", "scribble", "point"): raise ValueError(f"streets has annotation 'full', 'scribble' or 'point', got '{annotation}'")
+        kinds = "full", "scribble", "point"
+        if annotation not in kinds: raise ValueError(f"streets: annotation must be one of {list(kinds)}, got '{annotation}'")
         if len(size) != 2 or min(size) < 1: raise ValueError(f"size must be (height, width), got {size}")
         self.size, self.seed, self.annotation, table = tuple(map(int, size)), seed, annotation, load_table("streets")
         n = SPLITS[split][1] if length is None else length
-        super().__init__("streets", split, [(Path(f"streets_{split}_{i:05d}.png"), None) for i in range(n)], table["classes"], table["palette"], table["class_weights"])
+        super().__init__("streets", split, [(Path(f"streets_{split}_{i:05d}.png"), None) for i in range(n)], table["classes"],
+                         table["palette"], table["class_weights"])
 
     def draw(self, i):
         "Picture and mask as arrays."
         return draw_street(self.size, self.seed, SPLITS[self.split][0], self._index(i))
 
-    def image(self, i): return torch.from_numpy(self.draw(i)[0])
-    def target(self, i): return self[i][1]
+    def image(self, i):
+        "The picture alone."
+        return torch.from_numpy(self.draw(i)[0])
 
-    def _weak(self, mask, i, kind): return weak_labels(mask, kind, self.seed, SPLITS[self.split][0], i, 7, smallest=max(16, mask.size//1500))
+    def target(self, i):
+        "The mask alone, as `annotation` has it."
+        return self[i][1]
+
+    def _weak(self, mask, i, kind):
+        "Strokes or points of a mask; specks get none."
+        return weak_labels(mask, kind, self.seed, SPLITS[self.split][0], i, 7, smallest=max(16, mask.size//1500))
 
     def scribbles(self, i)->torch.Tensor: # uint8 [h, w]
         "The target as thin strokes inside the regions, void elsewhere."
