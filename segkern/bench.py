@@ -77,7 +77,8 @@ def measure(
     sync = sync or _sync()
     for _ in range(warmup): fn()
     seconds = []
-    while len(seconds) < repeats if repeats is not None else len(seconds) < 5 or sum(seconds) < min_time: seconds.append(_once(fn, sync, clock))
+    enough = lambda: len(seconds) >= repeats if repeats is not None else len(seconds) >= 5 and sum(seconds) >= min_time
+    while not enough(): seconds.append(_once(fn, sync, clock))
     return Timing(tuple(seconds))
 
 # %% ../nbs/70_bench.ipynb #2592a509
@@ -101,7 +102,8 @@ class Comparison:
 
     def rows(self)->list: # one dict per contender
         "Everything as plain numbers."
-        return [dict(name=n, **t.to_dict(), ratio=self.ratio_of_medians(n), ratio_20=self.ratio(n, 0.2), ratio_50=self.ratio(n), ratio_80=self.ratio(n, 0.8))
+        spread = lambda n: {f"ratio_{int(100*q)}": self.ratio(n, q) for q in (0.2, 0.5, 0.8)}
+        return [dict(name=n, **t.to_dict(), ratio=self.ratio_of_medians(n), **spread(n))
                 for n, t in self.timings.items()]
 
     def table(self): return Table(self.rows())
@@ -120,7 +122,8 @@ def compare(
     clock:str="wall", # "wall" | "cpu"
 )->Comparison: # timings and ratios
     "Time functions that take turns in one process."
-    if not contenders or rounds < 1: raise ValueError(f"compare wants contenders and at least one round, got {len(contenders)} and {rounds}")
+    if not contenders or rounds < 1:
+        raise ValueError(f"compare wants contenders and at least one round, got {len(contenders)} and {rounds}")
     sync, seconds = sync or _sync(), {n: [] for n in contenders}
     for r in progress(range(warmup + rounds), desc or "comparing"):
         for n, fn in contenders.items():
@@ -151,7 +154,8 @@ def cost(
     net = _form(model, form).to("meta")
     x = torch.empty(batch, 3, *legal_size(model, size), device="meta")
     with FlopCounterMode(display=False) as counter: net.outputs(x) if form == "paper" and hasattr(net, "outputs") else net(x)
-    return dict(form=form, macs=counter.get_total_flops()//2, params=sum(p.numel() for p in net.parameters()), size=f"{size[0]}x{size[1]}", batch=batch)
+    params = sum(p.numel() for p in net.parameters())
+    return dict(form=form, macs=counter.get_total_flops()//2, params=params, size=f"{size[0]}x{size[1]}", batch=batch)
 
 # %% ../nbs/70_bench.ipynb #c609fcaa
 def paper_outputs(
@@ -195,8 +199,9 @@ def describe(
     layout = "channels_last" if facts.get("channels_last") else "NCHW"
     heads = "dropped" if isinstance(model, Optimized) or getattr(model, "deployed", False) else "not computed"
     device = torch.cuda.get_device_name(x.device) if x.is_cuda else env_info()["cpu"]
-    return dict(device=device, dtype=str(next(model.parameters()).dtype if facts.get("dtype", "as input") == "as input" else facts["dtype"]).replace("torch.", ""), layout=layout,
-                bn_folded=facts.get("bn_folded", 0), aux_heads=heads, compiled=facts.get("compiled", False), threads=torch.get_num_threads(),
+    given, dtype = facts.get("dtype", "as input"), next(model.parameters(), x).dtype
+    return dict(device=device, dtype=str(dtype).replace("torch.", "") if given == "as input" else given, layout=layout, aux_heads=heads,
+                bn_folded=facts.get("bn_folded", 0), compiled=facts.get("compiled", False), threads=torch.get_num_threads(),
                 height=x.shape[-2], width=x.shape[-1], batch=len(x))
 
 # %% ../nbs/70_bench.ipynb #4a03ff71
@@ -263,7 +268,8 @@ def write_csv(
 )->Path: # the destination
     "Write rows with date, versions and hardware, atomically."
     info = env_info()
-    extra = dict(date=datetime.date.today().isoformat(), **{k: info[k] for k in ("segkern", "python", "torch", "triton", "gpu", "cpu", "commit")})
+    known = ("segkern", "python", "torch", "triton", "gpu", "cpu", "commit")
+    extra = dict(date=datetime.date.today().isoformat(), **{k: info[k] for k in known})
     rows = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**r, **extra}.items()} for r in rows]
     header = list(dict.fromkeys(k for r in rows for k in r))
     text = io.StringIO()
@@ -306,10 +312,11 @@ def bench_models(
             forms = {"plain": plain, **({"optimized": optimize(plain)} if optimized else {})}
             for size in sizes:
                 bar.set_postfix_str(f"{name} {size[0]}x{size[1]}")
-                costs = {"plain": cost(plain, size, "paper"), "optimized": cost(plain, size)}
+                written, counted = (_cost_columns(plain, size, form) for form in ("paper", "ours"))
+                costs = {"plain": counted | {"params": written["params"]}, "optimized": counted}
                 for form, m in forms.items():
-                    rows.append(dict(model=name, form=form, gmacs=costs[form]["macs"]/1e9, params=costs[form]["params"], **latency(m, size, 1, warmup, repeats, min_time)))
-                if paper: rows.append(_paper_row(name, plain, size, costs["plain"], warmup, repeats))
+                    rows.append(dict(model=name, form=form, **costs[form], **latency(m, size, 1, warmup, repeats, min_time)))
+                if paper: rows.append(_paper_row(name, plain, size, written, warmup, repeats))
                 bar.update()
     if out_csv is not None: logger.info("wrote %s", write_csv(out_csv, rows))
     return rows
@@ -319,8 +326,13 @@ def _create(name):
     import segkern
     return segkern.create_model(name)
 
+def _cost_columns(model, size, form):
+    "Cost in the units of the table."
+    c = cost(model, size, form)
+    return dict(gmacs=c["macs"]/1e9, params=c["params"])
+
 def _paper_row(name, model, size, counted, warmup, repeats):
     "A row by the paper's protocol; the official numbers of passes unless others were asked for."
     speed = paper_speed(model, size, 50 if repeats is None else warmup, repeats or 100)
     facts = {**describe(model, torch.empty(1, 3, *size, device=next(model.parameters()).device)), "aux_heads": "computed"}
-    return dict(model=name, form="paper protocol", gmacs=counted["macs"]/1e9, params=counted["params"], ms_50=speed["ms"], n=speed["iterations"], fps=speed["fps"], **facts)
+    return dict(model=name, form="paper protocol", **counted, ms_50=speed["ms"], n=speed["iterations"], fps=speed["fps"], **facts)

@@ -145,9 +145,10 @@ def _to_image(image):
         if image.ndim != 3 or image.shape[-1] != 3: raise ValueError(f"an array must be [h, w, 3] RGB, got {image.shape}")
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if not torch.is_tensor(image): raise ValueError(f"segment takes a path, PIL image, array or tensor, got {what}")
-    if image.dtype != torch.uint8: raise ValueError(f"segment wants uint8 RGB in 0..255, got {image.dtype}; normalised input goes to model.predict")
-    if image.ndim not in (3, 4) or image.shape[-3] != 3: raise ValueError(f"a tensor must be [3, h, w] or [b, 3, h, w], got {tuple(image.shape)}")
-    if 0 in image.shape: raise ValueError(f"an empty picture: {tuple(image.shape)}")
+    if image.dtype != torch.uint8: raise ValueError(f"segment wants uint8 RGB in 0..255, got {image.dtype}; normalised: model.predict")
+    shape = tuple(image.shape)
+    if len(shape) not in (3, 4) or shape[-3] != 3: raise ValueError(f"a tensor must be [3, h, w] or [b, 3, h, w], got {shape}")
+    if 0 in shape: raise ValueError(f"an empty picture: {shape}")
     return (image, True) if image.ndim == 4 else (image[None], False)
 
 # %% ../nbs/62_infer.ipynb #170624eb
@@ -159,7 +160,8 @@ def _labels(model, x, size):
     except RuntimeError as e:
         if not small: raise
         name = getattr(model, "name", type(model).__name__)
-        raise ValueError(f"{name} cannot take a picture of {size[0]}x{size[1]}: {str(e).splitlines()[0]}; enlarge it, e.g. size=(256, 256)") from e
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{name} cannot take a picture of {size[0]}x{size[1]}: {reason}; enlarge it, e.g. size=(256, 256)") from e
 
 # %% ../nbs/62_infer.ipynb #7ee48b4c
 def segment(
@@ -184,7 +186,8 @@ def class_lookup(
     "How predicted ids become the dataset's ids."
     if list(model_classes) == list(data_classes): return None
     try: order = permutation(list(model_classes), list(data_classes))
-    except ValueError as e: raise ValueError(f"the model ({len(model_classes)} classes) does not fit the dataset ({len(data_classes)}): {e}") from e
+    except ValueError as e:
+        raise ValueError(f"the model ({len(model_classes)} classes) does not fit the dataset ({len(data_classes)}): {e}") from e
     lookup = torch.full((256,), 255, dtype=torch.uint8)
     lookup[:len(order)] = torch.tensor(order, dtype=torch.uint8)
     return lookup
@@ -195,8 +198,8 @@ def _batches(dataset, count, batch, workers):
     loader = DataLoader(Subset(dataset, range(count)), batch_size=None, num_workers=workers)
     held = []
     for i, (image, target) in enumerate(loader):
-        if image.shape[-2:] != target.shape[-2:]:
-            raise ValueError(f"item {i} of {getattr(dataset, 'name', 'the dataset')}: image {tuple(image.shape[-2:])} and target {tuple(target.shape[-2:])} differ in size")
+        a, b = tuple(image.shape[-2:]), tuple(target.shape[-2:])
+        if a != b: raise ValueError(f"item {i} of {getattr(dataset, 'name', 'the dataset')}: image {a} and target {b} differ in size")
         if held and (len(held) == batch or held[0][0].shape != image.shape):
             yield held
             held = []
@@ -233,11 +236,12 @@ def evaluate(
 )->dict: # the metrics of `Confusion.result` with classes, protocol, number of images and seconds
     "Score a model on a dataset. Classes in another order are permuted by name; different classes are refused."
     predict = _predictor(protocol, window, stride, scales, flip, combine)
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    if count < 1: raise ValueError(f"nothing to evaluate: {getattr(dataset, 'name', 'the dataset')} has {len(dataset)} pictures, limit is {limit}")
+    what, count = getattr(dataset, "name", "the dataset"), len(dataset) if limit is None else min(limit, len(dataset))
+    if count < 1: raise ValueError(f"nothing to evaluate: {what} has {len(dataset)} pictures, limit is {limit}")
     if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
     names, ours = list(dataset.classes), classes or getattr(model, "classes", None)
-    if ours is None and model.num_classes != len(names): raise ValueError(f"the model has {model.num_classes} classes, the dataset {len(names)}")
+    if ours is None and model.num_classes != len(names):
+        raise ValueError(f"the model has {model.num_classes} classes, the dataset {len(names)}")
     lookup, confusion, home = class_lookup(ours or names, names), Confusion(len(names)), _device_of(model)
     target_device = home if device is None else pick_device(str(device))
     start = time.perf_counter()
@@ -252,13 +256,15 @@ def evaluate(
                 bar.update(len(items))
     finally:
         if target_device != home: model.to(home)
-    facts = dict(classes=names, protocol=protocol, miou_over=miou, n_images=count, seconds=time.perf_counter() - start, permuted=lookup is not None)
+    seconds = time.perf_counter() - start
+    facts = dict(classes=names, protocol=protocol, miou_over=miou, n_images=count, seconds=seconds, permuted=lookup is not None)
     if protocol != "whole": facts.update(window=window, stride=stride)
     if protocol == "multiscale": facts.update(scales=list(scales), flip=flip, combine=combine)
     return {**confusion.result(miou), **facts}
 
 # %% ../nbs/62_infer.ipynb #19767d90
-_METADATA = {"__get__", "__len__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"} # these look at no value
+# these look at no value
+_METADATA = {"__get__", "__len__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"}
 
 class _Uses(TorchFunctionMode):
     "Counts how often each tensor is read; keeps all of them alive, so that identities stay unique."
@@ -282,7 +288,9 @@ class _Uses(TorchFunctionMode):
 # %% ../nbs/62_infer.ipynb #df877fb8
 def _is_conv(m): return isinstance(m, nn.Conv2d) and type(m).forward is nn.Conv2d.forward and m.padding_mode == "zeros"
 
-def _is_norm(m): return isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and type(m).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+def _is_norm(m): return isinstance(m, _NORMS) and type(m).forward in [n.forward for n in _NORMS]
 
 # %% ../nbs/62_infer.ipynb #5fc57953
 def _watch(net, size):
@@ -361,7 +369,8 @@ class PackedConv(nn.Module):
 
     def forward(self, x): return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.where, self.post, [], "")
 
-    def _apply(self, fn, recurse=True): raise ValueError("a model that was optimized for the CPU cannot be moved or cast: do that first, then call optimize")
+    def _apply(self, fn, recurse=True):
+        raise ValueError("a model that was optimized for the CPU cannot be moved or cast: do that first, then call optimize")
 
     def extra_repr(self): return f"{self.text}, {self.post}"
 
@@ -423,7 +432,8 @@ class Optimized(nn.Module):
 def _check_compiler():
     "Inductor builds C++ on a CPU."
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
-    if not any(shutil.which(n) for n in names): raise ValueError(f"compile=True needs a C++ compiler on a CPU; none of {names} is on the path")
+    if not any(shutil.which(n) for n in names):
+        raise ValueError(f"compile=True needs a C++ compiler on a CPU; none of {names} is on the path")
 
 # %% ../nbs/62_infer.ipynb #3e7fbb43
 def _cpu_has_bf16():
@@ -448,13 +458,15 @@ def optimize(
     net = copy.deepcopy(model).eval().requires_grad_(False)
     if hasattr(net, "deploy"): net = net.deploy()
     cpu = _device_of(net).type == "cpu"
-    if prepack is None: prepack = cpu and not compile and torch.backends.mkldnn.is_available() and next(net.parameters()).dtype == torch.float32
+    single = all(p.dtype == torch.float32 for p in net.parameters())
+    if prepack is None: prepack = cpu and single and not compile and torch.backends.mkldnn.is_available()
     if prepack and not cpu: raise ValueError(f"prepack is for models on the CPU, this one is on {_device_of(net)}")
     if prepack and compile: raise ValueError("compile=True packs the weights itself: leave prepack out")
     if compile and cpu and dtype in (torch.bfloat16, torch.float16):
         raise ValueError(f"compile=True wants float32 on a CPU, got {dtype}: Inductor's half precision is slower there and changes labels")
     if compile and cpu: _check_compiler()
-    if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16(): logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
+    if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16():
+        logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
     chains = conv_chains(net) if fold_bn or prepack else []
     folded = [(conv, norm) for conv, norm, _ in chains if norm is not None] if fold_bn else []
     for conv, norm in folded:
@@ -465,5 +477,6 @@ def optimize(
         relu = relu if norm is None or fold_bn else None
         _replace(net, conv, PackedConv(conv, relu is not None))
         if relu is not None: _replace(net, relu, nn.Identity())
-    facts = dict(bn_folded=len(folded), channels_last=channels_last, prepacked=bool(prepack), dtype=str(dtype or "as input").replace("torch.", ""), compiled=compile)
+    name = str(dtype or "as input").replace("torch.", "")
+    facts = dict(bn_folded=len(folded), channels_last=channels_last, prepacked=bool(prepack), dtype=name, compiled=compile)
     return Optimized(net, channels_last, dtype, compile, facts)

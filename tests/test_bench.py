@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from segkern.bench import (Comparison, Timing, bench_models, compare, cost, describe, image_to_labels, latency, measure, paper_outputs, paper_speed, quantile,
-                           read_csv, write_csv)
+from segkern.bench import (Comparison, Timing, bench_models, compare, cost, describe, image_to_labels, latency, measure, paper_outputs,
+                           paper_speed, quantile, read_csv, write_csv)
 from segkern.core import IMAGENET, seeded
 from segkern.infer import optimize
 from segkern.layers import ConvNormAct, resize

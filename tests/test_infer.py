@@ -10,8 +10,8 @@ from torch import nn
 
 from segkern.core import IMAGENET, load_table, seeded
 from segkern.data import open_dataset
-from segkern.infer import (class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment, sliding_logits,
-                           whole_logits, window_starts)
+from segkern.infer import (class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment,
+                           sliding_logits, whole_logits, window_starts)
 from segkern.layers import ConvNormAct, resize
 from segkern.testing import relative_l2, shared
 
@@ -82,7 +82,8 @@ def test_folding_is_exact_in_double(act):
 
 
 @pytest.mark.parametrize("act", ["relu", "prelu"])
-@pytest.mark.parametrize("kw", [dict(), dict(prepack=False), dict(fold_bn=False), dict(channels_last=False), dict(fold_bn=False, channels_last=False, prepack=False)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(prepack=False), dict(fold_bn=False), dict(channels_last=False),
+                                dict(fold_bn=False, channels_last=False, prepack=False)], ids=str)
 @pytest.mark.parametrize("size", [(64, 96), (101, 67), (1, 1), (2, 31)], ids=str)
 def test_optimized_gives_the_same(act, kw, size):
     m, x = net(act=act), torch.randn(2, 3, *size)
@@ -171,7 +172,8 @@ def test_optimized_keeps_the_contract():
     assert fast.classes == m.classes and fast.preprocess == m.preprocess and fast.num_classes == 4 and not fast.training
     assert list(fast.outputs(torch.randn(1, 3, 16, 16))) == ["logits"]
     assert fast.eval() is fast
-    for bad in (lambda: fast.train(), lambda: fast.double(), lambda: optimize(m, prepack=True, compile=True), lambda: optimize(m, dtype=torch.bfloat16, compile=True)):
+    for bad in (lambda: fast.train(), lambda: fast.double(), lambda: optimize(m, prepack=True, compile=True),
+                lambda: optimize(m, dtype=torch.bfloat16, compile=True)):
         with pytest.raises(ValueError): bad()
     with pytest.raises(AttributeError): fast.nothing
 
@@ -251,7 +253,8 @@ def test_segment_takes_what_people_have(tmp_path):
     pil = Image.fromarray(image.permute(1, 2, 0).numpy())
     pil.save(tmp_path/"a.png")
     truth = segment(m, image)
-    for form in (pil, np.asarray(pil), tmp_path/"a.png", str(tmp_path/"a.png"), pil.convert("RGBA")): assert torch.equal(segment(m, form), truth)
+    forms = pil, np.asarray(pil), tmp_path/"a.png", str(tmp_path/"a.png"), pil.convert("RGBA")
+    for form in forms: assert torch.equal(segment(m, form), truth)
     assert torch.equal(segment(m, torch.stack([image, image]))[1], truth)
     assert segment(m, image, size=(64, 64)).shape == (31, 45)
     m.train()
@@ -265,8 +268,8 @@ def test_segment_refuses(tmp_path):
     whole = tmp_path/"whole.png"
     Image.fromarray(picture(64, 64).permute(1, 2, 0).numpy()).save(whole)
     (tmp_path/"half.png").write_bytes(whole.read_bytes()[:2000])
-    bad = [image.float(), image[:1], image[0], image.numpy(), image.permute(1, 2, 0).numpy()[..., :2], image[:, :0], None, 7, tmp_path/"bad.png", tmp_path/"half.png",
-           Image.new("I;16", (8, 8)), Image.new("F", (8, 8))]
+    bad = [image.float(), image[:1], image[0], image.numpy(), image.permute(1, 2, 0).numpy()[..., :2], image[:, :0], None, 7,
+           tmp_path/"bad.png", tmp_path/"half.png", Image.new("I;16", (8, 8)), Image.new("F", (8, 8))]
     for b in bad:
         with pytest.raises(ValueError): segment(m, b)
     with pytest.raises(ValueError): segment(m, image, size=0)
@@ -343,7 +346,8 @@ def test_protocols():
     for bad in (dict(protocol="tiles"), dict(protocol="sliding"), dict(limit=0), dict(batch=0), dict(miou="best")):
         with pytest.raises(ValueError): evaluate(m, data, **bad)
     with pytest.raises(ValueError): evaluate(m, Images(m.classes, []))
-    with pytest.raises(ValueError, match="differ in size"): evaluate(m, Images(m.classes, [(picture(8, 8), torch.zeros(8, 9, dtype=torch.uint8))]))
+    uneven = Images(m.classes, [(picture(8, 8), torch.zeros(8, 9, dtype=torch.uint8))])
+    with pytest.raises(ValueError, match="differ in size"): evaluate(m, uneven)
 
 
 def test_evaluate_takes_an_optimized_model_and_workers():
