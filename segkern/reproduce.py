@@ -593,7 +593,8 @@ def _run_all(todo, slots, resume, guess, write):
         except (ValueError, SyntaxError, OSError) as e: job.state, job.error = "failed", str(e)
     total = sum(guess[j.name] for j in waiting)
     form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} elapsed, about {remaining} left"
-    with progress(total=total, desc="papers", bar_format=form) as bar:
+    with progress(total=total, bar_format=form) as bar:
+        _move(bar, 0, [])
         try:
             while waiting or running:
                 while waiting and len(running) < slots:
@@ -613,7 +614,7 @@ def _run_all(todo, slots, resume, guess, write):
 
 def _move(bar, position, names):
     "Set the bar to a position and name what runs."
-    bar.set_description(", ".join(names) or "papers", refresh=False)
+    bar.desc = ", ".join(names) or "papers"
     bar.n = max(bar.n, min(position, bar.total))
     bar.refresh()
 
