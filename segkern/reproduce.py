@@ -295,10 +295,11 @@ def _clear(folder, old):
         logger.warning("the earlier run at scale %s was moved to %s", old.get("scale"), aside)
 
 def _environment(threads):
-    "The environment of a paper's process: its share of the cores, this package, this Python's kernel."
+    "The environment of a paper's process: its share of the cores, threads that sleep while they wait, this package, this Python's kernel."
     path = os.pathsep.join([str(_package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
-            "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"), "JUPYTER_PREFER_ENV_PATH": "1",
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -314,6 +315,7 @@ def _failure(folder, name, code):
     if code:
         log = _ANSI.sub("", (folder/"log.txt").read_text(encoding="utf-8", errors="replace"))
         lines = [line for line in log.splitlines() if line.strip()]
+        if "DeadKernelError" in log: lines = ["the notebook's kernel was killed: out of memory, or by somebody"]
         return "\n".join(lines[-8:]) + f"\nprocess ended with {code}; see {folder/'log.txt'}"
     try: read_results(folder)
     except FileNotFoundError: return f"the notebook ran, but wrote no {folder/'results.json'}"
@@ -460,6 +462,10 @@ def _figures_html(entry, out):
     one = lambda png, text: f'<figure><img src="{_data_uri(png)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
     return '<h3>Pictures</h3><div class="figures">' + "".join(one(png, escape(text)) for png, text in pictures) + "</div>"
 
+def _links(text):
+    "Markdown links as HTML."
+    return re.sub(r"\[([^\]]+)\]\((https?://[^)\s]+)\)", r'<a href="\2">\1</a>', text)
+
 def _chip(entry):
     "The state of a paper in colour."
     return f'<span class="chip {entry["state"]}">{entry["state"]}</span>'
@@ -472,7 +478,7 @@ def _paper_html(entry, out):
     names = {"html": "executed notebook", "ipynb": "as .ipynb", "json": "results.json", "txt": "log"}
     links = "".join(f'<a href="{escape(f, quote=True)}">{names[f.rsplit(".", 1)[1]]}</a>' for f in entry["files"])
     parts = [f'<section id="{escape(entry["paper"])}"><div class="head"><h2>{escape(entry["title"])}</h2>{_chip(entry)}</div>',
-             f'<p>{escape(entry["claim"])}</p>' if entry["claim"] else "",
+             f'<p>{_links(escape(entry["claim"]))}</p>' if entry["claim"] else "",
              f'<p class="soft small">{escape(" · ".join(filter(None, facts)))}</p>',
              f'<h3>What went wrong</h3><pre>{escape(entry["error"])}</pre>' if entry["error"] else "",
              "<h3>Claimed and measured</h3>" + _rows_html(entry["rows"]) if entry["rows"] else "", _figures_html(entry, out),
@@ -580,10 +586,21 @@ def reproduce(
         guess = {j.name: _run_info(j.folder).get("seconds") if _run_info(j.folder).get("scale") == scale else None for j in todo}
         guess = {name: s or _GUESS[scale] for name, s in guess.items()}
         write = lambda: _write_report(out, scale, notebooks, todo, time.monotonic() - begun)
-        _run_all(todo, jobs, resume, guess, write)
+        with _terminable(): _run_all(todo, jobs, resume, guess, write)
         return write()
 
 # %% ../nbs/75_reproduce.ipynb #97f76d4e
+@contextlib.contextmanager
+def _terminable():
+    "Turn SIGTERM into an exception, so that a terminated runner takes its papers with it."
+    def leave(*_): raise SystemExit(143)
+    try: old = signal.signal(signal.SIGTERM, leave)
+    except ValueError: # not the main thread
+        yield
+        return
+    try: yield
+    finally: signal.signal(signal.SIGTERM, old)
+
 def _run_all(todo, slots, resume, guess, write):
     "Run the jobs, `slots` at a time, with one bar; the report is written after each."
     waiting, running = [], []

@@ -164,8 +164,9 @@ def test_second_runner_is_refused(tmp_path, ran):
         r.reproduce(["good"], out=tmp_path, papers_dir=ran[0]/"papers")
 
 
-def test_ctrl_c(tmp_path):
-    "An interrupt ends the runner with 130, quietly, and leaves no kernel behind."
+@pytest.mark.parametrize("sig, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"])
+def test_signals(tmp_path, sig, expected):
+    "A stopped runner ends quietly and leaves no kernel behind."
     psutil = pytest.importorskip("psutil")
     mark = tmp_path/"started"
     cells = [("markdown", "# Sleeper"), PARAMETERS, ("code", f"import pathlib, time\npathlib.Path({str(mark)!r}).touch()\ntime.sleep(60)")]
@@ -176,9 +177,19 @@ def test_ctrl_c(tmp_path):
     deadline = time.time() + 60
     while not mark.exists() and time.time() < deadline: time.sleep(0.1)
     children = psutil.Process(run.pid).children(recursive=True)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(sig)
     _, err = run.communicate(timeout=30)
-    assert mark.exists() and run.returncode == 130 and "Traceback" not in err
+    assert mark.exists() and run.returncode == expected and "Traceback" not in err
     gone, alive = psutil.wait_procs(children, timeout=15)
     assert children and not alive
     assert json.loads((tmp_path/"runs"/"sleeper"/"run.json").read_text())["error"] == "interrupted"
+
+
+def test_links_in_subtitles():
+    assert r._links("a [paper](https://x.org/1)") == 'a <a href="https://x.org/1">paper</a>'
+    assert r._links("[x](javascript:alert)") == "[x](javascript:alert)"
+
+
+def test_killed_kernel_is_named(tmp_path):
+    (tmp_path/"log.txt").write_text("...\nnbclient.exceptions.DeadKernelError: Kernel died\n")
+    assert "out of memory" in r._failure(tmp_path, "p", 138)
