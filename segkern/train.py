@@ -128,10 +128,11 @@ def optimizer_for(
         groups.setdefault((factor, decay), []).append(p)
     if idle := [s for s, _ in recipe.lr_mult if s not in used]: raise ValueError(f"lr_mult: no trained parameter starts with {idle}")
     groups = [dict(params=ps, lr=recipe.lr*f, weight_decay=d, factor=f) for (f, d), ps in groups.items()]
-    if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"]) # one pass over the weights
+    if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(recipe.optimizer)
     if kind is None: raise ValueError(f"unknown optimizer '{recipe.optimizer}'; there are adam, adamw, sgd")
-    return kind(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+    return kind(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
 
 # %% ../nbs/61_train.ipynb #7b9d5123
 def kaiming_init(
