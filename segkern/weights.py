@@ -52,7 +52,7 @@ def _refusal(path, message):
     "What to say about a file that the safe reader refuses."
     if m := re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"Unsupported (?:global|class)[^\w]*([\w.]+)", message):
         return f"checkpoint {path} was refused: it wants to call '{m[1]}', which is not data. Nothing was executed. Ask for a file with tensors only"
-    return f"checkpoint {path} cannot be read as tensors: {message.splitlines()[0] if message else 'not a PyTorch file'}"
+    return f"checkpoint {path} is no PyTorch checkpoint of tensors and plain containers. Nothing was executed"
 
 # %% ../nbs/03_weights.ipynb #8ab31d12
 def read_safetensors(
