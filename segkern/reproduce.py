@@ -159,14 +159,15 @@ def figure_to(
     name:str, # file name without ending
     fig, # a figure or PIL image
     caption:str, # a sentence that says what to see
-): # the figure
+): # the picture as it was saved, which a notebook shows without drawing it again
     "Save a figure as `out/figures/name.png` with its caption."
+    from PIL import Image
     from segkern.viz import save_png
     if not re.fullmatch(r"[\w.-]+", name): raise ValueError(f"a figure's name is made of letters, digits, '_', '-' and '.', not '{name}'")
     folder = Path(out)/"figures"
     save_png(fig, folder/f"{name}.png")
     write_json(folder/"captions.json", {**_captions(folder), name: caption})
-    return fig
+    with Image.open(folder/f"{name}.png") as picture: return picture.convert("P")
 
 def _captions(folder):
     "The captions of a folder of figures, in the order they were made."

@@ -45,16 +45,23 @@ def tidy(output):
     return output
 
 
+def directive(cell):
+    "The first directive of a code cell, e.g. 'hide' or 'hide_input'."
+    m = re.match(r"#\|\s*(\S+)", "".join(cell.source)) if cell.cell_type == "code" else None
+    return m[1] if m else ""
+
+
 def readme(out: Path):
-    "README.md from the index notebook: Markdown by nbconvert, directives and hidden cells left out."
+    "README.md from the index notebook as Markdown: `hide` drops a cell, `hide_input` keeps what it shows."
     import nbformat
     from nbconvert import MarkdownExporter
-    from nbconvert.preprocessors import RegexRemovePreprocessor
 
     nb = nbformat.read(ROOT/"nbs"/"index.ipynb", as_version=4)
-    exporter = MarkdownExporter()
-    exporter.register_preprocessor(RegexRemovePreprocessor(patterns=[r"^#\|\s*hide"]), enabled=True)
-    text, resources = exporter.from_notebook_node(nb)
+    nb.metadata.language_info = {"name": "python"}
+    nb.cells = [c for c in nb.cells if directive(c) != "hide"]
+    for cell in nb.cells:
+        if directive(cell) == "hide_input": cell.transient = {"remove_source": True}
+    text, resources = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"^#\|.*\n", "", text, flags=re.M)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     (out/"README.md").write_text(text, encoding="utf-8")
