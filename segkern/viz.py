@@ -49,7 +49,7 @@ def _squeeze(full, max_kb):
         size = tuple(max(1, round(s*scale)) for s in full.size)
         image = full if scale == 1 else full.resize(size, Image.Resampling.LANCZOS)
         for colours in (256, 128, 64):
-            out, reduced = io.BytesIO(), image.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+            out, reduced = io.BytesIO(), image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             reduced.save(out, "PNG", optimize=True)
             if out.tell() <= max_kb*1024 or max(size) <= 64: return reduced, out.getvalue()
         scale *= 0.85

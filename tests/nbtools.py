@@ -60,9 +60,10 @@ def readme(out: Path):
     nb.metadata.language_info = {"name": "python"}
     nb.cells = [c for c in nb.cells if directive(c) != "hide"]
     for cell in nb.cells:
-        if directive(cell) == "hide_input": cell.transient = {"remove_source": True}
+        if directive(cell) == "hide_input": cell.source = ""
     text, resources = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"^#\|.*\n", "", text, flags=re.M)
+    text = re.sub(r"```python\n\s*```\n", "", text)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     (out/"README.md").write_text(text, encoding="utf-8")
     return resources.get("outputs", {})
