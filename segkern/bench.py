@@ -16,7 +16,6 @@ from torch import nn
 
 from .core import Table, atomic_path, env_info, logger, pick_device, progress, seeded
 from .infer import Optimized, evaluating, legal_size, optimize
-from .layers import resize
 
 # %% ../nbs/70_bench.ipynb #cec7b1fa
 def quantile(

@@ -7,7 +7,6 @@ __all__ = ['cross_entropy', 'ohem_cross_entropy', 's2fpn_min_kept', 'focal_loss'
 
 # %% ../nbs/40_losses.ipynb #6c4aca54
 import torch
-import torch.nn.functional as F
 
 from .core import IGNORE
 from .ops import upsample_cross_entropy

@@ -39,6 +39,13 @@ def store_outputs(path: Path):
     write_nb(nb, path)
 
 
+def test_notebook(path: Path, flags=()):
+    "Run one notebook as nbdev_test does: its name, whether it passed, seconds; errors go to stderr."
+    from nbdev.test import test_nb
+    ok, seconds = test_nb(path, skip_flags=["notest", "gpu", "slow"], force_flags=flags, basepath=ROOT)
+    return path.name, ok, seconds
+
+
 def tidy(output):
     "An output without the parts that change from run to run or hold paths of this machine."
     if "data" in output: output["data"].pop("application/vnd.jupyter.widget-view+json", None)

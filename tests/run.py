@@ -11,15 +11,10 @@ import xml.etree.ElementTree as ET
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from nbtools import test_notebook # a worker's __main__ belongs to the notebook it runs, so the function lives elsewhere
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = min(8, os.cpu_count() or 1)
-
-
-def one_notebook(path, flags):
-    "Run one notebook in a worker; errors go to stderr."
-    from nbdev.test import test_nb
-    ok, seconds = test_nb(path, skip_flags=["notest", "gpu", "slow"], force_flags=flags, basepath=ROOT)
-    return path.name, ok, seconds
 
 
 def notebooks(flags):
@@ -28,7 +23,7 @@ def notebooks(flags):
     os.chdir(ROOT/"nbs")
     files, failed, slow = sorted((ROOT/"nbs").glob("*.ipynb")), [], []
     with ProcessPoolExecutor(WORKERS) as pool:
-        jobs = [pool.submit(one_notebook, f, flags) for f in files]
+        jobs = [pool.submit(test_notebook, f, flags) for f in files]
         for job in tqdm(as_completed(jobs), desc="notebooks", total=len(jobs), disable=None):
             name, ok, seconds = job.result()
             slow.append((seconds, name))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import Preprocess, Table, seeded
+from ..core import Preprocess, seeded
 from ..layers import num_params
 from .base import SegModel
 from .dsanet import DSANet

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones.resnet import ResNet
-from ..core import Preprocess
 from ..layers import ConvNormAct, resize
 from .base import SegModel, dataset_table
 from ..ops import fold_values, strip_attention, strip_pool

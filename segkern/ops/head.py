@@ -6,8 +6,6 @@
 __all__ = ['BAND', 'upsample_argmax', 'confusion', 'upsample_confusion', 'check_target', 'upsample_cross_entropy']
 
 # %% ../../nbs/17_ops.head.ipynb #c09d385c
-import math
-
 import torch
 import torch.nn.functional as F
 
