@@ -618,6 +618,7 @@ def _run_all(todo, slots, resume, guess, write):
                 while waiting and len(running) < slots:
                     waiting[0].start()
                     running.append(waiting.pop(0))
+                import nbconvert # noqa: F401  takes seconds, better now than when the first paper waits for its page
                 time.sleep(0.1)
                 for job in [j for j in running if j.poll()]:
                     running.remove(job)

@@ -1,4 +1,5 @@
 "One seed, one thread, poisoned memory: what every test runs under."
+import logging
 import os
 import sys
 
@@ -37,13 +38,16 @@ def _poisoned(fn):
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch):
-    threads = torch.get_num_threads()
+    threads, log = torch.get_num_threads(), logging.getLogger("segkern")
+    handlers, level = list(log.handlers), log.level
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield
     torch.set_num_threads(threads)
+    log.handlers[:] = handlers # the command line sets up logging for its process
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,8 @@ def load(
     path:str|Path, # a file that `save` wrote
 )->SegModel: # in evaluation mode
     "Rebuild a model from its file alone."
+    if Path(path).is_file() and Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path} is no safetensors file of segkern; official checkpoints go through `segkern convert` or load_official")
     state, meta = read_safetensors(path)
     if meta.get("format") != "segkern" or "model" not in meta:
         raise ValueError(f"{path} does not say which model it holds: it is no file of segkern. Official checkpoints go through `segkern convert` or load_official")
