@@ -16,6 +16,7 @@ from torch import nn
 
 from .core import Table, atomic_path, env_info, logger, pick_device, progress, seeded
 from .infer import Optimized, evaluating, legal_size, optimize
+from .layers import macs, num_params, set_literal
 
 # %% ../nbs/70_bench.ipynb #cec7b1fa
 def quantile(
@@ -136,9 +137,7 @@ def _form(model, form):
     if form not in ("paper", "ours"): raise ValueError(f"unknown form '{form}'; known: paper, ours")
     net = copy.deepcopy(model).eval()
     if form == "ours": return net.deploy() if hasattr(net, "deploy") else net
-    for m in net.modules():
-        if hasattr(m, "literal"): m.literal = True
-    return net
+    return set_literal(net)
 
 # %% ../nbs/70_bench.ipynb #000c940d
 @torch.no_grad()
@@ -149,12 +148,9 @@ def cost(
     batch:int=1, # pictures
 )->dict: # macs and params of that form, size, batch
     "Multiply-adds and parameters."
-    from torch.utils.flop_counter import FlopCounterMode
     net = _form(model, form).to("meta")
-    x = torch.empty(batch, 3, *legal_size(model, size), device="meta")
-    with FlopCounterMode(display=False) as counter: net.outputs(x) if form == "paper" and hasattr(net, "outputs") else net(x)
-    params = sum(p.numel() for p in net.parameters())
-    return dict(form=form, macs=counter.get_total_flops()//2, params=params, size=f"{size[0]}x{size[1]}", batch=batch)
+    run = net.outputs if form == "paper" and hasattr(net, "outputs") else net
+    return dict(form=form, macs=macs(run, legal_size(model, size), batch), params=num_params(net), size=f"{size[0]}x{size[1]}", batch=batch)
 
 # %% ../nbs/70_bench.ipynb #c609fcaa
 def paper_outputs(
