@@ -4,14 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 OUT    ?= papers/runs
-PIP    := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+# pip shows its bars on a terminal and keeps quiet in a log
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo --quiet --quiet)
 
 # kernels run in Triton's interpreter where there is no GPU; it has to be set before triton is imported
-ifeq ($(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU),)
-export TRITON_INTERPRET = 1
-endif
-ifeq ($(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU),0)
-export TRITON_INTERPRET = 1
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+test test-all: export TRITON_INTERPRET = 1
 endif
 
 .DEFAULT_GOAL := help
