@@ -55,7 +55,7 @@ def _log_to_terminal(level):
 def _explain(e):
     "An exception as one message; a bug says that it is one."
     if isinstance(e, KeyError): return f"internal: KeyError {e}; call again with --debug for the traceback"
-    if isinstance(e, (ValueError, OSError, RuntimeError, ImportError, MemoryError)): return str(e) or type(e).__name__
+    if isinstance(e, (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError)): return str(e) or type(e).__name__
     return f"internal: {type(e).__name__}: {e}; call again with --debug for the traceback"
 
 # %% ../nbs/76_cli.ipynb #11027abe
@@ -301,7 +301,9 @@ def train(
     "Train a model by its recipe."
     from segkern.recipes import recipe_for
     from segkern.train import fit
-    recipe = recipe_for(model, dataset, **parse_overrides(overrides))
+    fields = parse_overrides(overrides)
+    if "dataset" in fields: raise ValueError("--set dataset=… : name the dataset with --dataset")
+    recipe = recipe_for(model, dataset, **fields)
     train_set = _dataset(dataset, root, recipe.split, data_options, limit)
     val_set = None if no_eval else _dataset(dataset, root, recipe.val_split, data_options)
     net = _new_model(model, len(train_set.classes), recipe, seed)

@@ -10,7 +10,7 @@ __all__ = ['lr_at', 'generator', 'order', 'step_keys', 'Samples', 'Steps', 'batc
            'log_line', 'train_steps', 'fit']
 
 # %% ../nbs/61_train.ipynb #3f88bf2a
-import bisect, contextlib, copy, functools, importlib.util, io, json, math, os, random, shutil, tempfile, time
+import bisect, contextlib, copy, functools, importlib.util, io, json, math, os, random, shutil, tempfile, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -337,7 +337,10 @@ def run_config(
     "What decides the course of a run, as it stands in `config.json`."
     size = sum(p.numel() for p in model.parameters())
     net = dict(name=getattr(model, "name", type(model).__name__), num_classes=model.num_classes, parameters=size)
-    data = dict(name=train_set.name, split=train_set.split, images=len(train_set))
+    plain = lambda v: v is None or isinstance(v, (str, int, float)) or isinstance(v, (list, tuple)) and all(map(plain, v))
+    options = json.loads(json.dumps({k: v for k, v in vars(train_set).items() if plain(v) and k not in ("root", "palette", "class_weights")}))
+    names = "".join(Path(str(f)).name for pair in getattr(train_set, "files", []) for f in pair)
+    data = dict(name=train_set.name, split=train_set.split, images=len(train_set), files=zlib.crc32(names.encode()), options=options)
     return dict(model=net, recipe=recipe.to_dict(), data=data, seed=seed, accumulate=accumulate)
 
 # %% ../nbs/61_train.ipynb #324f6688

@@ -92,13 +92,13 @@ def unwrap(
     source:str="the checkpoint", # for messages
 )->dict: # key -> tensor
     "The state dict inside a checkpoint, without wrapper prefixes."
-    while isinstance(obj, dict) and not any(isinstance(v, torch.Tensor) for v in obj.values()):
+    while isinstance(obj, dict):
         inner = [obj[c] for c in _CONTAINERS if isinstance(obj.get(c), dict)]
-        if not inner: raise ValueError(f"{source} holds no weights; its entries are {sorted(map(str, obj))[:12]}")
+        if not inner: break
         obj = inner[0]
     if not isinstance(obj, dict): raise ValueError(f"{source} holds a {type(obj).__name__}, expected a dict of tensors")
     state = {str(k): v for k, v in obj.items() if isinstance(v, torch.Tensor)}
-    if not state: raise ValueError(f"{source} holds no weights")
+    if not state: raise ValueError(f"{source} holds no weights; its entries are {sorted(map(str, obj))[:12]}")
     stripped = True
     while stripped:
         stripped = next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)

@@ -98,6 +98,20 @@ def test_nan_stays_nan():
     z[0, 2, 1, 1] = float("nan")
     y = torch.zeros(1, 8, 8, dtype=torch.uint8)
     assert cross_entropy(z, y).isnan() and ohem_cross_entropy(z, y).isnan()
+    z[0, 2, 1, 1] = float("inf")
+    assert cross_entropy(z, y).isnan() and ohem_cross_entropy(z, y).isnan()
+    assert cross_entropy(make_input([1, 5, 2, 2]), y, torch.full((5,), float("nan"))).isnan()
+
+
+def test_gradient_keeps_its_precision():
+    "Neither autocast nor a large loss scale rounds the gradient."
+    z, y = make_input([2, 19, 16, 16]), labels((2, 64, 64), 19)
+    a, b, c = z.double().requires_grad_(), z.clone().requires_grad_(), z.half().requires_grad_()
+    F.cross_entropy(F.interpolate(a, (64, 64), mode="bilinear"), y, ignore_index=255).backward()
+    with torch.autocast("cpu", torch.bfloat16): cross_entropy(b, y).backward()
+    assert_close("autocast", a.grad, b.grad, 5e-6)
+    (cross_entropy(c, y)*65536).backward()
+    assert_close("scaled", 65536*a.grad, c.grad, 2e-3)
 
 
 def test_loss_compiles_and_traces():

@@ -86,7 +86,7 @@ def test_lr_matches_the_official_schedules():
 
 
 def test_lr_refuses_unknown_schedules():
-    with pytest.raises(ValueError, match="unknown schedule 'step'"): lr_at(RECIPE.replace(schedule="step"), 9)
+    with pytest.raises(ValueError, match="schedule is 'step'; known: poly"): lr_at(RECIPE.replace(schedule="step"), 9)
 
 
 def test_optimizer_groups():
@@ -99,7 +99,7 @@ def test_optimizer_groups():
     assert isinstance(optimizer_for(model, RECIPE.replace(optimizer="adam")), torch.optim.Adam)
     with pytest.raises(ValueError, match="no trained parameter starts with"):
         optimizer_for(model, RECIPE.replace(lr_mult=(("backbone.", 0.1),)))
-    with pytest.raises(ValueError, match="unknown optimizer 'lion'"): optimizer_for(model, RECIPE.replace(optimizer="lion"))
+    with pytest.raises(ValueError, match="optimizer is 'lion'; known: adam"): optimizer_for(model, RECIPE.replace(optimizer="lion"))
 
 
 # order and augmentation
@@ -339,3 +339,23 @@ def test_two_processes_train_as_one(tmp_path):
     two = json.loads((tmp_path/"two"/"results.json").read_text())
     a, b = read(tmp_path/"one"/one["last"]), read(tmp_path/"two"/two["last"])
     for k in a: assert_close(k, a[k], b[k], 1e-3)
+
+
+def test_resume_refuses_other_data(tmp_path):
+    "The same number of pictures from another seed, or classes in another order, is another run."
+    from segkern.data import open_dataset
+    from segkern.models import create_model
+    data = lambda **kw: open_dataset("streets", size=(40, 48), length=8, **kw)
+    recipe = RECIPE.replace(iterations=2, batch=2, crop=(32, 32), bn_eps=1e-5)
+    go = lambda train, **kw: fit(create_model("dsanet", 11, dataset="streets"), recipe, train, out=tmp_path/"run", device="cpu", save_every=1, **kw)
+    go(data())
+    with pytest.raises(ValueError, match="data.options.seed is 0 there and 5 now"): go(data(seed=5), resume=True)
+    other = data()
+    other.classes = other.classes[::-1]
+    with pytest.raises(ValueError, match="classes"): go(other, resume=True)
+    assert go(data(), resume=True)["steps"] == 2
+
+
+@pytest.mark.parametrize("field,value", [("init", "pretraned"), ("protocol", "sliced"), ("miou", "mean"), ("batch", 0), ("batch", -2), ("iterations", 0), ("crop", (0, 5)), ("flip", 2)])
+def test_recipes_refuse_what_nobody_knows(field, value):
+    with pytest.raises(ValueError, match=field): RECIPE.replace(**{field: value})

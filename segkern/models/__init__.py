@@ -31,6 +31,7 @@ _MODELS = {
 # %% ../../nbs/39_models.ipynb #84803741
 def list_models(
     pattern:str="*", # shell pattern, e.g. "s2fpn*"
+    all:bool=False, # also variants of hosts; there are none yet, so it changes nothing
 )->list: # published names
     "The models that exist."
     return [n for n in _MODELS if fnmatch.fnmatch(n, pattern)]
@@ -50,6 +51,7 @@ def create_model(
         near = difflib.get_close_matches(name, _MODELS, 3)
         raise ValueError(f"unknown model '{name}'" + (f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(_MODELS)}"))
     cls, args = _MODELS[name]
+    if fixed := sorted(set(args) & set(kwargs)): raise ValueError(f"model '{name}' fixes {fixed}; choose another name of {list_models(name.split('_')[0] + '*')}")
     try:
         with seeded(seed): return cls(name, num_classes, dataset=dataset, pretrained=pretrained, **{**args, **kwargs})
     except TypeError as e: raise ValueError(f"model '{name}' does not take these options: {e}") from None
@@ -98,8 +100,8 @@ def load(
 # %% ../../nbs/39_models.ipynb #566a3455
 def _weights_of(dataset, num_classes):
     "The class weights of a dataset's table, or None."
-    from segkern.models.base import dataset_table
-    table = dataset_table(num_classes, dataset) if dataset else {}
+    from segkern.models.base import dataset_table, known_dataset
+    table = dataset_table(num_classes, dataset) if dataset and known_dataset(dataset) else {}
     return torch.tensor(table["class_weights"]) if table.get("class_weights") else None
 
 # %% ../../nbs/39_models.ipynb #f28136f5

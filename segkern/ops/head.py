@@ -101,6 +101,7 @@ def confusion(
     ignore_index:int=IGNORE, # target id that does not count
 )->torch.Tensor: # int64 [k, k], rows = target
     "Count pairs of true and predicted class."
+    target = _ids(target)
     keep = target != ignore_index
     pair = target[keep].long()*num_classes + pred[keep].long()
     return torch.bincount(pair, minlength=num_classes**2).view(num_classes, num_classes)
@@ -117,6 +118,8 @@ def upsample_confusion(
     return confusion(upsample_argmax(logits, target.shape[-2:], align_corners), target, logits.shape[1], ignore_index)
 
 # %% ../../nbs/17_ops.head.ipynb #1826f2d4
+def _ids(target): return target if target.dtype in (torch.int32, torch.int64) else target.to(torch.int32 if target.dtype.itemsize <= 2 else torch.int64)
+
 def check_target(
     target:torch.Tensor, # any integer dtype
     num_classes:int, # k
@@ -125,8 +128,10 @@ def check_target(
     "Raise where a target holds an id outside 0..k-1 that is not the ignored one."
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool: raise ValueError(f"the target must hold integer ids, got {target.dtype}")
     if target.numel() == 0: return
+    target = _ids(target)
     bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
-    if torch.compiler.is_compiling() or bad.is_cuda: torch._assert_async(~bad.any())
+    if torch.compiler.is_compiling() or bad.is_cuda:
+        torch.ops.aten._assert_async.msg(~bad.any(), f"the target holds an id outside 0..{num_classes - 1} that is not the ignored {ignore_index}")
     elif bad.any():
         ids = torch.unique(target[bad])[:5].tolist()
         raise ValueError(f"the target holds id {', '.join(map(str, ids))}, but there are {num_classes} classes (0..{num_classes - 1}) and the "
@@ -153,8 +158,13 @@ def _ohem_keep(nll, valid, thres, min_kept):
 # %% ../../nbs/17_ops.head.ipynb #777489a7
 @torch.library.custom_op("segkern::upsample_cross_entropy", mutates_args=())
 def _upsample_ce(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool, mean:bool,
-                 ohem_thres:float, ohem_kept:int, grad:bool) -> tuple[torch.Tensor, torch.Tensor]:
-    "Loss and, where `grad`, its gradient with respect to the logits (else an empty tensor). `ohem_kept` < 0: no mining."
+                 ohem_thres:float, ohem_kept:int, zero:bool, grad:bool) -> tuple[torch.Tensor, torch.Tensor]:
+    "Loss and, where `grad`, its float32 gradient with respect to the logits (else an empty tensor). `ohem_kept` < 0: no mining; `zero`: 0/0 is 0."
+    with torch.autocast(logits.device.type, enabled=False): # the caller's autocast would round the gradient
+        return _upsample_ce_body(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, zero, grad)
+
+def _upsample_ce_body(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, zero, grad):
+    "Loss and gradient, band by band."
     dtype, size = _compute_dtype(logits), tuple(target.shape[-2:])
     slices, geometry = _bands(logits.shape, size, align_corners, logits.device, dtype)
     z, valid = logits.detach().to(dtype), target != ignore_index
@@ -176,22 +186,24 @@ def _upsample_ce(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|N
             d = logp.exp_().scatter_add_(1, y[:, None], -torch.ones_like(logp[:, :1])).mul_(pixel[:, None, r])
             dz[:, :, rows] += _band_backward(d, dz[:, :, rows].shape, r, geometry, align_corners)
     # 0/0 is PyTorch's answer for ignore-only targets: NaN, with a zero gradient
-    return loss/total, (dz/total.clamp(min=torch.finfo(dtype).tiny)).to(logits.dtype)
+    return loss/(total.where(total != 0, 1) if zero else total), dz/total.clamp(min=torch.finfo(dtype).tiny)
 
 # %% ../../nbs/17_ops.head.ipynb #3500dc35
 @_upsample_ce.register_fake
-def _(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, grad):
-    return logits.new_empty((), dtype=_compute_dtype(logits)), torch.empty(logits.shape if grad else (0,), dtype=logits.dtype, device=logits.device)
+def _(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, zero, grad):
+    dtype = _compute_dtype(logits)
+    return logits.new_empty((), dtype=dtype), torch.empty(logits.shape if grad else (0,), dtype=dtype, device=logits.device)
 
 def _upsample_ce_setup(ctx, inputs, output):
     ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 def _upsample_ce_backward(ctx, g, _):
     dz, = ctx.saved_tensors
     if g is not None and dz.numel() == 0: raise RuntimeError("upsample_cross_entropy was called without gradients and cannot be differentiated now")
-    return (None if g is None else (dz*g).to(dz.dtype), *[None]*8)
+    return (None if g is None else (dz*g).to(ctx.dtype), *[None]*9)
 
 _upsample_ce.register_autograd(_upsample_ce_backward, setup_context=_upsample_ce_setup)
 
@@ -214,14 +226,12 @@ def upsample_cross_entropy(
     if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got '{reduction}'")
     if weight is not None and weight.shape != (logits.shape[1],): raise ValueError(f"{logits.shape[1]} classes need as many weights, got {tuple(weight.shape)}")
     check_target(target, logits.shape[1], ignore_index)
+    target = _ids(target)
     if reduction == "none": return _unreduced(logits, target, ignore_index, weight, align_corners, ohem)
     thres, kept = (0.0, -1) if ohem is None else (float(ohem[0]), int(ohem[1]))
     grad = torch.is_grad_enabled() and logits.requires_grad
-    loss = _upsample_ce(logits, target, weight, ignore_index, align_corners, reduction == "mean", thres, kept, grad)[0]
-    if empty == "zero" or ohem is not None: loss = torch.where(loss.isnan() & ~_any_nan(logits), torch.zeros_like(loss), loss)
-    return loss
-
-def _any_nan(x): return x.detach().isnan().any()
+    zero = empty == "zero" or ohem is not None
+    return _upsample_ce(logits, target, weight, ignore_index, align_corners, reduction == "mean", thres, kept, zero, grad)[0]
 
 # %% ../../nbs/17_ops.head.ipynb #8fe107d0
 def _unreduced(logits, target, ignore_index, weight, align_corners, ohem):
