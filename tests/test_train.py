@@ -33,7 +33,8 @@ def one_thread():
 
 def start(out, mode):
     "The toy run in a process of its own."
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    leaked = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE") # left behind by in-process runs of other tests
+    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, str(HERE/"train_toy.py"), str(out), "--mode", mode]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -332,10 +333,12 @@ def test_log_is_quiet_unless_asked(tmp_path, capfd, caplog):
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     one = run(tmp_path/"one", toy(norm=False), RECIPE.replace(bn_eps=1e-5, clip=0.0, ema=0.0))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    leaked = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE") # left behind by in-process runs of other tests
+    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(HERE/"train_toy.py"), str(tmp_path/"two"), "--mode", "ddp"]
-    subprocess.run(command, env=env, check=True, timeout=120, capture_output=True)
+    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path/"two"/"results.json").read_text())
     a, b = read(tmp_path/"one"/one["last"]), read(tmp_path/"two"/two["last"])
     for k in a: assert_close(k, a[k], b[k], 1e-3)

@@ -28,7 +28,8 @@ class ResNet(nn.Module):
         if name not in RESNETS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(RESNETS)}")
         self.name, self.channels = name, list(RESNETS[name])
         self.strides = [4, 8, 16, 32] if stem_pool else [2, 4, 8, 16]
-        self.body = timm.create_model(f"{name}.tv_in1k" if pretrained else name, pretrained=pretrained, num_classes=0, global_pool="", zero_init_last=False)
+        deep = self.channels[-1] == 2048 # a fresh deep network would overflow before its norms have seen data: its blocks start as identities
+        self.body = timm.create_model(f"{name}.tv_in1k" if pretrained else name, pretrained=pretrained, num_classes=0, global_pool="", zero_init_last=deep)
         if not stem_pool: self.body.maxpool = nn.Identity()
 
     def forward(self,
