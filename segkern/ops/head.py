@@ -83,8 +83,11 @@ def upsample_argmax_ref(
     size:tuple, # (height, width) of the labels
     align_corners:bool=False, # convention of the resize
 )->torch.Tensor: # uint8 [b, H, W]; int64 where k > 256
-    "Labels band by band."
+    "Labels band by band; in traced graphs the plain composition, which compilers fuse themselves."
     b, k = logits.shape[:2]
+    if torch.compiler.is_compiling():
+        full = F.interpolate(logits.to(_compute_dtype(logits)), size, mode="bilinear", align_corners=align_corners)
+        return full.argmax(1).to(torch.uint8 if k <= 256 else torch.int64)
     out = torch.empty(b, *size, dtype=torch.uint8 if k <= 256 else torch.int64, device=logits.device)
     if b == 0: return out
     slices, geometry = _bands(logits.shape, size, align_corners, logits.device, _compute_dtype(logits))
@@ -345,6 +348,9 @@ def upsample_cross_entropy(
         return _ce_kernel(logits, target.contiguous(), weight, ignore_index, align_corners, reduction, ohem, zero, float(label_smoothing))
     if reduction == "none": return _unreduced(logits, target, ignore_index, weight, align_corners, ohem)
     thres, kept = (0.0, -1) if ohem is None else (float(ohem[0]), int(ohem[1]))
+    if torch.compiler.is_exporting() and ohem is None: # an exported graph holds plain PyTorch
+        full = F.interpolate(logits.to(_compute_dtype(logits)), tuple(target.shape[1:]), mode="bilinear", align_corners=align_corners)
+        return F.cross_entropy(full, target.long(), weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
     grad = torch.is_grad_enabled() and logits.requires_grad
     return _upsample_ce(logits, target, weight, ignore_index, align_corners, reduction == "mean", thres, kept, zero, grad, float(label_smoothing))[0]
 

@@ -264,7 +264,7 @@ def kl_fwd(logits, teacher, height, width, pixel, temperature, align_corners):
 def kl_bwd(logits, teacher, lse_z, lse_t, pixel, scale, temperature, align_corners):
     "Launch the backward kernel: the gradient of the student."
     (b, k, h, w), (height, width), dz = logits.shape, lse_z.shape[1:], torch.empty_like(logits)
-    opts = blocks("upsample_kl_bwd", T=16, BO=32, num_warps=4)
+    opts = blocks("upsample_kl_bwd", T=16, BO=32, num_warps=8)
     own, other = _steps(logits, (height, width), align_corners), _steps(teacher, (height, width), align_corners)
     with on_device(logits):
         _kl_bwd_kernel[(b*triton.cdiv(h, opts["T"])*triton.cdiv(w, opts["T"]), k)](

@@ -15,7 +15,7 @@ import torch
 
 from ..core import Table
 from ..ops.dispatch import interpreting, use_blocks, use_impl
-from . import assert_close, make_input, relative_l2
+from . import assert_close, make_input
 
 # %% ../../nbs/01a_testing.kernels.ipynb #6af6fe16
 def _patch_once(I):
@@ -114,18 +114,25 @@ class Guarded:
         if (changed & self.outside).any(): raise AssertionError(f"{name}: {int((changed & self.outside).sum())} elements outside the tensor were written")
 
 # %% ../../nbs/01a_testing.kernels.ipynb #c91bfe24
+@functools.lru_cache(1)
+def _remember_functions():
+    "torch keeps tables of its functions, made at first use: they must hold the real ones."
+    from torch._dynamo.trace_rules import get_torch_obj_rule_map
+    from torch.utils._device import _device_constructors
+    _device_constructors()
+    get_torch_obj_rule_map()
+
 @contextlib.contextmanager
 def guarded_memory():
     "Within the block fresh tensors lie between margins and start as NaN; writes outside raise at the end."
-    from torch.utils._device import _device_constructors
-    _device_constructors() # `torch.device` as a context must have seen the real functions
+    _remember_functions()
     names = [(torch, n) for n in ("empty", "empty_like", "empty_permuted", "empty_strided", "zeros", "zeros_like")]
     names += [(torch.Tensor, n) for n in ("new_empty", "new_zeros", "new_empty_strided")]
     saved, made = [getattr(o, n) for o, n in names], []
     def wrapped(fn, zero):
         def make(*a, **k):
             t = fn(*a, **k)
-            if t.is_meta or not t.is_contiguous() and not t.is_non_overlapping_and_dense() or type(t) is not torch.Tensor: return t
+            if t.is_meta or type(t) is not torch.Tensor: return t
             g = Guarded(t.shape, t.stride(), t.dtype, torch.Tensor.clone(t) if zero else None, t.device, mark=3)
             made.append(g)
             return g.tensor
