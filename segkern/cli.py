@@ -215,13 +215,14 @@ def _device_lines():
 
 def _kernel_lines():
     "Which implementation of each op runs on the best device, as (op, implementation, why)."
-    import torch
-    from segkern import ops
+    import segkern.ops # noqa: F401  (registers the kernels)
     from segkern.core import pick_device
-    from segkern.ops.dispatch import KERNELS, which
-    x = torch.empty(1, device=pick_device())
-    known = {n for n in getattr(ops, "__all__", []) if n.startswith(("strip_", "upsample_")) and not n.endswith("_ref")}
-    return [(n, *which(n, x)) for n in sorted(known | set(KERNELS))]
+    from segkern.ops.dispatch import HAS_TRITON, KERNELS, wanted_impl
+    if wanted_impl() == "ref": choice = "ref", "asked for"
+    elif not HAS_TRITON: choice = "ref", "triton is not installed"
+    elif pick_device().type != "cuda": choice = "ref", "there is no CUDA device"
+    else: choice = "triton", "float32, float16 and bfloat16 tensors on the device"
+    return [(n, *choice) for n in sorted(KERNELS)]
 
 # %% ../nbs/76_cli.ipynb #efd9ba5f
 @_command("segkern doctor")
