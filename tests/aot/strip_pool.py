@@ -1,0 +1,23 @@
+"Production launches of strip_pool."
+import torch
+
+from segkern.ops.strip_pool import strip_pool_bwd, strip_pool_fwd
+
+WIDE = {"_strip_pool_fwd_kernel"}
+
+
+def launch(shape, dtype, last=False, mean=True, top=True, over_h=True, over_w=True):
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    if last: x = x.to(memory_format=torch.channels_last)
+    o = strip_pool_fwd(x, mean, top, over_h, over_w)
+    grads = [t if t.numel() else None for t in o]
+    strip_pool_bwd(x, grads[0], grads[1], o[2], grads[3], grads[4], o[5])
+
+
+def cases():
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        yield f"both axes {name}", lambda dtype=dtype: launch((8, 32, 256, 512), dtype)
+        yield f"S2-FPN 1/4 {name}", lambda dtype=dtype: launch((1, 32, 256, 512), dtype, over_w=False)
+        yield f"channels last {name}", lambda dtype=dtype: launch((8, 32, 256, 512), dtype, last=True)
+    yield "odd width, narrow loads bf16", lambda: launch((2, 64, 45, 59), torch.bfloat16)
+    yield "more than 2**31 elements bf16", lambda: launch((64, 256, 512, 512), torch.bfloat16)
