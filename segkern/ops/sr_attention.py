@@ -109,10 +109,9 @@ def _sr_attention_dkv_kernel(q, k, v, lse, delta, g, dk, dv, scale, H, N, M, D, 
 PROGRAMS = 264 # two per multiprocessor of an H100
 
 def _options(op, q, v, BN, BM, num_warps):
-    "Block sizes; float32 and wide heads take smaller tiles."
-    d, wide = max(q.shape[-1], v.shape[-1]), q.dtype == torch.float32
-    if wide: BN, BM, num_warps = (64, 32, 4) if d <= 64 else (32, 32, 4)
-    elif d > 64: BN, BM, num_warps = 64, 32, 4
+    "Block sizes; float32 and wide heads take smaller tiles, the largest that compile without spills for every target."
+    if q.dtype == torch.float32: BN, BM, num_warps = 32, 32, 8
+    elif max(q.shape[-1], v.shape[-1]) > 64: BN, BM, num_warps = 64, 32, 8
     return blocks(op, BN=BN, BM=BM, BD=pow2(q.shape[-1], 16), BV=pow2(v.shape[-1], 16), num_warps=num_warps)
 
 def _rows_first(b, h, n, d, like):
@@ -191,6 +190,7 @@ _sr_attention_op.register_autograd(_sr_attention_backward, setup_context=_sr_att
 def _cannot(q, k=None, v=None):
     "Why the kernels cannot run these tensors."
     if v is not None and max(q.shape[-1], v.shape[-1]) > 128: return f"heads of width {max(q.shape[-1], v.shape[-1])}; the kernels take at most 128"
+    if v is not None and q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 64: return "float32 heads wider than 64 do not fit into registers"
     return unsupported(*[t for t in (q, k, v) if t is not None])
 
 KERNELS["sr_attention"] = _cannot
@@ -290,7 +290,7 @@ def attention_block_fwd(x, k, v, norm_weight, norm_bias, q_weight, q_bias, out_w
     (b, n, c), (h, m) = x.shape, k.shape[1:3]
     out = torch.empty((b, n, c), dtype=x.dtype, device=x.device)
     wide = x.dtype == torch.float32
-    opts = blocks("attention_block", BN=32 if wide else 64, BM=32, num_warps=4)
+    opts = blocks("attention_block", BN=16 if wide else 64, BM=32, num_warps=8 if wide else 4)
     with on_device(x):
         _attention_block_kernel[(b*triton.cdiv(n, opts["BN"]),)](x, k, v, norm_weight, norm_bias, q_weight, q_bias, out_weight, out_bias, out, eps, (c//h)**-0.5, n, m,
                                                                 *x.stride(), *k.stride(), *v.stride(), C=c, HEADS=h, PRECISION="ieee" if wide else "tf32", **opts)

@@ -62,7 +62,8 @@ def _strip_attention_fwd_kernel(q, k, v, out, lse, C, N, M, CV, sqb, sqc, sqn, s
         m = m0 + tl.arange(0, BM)
         s = _scores(q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, PRECISION)
         new = tl.maximum(top, tl.max(s, 1))
-        p, keep = tl.exp2(s - new[:, None]), tl.exp2(top - new)
+        least = tl.where(new == float("-inf"), 0.0, new) # so far no key that counts
+        p, keep = tl.exp2(s - least[:, None]), tl.exp2(top - least)
         v0 = tl.load(v + m*svm, mask=m < M, other=0.0).to(tl.float32)
         v1 = tl.load(v + svc + m*svm, mask=m < m1, other=0.0).to(tl.float32)
         total = total*keep + tl.sum(p, 1)
@@ -137,9 +138,9 @@ def _pixels(t):
     return t.flatten(2) if t.stride(2) == t.shape[3]*t.stride(3) or 1 in t.shape[2:] else t.contiguous().flatten(2)
 
 def _options(op, q):
-    "Block sizes by width and type."
-    wide = q.dtype == torch.float32
-    return blocks(op, BN=64 if wide else 128, BM=32 if wide else 64, BC=pow2(q.shape[1], 16, 32 if wide else 64), num_warps=4)
+    "Block sizes by direction and type: the largest ones that compile without spills for every target."
+    exact, back = q.dtype == torch.float32, op.endswith("bwd")
+    return blocks(op, BN=64 if exact or back else 128, BM=32 if exact or back else 64, BC=pow2(q.shape[1], 16, 32 if exact else 64), num_warps=4 if back and not exact else 8)
 
 def _common(q, k, v):
     "Arguments that all kernels share."
@@ -167,7 +168,9 @@ def strip_attention_bwd(
     out:torch.Tensor, # of the forward pass
     lse:torch.Tensor, # of the forward pass
     g:torch.Tensor, # gradient of the output
-)->tuple: # dq, dk, dv
+    want_q:bool=True, # dq is wanted
+    want_kv:bool=True, # dk or dv is wanted
+)->tuple: # dq, dk, dv; empty where not wanted
     "Launch the backward kernels."
     flat, gf, (b, c, h, w), (m, cv) = _pixels(q), _pixels(g), q.shape, (k.shape[2], v.shape[1])
     sizes, strides, precision = _common(flat, k, v)
@@ -176,11 +179,12 @@ def strip_attention_bwd(
     ys = max(chunks, triton.cdiv(cv, 2))
     per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b*keys*ys)))*opts["BN"]
     splits = triton.cdiv(h*w, per)
-    dq = torch.empty((b, c, h, w), dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty((b, splits, n, m), dtype=torch.float32, device=q.device) for n in (c, cv))
+    dq = torch.empty((b, c, h, w) if want_q else (0,), dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty((b, splits, n, m) if want_kv else (0, 0), dtype=torch.float32, device=q.device) for n in (c, cv))
     with on_device(q):
-        _strip_attention_dq_kernel[(b*tiles, chunks)](flat, k, v, out, lse, gf, dq, *sizes, *strides, PRECISION=precision, **opts)
-        _strip_attention_dkv_kernel[(b*keys*splits, ys)](flat, k, v, out, lse, gf, dk, dv, *sizes, *strides, splits, per, PRECISION=precision, **opts)
+        if want_q: _strip_attention_dq_kernel[(b*tiles, chunks)](flat, k, v, out, lse, gf, dq, *sizes, *strides, PRECISION=precision, **opts)
+        if want_kv:
+            _strip_attention_dkv_kernel[(b*keys*splits, ys)](flat, k, v, out, lse, gf, dk, dv, *sizes, *strides, splits, per, PRECISION=precision, **opts)
     return dq, dk.sum(1).to(k.dtype), dv.sum(1).to(v.dtype)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #c8de4c22
@@ -191,9 +195,9 @@ def _strip_attention_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor) -> tuple
 
 @torch.library.custom_op("segkern::strip_attention_backward", mutates_args=())
 def _strip_attention_backward_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, out:torch.Tensor, lse:torch.Tensor,
-                                 g:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                                 g:torch.Tensor, want_q:bool, want_kv:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."
-    return strip_attention_bwd(q, k, v, out, lse, g)
+    return strip_attention_bwd(q, k, v, out, lse, g, want_q, want_kv)
 
 @_strip_attention_op.register_fake
 def _(q, k, v):
@@ -201,19 +205,24 @@ def _(q, k, v):
     return torch.empty((b, v.shape[1], h, w), dtype=q.dtype, device=q.device), torch.empty((b, h*w), dtype=torch.float32, device=q.device)
 
 @_strip_attention_backward_op.register_fake
-def _(q, k, v, out, lse, g): return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+def _(q, k, v, out, lse, g, want_q, want_kv):
+    return tuple(torch.empty(t.shape if want else (0,), dtype=t.dtype, device=t.device) for t, want in ((q, want_q), (k, want_kv), (v, want_kv)))
 
 def _strip_attention_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
 
-def _strip_attention_backward(ctx, g, _): return _strip_attention_backward_op(*ctx.saved_tensors, g)
+def _strip_attention_backward(ctx, g, _):
+    need_q, need_k, need_v = ctx.needs_input_grad
+    dq, dk, dv = _strip_attention_backward_op(*ctx.saved_tensors, g, need_q, need_k or need_v)
+    return dq if need_q else None, dk if need_k else None, dv if need_v else None
 
 _strip_attention_op.register_autograd(_strip_attention_backward, setup_context=_strip_attention_setup)
 MAX_VALUES = 8 # value channels; every pair computes the scores again
 
 def _cannot(q, k=None, v=None):
     "Why the kernels cannot run these tensors."
+    if q.shape[1:].numel() >= 1 << 31: return "one picture has 2**31 elements or more"
     if v is not None and v.shape[1] > MAX_VALUES: return f"{v.shape[1]} value channels; the kernels take at most {MAX_VALUES}"
     return unsupported(q, *([] if k is None else [k])) or (None if v is None else unsupported(v))
 
@@ -233,7 +242,9 @@ def strip_attention(
     if q.ndim != 4 or k.ndim != 3 or v.ndim != 3 or not (len(q) == len(k) == len(v)) or q.shape[1] != k.shape[1] or k.shape[2] != v.shape[2]:
         raise ValueError(f"strip_attention wants q [b, c, h, w], k [b, c, m], v [b, cv, m]; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if k.shape[2] == 0: raise ValueError("strip_attention needs at least one key")
-    if q.numel() and v.numel() and choose("strip_attention", q, k, v, impl=impl): return _strip_attention_op(q, k, v)[0]
+    cast = torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64
+    qa, ka = (t.to(torch.get_autocast_dtype(q.device.type)) if cast else t for t in (q, k)) # values may keep a wider type
+    if q.numel() and v.numel() and choose("strip_attention", qa, ka, v, impl=impl): return _strip_attention_op(qa, ka, v)[0]
     b, c, h, w = q.shape
     rows = max(1, MAX_SCORES // max(1, b*w*k.shape[2]))
     if rows >= h: return strip_attention_ref(q, k, v)

@@ -48,8 +48,8 @@ def _better(a, b):
 @triton.jit
 def _strip_pool_fwd_kernel(x, sum_h, max_h, idx_h, sum_w, max_w, idx_w, C, H, W, sb, sc, sh, sw, PARTS, STRIPS, ROWS,
                            MEAN: tl.constexpr, MAX: tl.constexpr, OVER_H: tl.constexpr, OVER_W: tl.constexpr,
-                           BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
-    "Partial sums and maxima over a part of the rows and over a strip of the columns, for `BC` channels."
+                           WHOLE_H: tl.constexpr, WHOLE_W: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+    "Partial sums and maxima over a part of the rows and over a strip of the columns, for `BC` channels; means where the part is the whole."
     pid, blocks_c = tl.program_id(0), tl.cdiv(C, BC)
     strip, part = pid % STRIPS, (pid // STRIPS) % PARTS
     plane = pid // (STRIPS*PARTS)
@@ -68,19 +68,19 @@ def _strip_pool_fwd_kernel(x, sum_h, max_h, idx_h, sum_w, max_w, idx_w, C, H, W,
         at = (bc[:, None]*STRIPS + strip)*H + h[None, :]
         keep = (c < C)[:, None] & (h < tl.minimum(part*ROWS + ROWS, H))[None, :]
         if MEAN and OVER_H: total += tl.sum(v, 1)
-        if MEAN and OVER_W: tl.store(sum_w + at, tl.sum(v, 2), mask=keep)
+        if MEAN and OVER_W: tl.store(sum_w + at, (tl.sum(v, 2)/(W if WHOLE_W else 1)).to(sum_w.dtype.element_ty), mask=keep)
         if MAX and OVER_H:
             m, i = _top(low, tl.broadcast_to(h[None, :, None], [BC, BH, BW]), 1)
             new = _better(top, m)
             top, where = tl.where(new, m, top), tl.where(new, i, where)
         if MAX and OVER_W:
             m, i = _top(low, tl.broadcast_to(w[None, None, :], [BC, BH, BW]), 2)
-            tl.store(max_w + at, m, mask=keep)
+            tl.store(max_w + at, m.to(max_w.dtype.element_ty), mask=keep)
             tl.store(idx_w + at, tl.minimum(i, W - 1), mask=keep)
     at, keep = (bc[:, None]*PARTS + part)*W + w[None, :], (c < C)[:, None] & (w < W)[None, :]
-    if MEAN and OVER_H: tl.store(sum_h + at, total, mask=keep)
+    if MEAN and OVER_H: tl.store(sum_h + at, (total/(H if WHOLE_H else 1)).to(sum_h.dtype.element_ty), mask=keep)
     if MAX and OVER_H:
-        tl.store(max_h + at, top, mask=keep)
+        tl.store(max_h + at, top.to(max_h.dtype.element_ty), mask=keep)
         tl.store(idx_h + at, where, mask=keep)
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #33fa9320
@@ -152,20 +152,21 @@ def strip_pool_fwd(
     rows = triton.cdiv(triton.cdiv(h, parts), opts["BH"])*opts["BH"]
     parts = triton.cdiv(h, rows)
     new = lambda want, n, length, dtype: torch.empty((b, c, n, length) if want else (0,), dtype=dtype, device=x.device)
-    f, i = torch.float32, torch.int32
-    half = {"h": [new(mean and over_h, parts, w, f), new(top and over_h, parts, w, f), new(top and over_h, parts, w, i)],
-            "w": [new(mean and over_w, strips, h, f), new(top and over_w, strips, h, f), new(top and over_w, strips, h, i)]}
+    half = {}
+    for name, over, n, length in (("h", over_h, parts, w), ("w", over_w, strips, h)):
+        kind = x.dtype if n == 1 else torch.float32 # a single part is the result
+        half[name] = [new(mean and over, n, length, kind), new(top and over, n, length, kind), new(top and over, n, length, torch.int32)]
     with on_device(x):
         _strip_pool_fwd_kernel[(planes*strips*parts,)](x, *half["h"], *half["w"], c, h, w, *x.stride(), parts, strips, rows, MEAN=mean, MAX=top,
-                                                       OVER_H=over_h, OVER_W=over_w, **opts)
+                                                       OVER_H=over_h, OVER_W=over_w, WHOLE_H=parts == 1, WHOLE_W=strips == 1, **opts)
     return *_join(half["h"], h, x.dtype, mean and over_h, top and over_h), *_join(half["w"], w, x.dtype, mean and over_w, top and over_w)
 
 def _join(partial, n, dtype, mean, top):
-    "Put the partial results of one direction together."
+    "Put the partial results of one direction together; a single part already is the result."
     shape = next((t.shape for t in partial if t.ndim == 4), None)
+    if shape is None or shape[2] == 1: return tuple(t.squeeze(2) if t.ndim == 4 else t.to(kind) for t, kind in zip(partial, (dtype, dtype, torch.int32)))
     new = lambda want, kind: torch.empty((*shape[:2], shape[3]) if want else (0,), dtype=kind, device=partial[0].device)
     out = new(mean, dtype), new(top, dtype), new(top, torch.int32)
-    if shape is None: return out
     count, opts = shape[0]*shape[1]*shape[3], blocks("strip_pool_join", BLOCK=1024, num_warps=4)
     with on_device(partial[0]):
         _strip_pool_join_kernel[(triton.cdiv(count, opts["BLOCK"]),)](*partial, *out, shape[2], shape[3], n, count, MEAN=mean, MAX=top, **opts)

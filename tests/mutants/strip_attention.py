@@ -22,7 +22,7 @@ MUTANTS = [
 def check(m):
     "Output and gradients with several blocks of pixels, keys and channels."
     args = dict(q=make_input([2, 19, 5, 11], 1), k=make_input([2, 19, 21], 2), v=make_input([2, 3, 21], 3))
-    small, m.PROGRAMS = dict(BN=16, BM=16, BC=16), 3 # several blocks of pixels in each split
+    small, m.PROGRAMS = dict(BN=16, BM=16, BC=16), 16 # several blocks of pixels in each split
     from segkern.ops.dispatch import use_blocks
     with use_blocks("strip_attention", **small):
         check_kernel(lambda q, k, v: m.strip_attention(q, k, v), strip_attention_ref, args, dtypes=("fp32",), orders=(0,), blocks=("strip_attention_bwd", [small]),
