@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'bench', 'data', 'main', 'parse_pairs', 'parse_value', 'parse_options', 'parse_field', 'parse_overrides',
            'load_model', 'doctor', 'models', 'train', 'evaluate', 'find_pictures', 'output_names', 'predict', 'convert',
-           'bench_models', 'reproduce_', 'data_check', 'data_make', 'lab']
+           'bench_models', 'bench_ops', 'reproduce_', 'data_check', 'data_make', 'lab']
 
 # %% ../nbs/76_cli.ipynb #d25989f7
 import json, logging, os, sys
@@ -502,6 +502,24 @@ def bench_models(
     one = rows[0]
     typer.echo(f"\nbatch 1, {one['dtype']}, {one['device']}, {one['threads']} threads; from the normalised picture to labels")
     if out: typer.echo(f"rows with all facts: {out}")
+
+# %% ../nbs/76_cli.ipynb #6e241a58
+@_command("segkern bench ops --out data/bench", group=bench, name="ops")
+def bench_ops(
+    names:list[str]=_option(None, "--op", help="Only this op; may be repeated."),
+    out:Path=_option(None, help="Folder for ops_<gpu>.csv and dispatch.json; in a checkout the default is data/bench."),
+    dtypes:list[str]=_option(["bf16"], "--dtype", help="bf16, fp16 or fp32; may be repeated."),
+    tiny:bool=_option(False, "--tiny", help="Small shapes, to see that everything works; runs on a CPU too and writes only where --out says."),
+    device:str=_option("auto", help="auto, cpu, cuda, cuda:1."),
+):
+    "Every kernel against eager, compiled and library peers, at the shapes of the papers."
+    from segkern.bench_ops import bench_ops as run
+    from segkern.testing.kernels import DTYPES
+    if unknown := sorted(set(dtypes) - set(DTYPES)): raise ValueError(f"unknown type '{unknown[0]}'; known: {', '.join(DTYPES)}")
+    if out is None and not tiny and Path("settings.ini").exists() and Path("data").is_dir(): out = Path("data/bench")
+    rows = run(out, names, tuple(DTYPES[d] for d in dtypes), tiny, device, 1 if tiny else None)
+    _show([{"op": r["op"], "case": r["case"], "direction": r["direction"], "dtype": r["dtype"], "contender": r["provider"], "ms": r.get("ms_50"), "over the kernel": r.get("ratio"),
+            "% of copy": r.get("copy_percent"), "status": r["status"]} for r in rows])
 
 # %% ../nbs/76_cli.ipynb #6c830fed
 @_command("segkern reproduce s2fpn --scale smoke --jobs 2 --out papers/runs", name="reproduce")
