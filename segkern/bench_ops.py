@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import ops
 from .bench import measure, write_csv
-from .core import data_path, logger, pick_device, progress, write_json
-from .ops.dispatch import interpreting, measured
+from .core import logger, pick_device, progress, write_json
+from .ops.dispatch import measured
 from .testing import relative_l2
 
 # %% ../nbs/70a_bench_ops.ipynb #19d9a12d
@@ -174,7 +174,7 @@ def contenders(
 )->dict: # name -> function(*tensors), or (function, "graph")
     "Everyone who takes part; the kernel comes first where there is one."
     out = {}
-    if device.type == "cuda" or interpreting(): out["kernel"] = functools.partial(case.fn, impl="triton")
+    if device.type == "cuda": out["kernel"] = functools.partial(case.fn, impl="triton")
     out |= {"reference": functools.partial(case.fn, impl="ref"), "eager": case.plain}
     if device.type == "cuda":
         out |= {"compile": torch.compile(case.plain, dynamic=False), "compile max-autotune": torch.compile(case.plain, mode="max-autotune-no-cudagraphs", dynamic=False), **case.peers}
@@ -215,7 +215,7 @@ def run_case(
             if work: row |= dict(tflops=work/seconds/1e12, matmul_percent=100*work/seconds/1e12/ceilings["matmul_tflops"])
         except torch.OutOfMemoryError: row["status"] = "out of memory"
         except ArithmeticError as e: row["status"] = f"wrong: {e}"
-        except (RuntimeError, ValueError, NotImplementedError) as e: row["status"] = f"unavailable: {str(e).strip().splitlines()[0][:120]}"
+        except (RuntimeError, ValueError) as e: row["status"] = f"unavailable: {str(e).strip().splitlines()[0][:120]}"
         rows.append(row)
     base = next((r["ms_50"] for r in rows if r["provider"] == "kernel" and "ms_50" in r), None)
     return [r | (dict(ratio=r["ms_50"]/base) if base and "ms_50" in r else {}) for r in rows]

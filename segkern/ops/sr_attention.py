@@ -142,6 +142,7 @@ def sr_attention_bwd(
     lse:torch.Tensor, # of the forward pass
     g:torch.Tensor, # gradient of the output, any strides
     scale:float, # of the scores
+    keys_too:bool=True, # also dk and dv
 )->tuple: # dq, dk, dv
     "Launch the backward kernels."
     (b, h, n, d), (m, dv) = q.shape, v.shape[2:]
@@ -151,6 +152,7 @@ def sr_attention_bwd(
     with on_device(q):
         _sr_attention_dq_kernel[(b*h*triton.cdiv(n, opts["BN"]),)](q, k, v, out, lse, g, dq, delta, scale, h, n, m, d, dv, *inputs, *out.stride(), *g.stride(),
                                                                   *dq.stride(), PRECISION=precision, **opts)
+    if not keys_too: return dq, torch.zeros_like(k), torch.zeros_like(v)
     opts = _options("sr_attention_dkv", q, v, 64, 64, 4)
     tiles, keys = triton.cdiv(n, opts["BN"]), triton.cdiv(m, opts["BM"])
     per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b*h*keys)))*opts["BN"]
@@ -168,22 +170,24 @@ def _sr_attention_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, scale:float
 
 @torch.library.custom_op("segkern::sr_attention_backward", mutates_args=())
 def _sr_attention_backward_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, out:torch.Tensor, lse:torch.Tensor, g:torch.Tensor,
-                              scale:float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                              scale:float, keys_too:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."
-    return sr_attention_bwd(q, k, v, out, lse, g, scale)
+    return sr_attention_bwd(q, k, v, out, lse, g, scale, keys_too)
 
 @_sr_attention_op.register_fake
 def _(q, k, v, scale): return _rows_first(*q.shape[:3], v.shape[3], q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 @_sr_attention_backward_op.register_fake
-def _(q, k, v, out, lse, g, scale): return _rows_first(*q.shape, q), torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+def _(q, k, v, out, lse, g, scale, keys_too):
+    like = (lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device)) if keys_too else torch.zeros_like
+    return _rows_first(*q.shape, q), like(k), like(v)
 
 def _sr_attention_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output)
     ctx.scale = inputs[3]
     ctx.mark_non_differentiable(output[1])
 
-def _sr_attention_backward(ctx, g, _): return *_sr_attention_backward_op(*ctx.saved_tensors, g, ctx.scale), None
+def _sr_attention_backward(ctx, g, _): return *_sr_attention_backward_op(*ctx.saved_tensors, g, ctx.scale, any(ctx.needs_input_grad[1:3])), None
 
 _sr_attention_op.register_autograd(_sr_attention_backward, setup_context=_sr_attention_setup)
 
@@ -331,7 +335,8 @@ def attention_block(
 )->torch.Tensor: # [b, n, c]
     "Layer norm, queries, attention, projection and residual; one kernel in inference with at most 64 channels."
     b, n, c = x.shape
-    if k.shape != v.shape or k.ndim != 4 or len(k) != b or k.shape[1]*k.shape[3] != c: raise ValueError(f"attention_block wants k and v [b, h, m, {c}/h] for x {tuple(x.shape)}, got {tuple(k.shape)}, {tuple(v.shape)}")
+    if k.shape != v.shape or k.ndim != 4 or len(k) != b or k.shape[1]*k.shape[3] != c:
+        raise ValueError(f"attention_block wants k and v [b, h, m, {c}/h] for x {tuple(x.shape)}, got {tuple(k.shape)}, {tuple(v.shape)}")
     if k.shape[2] == 0: raise ValueError("attention needs at least one key")
     rest = (norm_weight, norm_bias, q_weight, q_bias, out_weight, out_bias)
     if x.numel() and choose("attention_block", x, k, v, *rest, impl=impl): return _attention_block_op(x, k, v, *(t.contiguous() for t in rest), eps)
