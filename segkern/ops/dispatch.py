@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'IMPLS', 'KERNELS', 'FLOATS', 'interpreting', 'wanted_impl', 'use_impl', 'measured', 'nearest', 'which',
-           'choose', 'unsupported', 'blocks', 'use_blocks', 'pow2', 'on_device']
+           'choose', 'unsupported', 'blocks', 'use_blocks', 'pow2', 'autocast_type', 'on_device']
 
 # %% ../../nbs/10_ops.dispatch.ipynb #62cbc50b
 import contextlib, functools, importlib.util, json, os
@@ -166,6 +166,14 @@ def pow2(
     "The smallest power of two that is at least `n`, within bounds."
     p = max(low, 1 << (int(n) - 1).bit_length())
     return p if high is None else min(p, high)
+
+def autocast_type(
+    x:torch.Tensor, # a tensor of the call
+)->torch.dtype|None: # None: leave the types as they are
+    "The type that matrix products of `x` take under the caller's autocast."
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if on else None
 
 def on_device(
     x:torch.Tensor, # a tensor of the launch

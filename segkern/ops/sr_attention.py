@@ -10,7 +10,7 @@ __all__ = ['PROGRAMS', 'sr_attention_ref', 'sr_attention_fwd', 'sr_attention_bwd
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #fbbc43ea
 def sr_attention_ref(
@@ -205,8 +205,8 @@ def _prepared(q, k, v, scale):
     if any(t.ndim != 4 for t in (q, k, v)) or not q.shape[:2] == k.shape[:2] == v.shape[:2] or q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
         raise ValueError(f"attention wants q [b, h, n, d], k [b, h, m, d], v [b, h, m, dv]; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if k.shape[2] == 0: raise ValueError("attention needs at least one key")
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64: q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
+    kind = autocast_type(q)
+    if kind: q, k, v = (t.to(kind) for t in (q, k, v))
     return q, k, v, float(q.shape[3]**-0.5 if scale is None else scale)
 
 def sr_attention(

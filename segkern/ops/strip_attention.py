@@ -10,7 +10,7 @@ __all__ = ['PROGRAMS', 'MAX_VALUES', 'MAX_SCORES', 'strip_attention_ref', 'fold_
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import KERNELS, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6c1fddac
 def strip_attention_ref(
@@ -242,8 +242,8 @@ def strip_attention(
     if q.ndim != 4 or k.ndim != 3 or v.ndim != 3 or not (len(q) == len(k) == len(v)) or q.shape[1] != k.shape[1] or k.shape[2] != v.shape[2]:
         raise ValueError(f"strip_attention wants q [b, c, h, w], k [b, c, m], v [b, cv, m]; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if k.shape[2] == 0: raise ValueError("strip_attention needs at least one key")
-    cast = torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64
-    qa, ka = (t.to(torch.get_autocast_dtype(q.device.type)) if cast else t for t in (q, k)) # values may keep a wider type
+    kind = autocast_type(q)
+    qa, ka = (t.to(kind) if kind else t for t in (q, k)) # values may keep a wider type
     if q.numel() and v.numel() and choose("strip_attention", qa, ka, v, impl=impl): return _strip_attention_op(qa, ka, v)[0]
     b, c, h, w = q.shape
     rows = max(1, MAX_SCORES // max(1, b*w*k.shape[2]))
