@@ -8,7 +8,9 @@ from segkern.layers import num_params
 from segkern.losses import cross_entropy, focal_of_mean
 from segkern.models import create_model, set_literal
 from segkern.models.s2fpn import SSAM, SSAMv1
-from segkern.testing import fixture, load_fixture, make_input
+from segkern.ops import use_impl
+from segkern.testing import assert_close, fixture, load_fixture, make_input
+from segkern.testing.kernels import exact_interpreter, launches
 from segkern.weights import load_official, map_key
 
 NETS = {"s2fpn_r18": "s2fpn_r18", "s2fpn_r34m": "s2fpn_r34m", "s2fpn_v1_r18": "s2fpn_v1_r18", "dsanet": "dsanet"}
@@ -148,11 +150,33 @@ def own_fixtures():
     return sorted((Path(__file__).parent/"fixtures").glob("*/spec.json"))
 
 
+@pytest.mark.parametrize("impl", ["ref", "triton"])
 @pytest.mark.parametrize("folder", [p.parent for p in own_fixtures()], ids=lambda p: p.name)
-def test_own_fixture(folder):
-    "Outputs that were written when parity held: they keep it where the shared folder is absent."
+def test_own_fixture(folder, impl):
+    "Outputs that were written when parity held: they keep it where the shared folder is absent, with kernels as well."
+    if impl == "triton" and not exact_interpreter(): pytest.skip("kernels need TRITON_INTERPRET=1 here")
     f = load_fixture(folder)
     m = create_model(f.name, f.spec["num_classes"]).eval()
     load_official(m, f.state())
-    with torch.no_grad():
+    with torch.no_grad(), use_impl(impl), launches() as seen:
         for n, z in m.outputs(f.inputs()["x"]).items(): assert f.error(n, z) <= 2e-5, n
+    assert bool(seen) == (impl == "triton" and "s2fpn" in f.name)
+
+
+def test_every_op_on_triton():
+    "Loss, gradient and labels of S2-FPN with all kernels, in the interpreter, are those of the references."
+    if not exact_interpreter(): pytest.skip("kernels need TRITON_INTERPRET=1 here")
+    m, x, out = create_model("s2fpn_r18", num_classes=5).eval(), torch.randn(1, 3, 40, 64), {}
+    y = torch.randint(0, 5, (1, 40, 64))
+    for p in m.parameters():
+        if (p == p.flatten()[0]).all(): p.data.add_(0.1) # gamma starts at 0, where the attention has no effect
+    for impl in ("ref", "triton"):
+        a = x.clone().requires_grad_()
+        with use_impl(impl), launches() as seen:
+            loss = m(a, y)["loss"]
+            loss.backward()
+            out[impl] = loss, a.grad, m.predict(x)
+    assert {"_strip_pool_bwd_kernel", "_strip_attention_dq_kernel", "_strip_attention_dkv_kernel", "_upsample_ce_bwd_kernel", "_upsample_argmax_kernel"} <= set(seen)
+    assert_close("loss", out["ref"][0], out["triton"][0], 2e-6)
+    assert_close("dx", out["ref"][1], out["triton"][1], 2e-5)
+    assert torch.equal(out["ref"][2], out["triton"][2])
