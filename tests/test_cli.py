@@ -250,7 +250,8 @@ def test_lab_needs_jupyter(call, monkeypatch):
 def test_ctrl_c_is_quiet(tmp_path):
     code = "import sys; from segkern.cli import main; sys.exit(main())"
     args = ["train", "dsanet", "--set", "iterations=9000", "--set", "batch=2", "--set", "crop=64x96", "--no-eval", "--out", str(tmp_path/"run"), "--device", "cpu"]
-    run = subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    run = subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a background job inherits a deaf ear
     deadline = time.time() + 60
     while not (tmp_path/"run"/"config.json").exists() and time.time() < deadline: time.sleep(0.1)
     time.sleep(1)

@@ -173,7 +173,8 @@ def test_signals(tmp_path, sig, expected):
     papers(tmp_path/"papers", sleeper=cells)
     code = f"import sys; from segkern.cli import main; sys.exit(main(['reproduce', '--papers-dir', '{tmp_path}/papers', '--out', '{tmp_path}/runs']))"
     env = {**os.environ, "PYTHONPATH": str(Path(r.__file__).parent.parent)}
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a background job inherits a deaf ear
     deadline = time.time() + 60
     while not mark.exists() and time.time() < deadline: time.sleep(0.1)
     children = psutil.Process(run.pid).children(recursive=True)
