@@ -218,6 +218,23 @@ def test_windows_tokens_and_patches_agree_with_their_gradient():
     assert f.whole and not f.assumed
 
 
+def test_channels_keep_their_own_fields():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.c = nn.Conv2d(4, 4, (1, 5), groups=4, padding=(0, 2))
+        def forward(self, x):
+            x = self.a(x)
+            y = torch.cat([x[:, :1], self.b(x)[:, 1:3], self.c(x)[:, 3:]], 1)
+            z = F.channel_shuffle(y, 2)
+            out = {f"{n}{i}": t[:, i:i + 1] for n, t in (("y", y), ("z", z)) for i in range(4)}
+            return out | dict(pixels=F.pixel_shuffle(y, 2), grouped=self.c(z), pair=z[:, 1:3])
+    agree(Parts(), (9, 10), [*PLACES, (0.55, 0.5), (0.5, 0.55), (0.55, 0.55)])
+    sums = [receptive_field(Parts(), (9, 10), output=f"z{i}").mask.sum() for i in range(4)]
+    assert sums == [1, 9, 9, 5]
+
+
 def test_a_softmax_over_one_element_is_constant():
     class One(nn.Module):
         def forward(self, x): return x[:, :1].softmax(1)
