@@ -11,9 +11,9 @@ import importlib
 
 _LAZY = dict(
     create_model="models", list_models="models", create_encoder="backbones", list_encoders="backbones",
-    load_official="weights", load="models", save="models", segment="infer", optimize="infer", evaluate="infer", open_dataset="data"
+    load_official="weights", transfer="weights", load="models", save="models", segment="infer", optimize="infer", evaluate="infer", open_dataset="data"
 )
-_MODULES = ("backbones", "bench", "cli", "core", "data", "infer", "layers", "losses", "metrics", "models", "ops", "recipes", "reproduce",
+_MODULES = ("backbones", "bench", "cli", "core", "data", "infer", "layers", "losses", "metrics", "models", "ops", "pretrain", "recipes", "reproduce",
             "testing", "train", "viz", "weights")
 
 # %% ../nbs/00a_init.ipynb #366cbd9a

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .core import Preprocess, atomic_path, env_info, logger, pick_device, progress, seeded, write_json
+from .core import Preprocess, atomic_path, env_info, load_table, logger, pick_device, progress, seeded, write_json
 from .recipes import Recipe
 from .weights import read
 
@@ -129,7 +129,7 @@ def optimizer_for(
     if idle := [s for s, _ in recipe.lr_mult if s not in used]: raise ValueError(f"lr_mult: no trained parameter starts with {idle}")
     groups = [dict(params=ps, lr=recipe.lr*f, weight_decay=d, factor=f) for (f, d), ps in groups.items()]
     fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"]) # one pass over the weights
-    if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
+    if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(recipe.optimizer)
     if kind is None: raise ValueError(f"unknown optimizer '{recipe.optimizer}'; there are adam, adamw, sgd")
     return kind(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
@@ -174,18 +174,25 @@ def adopt(
     if k != len(classes): raise ValueError(f"the model has {k} classes, the training set {len(classes)}: {', '.join(classes)}")
     if val_set is not None and list(val_set.classes) != classes:
         raise ValueError(f"the validation set has the classes {list(val_set.classes)}, the training set {classes}")
-    palette = [list(map(int, c)) for c in train_set.palette]
+    palette = None if train_set.palette is None else [list(map(int, c)) for c in train_set.palette]
     new = dict(preprocess=recipe.preprocess, dataset=train_set.name, classes=classes, palette=palette)
     for field, value in new.items():
         old = getattr(model, field, None)
         if old is not None and old != value: logger.info("training sets model.%s from %s to %s", field, old, value)
         setattr(model, field, value)
-    weights = train_set.class_weights if recipe.class_weights else None
+    key = getattr(model, "weights_key", "class_weights")
+    own = train_set.class_weights if key == "class_weights" else _table_of(train_set.name).get(key)
+    weights = own if recipe.class_weights else None
     if recipe.class_weights and weights is None: logger.info("%s has no class weights: the loss is unweighted", train_set.name)
     if "class_weights" not in model._buffers:
         model.__dict__.pop("class_weights", None)
         model.register_buffer("class_weights", None, persistent=False)
     model.class_weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+
+def _table_of(name):
+    "The table of a dataset; empty for one of the user's own."
+    try: return load_table(name)
+    except FileNotFoundError: return {}
 
 # %% ../nbs/61_train.ipynb #90f2c00a
 _LOCKED = set() # folders of runs in this process, which the system's lock does not keep apart
@@ -246,9 +253,9 @@ def weights_bytes(
     from segkern import __version__
     facts = {k: getattr(model, k, None) for k in ("num_classes", "dataset", "classes", "palette")}
     facts |= dict(format="segkern", model=getattr(model, "name", type(model).__name__), version=__version__, source="segkern.train")
-    if getattr(model, "act", None): facts["options"] = {"act": model.act}
+    facts["options"] = getattr(model, "options", None) or None
     if isinstance(p := getattr(model, "preprocess", None), Preprocess): facts["preprocess"] = p.to_dict()
-    facts |= more
+    facts |= {**(getattr(model, "metadata", None) or {}), **more}
     text = {k: json.dumps(v) for k, v in facts.items() if v is not None}
     return save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, text)
 
@@ -333,15 +340,17 @@ def run_config(
     train_set,
     seed:int,
     accumulate:int,
+    origin:dict|None=None, # where the first weights come from, where that is neither the seed nor a download
 )->dict: # ready for JSON
     "What decides the course of a run, as it stands in `config.json`."
     size = sum(p.numel() for p in model.parameters())
     net = dict(name=getattr(model, "name", type(model).__name__), num_classes=model.num_classes, parameters=size)
     plain = lambda v: v is None or isinstance(v, (str, int, float)) or isinstance(v, (list, tuple)) and all(map(plain, v))
-    options = json.loads(json.dumps({k: v for k, v in vars(train_set).items() if plain(v) and k not in ("root", "palette", "class_weights")}))
+    own = {k: v for k, v in vars(train_set).items() if k not in ("root", "files", "palette", "class_weights")}
+    options = json.loads(json.dumps({k: v for k, v in own.items() if plain(v)}))
     names = "".join(Path(str(f)).name for pair in getattr(train_set, "files", []) for f in pair)
     data = dict(name=train_set.name, split=train_set.split, images=len(train_set), files=zlib.crc32(names.encode()), options=options)
-    return dict(model=net, recipe=recipe.to_dict(), data=data, seed=seed, accumulate=accumulate)
+    return dict(model=net, recipe=recipe.to_dict(), data=data, seed=seed, accumulate=accumulate, **({"origin": origin} if origin else {}))
 
 # %% ../nbs/61_train.ipynb #324f6688
 def _differences(there, now, prefix=""):
@@ -383,6 +392,7 @@ class Run:
     optimizer:object
     accelerator:object
     state:dict                       # step, seconds, best, best_step, and the sums since the last line of metrics
+    score:tuple                      # name of the metric and its function, see `fit`
 
 class Objective(nn.Module):
     "A shell around a model for accelerate to wrap."
@@ -523,18 +533,22 @@ def evaluate_run(
 )->dict|None: # metrics; None on other processes than the main one
     "Score the weights, keep them where they are the best so far, draw samples."
     acc, state, model = run.accelerator, run.state, run.model if run.ema is None else run.ema
-    found = None
+    found, (metric, function) = None, run.score
     if acc.is_main_process:
-        from segkern.infer import evaluate
-        if run.recipe.protocol == "sliding": kwargs.setdefault("window", run.recipe.crop)
-        with seeded(0): found = evaluate(model, val_set, protocol=run.recipe.protocol, miou=run.recipe.miou, **kwargs)
-        if state["best"] is None or (found["miou"] or 0.0) > state["best"]:
-            state.update(best=found["miou"] or 0.0, best_step=state["step"])
-            data = weights_bytes(model, step=state["step"], miou=state["best"])
+        with seeded(0): found = (function or _by_recipe(run.recipe))(model, val_set, **kwargs)
+        if state["best"] is None or (found[metric] or 0.0) > state["best"]:
+            state.update(best=found[metric] or 0.0, best_step=state["step"])
+            data = weights_bytes(model, step=state["step"], **{metric: state["best"]})
             with atomic_path(run.out/"checkpoints"/"best.safetensors") as tmp: tmp.write_bytes(data)
-        draw_samples(run.out, model, val_set, state["step"])
+        if function is None: draw_samples(run.out, model, val_set, state["step"])
     acc.wait_for_everyone()
     return found
+
+def _by_recipe(recipe):
+    "The evaluation of a segmentation network that a recipe asks for."
+    from segkern.infer import evaluate
+    more = dict(sliding=dict(window=recipe.crop), exp_sum=dict(window=recipe.crop, base_size=recipe.base_size)).get(recipe.protocol, {})
+    return lambda model, val_set, **kwargs: evaluate(model, val_set, protocol=recipe.protocol, miou=recipe.miou, **{**more, **kwargs})
 
 # %% ../nbs/61_train.ipynb #098b6b52
 def draw_samples(
@@ -588,6 +602,7 @@ def start_run(
     recipe:Recipe,
     train_set,
     accelerator,
+    score:tuple=("miou", None), # as in `fit`
 )->Run: # at step 0
     "Move a model to its device and make what goes with it."
     plain = uncompiled(model).to(accelerator.device)
@@ -596,7 +611,7 @@ def start_run(
     ema = copy.deepcopy(plain).requires_grad_(False).eval() if recipe.ema else None
     net, optimizer = accelerator.prepare(Objective(model), optimizer)
     state = dict(step=0, seconds=0.0, best=None, best_step=None, sums={}, count=0)
-    return Run(out, recipe, train_set, plain, net, ema, optimizer, accelerator, state)
+    return Run(out, recipe, train_set, plain, net, ema, optimizer, accelerator, state, score)
 
 # %% ../nbs/61_train.ipynb #b4709883
 def log_line(
@@ -656,10 +671,11 @@ def _validate(run, val_set, eval_args):
     "Evaluate and write the line of metrics."
     found = evaluate_run(run, val_set, **eval_args)
     if found is None: return None
-    val = {k: found[k] for k in ("miou", "pixel_acc", "mean_acc", "iou")}
+    metric, state = run.score[0], run.state
+    val = {k: found[k] for k in (("miou", "pixel_acc", "mean_acc", "iou") if metric == "miou" else found)}
     _append(run.out, dict(step=run.state["step"], val=val))
-    state = run.state
-    logger.info("step %d  mIoU %.4f  (best %.4f at step %d)", state["step"], val["miou"] or 0.0, state["best"], state["best_step"])
+    name = "mIoU" if metric == "miou" else metric
+    logger.info("step %d  %s %.4f  (best %.4f at step %d)", state["step"], name, val[metric] or 0.0, state["best"], state["best_step"])
     run.accelerator.log({f"val/{k}": v for k, v in val.items() if isinstance(v, float)}, step=state["step"])
     return val
 
@@ -681,6 +697,8 @@ def fit(
     accumulate:int=1, # cut each batch into so many parts, to save memory
     transform=None, # (image, target, generator) -> (input, target); default: the recipe's
     eval_args:dict|None=None, # further arguments of `segkern.infer.evaluate`, e.g. dict(limit=50)
+    score:tuple=("miou", None), # what "best" means, and a function (model, val_set, **eval_args) -> dict that holds it; None: the recipe's
+    origin:dict|None=None, # where the first weights come from, for config.json
 )->dict: # what stands in results.json
     "Train a model by a recipe. A killed run continues bit-exactly on a CPU."
     out, plain, total = Path(out), uncompiled(model), recipe.iterations
@@ -693,12 +711,12 @@ def fit(
         transform = TrainTransform.from_recipe(recipe)
     acc = accelerator_for(device, recipe, accumulate, tracker, out)
     with run_lock(out) if acc.is_main_process else contextlib.nullcontext(), _surroundings(acc.device, seed + acc.process_index):
-        config = run_config(plain, recipe, train_set, seed, accumulate)
+        config = run_config(plain, recipe, train_set, seed, accumulate, origin)
         checkpoint = open_run(out, config, resume)
         done = checkpoint is not None and (out/"results.json").exists()
         acc.wait_for_everyone()
         if recipe.init == "kaiming" and checkpoint is None: kaiming_init(plain, seed)
-        run = start_run(out, model, recipe, train_set, acc)
+        run = start_run(out, model, recipe, train_set, acc, score)
         loader = batches(train_set, transform, recipe, seed, _step_of(checkpoint), workers,
                          acc.process_index, acc.num_processes, accumulate, acc.device.type == "cuda")
         if checkpoint is not None: restore_run(run, checkpoint)
@@ -727,8 +745,9 @@ def _finish(run, found, seed):
     speed = state["step"]*run.recipe.batch/max(state["seconds"], 1e-9)
     best = "checkpoints/best.safetensors" if state["best"] is not None else None
     last = run_weights(run.out, "last").relative_to(run.out).as_posix() if acc.is_main_process else None
-    results = dict(steps=state["step"], miou=found and found["miou"], best_miou=state["best"], best_step=state["best_step"], val=found,
-                   miou_over=run.recipe.miou, protocol=run.recipe.protocol, seconds=round(state["seconds"], 2),
-                   images_per_s=round(speed, 2), seed=seed, best=best, last=last)
+    metric, rules = run.score[0], dict(miou_over=run.recipe.miou, protocol=run.recipe.protocol) if run.score[1] is None else {}
+    scores = {metric: found and found[metric], f"best_{metric}": state["best"], "best_step": state["best_step"], "val": found}
+    results = dict(steps=state["step"], **scores, **rules, seconds=round(state["seconds"], 2), images_per_s=round(speed, 2), seed=seed,
+                   best=best, last=last)
     if acc.is_main_process: write_json(run.out/"results.json", results)
     return results
