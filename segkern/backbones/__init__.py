@@ -6,13 +6,14 @@
 __all__ = ['list_encoders', 'create_encoder', 'ResNet']
 
 # %% ../../nbs/28_backbones.ipynb #311e3444
-import fnmatch
+import fnmatch, importlib
 
 from .resnet import RESNETS, ResNet
 from ..core import seeded
 
 # %% ../../nbs/28_backbones.ipynb #0a4ea0bd
-_ENCODERS = {name: ResNet for name in RESNETS} # name -> class that takes the name first
+_ENCODERS = {**{name: "backbones.resnet:ResNet" for name in RESNETS},
+             **{f"sanet_{v}": "models.sanet:SANetEncoder" for v in "sml"}} # name -> module and class, which takes the name first
 
 # %% ../../nbs/28_backbones.ipynb #ff761066
 def list_encoders(
@@ -30,7 +31,8 @@ def create_encoder(
 ): # a module: e(x) -> list of maps; e.channels, e.strides
     "An encoder by name. Nothing is downloaded unless `pretrained` is set."
     if name not in _ENCODERS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(_ENCODERS)}")
-    with seeded(seed): return _ENCODERS[name](name, pretrained=pretrained, **kwargs)
+    module, cls = _ENCODERS[name].split(":")
+    with seeded(seed): return getattr(importlib.import_module(f"segkern.{module}"), cls)(name, pretrained=pretrained, **kwargs)
 
 # %% ../../nbs/28_backbones.ipynb #6b3ea90e
 _all_ = ["create_encoder", "list_encoders", "ResNet"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['list_models', 'create_model', 'describe', 'save', 'load', 'cost', 'load_official', 'macs', 'set_literal', 'SegModel',
-           'S2FPN', 'SPFNet', 'DSANet']
+           'S2FPN', 'SPFNet', 'DSANet', 'SANet', 'PIDNet']
 
 # %% ../../nbs/39_models.ipynb #aefff405
 import fnmatch, functools
@@ -16,7 +16,9 @@ from ..core import Preprocess, seeded
 from ..layers import macs, num_params, set_literal
 from .base import SegModel
 from .dsanet import DSANet
+from .pidnet import PIDNet
 from .s2fpn import S2FPN, VARIANTS
+from .sanet import SANet
 from .spfnet import SPFNet
 from ..weights import load_official, read_safetensors, write_safetensors
 
@@ -26,6 +28,7 @@ _MODELS = {
     **{f"s2fpn_v1_{v}": (S2FPN, dict(variant=v, version=1)) for v in VARIANTS},
     "spfnet_r18": (SPFNet, dict(encoder="resnet18")), "spfnet_r34": (SPFNet, dict(encoder="resnet34")),
     "dsanet": (DSANet, {}),
+    **{f"sanet_{v}": (SANet, dict(variant=v)) for v in "sml"}, "pidnet_s": (PIDNet, {}),
 } # published name -> class and arguments
 
 # %% ../../nbs/39_models.ipynb #84803741
@@ -63,8 +66,7 @@ def describe(
 )->dict: # JSON
     "What a file of ours says about its model."
     from segkern import __version__
-    options = {"act": model.act} if getattr(model, "act", None) else {}
-    return dict(format="segkern", version=__version__, model=model.name, num_classes=model.num_classes, options=options, deployed=model.deployed,
+    return dict(format="segkern", version=__version__, model=model.name, num_classes=model.num_classes, options=model.options, deployed=model.deployed,
                 dataset=model.dataset, classes=model.classes, palette=model.palette, preprocess=model.preprocess.to_dict(), **metadata)
 
 # %% ../../nbs/39_models.ipynb #85f0ec65
@@ -84,13 +86,14 @@ def load(
     if Path(path).is_file() and Path(path).suffix != ".safetensors":
         raise ValueError(f"{path} is no safetensors file of segkern; official checkpoints go through `segkern convert` or load_official")
     state, meta = read_safetensors(path)
+    if meta.get("task") == "classification": raise ValueError(f"{path} holds {meta['network']} pretrained on pictures: use segkern.transfer, or train --init")
     if meta.get("format") != "segkern" or "model" not in meta:
         raise ValueError(f"{path} does not say which model it holds: it is no file of segkern. Official checkpoints go through `segkern convert` or load_official")
     with torch.device("meta"): model = create_model(meta["model"], meta["num_classes"], seed=None, **meta.get("options", {}))
     if meta.get("deployed"): model.deploy()
     model.classes, model.palette, model.dataset = meta.get("classes"), meta.get("palette"), meta.get("dataset")
     model.preprocess = Preprocess.from_dict(meta["preprocess"])
-    weights = _weights_of(model.dataset, model.num_classes)
+    weights = _weights_of(model)
     model.class_weights = None
     try: model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as e: raise ValueError(f"{path} does not fit {meta['model']}: {e}") from None
@@ -98,11 +101,11 @@ def load(
     return model.eval()
 
 # %% ../../nbs/39_models.ipynb #566a3455
-def _weights_of(dataset, num_classes):
-    "The class weights of a dataset's table, or None."
+def _weights_of(model):
+    "The class weights of a model's dataset, or None."
     from segkern.models.base import dataset_table, known_dataset
-    table = dataset_table(num_classes, dataset) if dataset and known_dataset(dataset) else {}
-    return torch.tensor(table["class_weights"]) if table.get("class_weights") else None
+    table = dataset_table(model.num_classes, model.dataset) if model.dataset and known_dataset(model.dataset) else {}
+    return torch.tensor(table[model.weights_key]) if table.get(model.weights_key) else None
 
 # %% ../../nbs/39_models.ipynb #f28136f5
 @functools.lru_cache(maxsize=None)
@@ -119,4 +122,4 @@ def cost(
     return dict(params=params, paper_gmacs=paper/1e9, gmacs=ours/1e9)
 
 # %% ../../nbs/39_models.ipynb #087d5845
-_all_ = ["list_models", "create_model", "save", "load", "load_official", "describe", "cost", "macs", "set_literal", "SegModel", "S2FPN", "SPFNet", "DSANet"]
+_all_ = ["list_models", "create_model", "save", "load", "load_official", "describe", "cost", "macs", "set_literal", "SegModel", "S2FPN", "SPFNet", "DSANet", "SANet", "PIDNet"]

@@ -56,6 +56,7 @@ class SegModel(nn.Module):
     multiple = 1         # sides must be multiples of this
     align_corners = False
     deployed = False     # auxiliary heads gone
+    weights_key = "class_weights" # of the dataset's table: the class weights that this network's loss was tuned with
 
     def __init__(self,
         name:str, # published name
@@ -68,7 +69,7 @@ class SegModel(nn.Module):
         table = table or {}
         self.name, self.num_classes, self.preprocess = name, num_classes, preprocess
         self.dataset, self.classes, self.palette = table.get("name"), table.get("classes"), table.get("palette")
-        weights = table.get("class_weights")
+        weights = table.get(self.weights_key)
         self.register_buffer("class_weights", torch.tensor(weights) if weights else None, persistent=False)
 
     def feature(self,
@@ -77,8 +78,7 @@ class SegModel(nn.Module):
         "The map that the classifier sees."
         raise TypeError(f"{type(self).__name__} has no feature()")
 
-    def outputs(self, x:torch.Tensor)->dict: # "logits" and the auxiliary outputs, native sizes
-        "Every head by name."
+    def outputs(self, x:torch.Tensor)->dict: # "logits" and the auxiliary outputs by name, native sizes
         return {"logits": self.classifier(self.feature(self.check(x)))}
 
     def objective(self, out:dict, target:torch.Tensor)->dict: # losses by name
@@ -116,6 +116,7 @@ class SegModel(nn.Module):
         self.deployed = True
         return self
 
-    def key_rules(self, state:dict)->list:
-        "Key table of the official checkpoint."
-        return []
+    @property
+    def options(self): return {"act": self.act} if getattr(self, "act", None) else {} # what a file must remember besides the name
+
+    def key_rules(self, state:dict)->list: return [] # key table of the official checkpoint
