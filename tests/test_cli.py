@@ -18,7 +18,8 @@ from segkern import cli
 from segkern.core import load_table
 from segkern.testing import fixture, shared
 
-COMMANDS = ["doctor", "models", "train", "eval", "predict", "convert", "reproduce", "lab", "bench models", "data check", "data make"]
+COMMANDS = ["doctor", "models", "train", "pretrain", "eval", "predict", "convert", "reproduce", "lab", "bench models", "data check", "data make",
+            *(f"explain {c}" for c in "heat labels boundary class-boundary field effective paths calculators gallery samples".split())]
 ENV = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
 

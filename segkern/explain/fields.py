@@ -688,10 +688,9 @@ def _trace(model, size, names):
         x = x.clone()
         tracer.put(x, _picture(*size))
         try: seen = _collect(meta, names, lambda: meta(x))
-        except NotImplementedError as e: raise ValueError(f"{_READS}: {e}") from e
         except (RuntimeError, ValueError) as e:
             if "has no module" in str(e): raise
-            if "meta tensors" in str(e): raise ValueError(f"{_READS}: {e}") from e
+            if "meta tensor" in str(e).lower(): raise ValueError(f"{_READS}: {e}") from e
             raise ValueError(f"the model cannot take a picture of {size[0]}x{size[1]}: {e}") from e
     for op in tracer.assumed:
         logger.warning("receptive field: no rule for '%s'; its output is taken to depend on all that its inputs depend on", op)
