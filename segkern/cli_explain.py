@@ -174,6 +174,7 @@ def read_mask(
         for i, t in id_table().items():
             if int(i) >= 0: lookup[int(i)] = t
         return torch.from_numpy(lookup[a])
+    if "void_id" in table: a = np.where(a == table["void_id"], 255, a)
     if wrong := sorted(set(np.unique(a).tolist()) - {*range(k), 255}): raise ValueError(f"{file} holds the ids {wrong[:5]}; expected 0..{k - 1} and 255. Cityscapes' raw ids: --ids label")
     return torch.from_numpy(a.astype(np.uint8))
 

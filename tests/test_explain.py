@@ -428,6 +428,18 @@ def test_mistakes(files, tmp_path):
     assert "holds the ids [30]" in fails("class-boundary", tmp_path/"m.png")
 
 
+def test_masks_of_camvid(tmp_path):
+    "The void id of SegNet's masks, and masks in colours; unknown colours are void."
+    ids = np.array([[0, 3, 11, 11], [0, 3, 3, 10]], np.uint8)
+    table = load_table("camvid")
+    Image.fromarray(ids).save(tmp_path/"ids.png")
+    Image.fromarray(np.array([*table["palette"], [1, 2, 3]], np.uint8)[ids]).save(tmp_path/"colours.png")
+    expected = np.where(ids == 11, 255, ids)
+    for kind, name in (("train", "ids"), ("colour", "colours")):
+        assert (cli_explain.read_mask(tmp_path/f"{name}.png", kind, table).numpy() == expected).all()
+    call("class-boundary", tmp_path/"ids.png", "--dataset", "camvid", "--out", tmp_path/"e.png")
+
+
 # samples
 
 PATTERNS = ["--image", "image/*.png", "--labels", "label/*.png", "--main", "main/*.png", "--aux", "aux/*.png"]
