@@ -13,7 +13,7 @@ _LAZY = dict(
     create_model="models", list_models="models", create_encoder="backbones", list_encoders="backbones",
     load_official="weights", transfer="weights", load="models", save="models", segment="infer", optimize="infer", evaluate="infer", open_dataset="data"
 )
-_MODULES = ("backbones", "bench", "cli", "core", "data", "infer", "layers", "losses", "metrics", "models", "ops", "pretrain", "recipes", "reproduce",
+_MODULES = ("backbones", "bench", "cli", "core", "data", "edges", "explain", "infer", "layers", "losses", "metrics", "models", "ops", "pretrain", "recipes", "reproduce",
             "testing", "train", "viz", "weights")
 
 # %% ../nbs/00a_init.ipynb #366cbd9a

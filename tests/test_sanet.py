@@ -331,6 +331,8 @@ def test_classwise(tmp_path):
     losses = m(make_input([2, 3, 64, 96]), torch.randint(0, 5, (2, 64, 96)))
     losses["loss"].backward()
     assert m.boundary_head.classifier.weight.grad.abs().sum() > 0 and losses["boundary"] > 0
+    from segkern.explain import boundary_picture
+    assert boundary_picture(m.eval(), np.zeros((64, 96, 3), np.uint8)).shape == (64, 96, 3)
     back = load(save(m, tmp_path/"m.safetensors"))
     assert back.options == m.options and m.eval().outputs(make_input([1, 3, 64, 96]))["boundary"].shape[1] == 6
 

@@ -14,6 +14,7 @@ import torch
 
 from ..core import atomic_path, logger
 from ..edges import boundary_target, class_boundary_target
+from ..losses.boundary import boundary_logit
 from .heat import _input, class_id, class_name, heat
 from ..infer import evaluating
 from ..layers import resize
@@ -87,7 +88,7 @@ def boundary_picture(
 )->np.ndarray: # uint8 [H, W, 3] in the colours of viridis
     "The boundary head's output; without such a head, the edges of the predicted labels (two values)."
     out, picture = _outputs(model, image, size)
-    if "boundary" in out: return viridis(normalised(out["boundary"], picture.shape[:2], model.align_corners))
+    if "boundary" in out: return viridis(normalised(boundary_logit(out["boundary"]), picture.shape[:2], model.align_corners))
     labels = resize(out["logits"].float(), picture.shape[:2], model.align_corners)[0].argmax(0)
     return viridis(boundary_target(labels.cpu()).float())
 
