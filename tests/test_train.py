@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from segkern import train
-from segkern.recipes import STREETS
+from segkern.recipes import RECIPES, SASFORMER_ICIP_ADE20K, SASFORMER_SPARSE_VOC, SEGFORMER_ADE20K, STREETS, Recipe, recipe_for, sparse_recipe
 from segkern.testing import assert_close, fixture
 from segkern.train import batches, fit, history, last_checkpoint, lr_at, optimizer_for, run_weights, save_checkpoint, step_keys
 from segkern.weights import read, read_safetensors
@@ -86,6 +86,32 @@ def test_lr_matches_the_official_schedules():
     assert_close("lr_poly_helper", golden["lr_poly_helper"], [1000*lr_at(plain, e*300 + i) for e, i in ((0, 0), (1, 10), (9, 299))], 1e-6)
 
 
+def test_openmmlab_counts_the_last_step_of_both_phases():
+    "The values that mmengine's LinearLR and PolyLR give, as the paper's sheet lists them, and the formula at every corner."
+    lr = lambda t: lr_at(SASFORMER_ICIP_ADE20K, t)
+    for t, value in ((0, 6e-11), (1, 4.0087e-8), (749, 2.998e-5), (1500, 6e-5), (80_000, 3.02837e-5)): assert lr(t) == pytest.approx(value, rel=2e-5)
+    assert lr(159_999) == 0 and lr(1499) == pytest.approx(6e-5, rel=1e-12) and lr(200_000) == 0
+    for t in (0, 3, 1498, 1499): assert lr(t) == pytest.approx(6e-5*(1e-6 + (1 - 1e-6)*t/1499), rel=1e-9)
+    for t in (1500, 1501, 159_998): assert lr(t) == pytest.approx(6e-5*(1 - (t - 1500)/158_499), rel=1e-9)
+
+
+def test_a_warmup_may_multiply_the_decay():
+    for t in (0, 1, 1499, 1500, 90_000, 159_999):
+        warm = 1e-6 + (1 - 1e-6)*t/1500 if t < 1500 else 1
+        assert lr_at(SEGFORMER_ADE20K, t) == pytest.approx(6e-5*(1 - t/160_000)*warm, rel=1e-9)
+    assert lr_at(SASFORMER_SPARSE_VOC, 20_000) == pytest.approx(5e-3*0.75**0.9)
+    cosine = STREETS.replace(schedule="cosine", warmup=0, iterations=100)
+    assert [lr_at(cosine.replace(warmup_rule=rule), 50)/cosine.lr for rule in ("then", "times")] == [pytest.approx(.5)]*2
+    assert abs(lr_at(cosine.replace(warmup_rule="inclusive"), 99)) < 1e-12 < lr_at(cosine, 99)
+
+
+@pytest.mark.parametrize("rule", ["then", "inclusive", "times"])
+def test_short_warmups(rule):
+    for warmup in (0, 1, 2):
+        values = [lr_at(STREETS.replace(warmup=warmup, iterations=3, warmup_rule=rule), t) for t in range(4)]
+        assert all(0 <= v <= STREETS.lr for v in values) and values[3] == 0
+
+
 def test_lr_refuses_unknown_schedules():
     with pytest.raises(ValueError, match="schedule is 'step'; known: poly"): lr_at(RECIPE.replace(schedule="step"), 9)
 
@@ -101,6 +127,48 @@ def test_optimizer_groups():
     with pytest.raises(ValueError, match="no trained parameter starts with"):
         optimizer_for(model, RECIPE.replace(lr_mult=(("backbone.", 0.1),)))
     with pytest.raises(ValueError, match="optimizer is 'lion'; known: adam"): optimizer_for(model, RECIPE.replace(optimizer="lion"))
+
+
+class Former(nn.Module):
+    "Names as in our SegFormers."
+    def __init__(self):
+        super().__init__()
+        block = nn.ModuleDict(dict(norm1=nn.LayerNorm(4), attn=nn.ModuleDict(dict(q=nn.Linear(4, 4), norm=nn.LayerNorm(4)))))
+        stage = lambda: nn.ModuleDict(dict(proj=nn.Conv2d(3, 4, 1), proj_norm=nn.LayerNorm(4), blocks=nn.ModuleList([block]), norm=nn.LayerNorm(4)))
+        self.encoder = nn.ModuleDict(dict(stages=nn.ModuleList([stage(), stage()])))
+        self.head, self.classifier = nn.ModuleDict(dict(fuse=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4))), nn.Conv2d(4, 2, 1)
+
+
+def test_groups_by_patterns_of_names():
+    "The first pattern that fits decides; heads decay whole, norms of the encoder do not, and OpenMMLab's stage norms do."
+    model = Former()
+    groups = lambda r: {n: (f, d) for (f, d), members in train.parameter_groups(model, r).items() for n, _, _ in members}
+    nvlabs, mmseg, sparse = groups(SEGFORMER_ADE20K), groups(SASFORMER_ICIP_ADE20K), groups(SASFORMER_SPARSE_VOC)
+    assert len(nvlabs) == len(list(model.parameters())) and set(sparse.values()) == {(1.0, 1e-4)}
+    for name, found in nvlabs.items():
+        assert found == ((10.0, 0.01) if not name.startswith("encoder.") else (1.0, 0.0) if "norm" in name else (1.0, 0.01)), name
+    assert {n for n in mmseg if mmseg[n] != nvlabs[n]} == {f"encoder.stages.{i}.norm.{p}" for i in (0, 1) for p in ("weight", "bias")}
+    assert mmseg["encoder.stages.0.norm.bias"] == (1.0, 0.01) and mmseg["encoder.stages.0.blocks.0.attn.norm.weight"] == (1.0, 0.0)
+    opt = optimizer_for(model, SEGFORMER_ADE20K)
+    assert isinstance(opt, torch.optim.AdamW) and sum(len(g["params"]) for g in opt.param_groups) == len(nvlabs)
+    table = str(train.group_table(model, SASFORMER_ICIP_ADE20K))
+    assert "encoder.stages.?.norm.*" in table and "6.00e-04" in table and "head.fuse.weight" in table
+    with pytest.raises(ValueError, match=r"no trained parameter is left for \['neck\.\*'\]"): optimizer_for(model, SEGFORMER_ADE20K.replace(groups=(("neck.*", 1., 1.),)))
+
+
+def test_recipes_are_found_and_survive_json():
+    for model, dataset, crop, protocol in (("segformer_b0", "ade20k", 512, "ade32"), ("segformer_b5", "cityscapes", 1024, "sliding"), ("segformer_b2_mmseg", "ade20k", 512, "ade"),
+                                           ("sasformer_icip_b2", "cityscapes", 1024, "sliding"), ("sasformer_sparse_b4", "voc2012", 512, "square512")):
+        r = recipe_for(model, dataset)
+        assert r.crop == (crop, crop) and r.protocol == protocol and r.dataset == dataset
+    assert recipe_for("segformer_b0_mmseg", "cityscapes").warmup_rule == "inclusive" and recipe_for("segformer_b0", "cityscapes").warmup_rule == "times"
+    for r in RECIPES.values(): assert Recipe.from_dict(json.loads(json.dumps(r.to_dict()))) == r
+    for model in ("s2fpn_r18", "sanet_s", "segformer_b0", "sasformer_icip_b0", "sasformer_sparse_b0"):
+        own, streets = recipe_for(model, "folder", batch=3), recipe_for(model, "streets")
+        assert own.batch == 3 and not own.class_weights and own.data_options == () and streets.crop == (96, 128)
+    assert recipe_for("s2fpn_r18", "folder").replace(dataset="camvid", class_weights=True, split="trainval", val_split="test") == recipe_for("s2fpn_r18", "camvid")
+    with pytest.raises(ValueError, match="no recipe for model 'sasformer_sparse_b4' on dataset 'gtav'"): recipe_for("sasformer_sparse_b4", "gtav")
+    with pytest.raises(ValueError, match="0 to 4, got 5"): sparse_recipe(5)
 
 
 # order and augmentation
@@ -344,6 +412,18 @@ def test_two_processes_train_as_one(tmp_path):
     for k in a: assert_close(k, a[k], b[k], 1e-3)
 
 
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    "Fields that a recipe did not have then hold their defaults; another value is another run."
+    recipe = RECIPE.replace(iterations=4)
+    run(tmp_path/"run", recipe=recipe)
+    (tmp_path/"run"/"results.json").unlink()
+    config = json.loads((tmp_path/"run"/"config.json").read_text())
+    for field in ("scale_range", "warmup_rule", "groups"): del config["recipe"][field]
+    (tmp_path/"run"/"config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="recipe.warmup_rule is 'then' there and 'times' now"): run(tmp_path/"run", recipe=recipe.replace(warmup_rule="times"), resume=True)
+    assert run(tmp_path/"run", recipe=recipe, resume=True)["steps"] == 4
+
+
 def test_resume_refuses_other_data(tmp_path):
     "The same number of pictures from another seed, or classes in another order, is another run."
     from segkern.data import open_dataset
@@ -359,6 +439,7 @@ def test_resume_refuses_other_data(tmp_path):
     assert go(data(), resume=True)["steps"] == 2
 
 
-@pytest.mark.parametrize("field,value", [("init", "pretraned"), ("protocol", "sliced"), ("miou", "mean"), ("batch", 0), ("batch", -2), ("iterations", 0), ("crop", (0, 5)), ("flip", 2)])
+@pytest.mark.parametrize("field,value", [("init", "pretraned"), ("protocol", "sliced"), ("miou", "mean"), ("batch", 0), ("batch", -2), ("iterations", 0), ("crop", (0, 5)), ("flip", 2), ("scale_range", (2., 1.)), ("aspect", (0., 1.)), ("fit_size", (512,)),
+                                         ("stride", (0, 4)), ("cat_max_ratio", 75), ("colour", "jitter"), ("groups", (("norm", 0.),)), ("data_options", ("annotation",)), ("warmup_rule", "linear")])
 def test_recipes_refuse_what_nobody_knows(field, value):
     with pytest.raises(ValueError, match=field): RECIPE.replace(**{field: value})
