@@ -84,9 +84,9 @@ class TrainTransform:
 
     @classmethod
     def from_recipe(cls, recipe)->"TrainTransform":
-        "The transform that a recipe asks for."
-        r = recipe
-        return cls(r.preprocess, r.crop, r.scales, r.flip, r.pad, r.base_size, r.edges, r.edge_frame)
+        "The transform that a recipe asks for; `segkern.data.augment` has the ones that do more."
+        from segkern.data.augment import transform_for
+        return transform_for(recipe)
 
     def __call__(self,
         image:torch.Tensor, # uint8 RGB [3, h, w]
