@@ -304,6 +304,43 @@ def test_one_pixel_and_odd_sizes(tmp_path):
     assert TrainTransform.from_recipe(S2FPN_CAMVID)(*ds[0])[0].shape == (3, 360, 480)
 
 
+# --- ADE20K
+
+def ade_tree(root, split="training", n=3, mask=None):
+    "Pictures of different sizes with masks as the benchmark stores them."
+    for i in range(n):
+        size = 6 + i, 151 - i
+        save(root/"images"/split/f"ADE_{split}_{i:08}.jpg", picture(*size))
+        stored = np.tile(np.arange(size[1]), (size[0], 1)) if mask is None else np.full(size, mask)
+        save(root/"annotations"/split/f"ADE_{split}_{i:08}.png", stored)
+    return root
+
+
+def test_ade20k_moves_labels_down(tmp_path):
+    ade_tree(tmp_path/"ADEChallengeData2016")
+    ade_tree(tmp_path/"ADEChallengeData2016", "validation", 2)
+    ds = open_dataset("ade20k", tmp_path)
+    image, target = ds[0]
+    assert image.shape == (3, 6, 151) and target[0].tolist() == [255, *range(150)] and ds[2][1].shape == (8, 149)
+    assert [len(open_dataset("ade20k", tmp_path/"ADEChallengeData2016", s)) for s in ("train", "val", "trainval")] == [3, 2, 5]
+    assert len(ds.classes) == 150 and ds.classes[6] == "road" and ds.palette[0] == [120, 120, 120] and ds.class_weights is None
+    (tmp_path/"mine.txt").write_text("images/validation/ADE_validation_00000001.jpg\n")
+    assert len(open_dataset("ade20k", tmp_path/"ADEChallengeData2016", list=tmp_path/"mine.txt")) == 1
+    report = check("ade20k", tmp_path)
+    assert report.ok and report.splits == {"train": 3, "val": 2} and report.counts[149] == 12 and report.void == 34
+
+
+def test_ade20k_faults(tmp_path):
+    root = ade_tree(tmp_path, n=2)
+    with pytest.raises(ValueError, match="got 'test'"): open_dataset("ade20k", root, "test")
+    with pytest.raises(FileNotFoundError, match="images/validation does not exist"): open_dataset("ade20k", root, "val")
+    save(root/"annotations"/"training"/"ADE_training_00000001.png", np.full((7, 150), 151))
+    with pytest.raises(ValueError, match="holds label 151 in 1050 pixels; known are 152 ids. Masks hold 0 for no class"): open_dataset("ade20k", root)[1]
+    (root/"annotations"/"training"/"ADE_training_00000000.png").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 images have no mask"): open_dataset("ade20k", root)
+    assert [p.split(": ")[0] for p in check("ade20k", root, "train").problems] == ["train", "train"]
+
+
 # --- names, splits, folders
 
 def test_wrong_names():

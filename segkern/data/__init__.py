@@ -16,12 +16,13 @@ DATASETS = dict(
     camvid=("camvid", "CamVid", True, "train val trainval test", "CamVid, 11 classes, both layouts, order=segnet|sanet"),
     cityscapes=("cityscapes", "Cityscapes", True, "train val trainval test", "Cityscapes, 19 classes, annotation=fine|coarse"),
     gtav=("gtav", "GTAV", True, "train val trainval test", "GTA V, classes=19|35"),
+    ade20k=("ade20k", "ADE20K", True, "train val trainval", "ADE20K, the 150 classes of scene parsing"),
     folder=("folder", "Folder", True, "train val trainval test all", "your own pictures and masks"),
 )
 
-_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", Folder="folder",
-             TrainTransform="transforms",
-             EvalTransform="transforms", check="checks", make="checks", Report="checks", weights_from_counts="checks",
+_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", ADE20K="ade20k", Folder="folder",
+             TrainTransform="transforms", EvalTransform="transforms", Augment="augment", transform_for="augment",
+             check="checks", make="checks", Report="checks", weights_from_counts="checks",
              to_label_ids="cityscapes", save_submission="cityscapes", weak_labels="streets")
 
 def __getattr__(name):
