@@ -13,7 +13,8 @@ from PIL import Image
 
 from segkern.core import IMAGENET, load_table
 from segkern.data import check, make, open_dataset, permutation, save_submission, to_label_ids
-from segkern.data.streets import draw_street, regions, weak_labels
+from segkern.data.sparse import regions, weak_labels
+from segkern.data.streets import draw_street
 from segkern.data.transforms import EvalTransform, TrainTransform, nearest_window, resize_window, scaled
 from segkern.recipes import S2FPN_CAMVID
 from segkern.testing import shared

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SKY', 'BUILDING', 'POLE', 'ROAD', 'PAVEMENT', 'TREE', 'SIGN', 'FENCE', 'CAR', 'PEDESTRIAN', 'BICYCLIST', 'VEHICLES',
-           'BYTE', 'MOODS', 'CELL', 'SPAN', 'WALLS', 'PAINTS', 'CLOTHES', 'POST', 'SPLITS', 'Dice', 'Stamp', 'stamps',
-           'Scene', 'stand', 'shadow', 'sheet_of_noise', 'draw_sky', 'draw_ground', 'tiles', 'draw_walls', 'Plan',
-           'house_walls', 'fence_walls', 'vehicle', 'upright', 'person', 'rider', 'tree', 'lamp', 'sign', 'things',
-           'develop', 'draw_street', 'regions', 'weak_labels', 'Streets']
+           'BYTE', 'MOODS', 'CELL', 'SPAN', 'WALLS', 'PAINTS', 'CLOTHES', 'POST', 'SPLITS', 'Stamp', 'stamps', 'Scene',
+           'stand', 'shadow', 'sheet_of_noise', 'draw_sky', 'draw_ground', 'tiles', 'draw_walls', 'Plan', 'house_walls',
+           'fence_walls', 'vehicle', 'upright', 'person', 'rider', 'tree', 'lamp', 'sign', 'things', 'develop',
+           'draw_street', 'Streets']
 
 # %% ../../nbs/51_data.streets.ipynb #c15d495f
 import functools, math
@@ -18,46 +18,10 @@ import torch
 
 from ..core import IGNORE, load_table
 from .base import SegDataset
+from .sparse import Dice, weak_labels
 
 # %% ../../nbs/51_data.streets.ipynb #41df1370
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(11)
-
-# %% ../../nbs/51_data.streets.ipynb #9dc58f4c
-class Dice:
-    "Random numbers that are the same on every machine and with every NumPy."
-    def __init__(self, *key):
-        self.bits, self.pool = np.random.PCG64(np.random.SeedSequence(key)), []
-
-    def u(self):
-        "Uniform in [0, 1)."
-        if not self.pool: self.pool = (self.bits.random_raw(512) >> np.uint64(11)).tolist()
-        return self.pool.pop() * 2.0**-53
-
-    def span(self, a, b):
-        "Uniform between `a` and `b`."
-        return a + (b - a)*self.u()
-
-    def chance(self, p):
-        "True with probability `p`."
-        return self.u() < p
-
-    def below(self, n):
-        "One of 0 … n-1."
-        return int(self.u()*n)
-
-    def pick(self, seq):
-        "One of the values."
-        return seq[self.below(len(seq))]
-
-    def tint(self, rgb, by):
-        "A colour made lighter or darker by up to `by`; `develop` clips it to bytes."
-        k = int(self.span(-by, by))
-        return rgb[0] + k, rgb[1] + k, rgb[2] + k
-
-    def noise(self, *shape):
-        "An array of random bytes."
-        n = math.prod(shape)
-        return self.bits.random_raw(n//8 + 1).astype("<u8").view(np.uint8)[:n].reshape(shape)
 
 # %% ../../nbs/51_data.streets.ipynb #764f27f6
 class Stamp:
@@ -721,75 +685,6 @@ def draw_street(size, *key):
     draw_walls(sc, [row for side in (-1, 1) for row in fence_walls(sc, plan, side)], ("near",))
     for _, draw in sorted(out, key=lambda o: -o[0]): draw()
     return develop(sc, mood)
-
-# %% ../../nbs/51_data.streets.ipynb #663da971
-def regions(mask):
-    "Runs of equal labels as rows (row, start, end, class, region), with a common region number for touching runs of a class."
-    h, w = mask.shape
-    cut = np.ones((h, w), bool)
-    cut[:, 1:] = mask[:, 1:] != mask[:, :-1]
-    start = np.flatnonzero(cut)
-    row, a, b, label = start//w, start % w, np.append(start[1:], h*w) - start + start % w, mask.ravel()[start]
-    parent = list(range(len(start)))
-    def find(i):
-        "The region that run `i` belongs to so far."
-        while parent[i] != i: parent[i] = i = parent[parent[i]]
-        return i
-    first = np.searchsorted(row, np.arange(h + 1)).tolist()
-    A, B, L = a.tolist(), b.tolist(), label.tolist()
-    for y in range(1, h):
-        i, j, ie, je = first[y - 1], first[y], first[y], first[y + 1]
-        while i < ie and j < je:
-            if L[i] == L[j] and A[i] < B[j] and A[j] < B[i]: parent[find(j)] = find(i)
-            if B[i] < B[j]: i += 1
-            else: j += 1
-    return np.stack([row, a, b, label, [find(i) for i in range(len(start))]], 1)
-
-def _stroke(runs, d):
-    "A thread down the runs of one region, as (row, start, end) pieces."
-    by_row = {}
-    for y, a, b in runs: by_row.setdefault(y, []).append((a, b))
-    rows = sorted(by_row)
-    y, t, out = rows[d.below(max(len(rows)//4, 1))], d.span(.3, .7), []
-    a, b = max(by_row[y], key=lambda r: r[1] - r[0])
-    x = a + int(t*(b - a))
-    last = rows[-1 - d.below(max(len(rows)//4, 1))]
-    while y in by_row and y <= last:
-        fits = [r for r in by_row[y] if r[0] <= x + 1 and x - 1 < r[1]]
-        if not fits: break
-        a, b = max(fits, key=lambda r: r[1] - r[0])
-        if d.chance(.06): t = d.span(.25, .75)
-        new = min(b - 1, max(a, x + max(-1, min(1, a + int(t*(b - a)) - x))))
-        out.append((y, max(a, min(x, new)), min(b, max(x, new) + 1)))
-        x, y = new, y + 1
-    return out
-
-# %% ../../nbs/51_data.streets.ipynb #33f4172b
-def weak_labels(
-    mask:np.ndarray, # uint8 [h, w], 255 void
-    kind:str, # "scribble" | "point"
-    *key, # numbers that seed the strokes
-    smallest:int=12, # regions of fewer pixels stay void
-)->np.ndarray: # uint8 [h, w]: strokes or pixels of the mask, 255 elsewhere
-    "A full mask reduced to strokes or points."
-    if kind not in ("scribble", "point"): raise ValueError(f"kind must be 'scribble' or 'point', got '{kind}'")
-    d, out, groups = Dice(*key), np.full_like(mask, IGNORE), {}
-    tall, flat = regions(mask), regions(mask.T)
-    for axis, runs in ((0, tall), (1, flat)):
-        for y, a, b, label, r in runs.tolist():
-            if label != IGNORE: groups.setdefault((axis, r), []).append((y, a, b))
-    for (axis, r), runs in groups.items():
-        ys, lo, hi = [q[0] for q in runs], min(q[1] for q in runs), max(q[2] for q in runs)
-        high, broad = max(ys) - min(ys) + 1, hi - lo
-        if sum(b - a for _, a, b in runs) < smallest or (high < broad if axis == 0 else high <= broad): continue
-        view, source = (out, mask) if axis == 0 else (out.T, mask.T)
-        if kind == "point":
-            middle = sorted(runs)[len(runs)//4:len(runs) - len(runs)//4]
-            y, a, b = max((d.pick(middle) for _ in range(3)), key=lambda q: q[2] - q[1])
-            view[y, (a + b)//2] = source[y, (a + b)//2]
-        else:
-            for y, a, b in _stroke(runs, d): view[y, a:b] = source[y, a:b]
-    return out
 
 # %% ../../nbs/51_data.streets.ipynb #cc3373d1
 SPLITS = {"train": (0, 1024), "val": (1, 128), "test": (2, 256)} # split -> (key, default length)
