@@ -1,0 +1,32 @@
+"Production launches of affinity: the stages of the sparse SASFormer, B0 and B4."
+import torch
+
+from segkern.ops.affinity import affinity_bwd, affinity_fwd
+
+MMA = {"_affinity_fwd_kernel", "_affinity_dq_kernel", "_affinity_dkp_kernel"}
+
+
+def launch(b, h, n, m, d, dtype, blocks=2, c=21, values=None, wanted=(True, True, True)):
+    "As the encoder and the loss call it: views of [b, n, h, d] and [b, m, 2, h, d], probabilities of a map in NCHW, under autocast float32."
+    new = lambda *shape, kind=dtype: torch.empty(shape, dtype=kind, device="meta")
+    qs = [new(b, n, h, d).transpose(1, 2) for _ in range(blocks)]
+    ks = [new(b, m, 2, h, d).permute(2, 0, 3, 1, 4)[0] for _ in range(blocks)]
+    p = new(b, c, m, kind=values or dtype).transpose(1, 2)
+    out, lse = affinity_fwd(qs, ks, p, d**-0.5)
+    affinity_bwd(qs, ks, p, lse, out, d**-0.5, wanted)
+
+
+def cases():
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        yield f"B0 stage 1 {name}", lambda dtype=dtype: launch(4, 1, 16384, 256, 32, dtype)
+        yield f"B4 stage 1 {name}", lambda dtype=dtype: launch(4, 1, 16384, 256, 64, dtype)
+        yield f"B4 stage 4 {name}", lambda dtype=dtype: launch(4, 8, 1024, 1024, 64, dtype)
+        yield f"59 classes {name}", lambda dtype=dtype: launch(4, 5, 1024, 256, 64, dtype, c=59)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        yield f"autocast, B4 stage 2 {name}", lambda dtype=dtype: launch(4, 2, 4096, 256, 64, dtype, values=torch.float32)
+        yield f"autocast, 150 classes {name}", lambda dtype=dtype: launch(4, 2, 4096, 256, 64, dtype, c=150, values=torch.float32)
+    yield "150 classes bf16", lambda: launch(4, 5, 1024, 256, 64, torch.bfloat16, c=150)
+    yield "heads of 128 bf16", lambda: launch(2, 2, 4096, 1024, 128, torch.bfloat16)
+    yield "gradient of the keys only bf16", lambda: launch(4, 5, 1024, 256, 64, torch.bfloat16, wanted=(False, True, False))
+    yield "detached maps bf16", lambda: launch(4, 5, 1024, 256, 64, torch.bfloat16, wanted=(False, False, True))
+    yield "more than 2**31 elements bf16", lambda: launch(512, 2, 65536, 256, 64, torch.bfloat16, blocks=1)
