@@ -301,6 +301,7 @@ def train(
     seed:int=_option(0, help="Of weights, order and augmentation."),
     device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
     workers:int=_option(0, help="Processes that read pictures."),
+    show:bool=_option(False, "--show", help="Print the recipe and the groups of the optimizer, and stop."),
 ):
     "Train a model by its recipe."
     from segkern.recipes import recipe_for
@@ -308,14 +309,36 @@ def train(
     fields = parse_overrides(overrides)
     if "dataset" in fields: raise ValueError("--set dataset=… : name the dataset with --dataset")
     recipe = recipe_for(model, dataset, **fields)
-    train_set = _dataset(dataset, root, recipe.split, data_options, limit)
-    val_set = None if no_eval else _dataset(dataset, root, recipe.val_split, data_options)
+    if show: return _show_recipe(model, dataset, recipe)
+    ours, theirs = _split_options(recipe, data_options)
+    train_set = _dataset(dataset, root, recipe.split, ours, limit)
+    val_set = None if no_eval else _dataset(dataset, root, recipe.val_split, theirs)
     net, origin = _start(model, len(train_set.classes), recipe, seed, init, out, resume)
     found = fit(net, recipe, train_set, val_set, out=out, resume=resume, seed=seed, device=device, workers=workers,
                 eval_every=eval_every, save_every=save_every, tracker=tracker or None, accumulate=accumulate,
                 eval_args=dict(limit=eval_limit) if eval_limit else None, origin=origin)
     score = "" if found.get("miou") is None else f", mIoU {100*found['miou']:.2f} % (best {100*found['best_miou']:.2f} %)"
     typer.echo(f"{found['steps']} steps in {found['seconds']:.0f} s{score}: {out}")
+
+# %% ../nbs/76_cli.ipynb #afdf4f3e
+def _split_options(recipe, given):
+    "Options of the training set and of the validation set: what a recipe says about its data (sparse labels) is for training only, `-D` overrides it."
+    own, named = dict(recipe.data_options), parse_pairs(given)
+    train = [f"{k}={v}" for k, v in own.items() if k not in named] + [f"{k}={v}" for k, v in named.items()]
+    return train, [f"{k}={v}" for k, v in named.items() if k not in own]
+
+def _show_recipe(model, dataset, recipe):
+    "Print what a training would do."
+    import dataclasses
+    import segkern
+    from segkern.core import Table
+    from segkern.recipes import Recipe
+    from segkern.train import group_table
+    plain = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    typer.echo(str(Table([[k, str(v)] for k, v in recipe.to_dict().items() if getattr(recipe, k) != plain[k]], ["field", "value"])))
+    try: known = _classes_of(dataset, 0)
+    except ValueError: known = 2 # a dataset of the user's own
+    typer.echo(f"\n{group_table(segkern.create_model(model, num_classes=known), recipe)}")
 
 def _new_model(name, num_classes, recipe, seed):
     "A model as its recipe starts it."
@@ -383,13 +406,16 @@ def evaluate(
     dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, folder, …"),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     split:str=_option("val", help="Which part of the data."),
-    protocol:str=_option("whole", help="whole, sliding, multiscale, or exp_sum (the HRNet line's sum over scales)."),
+    protocol:str=_option("whole", help="whole, sliding, multiscale, exp_sum (the HRNet line's sum over scales), ade, ade32 (fitted into 2048x512; sides "
+                         "of multiples of 32), square512, square512_ms (the sparse SASFormer's)."),
     miou:str=_option("present", help="Classes the mean runs over: present, all, or s2fpn (as its script does)."),
-    scales:str=_option("", help="Scales of multiscale and exp_sum, e.g. 0.5,0.75,1.0."),
-    flip:bool=_option(True, "--flip/--no-flip", help="Mirror images in multiscale and exp_sum."),
+    scales:str=_option("", help="Scales of multiscale, exp_sum and square512_ms, e.g. 0.5,0.75,1.0."),
+    flip:bool=_option(True, "--flip/--no-flip", help="Mirror images where there are scales."),
     base_size:int=_option(0, help="What the scales of exp_sum refer to; 0: each picture's long side."),
     window:str=_option("", help="Height x width of the sliding window."),
     stride:str=_option("", help="Step of the sliding window."),
+    size:str=_option("", help="Of ade and ade32, long x short, default 2048x512; of square512 and square512_ms, height x width, default 512x512."),
+    restrict:bool=_option(False, "--restrict", help="Measure the first outputs of a model that has more than the dataset has classes."),
     limit:int=_option(0, help="Only the first so many pictures; 0: all."),
     model:str=_option("", help="Name of the model, where the file is an official checkpoint."),
     num_classes:int=_option(0, help="Classes of an official checkpoint; default: the dataset's."),
@@ -404,10 +430,10 @@ def evaluate(
     from segkern.infer import evaluate as score
     from segkern.metrics import iou_table
     data = _dataset(dataset, root, split, data_options)
-    net = load_model(target, model, dataset, num_classes, device)
+    net = load_model(target, model, "" if restrict and num_classes else dataset, num_classes, device)
     several = dict(scales=parse_field("scales", scales, tuple)) if scales else {}
     found = score(net, data, protocol=protocol, miou=miou, limit=limit or None, batch=batch, window=_size(window), stride=_size(stride),
-                  workers=workers, flip=flip, base_size=base_size, **several)
+                  workers=workers, flip=flip, base_size=base_size, size=_size(size), restrict=restrict, **several)
     found = dict(model=getattr(net, "name", target), weights=target, dataset=dataset, split=split, **found)
     if str(json_file) == "-": return typer.echo(json.dumps(found, indent=1))
     if json_file: write_json(json_file, found)
@@ -622,16 +648,18 @@ def data_check(
 
 @_command("segkern data make cityscapes /data/cityscapes", group=data, name="make")
 def data_make(
-    name:str=_argument(..., help="Dataset."),
-    root:str=_argument(..., help="Its folder, or the folder to write to."),
-    data_options:list[str]=_option([], "-D", metavar="NAME=VALUE", help="Option, e.g. n=100 or size=192x256."),
+    name:str=_argument(..., help="cityscapes, streets, scribbles or points."),
+    root:str=_argument(..., help="The dataset's folder, the folder to write to, or a folder of masks."),
+    out:str=_argument("", help="scribbles, points: folder to write to, e.g. ROOT/scribbles beside ROOT/images."),
+    data_options:list[str]=_option([], "-D", metavar="NAME=VALUE", help="Option, e.g. n=100, size=192x256 or width=3."),
 ):
-    "Write Cityscapes' trainId masks, or a folder of streets."
+    "Write Cityscapes' trainId masks, a folder of streets, or scribbles or points from masks."
     import inspect
     from segkern.data import make
     options = parse_options(data_options)
-    if unknown := sorted(set(options) - set(inspect.signature(make).parameters)): raise ValueError(f"-D: there are no options {unknown}")
-    typer.echo(f"{make(name, root, **options)} files written to {root}")
+    known = set(inspect.signature(make).parameters) - {"name", "root", "out"}
+    if unknown := sorted(set(options) - known): raise ValueError(f"-D: there are no options {unknown}; there are {sorted(known)}")
+    typer.echo(f"{make(name, root, out or None, **options)} files written to {out or root}")
 
 # %% ../nbs/76_cli.ipynb #67705357
 @_command("segkern lab --port 8890")

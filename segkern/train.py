@@ -586,7 +586,9 @@ def evaluate_run(
 def _by_recipe(recipe):
     "The evaluation of a segmentation network that a recipe asks for."
     from segkern.infer import evaluate
-    more = dict(sliding=dict(window=recipe.crop, stride=recipe.stride or None), exp_sum=dict(window=recipe.crop, base_size=recipe.base_size)).get(recipe.protocol, {})
+    fit, square = dict(size=recipe.fit_size or None), dict(size=recipe.crop)
+    more = dict(sliding=dict(window=recipe.crop, stride=recipe.stride or None), exp_sum=dict(window=recipe.crop, base_size=recipe.base_size),
+                ade=fit, ade32=fit, square512=square, square512_ms=square).get(recipe.protocol, {})
     return lambda model, val_set, **kwargs: evaluate(model, val_set, protocol=recipe.protocol, miou=recipe.miou, **{**more, **kwargs})
 
 # %% ../nbs/61_train.ipynb #098b6b52
