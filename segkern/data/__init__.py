@@ -17,13 +17,16 @@ DATASETS = dict(
     cityscapes=("cityscapes", "Cityscapes", True, "train val trainval test", "Cityscapes, 19 classes, annotation=fine|coarse"),
     gtav=("gtav", "GTAV", True, "train val trainval test", "GTA V, classes=19|35"),
     ade20k=("ade20k", "ADE20K", True, "train val trainval", "ADE20K, the 150 classes of scene parsing"),
+    voc2012=("voc", "VOC2012", True, "train val trainval",
+             "VOC 2012 with SBD, 21 classes, annotation=full|scribble|point|scribble_png"),
     folder=("folder", "Folder", True, "train val trainval test all", "your own pictures and masks"),
 )
 
 _LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", ADE20K="ade20k", Folder="folder",
              TrainTransform="transforms", EvalTransform="transforms", Augment="augment", transform_for="augment",
              check="checks", make="checks", Report="checks", weights_from_counts="checks",
-             to_label_ids="cityscapes", save_submission="cityscapes", weak_labels="streets")
+             to_label_ids="cityscapes", save_submission="cityscapes", weak_labels="sparse", scribbles_from_mask="sparse",
+             points_from_mask="sparse")
 
 def __getattr__(name):
     "A public name, looked up in the module that holds it."

@@ -6,7 +6,7 @@
 __all__ = ['weights_from_counts', 'Report', 'check', 'make']
 
 # %% ../../nbs/55_data.checks.ipynb #b02641ad
-import math
+import math, zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from PIL import Image
 
 from ..core import IGNORE, Table, atomic_path, load_table, progress, write_json
 from . import DATASETS, open_dataset
-from .base import MissingSplit, lookup, read_ids, unpaired
+from .base import MissingSplit, list_images, lookup, read_ids, unpaired
+from .sparse import points_from_mask, scribbles_from_mask
 
 # %% ../../nbs/55_data.checks.ipynb #f64de649
 def weights_from_counts(
@@ -119,17 +120,41 @@ def _check_sample(report, ds, i, split):
 
 # %% ../../nbs/55_data.checks.ipynb #ba1c39e2
 def make(
-    name:str, # "cityscapes" | "streets"
-    out:str|Path, # the Cityscapes folder, or the folder to write streets to
+    name:str, # "cityscapes" | "streets" | "scribbles" | "points"
+    root:str|Path, # the Cityscapes folder, the folder to write streets to, or a folder of masks
+    out:str|Path|None=None, # scribbles, points: folder to write to
     n:int|None=None, # streets: pictures of train; val and test get a quarter each
     size:tuple=(192, 256), # streets: height and width
-    seed:int=0, # streets: the town
+    seed:int=0, # streets: the town; scribbles, points: other strokes
     annotation:str="full", # streets: "full" | "scribble" | "point"
+    width:int=3, # scribbles, points: of the strokes and spots, pixels
+    smallest:int|None=None, # scribbles, points: regions of fewer pixels get none
 )->int: # files written
     "Write what a dataset can do without, but other tools want."
-    if name == "cityscapes": return _make_train_ids(Path(out))
-    if name == "streets": return _make_streets(Path(out), n or 256, size, seed, annotation)
-    raise ValueError(f"there is nothing to make for '{name}'; there are 'cityscapes' (train-id masks) and 'streets' (generated pictures)")
+    if name in ("scribbles", "points"): return _make_sparse(name, Path(root), out, seed, width, smallest)
+    if out is not None: raise ValueError(f"'{name}' takes one folder, got {root} and {out}")
+    if name == "cityscapes": return _make_train_ids(Path(root))
+    if name == "streets": return _make_streets(Path(root), n or 256, size, seed, annotation)
+    raise ValueError(f"there is nothing to make for '{name}'; there are 'cityscapes' (train-id masks), 'streets' (generated pictures), "
+                     "'scribbles' and 'points' (from a folder of masks)")
+
+def _make_sparse(kind, masks, out, seed, width, smallest):
+    "Write a sparse label PNG for every id mask of a folder; the strokes of a mask depend on its name, not on its neighbours."
+    if out is None: raise ValueError(f"making {kind} needs two folders: the masks, and where to write to")
+    if not masks.is_dir(): raise FileNotFoundError(f"the folder {masks} does not exist; it should hold masks of class ids with void 255")
+    out = Path(out)
+    files = [p for p in list_images(masks, deep=True) if out.resolve() not in p.resolve().parents]
+    if out.resolve() == masks.resolve(): raise ValueError(f"{out} holds the masks: write the {kind} to another folder")
+    if not files: raise FileNotFoundError(f"{masks} holds no masks")
+    draw, written = scribbles_from_mask if kind == "scribbles" else points_from_mask, 0
+    for p in progress(files, f"drawing {kind}"):
+        name = p.relative_to(masks).with_suffix(".png")
+        if (out/name).exists(): continue
+        try: sparse = draw(read_ids(p), (seed, zlib.crc32(name.as_posix().encode())), width, smallest)
+        except ValueError as e: raise e if str(p) in str(e) else ValueError(f"{p}: {e}") from e
+        with atomic_path(out/name) as tmp: Image.fromarray(sparse).save(tmp, "PNG")
+        written += 1
+    return written
 
 def _make_train_ids(root):
     "Write *_labelTrainIds.png beside every *_labelIds.png."
