@@ -138,24 +138,6 @@ def make(
     raise ValueError(f"there is nothing to make for '{name}'; there are 'cityscapes' (train-id masks), 'streets' (generated pictures), "
                      "'scribbles' and 'points' (from a folder of masks)")
 
-def _make_sparse(kind, masks, out, seed, width, smallest):
-    "Write a sparse label PNG for every id mask of a folder; the strokes of a mask depend on its name, not on its neighbours."
-    if out is None: raise ValueError(f"making {kind} needs two folders: the masks, and where to write to")
-    if not masks.is_dir(): raise FileNotFoundError(f"the folder {masks} does not exist; it should hold masks of class ids with void 255")
-    out = Path(out)
-    files = [p for p in list_images(masks, deep=True) if out.resolve() not in p.resolve().parents]
-    if out.resolve() == masks.resolve(): raise ValueError(f"{out} holds the masks: write the {kind} to another folder")
-    if not files: raise FileNotFoundError(f"{masks} holds no masks")
-    draw, written = scribbles_from_mask if kind == "scribbles" else points_from_mask, 0
-    for p in progress(files, f"drawing {kind}"):
-        name = p.relative_to(masks).with_suffix(".png")
-        if (out/name).exists(): continue
-        try: sparse = draw(read_ids(p), (seed, zlib.crc32(name.as_posix().encode())), width, smallest)
-        except ValueError as e: raise e if str(p) in str(e) else ValueError(f"{p}: {e}") from e
-        with atomic_path(out/name) as tmp: Image.fromarray(sparse).save(tmp, "PNG")
-        written += 1
-    return written
-
 def _make_train_ids(root):
     "Write *_labelTrainIds.png beside every *_labelIds.png."
     from segkern.data.cityscapes import id_table
@@ -183,4 +165,23 @@ def _make_streets(out, n, size, seed, annotation):
             for path, a in ((image, picture.permute(1, 2, 0).numpy()), (mask, target.numpy())):
                 with atomic_path(path) as tmp: Image.fromarray(a).save(tmp, "PNG")
                 written += 1
+    return written
+
+# %% ../../nbs/55_data.checks.ipynb #ad9ed217
+def _make_sparse(kind, masks, out, seed, width, smallest):
+    "Write a sparse label PNG for every id mask of a folder; the strokes of a mask depend on its name, not on its neighbours."
+    if out is None: raise ValueError(f"making {kind} needs two folders: the masks, and where to write to")
+    if not masks.is_dir(): raise FileNotFoundError(f"the folder {masks} does not exist; it should hold masks of class ids with void 255")
+    out = Path(out)
+    files = [p for p in list_images(masks, deep=True) if out.resolve() not in p.resolve().parents]
+    if out.resolve() == masks.resolve(): raise ValueError(f"{out} holds the masks: write the {kind} to another folder")
+    if not files: raise FileNotFoundError(f"{masks} holds no masks")
+    draw, written = scribbles_from_mask if kind == "scribbles" else points_from_mask, 0
+    for p in progress(files, f"drawing {kind}"):
+        name = p.relative_to(masks).with_suffix(".png")
+        if (out/name).exists(): continue
+        try: sparse = draw(read_ids(p), (seed, zlib.crc32(name.as_posix().encode())), width, smallest)
+        except ValueError as e: raise e if str(p) in str(e) else ValueError(f"{p}: {e}") from e
+        with atomic_path(out/name) as tmp: Image.fromarray(sparse).save(tmp, "PNG")
+        written += 1
     return written
