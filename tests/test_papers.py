@@ -25,7 +25,7 @@ def test_smoke(name, tmp_path):
     else:
         learns = rows["times the mIoU of the most frequent class"]
         assert learns["value"] >= learns["claimed"] == 3
-        published = [r for r in results["rows"] if "mIoU" in r["claim"] and r["claimed"] is not None and r["unit"] == "%"]
+        published = [r for r in results["rows"] if "mIoU" in r["claim"] and "streets" not in r["claim"] and r["unit"] == "%"]
         assert published and all(r["value"] is None for r in published) # a smoke run says nothing about the published accuracies
     report = json.loads((tmp_path/"report.json").read_text())
     assert report["seconds"] > 0 and (tmp_path/"report.html").stat().st_size > (10_000 if name == "kernels_report" else 20_000)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['list_models', 'create_model', 'describe', 'save', 'load', 'cost', 'load_official', 'macs', 'set_literal', 'SegModel',
-           'S2FPN', 'SPFNet', 'DSANet', 'SANet', 'PIDNet']
+           'S2FPN', 'SPFNet', 'DSANet', 'SANet', 'PIDNet', 'SegFormer', 'SASFormerICIP', 'SASFormerSparse']
 
 # %% ../../nbs/39_models.ipynb #aefff405
 import fnmatch, functools
@@ -19,6 +19,9 @@ from .dsanet import DSANet
 from .pidnet import PIDNet
 from .s2fpn import S2FPN, VARIANTS
 from .sanet import SANet
+from .sasformer_icip import SASFormerICIP
+from .sasformer_sparse import SASFormerSparse
+from .segformer import SegFormer
 from .spfnet import SPFNet
 from ..weights import load_official, read_safetensors, write_safetensors
 
@@ -29,6 +32,10 @@ _MODELS = {
     "spfnet_r18": (SPFNet, dict(encoder="resnet18")), "spfnet_r34": (SPFNet, dict(encoder="resnet34")),
     "dsanet": (DSANet, {}),
     **{f"sanet_{v}": (SANet, dict(variant=v)) for v in "sml"}, "pidnet_s": (PIDNet, {}),
+    **{f"segformer_b{i}": (SegFormer, dict(encoder=f"mit_b{i}")) for i in range(6)},
+    **{f"segformer_b{i}_mmseg": (SegFormer, dict(encoder=f"mit_b{i}", head="mmseg")) for i in range(6)},
+    **{f"sasformer_icip_b{i}": (SASFormerICIP, dict(encoder=f"mit_b{i}")) for i in (0, 2)},
+    **{f"sasformer_sparse_b{i}": (SASFormerSparse, dict(encoder=f"mit_b{i}")) for i in range(6)},
 } # published name -> class and arguments
 
 # %% ../../nbs/39_models.ipynb #84803741
@@ -122,4 +129,5 @@ def cost(
     return dict(params=params, paper_gmacs=paper/1e9, gmacs=ours/1e9)
 
 # %% ../../nbs/39_models.ipynb #087d5845
-_all_ = ["list_models", "create_model", "save", "load", "load_official", "describe", "cost", "macs", "set_literal", "SegModel", "S2FPN", "SPFNet", "DSANet", "SANet", "PIDNet"]
+_all_ = ["list_models", "create_model", "save", "load", "load_official", "describe", "cost", "macs", "set_literal", "SegModel", "S2FPN", "SPFNet", "DSANet", "SANet", "PIDNet",
+         "SegFormer", "SASFormerICIP", "SASFormerSparse"]
