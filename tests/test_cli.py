@@ -64,6 +64,26 @@ def test_help_is_light():
     assert run.returncode == 0 and time.perf_counter() - start < 5, run.stdout
 
 
+def test_train_shows_its_plan(call, tmp_path):
+    "Recipe and groups of the optimizer, without data, weights or a run folder."
+    code, out, _ = call("train", "sanet_s", "--dataset", "cityscapes", "--show", "--set", "batch=6", "--out", tmp_path/"run")
+    assert code == 0 and "base_size" in out and "parameters" in out and out.split("batch")[1].split()[0] == "6" and not (tmp_path/"run").exists()
+    code, out, _ = call("train", "s2fpn_r18", "--dataset", "folder", "--show", "--set", "groups=(('encoder.*',0.1,1.0),('*',1.0,0.0))")
+    assert code == 0 and out.count("encoder.") >= 2 and "3.00e-05" in out
+
+
+def test_a_checkpoint_with_more_outputs_than_classes(call, tmp_path):
+    "150 outputs on 11 classes: refused with the way out, then measured."
+    file = segkern.save(segkern.create_model("dsanet", num_classes=150), tmp_path/"m.safetensors")
+    task = ["eval", file, "--dataset", "streets", "-D", "length=1", "-D", "size=64x96", "--split", "val"]
+    code, _, err = call(*task)
+    assert code == 1 and "--restrict" in err
+    code, out, _ = call(*task, "--restrict", "--json", "-")
+    assert code == 0 and json.loads(out)["restricted_from"] == 150 and len(json.loads(out)["iou"]) == 11
+    code, out, _ = call(*task, "--restrict", "--protocol", "ade32", "--size", "128x64", "--json", "-")
+    assert code == 0 and json.loads(out)["protocol"] == "ade32" and json.loads(out)["size"] == [128, 64]
+
+
 def test_version(call): assert call("--version")[:2] == (0, f"segkern {segkern.__version__}\n")
 
 
