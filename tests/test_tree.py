@@ -218,3 +218,17 @@ def test_rounds_grow_with_the_logarithm():
     "No Python step per vertex or per level: eightfold sides add few rounds."
     rounds = {side: len(Tree(minimum_spanning_tree(torch.rand(1, 3, side, side)))._rounds) for side in (16, 128)}
     assert rounds[128] <= rounds[16] + 24
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    "The same trees, values and gradients as on the CPU."
+    parts = make_input([2, 4, 24, 20]), torch.rand(2, 3, 48, 40), torch.rand(2, 48, 40) < .8, make_input([2, 6, 24, 20], 2)
+    assert torch.equal(minimum_spanning_tree(parts[1].cuda()).cpu(), minimum_spanning_tree(parts[1]))
+    losses = {}
+    for device in ("cpu", "cuda"):
+        z, image, mask, e = (t.to(device) for t in parts)
+        z, e = z.requires_grad_(), e.requires_grad_()
+        loss = tree_energy_loss(z, image, mask, e)
+        losses[device] = loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, (z, e)))
+    for name, a, b in zip(("loss", "logits", "feature"), losses["cpu"], losses["cuda"]): assert_close(name, a, b, 1e-4)
