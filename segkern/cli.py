@@ -196,7 +196,7 @@ def _size(text):
     return parse_size(text) if text else None
 
 # %% ../nbs/76_cli.ipynb #ec827e6f
-_EXTRAS = dict(papers="papermill nbconvert jupyterlab ipywidgets tensorboard", explain="pytorch_grad_cam",
+_EXTRAS = dict(papers="papermill nbconvert jupyterlab ipywidgets ipycanvas tensorboard", explain="pytorch_grad_cam",
                export="onnx onnxscript onnxruntime")
 
 def _device_lines():

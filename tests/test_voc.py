@@ -99,7 +99,7 @@ def test_later_shapes_cover_earlier_ones():
 
 def test_rasterise_refuses():
     with pytest.raises(ValueError, match="class 3 has no points"): rasterise_scribbles([(3, [])], (4, 4))
-    with pytest.raises(ValueError, match="0..254, got 255"): rasterise_points([(255, 1, 1)], (4, 4))
+    with pytest.raises(ValueError, match="0..254, or 255 to erase, got 256"): rasterise_points([(256, 1, 1)], (4, 4))
 
 
 # --- mistakes in XML

@@ -18,14 +18,15 @@ def rasterise_scribbles(
     polylines:list, # (class id, points [n, 2] of x and y) in drawing order; open, a single point is a click
     size:tuple, # height and width
     width:int=3, # of the stroke, pixels
+    start:np.ndarray|None=None, # uint8 [h, w] to draw on; default: all 255
 )->np.ndarray: # uint8 [h, w], 255 where nothing was drawn
-    "Polylines as a label map."
-    canvas = Image.new("L", (size[1], size[0]), IGNORE)
+    "Polylines as a label map; the class 255 erases."
+    canvas = Image.new("L", (size[1], size[0]), IGNORE) if start is None else Image.fromarray(start.astype(np.uint8))
     draw, r = ImageDraw.Draw(canvas), width/2
     for label, points in polylines:
         points = [(float(x), float(y)) for x, y in points]
         if not points: raise ValueError(f"a polyline of class {label} has no points")
-        if not 0 <= label < IGNORE: raise ValueError(f"class ids are 0..254, got {label}")
+        if not 0 <= label <= IGNORE: raise ValueError(f"class ids are 0..254, or 255 to erase, got {label}")
         if len(points) > 1: draw.line(points, fill=int(label), width=width, joint="curve")
         for x, y in points: draw.ellipse((x - r, y - r, x + r, y + r), fill=int(label))
     return np.array(canvas)
