@@ -27,7 +27,7 @@ from .data.transforms import resize_window
 from .layers import resize
 from .metrics import Confusion
 from .ops.head import upsample_argmax
-from .recipes import recipe_for
+from .recipes import input_rule, recipe_for
 
 # %% ../nbs/62_infer.ipynb #94e793bf
 @contextlib.contextmanager
@@ -250,12 +250,13 @@ def _of_pictures(protocol, size, scales, flip):
     if protocol == "square512_ms": return lambda m, image: square_labels(m, image, size or (512, 512), scales or _SQUARE, flip)
 
 def picture_rule(
-    model:nn.Module, # its name and the dataset it was trained on decide
-)->str: # one of `PROTOCOLS`
-    "How `segment` treats a picture: as the recipe of the network's dataset brings pictures to its size, else whole."
-    try: protocol = recipe_for(getattr(model, "name", ""), getattr(model, "dataset", None) or "").protocol
-    except ValueError: return "whole"
-    return protocol if _of_pictures(protocol, None, None, True) else "whole"
+    model:nn.Module, # its `rule`, which training sets, else its name and the dataset it was trained on
+)->dict: # protocol and size
+    "How `segment` treats a picture: as the network's recipe brings pictures to its size, else whole."
+    if getattr(model, "rule", None): return model.rule
+    name, dataset = getattr(model, "name", ""), getattr(model, "dataset", None)
+    try: return input_rule(recipe_for(name, "" if dataset in (None, "folder") else dataset))
+    except ValueError: return dict(protocol="whole", size=None)
 
 # %% ../nbs/62_infer.ipynb #ddf47a7f
 def _to_image(image):
@@ -303,10 +304,10 @@ def segment(
     "Labels of a picture."
     images, batched = _to_image(image)
     out = tuple(images.shape[-2:])
-    protocol = protocol or ("whole" if size is not None else picture_rule(model))
+    if protocol is None: protocol, size = ("whole", size) if size is not None else picture_rule(model).values()
     with evaluating(model):
         if protocol != "whole":
-            labels = _predictor(protocol, None, None, None, True, "softmax", 0, size)(model, images)
+            labels = _predictor(protocol, None, None, None, True, "softmax", 0, size and _pair(size, "size"))(model, images)
             return labels if batched else labels[0]
         x = model.preprocess(images.to(_device_of(model)))
         if size is not None: x = resize(x, _pair(size, "size"))

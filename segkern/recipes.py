@@ -7,7 +7,7 @@ __all__ = ['S2FPN_CAMVID', 'S2FPN_CITYSCAPES', 'STREETS', 'SANET_CITYSCAPES', 'S
            'ENCODER_GROUPS_MMSEG', 'SEGFORMER_ADE20K', 'SEGFORMER_CITYSCAPES', 'SEGFORMER_MMSEG_ADE20K',
            'SEGFORMER_MMSEG_CITYSCAPES', 'SASFORMER_ICIP_ADE20K', 'SASFORMER_ICIP_CITYSCAPES', 'SEGFORMER_CAMVID',
            'BGR_QUIRK', 'SASFORMER_SPARSE_VOC', 'TREE_ENERGY', 'SEGFORMER_STREETS', 'SASFORMER_SPARSE_STREETS',
-           'RECIPES', 'check_recipe', 'Recipe', 'mean_only', 'sparse_recipe', 'recipe_for']
+           'RECIPES', 'check_recipe', 'Recipe', 'mean_only', 'sparse_recipe', 'recipe_for', 'input_rule']
 
 # %% ../nbs/04_recipes.ipynb #e72bdd60
 import dataclasses, fnmatch
@@ -263,3 +263,12 @@ def recipe_for(
         return recipe_for(model, start, **{**own, **fields})
     known = sorted(known)
     raise ValueError(f"no recipe for model '{model}' on dataset '{dataset}'; there are recipes for {known}, and 'folder' for your own data")
+
+# %% ../nbs/04_recipes.ipynb #5e15723a
+def input_rule(
+    recipe:Recipe, # protocol, fit_size, crop
+)->dict: # protocol and size, ready for JSON
+    "How a network trained by a recipe should be shown a picture: as validation shows it, or whole where that takes windows or scales."
+    sizes = dict(ade=recipe.fit_size, ade32=recipe.fit_size, square512=recipe.crop, square512_ms=recipe.crop)
+    if recipe.protocol not in sizes: return dict(protocol="whole", size=None)
+    return dict(protocol=recipe.protocol, size=list(sizes[recipe.protocol]) or None)

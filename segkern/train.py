@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .core import Preprocess, Table, atomic_path, env_info, load_table, logger, pick_device, progress, seeded, write_json
-from .recipes import Recipe
+from .recipes import Recipe, input_rule
 from .weights import read
 
 # %% ../nbs/61_train.ipynb #0e1ec0df
@@ -200,7 +200,7 @@ def training_eps(
 
 # %% ../nbs/61_train.ipynb #74f1df45
 def adopt(
-    model:nn.Module, # its preprocess, class weights, class names and palette are set
+    model:nn.Module, # its preprocess, class weights, class names, palette and input rule are set
     recipe:Recipe,
     train_set, # `.classes .palette .class_weights`
     val_set=None, # must have the same classes
@@ -211,7 +211,7 @@ def adopt(
     if val_set is not None and list(val_set.classes) != classes:
         raise ValueError(f"the validation set has the classes {list(val_set.classes)}, the training set {classes}")
     palette = None if train_set.palette is None else [list(map(int, c)) for c in train_set.palette]
-    new = dict(preprocess=recipe.preprocess, dataset=train_set.name, classes=classes, palette=palette)
+    new = dict(preprocess=recipe.preprocess, dataset=train_set.name, classes=classes, palette=palette, rule=input_rule(recipe))
     for field, value in new.items():
         old = getattr(model, field, None)
         if old is not None and old != value: logger.info("training sets model.%s from %s to %s", field, old, value)
@@ -287,7 +287,7 @@ def weights_bytes(
     "Weights with what `segkern.load` needs to rebuild the model."
     from safetensors.torch import save
     from segkern import __version__
-    facts = {k: getattr(model, k, None) for k in ("num_classes", "dataset", "classes", "palette")}
+    facts = {k: getattr(model, k, None) for k in ("num_classes", "dataset", "classes", "palette", "rule")}
     facts |= dict(format="segkern", model=getattr(model, "name", type(model).__name__), version=__version__, source="segkern.train")
     facts["options"] = getattr(model, "options", None) or None
     if isinstance(p := getattr(model, "preprocess", None), Preprocess): facts["preprocess"] = p.to_dict()
@@ -586,9 +586,8 @@ def evaluate_run(
 def _by_recipe(recipe):
     "The evaluation of a segmentation network that a recipe asks for."
     from segkern.infer import evaluate
-    fit, square = dict(size=recipe.fit_size or None), dict(size=recipe.crop)
-    more = dict(sliding=dict(window=recipe.crop, stride=recipe.stride or None), exp_sum=dict(window=recipe.crop, base_size=recipe.base_size),
-                ade=fit, ade32=fit, square512=square, square512_ms=square).get(recipe.protocol, {})
+    more = dict(sliding=dict(window=recipe.crop, stride=recipe.stride or None), exp_sum=dict(window=recipe.crop, base_size=recipe.base_size)).get(recipe.protocol, {})
+    if input_rule(recipe)["size"]: more = dict(size=tuple(input_rule(recipe)["size"]))
     return lambda model, val_set, **kwargs: evaluate(model, val_set, protocol=recipe.protocol, miou=recipe.miou, **{**more, **kwargs})
 
 # %% ../nbs/61_train.ipynb #098b6b52

@@ -204,12 +204,28 @@ def test_segment_follows_the_recipe_of_the_dataset():
         m.name, m.dataset = name, dataset
         m.seen.clear()
         labels = segment(m, torch.stack([image, image]))
-        assert labels.shape == (2, 40, 50) and m.seen == [size]*2 and torch.equal(labels[0], segment(m, image)) and picture_rule(m) == recipe_for(name, dataset).protocol
+        assert labels.shape == (2, 40, 50) and m.seen == [size]*2 and torch.equal(labels[0], segment(m, image)) and picture_rule(m)["protocol"] == recipe_for(name, dataset).protocol
         assert torch.equal(segment(m, image, protocol="whole"), whole) and segment(m, image, size=(32, 32)).shape == (40, 50) and m.seen[-1] == (32, 32)
     for name, dataset in (("segformer_b0", "cityscapes"), ("s2fpn_r18", "camvid"), ("net", None), ("segformer_b0", "streets")):
         m.name, m.dataset = name, dataset
-        assert picture_rule(m) == "whole" and torch.equal(segment(m, image), whole)
+        assert picture_rule(m)["protocol"] == "whole" and torch.equal(segment(m, image), whole)
     with pytest.raises(ValueError, match="wants a window"): segment(m, image, protocol="sliding")
+
+
+def test_a_trained_network_remembers_how_it_saw_pictures(tmp_path):
+    "On one's own data there is no published rule: the run's own goes into its files, and `segment` shows a picture as validation did."
+    import segkern
+    from segkern.data import open_dataset
+    from segkern.train import fit, run_weights
+    data = open_dataset("streets", size=(60, 80), length=4)
+    recipe = recipe_for("dsanet", "streets", batch=2, iterations=1, crop=(64, 64), fit_size=(128, 64), scales=(1.,), protocol="ade32", class_weights=False)
+    model = segkern.create_model("dsanet", 11)
+    result = fit(model, recipe, data, open_dataset("streets", split="val", size=(60, 80), length=1), tmp_path/"run", device="cpu")
+    again = segkern.load(segkern.save(segkern.load(run_weights(tmp_path/"run")), tmp_path/"again.safetensors"))
+    image = picture(60, 80)
+    assert result["protocol"] == "ade32" and again.rule == model.rule == dict(protocol="ade32", size=[128, 64]) and picture_rule(optimize(again)) == again.rule
+    assert torch.equal(segment(again, image), segment(again, image, (128, 64), "ade32")) and agreement(segment(again, image), segment(again, image, protocol="whole")) < 1
+    assert segkern.load(segkern.save(segkern.create_model("dsanet", 11), tmp_path/"new.safetensors")).rule is None
 
 
 def test_options_of_a_recipe_are_for_training_only():

@@ -74,7 +74,8 @@ def describe(
     "What a file of ours says about its model."
     from segkern import __version__
     return dict(format="segkern", version=__version__, model=model.name, num_classes=model.num_classes, options=model.options, deployed=model.deployed,
-                dataset=model.dataset, classes=model.classes, palette=model.palette, preprocess=model.preprocess.to_dict(), **metadata)
+                dataset=model.dataset, classes=model.classes, palette=model.palette, preprocess=model.preprocess.to_dict(),
+                **({"rule": model.rule} if getattr(model, "rule", None) else {}), **metadata)
 
 # %% ../../nbs/39_models.ipynb #85f0ec65
 def save(
@@ -99,7 +100,7 @@ def load(
     with torch.device("meta"): model = create_model(meta["model"], meta["num_classes"], seed=None, **meta.get("options", {}))
     if meta.get("deployed"): model.deploy()
     model.classes, model.palette, model.dataset = meta.get("classes"), meta.get("palette"), meta.get("dataset")
-    model.preprocess = Preprocess.from_dict(meta["preprocess"])
+    model.preprocess, model.rule = Preprocess.from_dict(meta["preprocess"]), meta.get("rule")
     weights = _weights_of(model)
     model.class_weights = None
     try: model.load_state_dict(state, strict=True, assign=True)
