@@ -71,9 +71,10 @@ def test_types_orders_and_blocks(name):
 
 @kernels
 def test_limits():
-    "128 channels and 256 classes in bfloat16; in float32 half and fewer; double and the rest take the loop."
-    check_kernel(named(op), named(affinity_ref), inputs(h=1, n=19, m=9, d=128, c=150), dtypes=("bf16",), orders=(0,), expect=ALL)
-    for change, dtype in ((dict(d=128), torch.float32), (dict(d=160), torch.bfloat16), (dict(c=257), torch.bfloat16), (dict(c=100), torch.float32), ({}, torch.float64)):
+    "128 channels or 256 classes in bfloat16, 64 in float32; double and the rest take the loop."
+    for size, dtype in ((dict(d=128), "bf16"), (dict(c=150), "bf16"), (dict(c=59, d=32), "fp32")):
+        check_kernel(named(op), named(affinity_ref), inputs(h=1, n=19, m=9, **size), dtypes=(dtype,), orders=(0,), expect=ALL)
+    for change, dtype in ((dict(d=128, c=150), torch.bfloat16), (dict(d=128), torch.float32), (dict(d=160), torch.bfloat16), (dict(c=257), torch.bfloat16), (dict(c=100), torch.float32), ({}, torch.float64)):
         args = {n: t.to(dtype) for n, t in inputs(n=5, m=3, **change).items()}
         with launches() as seen: out = named(op, impl="triton")(**args)
         assert seen == [] and out.dtype == dtype and ops.which("affinity", *args.values(), impl="triton")[0] == "ref"

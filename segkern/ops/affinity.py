@@ -126,8 +126,10 @@ PROGRAMS = 264 # two per multiprocessor of an H100
 
 def _options(op, q, c):
     "Launch options; float32, wide heads and many classes take smaller tiles, the largest that compile without spills for every target."
-    BN, BM, num_warps = 64, 64, 4
-    if q.dtype == torch.float32 or q.shape[3] > 64 or c > 64: BN, BM, num_warps = 32, 32, 8
+    BN, BM, num_warps = 32 if op == "affinity_dkp" else 64, 64, 4
+    if q.dtype == torch.float32: BN, BM, num_warps = 32 if c <= 32 else 16, 32, 8
+    elif q.shape[3] > 64: BN, BM, num_warps = 32, 32, 8
+    elif c > 64: BN, BM = 32, 16
     return dict(PRECISION="ieee" if q.dtype == torch.float32 else "tf32") | blocks(op, BN=BN, BM=BM, BD=pow2(q.shape[3], 16), BC=pow2(c, 16), num_warps=num_warps)
 
 def _rows_first(like):
@@ -182,13 +184,14 @@ def affinity_bwd(
     return dqs, dks, dp.sum((1, 2)).to(p.dtype) if values else p.new_empty(0)
 
 # %% ../../nbs/14_ops.affinity.ipynb #f60cf597
-PIECE = 1 << 17 # elements of a map that exist at a time on a processor
+PIECE = 1 << 17 # elements of a map that exist at a time, per thread of a processor
 
 def _pieces(q, m, p, g=None):
     "Slices of batch and queries, with P and the gradient of the output there, in float32 at least, and room for one piece of a map."
     b, _, n, _ = q.shape
-    kind, pictures = torch.float64 if torch.float64 in (q.dtype, p.dtype) else torch.float32, b if q.is_cuda else 1
-    rows = max(1, (PIECE << 8 if q.is_cuda else PIECE)//(pictures*m))
+    kind, piece = torch.float64 if torch.float64 in (q.dtype, p.dtype) else torch.float32, PIECE*(256 if q.is_cuda else torch.get_num_threads())
+    pictures = min(b, max(1, piece//(n*m)))
+    rows = max(1, piece//(pictures*m))
     for i in range(0, b, pictures):
         values = p[i:i + pictures].to(kind)
         for a in range(0, n, rows):
@@ -231,14 +234,14 @@ def affinity_pieces_bwd(
     dqs, dks, dp = [_rows_first(q) for q in qs] if queries else [], [zeros(k) for k in ks] if keys else [], zeros(p) if values else p.new_empty(0)
     for i, rows, pt, gt, room in _pieces(qs[0], m, p, g):
         gt, mean = gt/(len(qs)*h), torch.zeros_like(room) if values else None
-        da = torch.bmm(gt, pt.transpose(1, 2)) if queries or keys else None
+        da = torch.bmm(gt, pt.transpose(1, 2)).mul_(scale) if queries or keys else None
         for l, (q, k) in enumerate(zip(qs, ks)):
             for j in range(h):
                 a = _piece(q[i, j, rows], k[i, j], scale, room)
                 if values: mean += a
                 if queries or keys: ds = torch._softmax_backward_data(da, a, 2, a.dtype)
-                if queries: dqs[l][i, j, rows] = torch.bmm(ds, k[i, j].to(kind)).mul_(scale)
-                if keys: dks[l][i, j].baddbmm_(ds.transpose(1, 2), q[i, j, rows].to(kind), alpha=scale)
+                if queries: dqs[l][i, j, rows] = torch.bmm(ds, k[i, j].to(kind))
+                if keys: dks[l][i, j].baddbmm_(ds.transpose(1, 2), q[i, j, rows].to(kind))
         if values: dp[i].baddbmm_(mean.transpose(1, 2), gt)
     return dqs, [t.to(k.dtype) for t, k in zip(dks, ks)], dp.to(p.dtype)
 
@@ -316,6 +319,7 @@ def _cannot(*tensors):
     d, c, wide = maps[0].shape[3] if maps else 0, p.shape[-1], any(t.dtype == torch.float32 for t in maps)
     if d > (64 if wide else 128): return f"{'float32 ' if wide else ''}heads of width {d}; the kernels take at most {64 if wide else 128}"
     if c > (64 if wide else 256): return f"{c} columns{' with float32 queries' if wide else ''}; the kernels take at most {64 if wide else 256}"
+    if d > 64 and c > 64: return f"heads of width {d} with {c} columns; the kernels take more than 64 of one only"
     return (unsupported(*maps) if maps else None) or unsupported(p)
 
 KERNELS["affinity"] = _cannot
