@@ -135,7 +135,8 @@ def cases(
             for size, b, area, keys in (("512² B1", 1, 512*512, 256), ("512² B16", 16, 512*512, 256), ("1024×2048 B1", 1, 1024*2048, 2048)):
                 for grad in (False, True): out.append(attention_case(f"MiT-{model} stage {s + 1}, {size}", 1 if tiny else b, h, area//16//4**s//shrink//shrink, keys//shrink, d, grad))
     for s, (n, m, h, maps) in enumerate(((16384, 256, 1, 3), (4096, 256, 2, 8), (1024, 256, 5, 27), (1024, 1024, 8, 3))):
-        for grad in (False, True): out.append(affinity_case(f"MiT-B4 stage {s + 1}, 512² B4", 1 if tiny else 4, h, n//shrink**2, m//(256 if tiny and s == 3 else shrink), min(maps, 2) if tiny else maps, grad))
+        b, maps, keys = (1, 2, 16 if s < 3 else 4) if tiny else (4, maps, m)
+        for grad in (False, True): out.append(affinity_case(f"MiT-B4 stage {s + 1}, 512² B4", b, h, n//shrink//shrink, keys, maps, grad))
     for size, b, H, W in (("1024×2048 B1", 1, 1024, 2048), ("720×960 B1", 1, 720, 960), ("1024² B8", 8, 1024, 1024)):
         for f, c in ((4, 32), (8, 64), (16, 128), (32, 256)):
             for grad in (False, True): out.append(strip_attention_case(f"1/{f}, {size}", 1 if tiny else b, c, -(-H//f//shrink), -(-W//f//shrink), grad))
