@@ -304,7 +304,9 @@ def segment(
     "Labels of a picture."
     images, batched = _to_image(image)
     out = tuple(images.shape[-2:])
-    if protocol is None: protocol, size = ("whole", size) if size is not None else picture_rule(model).values()
+    if protocol is None:
+        rule = dict(protocol="whole", size=size) if size is not None else picture_rule(model)
+        protocol, size = rule["protocol"], rule["size"]
     with evaluating(model):
         if protocol != "whole":
             labels = _predictor(protocol, None, None, None, True, "softmax", 0, size and _pair(size, "size"))(model, images)
