@@ -228,7 +228,7 @@ def affinity_pieces_bwd(
     wanted:tuple=(True, True, True), # gradients of the queries, of the keys, of p
 )->tuple: # list of dq, list of dk, dp; an empty list or tensor where not wanted
     "The backward pass: every piece of every map is made again."
-    (b, h, n, d), (m, c), (queries, keys, values) = qs[0].shape, p.shape[1:], wanted
+    h, m, (queries, keys, values) = qs[0].shape[1], p.shape[1], wanted
     kind = torch.float64 if torch.float64 in (p.dtype, qs[0].dtype) else torch.float32
     zeros = lambda t: torch.zeros(t.shape, dtype=kind, device=t.device)
     dqs, dks, dp = [_rows_first(q) for q in qs] if queries else [], [zeros(k) for k in ks] if keys else [], zeros(p) if values else p.new_empty(0)
