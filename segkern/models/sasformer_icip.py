@@ -6,7 +6,6 @@
 __all__ = ['CHOICES', 'WIDTHS', 'check_choices', 'SCA', 'ASE', 'SCM', 'SASFormerICIP']
 
 # %% ../../nbs/32a_models.sasformer_icip.ipynb #d0c99a51
-import torch
 import torch.nn.functional as F
 from torch import nn
 

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from ..backbones.mit import key_rules
-from ..layers import resize
+from ..core import IMAGENET
 from ..losses.affinity import affinity_losses, partial_cross_entropy, sparse_target
 from ..losses.tree import tree_energy_loss
 from .segformer import LevelFusion, TransformerSegmenter, nvlabs_rules
 from ..ops import upsample_cross_entropy
 from ..recipes import BGR_QUIRK
-from ..core import IMAGENET
 
 # %% ../../nbs/33_models.sasformer_sparse.ipynb #7d7428fa
 CONFIGS = {-1: dict(levels=0, affinity_weight=0.0), **{i: dict(levels=i + 1, affinity_weight=1.2) for i in range(4)}} # the five published configurations
