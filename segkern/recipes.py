@@ -57,8 +57,31 @@ def _check_rules(r):
         if len(pair) != 2 or not isinstance(pair[0], str): raise ValueError(f"recipe: data_options holds (name, value), got {pair}")
 
 # %% ../nbs/04_recipes.ipynb #e24737bc
+class _Record:
+    "What a recipe can do besides holding its fields."
+    def __post_init__(self): check_recipe(self)
+
+    def replace(self,
+        **fields, # any field by name
+    )->"Recipe": # a new record
+        "The recipe with some fields changed; an unknown name is an error."
+        known = {f.name for f in dataclasses.fields(self)}
+        if bad := sorted(set(fields) - known): raise ValueError(f"a recipe has no field {bad}; it has {sorted(known)}")
+        return dataclasses.replace(self, **fields)
+
+    def to_dict(self)->dict: # ready for JSON
+        "The recipe as a plain dict."
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "preprocess": self.preprocess.to_dict()}
+
+    @classmethod
+    def from_dict(cls, d:dict)->"Recipe": # the record
+        "The recipe that `to_dict` wrote, also after a round trip through JSON."
+        tup = lambda v: tuple(map(tup, v)) if isinstance(v, (list, tuple)) else v
+        return cls(**{k: Preprocess.from_dict(v) if k == "preprocess" else tup(v) for k, v in d.items()})
+
+# %% ../nbs/04_recipes.ipynb #82223dc3
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(_Record):
     "One way to train a network on one dataset. Lengths are iterations, sizes are (height, width)."
     dataset:str                    # a name that `open_dataset` knows
     preprocess:Preprocess          # from uint8 RGB to network input
@@ -110,26 +133,6 @@ class Recipe:
     miou:str = "present"           # which classes the mean runs over, see `segkern.metrics`
     data_options:tuple = ()        # (("annotation", "scribble"), …): options of the training set; validation has full labels
     source:str = ""                # where the numbers stand
-
-    def __post_init__(self): check_recipe(self)
-
-    def replace(self,
-        **fields, # any field by name
-    )->"Recipe": # a new record
-        "The recipe with some fields changed; an unknown name is an error."
-        known = {f.name for f in dataclasses.fields(self)}
-        if bad := sorted(set(fields) - known): raise ValueError(f"a recipe has no field {bad}; it has {sorted(known)}")
-        return dataclasses.replace(self, **fields)
-
-    def to_dict(self)->dict: # ready for JSON
-        "The recipe as a plain dict."
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "preprocess": self.preprocess.to_dict()}
-
-    @classmethod
-    def from_dict(cls, d:dict)->"Recipe": # the record
-        "The recipe that `to_dict` wrote, also after a round trip through JSON."
-        tup = lambda v: tuple(map(tup, v)) if isinstance(v, (list, tuple)) else v
-        return cls(**{k: Preprocess.from_dict(v) if k == "preprocess" else tup(v) for k, v in d.items()})
 
 # %% ../nbs/04_recipes.ipynb #093c9c7f
 def mean_only(
