@@ -42,14 +42,15 @@ def rgb_to_hsv(
     image:torch.Tensor, # uint8 [3, h, w]
 )->torch.Tensor: # uint8 [3, h, w]: hue 0 … 179, saturation, value 0 … 255
     "OpenCV's hue, saturation and value."
-    r, g, b = image.int()
+    r, g, b = image.short()
     value = image.amax(0)
-    spread = value - image.amin(0)
-    v, d = value.int(), spread.int()
+    v = value.short()
+    d = v - image.amin(0)
+    over = lambda table, i: table.index_select(0, i.int().flatten()).view(i.shape)
     hue = torch.where(v == r, g - b, torch.where(v == g, b - r + 2*d, r - g + 4*d))
-    hue = (hue*_HUE[d] + 2048) >> 12
-    saturation = (d*_SATURATION[v] + 2048) >> 12
-    return torch.stack([torch.where(hue < 0, hue + 180, hue).to(torch.uint8), saturation.to(torch.uint8), value])
+    hue = ((hue.int().mul_(over(_HUE, d)).add_(2048)) >> 12).short()
+    saturation = d.int().mul_(over(_SATURATION, v)).add_(2048) >> 12
+    return torch.stack([hue.add_((hue < 0).short(), alpha=180).to(torch.uint8), saturation.to(torch.uint8), value])
 
 def hsv_to_rgb(
     hsv:torch.Tensor, # uint8 [3, h, w] as `rgb_to_hsv` gives it
@@ -58,7 +59,8 @@ def hsv_to_rgb(
     hue, saturation, value = hsv[0].float()/30, hsv[1].float()/255, hsv[2].float()
     out = torch.empty(3, *hue.shape)
     for i, n in enumerate((5, 3, 1)):
-        k = (hue + n).remainder_(6)
+        k = hue + n
+        k.sub_((k >= 6).float(), alpha=6)
         out[i] = torch.minimum(k, 4 - k).clamp_(0, 1)
     return (value - out.mul_(saturation).mul_(value)).to(torch.uint8) # cut, as OpenCV's vector path does
 
