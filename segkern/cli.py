@@ -284,13 +284,14 @@ def _show(rows, as_json=False):
 @_command("segkern train s2fpn_r18 --dataset streets --out runs/first --set iterations=200 --set lr=1e-3")
 def train(
     model:str=_argument(..., help="Name of a model, see `segkern models`."),
-    dataset:str=_option("streets", help="streets, camvid, cityscapes, gtav, folder, …"),
+    dataset:str=_option("streets", help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     out:Path=_option(Path("runs/run"), help="Run folder."),
     init:str=_option("", help="Start from weights that fit: an official file, one of ours, a run folder of train or pretrain."),
     resume:bool=_option(False, "--resume", help="Go on from the last checkpoint in --out."),
     overrides:list[str]=_option([], "--set", metavar="FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
     data_options:list[str]=_option([], "-D", metavar="NAME=VALUE", help="Option of the dataset, e.g. order=sanet."),
+    model_options:list[str]=_option([], "-M", metavar="NAME=VALUE", help="Option of the network, e.g. levels=2 (sparse SASFormer)."),
     limit:int=_option(0, help="Train on the first so many pictures only; 0: all."),
     eval_limit:int=_option(0, help="Score on the first so many pictures only; 0: all."),
     no_eval:bool=_option(False, "--no-eval", help="Never score on the validation split."),
@@ -309,11 +310,12 @@ def train(
     fields = parse_overrides(overrides)
     if "dataset" in fields: raise ValueError("--set dataset=… : name the dataset with --dataset")
     recipe = recipe_for(model, dataset, **fields)
-    if show: return _show_recipe(model, dataset, recipe)
+    kw = {n: parse_value(v) for n, v in parse_pairs(model_options).items()}
+    if show: return _show_recipe(model, dataset, recipe, kw)
     ours, theirs = _split_options(recipe, data_options)
     train_set = _dataset(dataset, root, recipe.split, ours, limit)
     val_set = None if no_eval else _dataset(dataset, root, recipe.val_split, theirs)
-    net, origin = _start(model, len(train_set.classes), recipe, seed, init, out, resume)
+    net, origin = _start(model, len(train_set.classes), recipe, seed, init, out, resume, kw)
     found = fit(net, recipe, train_set, val_set, out=out, resume=resume, seed=seed, device=device, workers=workers,
                 eval_every=eval_every, save_every=save_every, tracker=tracker or None, accumulate=accumulate,
                 eval_args=dict(limit=eval_limit) if eval_limit else None, origin=origin)
@@ -327,7 +329,7 @@ def _split_options(recipe, given):
     train = [f"{k}={v}" for k, v in own.items() if k not in named] + [f"{k}={v}" for k, v in named.items()]
     return train, [f"{k}={v}" for k, v in named.items() if k not in own]
 
-def _show_recipe(model, dataset, recipe):
+def _show_recipe(model, dataset, recipe, kw):
     "Print what a training would do."
     import dataclasses
     import segkern
@@ -338,32 +340,33 @@ def _show_recipe(model, dataset, recipe):
     typer.echo(str(Table([[k, str(v)] for k, v in recipe.to_dict().items() if getattr(recipe, k) != plain[k]], ["field", "value"])))
     try: known = _classes_of(dataset, 0)
     except ValueError: known = 2 # a dataset of the user's own
-    typer.echo(f"\n{group_table(segkern.create_model(model, num_classes=known), recipe)}")
+    typer.echo(f"\n{group_table(segkern.create_model(model, num_classes=known, **kw), recipe)}")
 
-def _new_model(name, num_classes, recipe, seed):
+def _new_model(name, num_classes, recipe, seed, kw):
     "A model as its recipe starts it."
     import segkern
-    if recipe.init != "pretrained": return segkern.create_model(name, num_classes=num_classes, seed=seed)
-    try: return segkern.create_model(name, num_classes=num_classes, seed=seed, pretrained=True)
+    if recipe.init != "pretrained": return segkern.create_model(name, num_classes=num_classes, seed=seed, **kw)
+    try: return segkern.create_model(name, num_classes=num_classes, seed=seed, pretrained=True, **kw)
     except ValueError as e:
-        segkern.create_model(name, num_classes=num_classes) # a wrong name or number is told as such
+        segkern.create_model(name, num_classes=num_classes, **kw) # a wrong name or number is told as such
         raise ValueError(f"{e}. Or start from random weights with --set init=scratch") from None
     except Exception as e: # the hub's many ways to be unreachable
         raise RuntimeError(f"cannot fetch the pretrained encoder of {name} ({type(e).__name__}: {str(e)[:200]}): "
                            "go online once, or start from random weights with --set init=scratch") from e
 
 # %% ../nbs/76_cli.ipynb #4674f350
-def _start(name, num_classes, recipe, seed, init, out, resume):
+def _start(name, num_classes, recipe, seed, init, out, resume, kw):
     "A model as its training starts, and where its weights come from. A run that goes on needs neither download nor file."
     import segkern
     from segkern.train import last_checkpoint
     if resume and last_checkpoint(out) is not None:
-        origin = json.loads((out/"config.json").read_text(encoding="utf-8")).get("origin")
+        config = json.loads((out/"config.json").read_text(encoding="utf-8"))
+        origin, kw = config.get("origin"), {**config["model"].get("options", {}), **kw} # a file may have changed an option, e.g. a norm's eps
         if init and Path(init).name != (origin or {}).get("file"): origin = dict(file=Path(init).name) # another run: `fit` says so
-        return segkern.create_model(name, num_classes=num_classes, seed=seed), origin
-    if not init: return _new_model(name, num_classes, recipe, seed), None
+        return segkern.create_model(name, num_classes=num_classes, seed=seed, **kw), origin
+    if not init: return _new_model(name, num_classes, recipe, seed, kw), None
     if recipe.init == "kaiming": raise ValueError("--init brings weights, the recipe's init=kaiming would draw new ones: add --set init=scratch")
-    net = segkern.create_model(name, num_classes=num_classes, seed=seed)
+    net = segkern.create_model(name, num_classes=num_classes, seed=seed, **kw)
     report = segkern.transfer(net, init)
     typer.echo(str(report), err=True)
     return net, dict(file=Path(init).name, loaded=len(report.loaded), fresh=len(report.fresh))
@@ -403,7 +406,7 @@ def pretrain(
 @_command("segkern eval runs/first --dataset streets --split test --json result.json", name="eval")
 def evaluate(
     target:str=_argument(..., help="Weights file, run folder, or the name of a model."),
-    dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, folder, …"),
+    dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     split:str=_option("val", help="Which part of the data."),
     protocol:str=_option("whole", help="whole, sliding, multiscale, exp_sum (the HRNet line's sum over scales), ade, ade32 (fitted into 2048x512; sides "
@@ -634,7 +637,7 @@ app.add_typer(data, name="data")
 
 @_command("segkern data check camvid /data/camvid", group=data, name="check")
 def data_check(
-    name:str=_argument(..., help="streets, camvid, cityscapes, gtav, folder, …"),
+    name:str=_argument(..., help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
     root:str=_argument("", help="Folder of the dataset."),
     split:str=_option("", help="One split only."),
     limit:int=_option(0, help="Look at so many pictures per split only, evenly spread; 0: all."),

@@ -381,6 +381,7 @@ def run_config(
     "What decides the course of a run, as it stands in `config.json`."
     size = sum(p.numel() for p in model.parameters())
     net = dict(name=getattr(model, "name", type(model).__name__), num_classes=model.num_classes, parameters=size)
+    if options := getattr(model, "options", None): net["options"] = json.loads(json.dumps(options))
     plain = lambda v: v is None or isinstance(v, (str, int, float)) or isinstance(v, (list, tuple)) and all(map(plain, v))
     own = {k: v for k, v in vars(train_set).items() if k not in ("root", "files", "palette", "class_weights")}
     options = json.loads(json.dumps({k: v for k, v in own.items() if plain(v)}))

@@ -126,7 +126,7 @@ PROGRAMS = 264 # two per multiprocessor of an H100
 
 def _options(op, q, c):
     "Launch options; float32, wide heads and many classes take smaller tiles, the largest that compile without spills for every target."
-    BN, BM, num_warps = 32 if op == "affinity_dkp" else 64, 64, 4
+    BN, BM, num_warps = 64, 32 if op == "affinity_dkp" else 64, 4
     if q.dtype == torch.float32: BN, BM, num_warps = 32 if c <= 32 else 16, 32, 8
     elif q.shape[3] > 64: BN, BM, num_warps = 32, 32, 8
     elif c > 64: BN, BM = 32, 16
