@@ -416,6 +416,7 @@ def open_run(
     if last is None: return None
     there, now = json.loads((out/"config.json").read_text(encoding="utf-8")), json.loads(json.dumps(config))
     there["recipe"] = {**_DEFAULTS, **there.get("recipe", {})} # a run of an older version lacks the fields that came later
+    if "options" in now.get("model", {}): there.setdefault("model", {})["options"] = {**now["model"]["options"], **there.get("model", {}).get("options", {})}
     if lines := _differences(there, now): raise ValueError(f"{out} holds another run: " + "; ".join(lines))
     return last
 
