@@ -78,8 +78,10 @@ class SegModel(nn.Module):
         "The map that the classifier sees."
         raise TypeError(f"{type(self).__name__} has no feature()")
 
+    def classify(self, feat:torch.Tensor)->torch.Tensor: return self.classifier(feat) # [b, c, h, w] -> [b, k, h, w]; a dropout goes in here
+
     def outputs(self, x:torch.Tensor)->dict: # "logits" and the auxiliary outputs by name, native sizes
-        return {"logits": self.classifier(self.feature(self.check(x)))}
+        return {"logits": self.classify(self.feature(self.check(x)))}
 
     def objective(self, out:dict, target:torch.Tensor)->dict: # losses by name
         "The paper's loss: here the class-weighted cross-entropies of all heads, added."
@@ -90,7 +92,7 @@ class SegModel(nn.Module):
         target:torch.Tensor|None=None, # [b, H, W] ids, 255 = void
     )->torch.Tensor|dict: # logits, or the losses where a target is given
         "Logits of the main head; with a target, every head's loss."
-        if target is None: return self.classifier(self.feature(self.check(x)))
+        if target is None: return self.classify(self.feature(self.check(x)))
         if self.deployed: raise RuntimeError(f"{self.name} is in its deploy form: auxiliary heads are gone, so it has no training loss")
         return self.objective(self.outputs(x), target)
 

@@ -162,7 +162,7 @@ class SASFormerICIP(TransformerSegmenter):
         "ASE and SCM."
         return [scm(x, s) for scm, x, s in zip(self.scm, maps, self.ase(maps))]
 
-    def decode(self, maps): return self.dropout(self.head(self.refined(maps)))
+    def decode(self, maps): return self.head(self.refined(maps)) # four maps -> the fused map
 
     @property
     def options(self): return {**super().options, "width": self.width, **self.chosen}

@@ -52,7 +52,7 @@ class SASFormerSparse(TransformerSegmenter):
         if self.deployed: raise RuntimeError(f"{self.name} is in its deploy form, so it has no training loss")
         keep = [] if self.levels and not self.tree_weight else None
         z = self.decode(self.encoder(self.check(x), keep))
-        return self.losses(self.classifier(z), target, keep, x, z)
+        return self.losses(self.classify(z), target, keep, x, z)
 
     def losses(self, logits, target, maps, x=None, z=None): # logits, sparse target, AttentionMaps by stage, picture and decoder map -> dict
         "The objective. A batch without any label gives 0: the official run skips such a step, since its cross-entropy is not a number."

@@ -113,7 +113,9 @@ class TransformerSegmenter(SegModel):
         if min(x.shape[2:]) < 29: raise ValueError(f"{self.name} needs sides of at least 29 pixels, got {x.shape[2]}x{x.shape[3]}: pad or resize the picture")
         return x
 
-    def decode(self, maps): return self.dropout(self.head(maps)) # four maps -> what the classifier sees
+    def decode(self, maps): return self.head(maps) # four maps -> the last map before dropout and classifier
+
+    def classify(self, feat): return self.classifier(self.dropout(feat)) # [b, c, h, w] -> [b, k, h, w]
 
     def feature(self, x): return self.decode(self.encoder(x)) # [b, c, h/4, w/4]
 
