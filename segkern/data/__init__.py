@@ -17,12 +17,15 @@ DATASETS = dict(
     cityscapes=("cityscapes", "Cityscapes", True, "train val trainval test", "Cityscapes, 19 classes, annotation=fine|coarse"),
     gtav=("gtav", "GTAV", True, "train val trainval test", "GTA V, classes=19|35"),
     ade20k=("ade20k", "ADE20K", True, "train val trainval", "ADE20K, the 150 classes of scene parsing"),
+    coco_stuff10k=("coco_stuff", "COCOStuff", True, "train val trainval", "COCO-Stuff 10K, 171 classes"),
+    pascal_context=("pascal_context", "PascalContext", True, "train val trainval", "PASCAL-Context, classes=59|60"),
     voc2012=("voc", "VOC2012", True, "train val trainval",
              "VOC 2012 with SBD, 21 classes, annotation=full|scribble|point|scribble_png"),
     folder=("folder", "Folder", True, "train val trainval test all", "your own pictures and masks"),
 )
 
-_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", ADE20K="ade20k", Folder="folder",
+_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", ADE20K="ade20k", COCOStuff="coco_stuff",
+             PascalContext="pascal_context", Folder="folder",
              TrainTransform="transforms", EvalTransform="transforms", Augment="augment", transform_for="augment",
              check="checks", make="checks", Report="checks", weights_from_counts="checks",
              to_label_ids="cityscapes", save_submission="cityscapes", weak_labels="sparse", scribbles_from_mask="sparse",

@@ -15,7 +15,7 @@ from ..losses import cross_entropy, sum_heads
 from ..ops import upsample_argmax
 
 # %% ../../nbs/29_models.base.ipynb #8d38ac30
-_BY_CLASSES = {19: "cityscapes", 11: "camvid"}
+_BY_CLASSES = {19: "cityscapes", 11: "camvid", 21: "voc2012", 59: "pascal_context", 60: "pascal_context", 150: "ade20k", 171: "coco_stuff10k"}
 
 def known_dataset(name): # True where a table of classes ships under that name
     "Whether the library knows a dataset's classes."
@@ -32,6 +32,7 @@ def dataset_table(
     if name == "folder": return {} # a dataset of the user's own
     if not known_dataset(name): raise ValueError(f"there is no table of a dataset '{name}'; for your own data leave it out, or say 'folder'")
     table = {"name": name, **load_table(name)}
+    if name == "pascal_context" and num_classes == 60: table |= dict(classes=["background", *table["classes"]], palette=[[0, 0, 0], *table["palette"]])
     if name == "gtav" and num_classes == 19: table |= {k: load_table("cityscapes")[k] for k in ("classes", "palette")}
     if len(table["classes"]) != num_classes and dataset: raise ValueError(f"dataset '{dataset}' has {len(table['classes'])} classes, the model {num_classes}")
     return table
