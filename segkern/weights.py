@@ -186,7 +186,7 @@ class LoadReport:
     __repr__ = __str__
 
 # %% ../nbs/03_weights.ipynb #054fcf8a
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "empty_weight") # the last one: a table of class weights inside mmseg losses
 
 def _complaint(model, source, unknown, missing, shapes, hint):
     "One message with everything that does not fit."
