@@ -115,18 +115,20 @@ class SSA(SegModel):
     def __init__(self,
         host:nn.Module, # has `feature(x)` -> [b, c, h, w] and `classifier`, a 1×1 convolution
         name:str|None=None, # default: the host's with _ssa
-        mean_over:str="all", # of the main cross-entropy
+        main_mean:str="all", # of the main cross-entropy: "all" pixels or "valid" ones divide it
         align_corners_train:bool=True, # of the resizes in training
     ):
+        if main_mean not in ("all", "valid"): raise ValueError(f"main_mean must be 'all' or 'valid', got '{main_mean}'")
         old = getattr(host, "classifier", None)
         if not isinstance(old, nn.Conv2d) or old.kernel_size != (1, 1) or not hasattr(host, "feature"):
             raise ValueError(f"{type(host).__name__} cannot take the classifier: it needs feature(x) and a 1x1 convolution `classifier`, which is {type(old).__name__}")
         super().__init__(name or f"{getattr(host, 'name', type(host).__name__.lower())}_ssa", old.out_channels)
         for n in ("preprocess", "dataset", "classes", "palette", "stride", "multiple", "align_corners", "rule"):
             if hasattr(host, n): setattr(self, n, getattr(host, n))
-        self.host, self.mean_over, self.align_corners_train = host, mean_over, align_corners_train
+        self.host, self.main_mean, self.align_corners_train = host, main_mean, align_corners_train
         self.classifier = SSAClassifier(old.out_channels, old.in_channels, dropout=getattr(getattr(host, "dropout", None), "p", 0.0))
         del host.classifier
+        if hasattr(host, "deploy") and not hasattr(host, "aux_losses"): host.deploy() # auxiliary heads that nothing would train
 
     def check(self, x): return self.host.check(x) if hasattr(self.host, "check") else check_input(self, x) # x, or a ValueError
 
@@ -144,7 +146,7 @@ class SSA(SegModel):
         if target is None: return self.classifier(self.feature(self.check(x)))
         if self.deployed: raise RuntimeError(f"{self.name} is in its deploy form: its teacher is gone, so it has no training loss")
         feat, aux = self.features(self.check(x))
-        parts = ssa_losses(self.classifier, self.classifier.answer(feat), feat, target, self.mean_over, self.align_corners_train)
+        parts = ssa_losses(self.classifier, self.classifier.answer(feat), feat, target, self.main_mean, self.align_corners_train)
         parts |= self.host.aux_losses(aux, target) if aux else {}
         some = (target != IGNORE).any().to(feat.dtype) # without a label nothing is learnt, not even from the teacher's own prototypes
         return {"loss": sum(parts.values())*some, **{n: v.detach() for n, v in parts.items()}}
@@ -156,7 +158,7 @@ class SSA(SegModel):
         return super().deploy()
 
     @property
-    def options(self): return {**getattr(self.host, "options", {}), "mean_over": self.mean_over, "align_corners_train": self.align_corners_train}
+    def options(self): return {**getattr(self.host, "options", {}), "main_mean": self.main_mean, "align_corners_train": self.align_corners_train}
 
     def key_rules(self, state): # the host's table; its classifier's place is the coarse classifier
         place = lambda n: n if n is None else tuple(map(place, n)) if isinstance(n, tuple) else f"classifier.seg.{n[11:]}" if n.startswith("classifier.") else f"host.{n}"
