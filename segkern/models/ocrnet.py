@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SoftRegions', 'ObjectContext', 'OCRNet', 'head_rules', 'describe_state']
 
-# %% ../../nbs/35a_models.ocrnet.ipynb #649530b2
+# %% ../../nbs/35a_models.ocrnet.ipynb #5dad2284
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,26 +14,26 @@ from ..backbones.hrnet import HRNet, key_rules
 from ..core import IMAGENET
 from ..layers import ConvNormAct, resize
 from .base import SegModel, dataset_table
-from .segformer import LevelFusion, pixel_cross_entropy
+from .segformer import pixel_cross_entropy
 from .upernet import classifier_of, init_conv
 from ..weights import Rule
 
-# %% ../../nbs/35a_models.ocrnet.ipynb #bd0410d9
+# %% ../../nbs/35a_models.ocrnet.ipynb #79cf28f0
 class SoftRegions(nn.Module):
     "The first guess: logits of all classes."
     def __init__(self,
-        widths:list, # channels of the maps, finest first
+        c:int, # channels of the stacked branches
         num_classes:int, # k
     ):
         super().__init__()
-        self.fusion = LevelFusion(widths, sum(widths), coarse_first=False)
+        self.fusion = ConvNormAct(c, c, 1)
         self.fusion.apply(init_conv)
         self.fusion.bn.momentum = 1 - (1 - .1)**2 # two updates per step in the official training
-        self.classifier = classifier_of(sum(widths), num_classes)
+        self.classifier = classifier_of(c, num_classes)
 
-    def forward(self, maps): return self.classifier(self.fusion(maps)) # four maps -> [b, k, h, w]
+    def forward(self, x): return self.classifier(self.fusion(x)) # [b, c, h, w] -> [b, k, h, w]
 
-# %% ../../nbs/35a_models.ocrnet.ipynb #34ff99f7
+# %% ../../nbs/35a_models.ocrnet.ipynb #acf769a5
 class ObjectContext(nn.Module):
     "Pixels attend to the mean features of soft regions."
     def __init__(self,
@@ -53,7 +53,7 @@ class ObjectContext(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, f.shape[2:])
         return self.merge(torch.cat([self.out(y), f], 1))
 
-# %% ../../nbs/35a_models.ocrnet.ipynb #9dfe0eab
+# %% ../../nbs/35a_models.ocrnet.ipynb #c836eb78
 class OCRNet(SegModel):
     "OCRNet on HRNet."
     weights_key = "" # classes are not weighted
@@ -73,7 +73,7 @@ class OCRNet(SegModel):
         if mean_over not in ("all", "valid"): raise ValueError(f"mean_over must be 'all' or 'valid', got '{mean_over}'")
         self.encoder_name, self.width, self.aux_weight, self.mean_over = encoder, width, aux_weight, mean_over
         self.encoder = HRNet(encoder, pretrained)
-        self.regions = SoftRegions(self.encoder.channels, num_classes)
+        self.regions = SoftRegions(sum(self.encoder.channels), num_classes)
         self.bottleneck, self.context = ConvNormAct(sum(self.encoder.channels), width, 3), ObjectContext(width, width//2)
         self.bottleneck.apply(init_conv)
         self.classifier = classifier_of(width, num_classes)
@@ -81,9 +81,9 @@ class OCRNet(SegModel):
     def features(self, x): # [b, 3, h, w] -> the last map [b, width, h/4, w/4]; the first guess
         "What the main classifier sees, and the soft regions."
         maps = self.encoder(self.check(x))
-        regions = self.regions(maps)
-        f = self.bottleneck(torch.cat([resize(t, maps[0].shape[2:]) for t in maps], 1))
-        return self.context(f, regions), {"aux": regions}
+        stacked = torch.cat([resize(t, maps[0].shape[2:]) for t in maps], 1)
+        regions = self.regions(stacked)
+        return self.context(self.bottleneck(stacked), regions), {"aux": regions}
 
     def feature(self, x): return self.features(x)[0] # [b, 3, h, w] -> [b, width, h/4, w/4]
 
@@ -104,7 +104,7 @@ class OCRNet(SegModel):
 
     def hint(self, state): return describe_state(state, self)
 
-# %% ../../nbs/35a_models.ocrnet.ipynb #47b7956d
+# %% ../../nbs/35a_models.ocrnet.ipynb #7de9ebfd
 def head_rules():
     "Key table of the two stages of the decoder."
     block = r"decode_head\.1\.object_context_block\."
