@@ -7,7 +7,8 @@ __all__ = ['S2FPN_CAMVID', 'S2FPN_CITYSCAPES', 'STREETS', 'SANET_CITYSCAPES', 'S
            'ENCODER_GROUPS_MMSEG', 'SEGFORMER_ADE20K', 'SEGFORMER_CITYSCAPES', 'SEGFORMER_MMSEG_ADE20K',
            'SEGFORMER_MMSEG_CITYSCAPES', 'SASFORMER_ICIP_ADE20K', 'SASFORMER_ICIP_CITYSCAPES', 'SEGFORMER_CAMVID',
            'BGR_QUIRK', 'SASFORMER_SPARSE_VOC', 'TREE_ENERGY', 'SEGFORMER_STREETS', 'SASFORMER_SPARSE_STREETS',
-           'RECIPES', 'check_recipe', 'Recipe', 'mean_only', 'sparse_recipe', 'recipe_for', 'input_rule']
+           'SSA_SEGFORMER', 'SSA_UPERNET', 'SSA_OCRNET', 'RECIPES', 'check_recipe', 'Recipe', 'mean_only',
+           'sparse_recipe', 'recipe_for', 'input_rule']
 
 # %% ../nbs/04_recipes.ipynb #e72bdd60
 import dataclasses, fnmatch
@@ -117,6 +118,7 @@ class Recipe(_Record):
     groups:tuple = ()              # (("encoder.*", 1, 1), ("*", 10, 0), …): pattern of names, factors of rate and decay; the first that fits
     schedule:str = "poly"          # "poly" | "cosine" | "multistep" | "constant"
     power:float = 0.9
+    lr_min:float = 0.0             # "poly" ends here
     milestones:tuple = ()          # iterations, for "multistep"
     gamma:float = 0.1
     warmup:int = 0                 # iterations of linear warm-up …
@@ -229,6 +231,20 @@ SASFORMER_SPARSE_STREETS = STREETS.replace(inside=True, place="random", pad="bla
                                            data_options=(("annotation", "scribble"),), **_STREETS)
 
 # %% ../nbs/04_recipes.ipynb #ebb15c9b
+_SETS = (("ade20k", dict(fit_size=(2048, 512), crop=(512, 512), iterations=160_000, protocol="ade32")),
+         ("coco_stuff10k", dict(fit_size=(2048, 512), crop=(512, 512), iterations=80_000, protocol="ade")),
+         ("pascal_context", dict(fit_size=(520, 520), crop=(480, 480), iterations=80_000, protocol="ade")))
+_SWIN = (("encoder.*norm*", 1.0, 0.0), ("encoder.*bias_table", 1.0, 0.0), ("*", 1.0, 1.0))
+
+def _ssa(dataset, sets, **fields):
+    "A recipe of SSAClassifier's repository."
+    return Recipe(dataset, batch=16, source="configuration files of the official SSAClassifier; 4 GPUs of 4 pictures, from ImageNet weights", **{**_FORMER, **sets, **fields})
+
+SSA_SEGFORMER = {d: _ssa(d, s, groups=ENCODER_GROUPS_MMSEG) for d, s in _SETS}
+SSA_UPERNET = {d: _ssa(d, s, groups=_SWIN) for d, s in _SETS}
+SSA_OCRNET = {d: _ssa(d, s, groups=(), optimizer="sgd", lr=1e-2, lr_min=1e-4, weight_decay=5e-4, power=0.9, warmup=0, warmup_rule="then") for d, s in _SETS}
+
+# %% ../nbs/04_recipes.ipynb #1867d8e2
 # (pattern of model names, dataset) -> recipe; the first that fits is taken
 RECIPES = {
     ("s2fpn_*", "camvid"): S2FPN_CAMVID,
@@ -239,11 +255,14 @@ RECIPES = {
     ("dsanet", "cityscapes"): S2FPN_CITYSCAPES.replace(init="scratch"),
     **{(m, r.dataset): r for m in ("sanet_*", "pidnet_s") for r in (SANET_CITYSCAPES, SANET_CAMVID, SANET_GTAV)},
     **{(m, "streets"): STREETS.replace(preprocess=IMAGENET, edges=True, class_weights=False) for m in ("sanet_*", "pidnet_s")},
+    **{("segformer_*_ssa", d): r for d, r in SSA_SEGFORMER.items()}, **{("upernet_*", d): r for d, r in SSA_UPERNET.items()},
+    **{("ocrnet_*", d): r for d, r in SSA_OCRNET.items()},
     **{("segformer_*_mmseg*", r.dataset): r for r in (SEGFORMER_MMSEG_ADE20K, SEGFORMER_MMSEG_CITYSCAPES, SEGFORMER_CAMVID.replace(**_MMSEG))},
     **{("segformer_*", r.dataset): r for r in (SEGFORMER_ADE20K, SEGFORMER_CITYSCAPES, SEGFORMER_CAMVID)},
     **{("sasformer_icip_*", r.dataset): r for r in (SASFORMER_ICIP_ADE20K, SASFORMER_ICIP_CITYSCAPES, SEGFORMER_CAMVID.replace(**_MMSEG))},
     ("sasformer_sparse_*", "voc2012"): SASFORMER_SPARSE_VOC,
     **{(m, "streets"): SEGFORMER_STREETS for m in ("segformer_*", "sasformer_icip_*")},
+    **{(m, "streets"): SEGFORMER_STREETS.replace(groups=()) for m in ("upernet_*", "ocrnet_*")},
     ("sasformer_sparse_*", "streets"): SASFORMER_SPARSE_STREETS,
     ("*", "streets"): STREETS,
 }

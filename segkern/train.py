@@ -38,7 +38,7 @@ def lr_at(
 def _decayed(r, t, u):
     "The rate without warm-up, when the share `u` of the decay is over."
     u = min(1.0, max(0.0, u))
-    if r.schedule == "poly": return r.lr*(1 - u)**r.power
+    if r.schedule == "poly": return (r.lr - r.lr_min)*(1 - u)**r.power + r.lr_min
     if r.schedule == "cosine": return r.lr*0.5*(1 + math.cos(math.pi*u))
     if r.schedule == "multistep": return r.lr*r.gamma**bisect.bisect_right(sorted(r.milestones), t)
     if r.schedule == "constant": return r.lr
@@ -136,7 +136,7 @@ def parameter_groups(
     groups, used = {}, set()
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
-        rule, factor, decay = _rule_of(recipe, name, p)
+        rule, factor, decay = _rule_of(recipe, name.removeprefix("host."), p) # SSAClassifier keeps its host under that name
         used.add(rule)
         groups.setdefault((factor, decay), []).append((name, p, rule))
     if idle := [s for s, _ in recipe.lr_mult if s not in used]: raise ValueError(f"lr_mult: no trained parameter starts with {idle}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SSA_HOSTS', 'list_models', 'create_model', 'describe', 'save', 'load', 'cost', 'load_official', 'macs', 'set_literal',
            'SegModel', 'S2FPN', 'SPFNet', 'DSANet', 'SANet', 'PIDNet', 'SegFormer', 'SASFormerICIP', 'SASFormerSparse',
-           'SSA', 'SSAClassifier']
+           'UPerNet', 'OCRNet', 'SSA', 'SSAClassifier']
 
 # %% ../../nbs/39_models.ipynb #aefff405
 import fnmatch, functools
@@ -17,6 +17,7 @@ from ..core import Preprocess, seeded
 from ..layers import macs, num_params, set_literal
 from .base import SegModel
 from .dsanet import DSANet
+from .ocrnet import OCRNet
 from .pidnet import PIDNet
 from .s2fpn import S2FPN, VARIANTS
 from .sanet import SANet
@@ -25,6 +26,7 @@ from .sasformer_sparse import SASFormerSparse
 from .segformer import SegFormer
 from .spfnet import SPFNet
 from .ssa import SSA, SSAClassifier
+from .upernet import UPerNet
 from ..weights import load_official, read_safetensors, write_safetensors
 
 # %% ../../nbs/39_models.ipynb #b3f6756a
@@ -38,6 +40,7 @@ _MODELS = {
     **{f"segformer_b{i}_mmseg": (SegFormer, dict(encoder=f"mit_b{i}", head="mmseg")) for i in range(6)},
     **{f"sasformer_icip_b{i}": (SASFormerICIP, dict(encoder=f"mit_b{i}")) for i in (0, 2)},
     **{f"sasformer_sparse_b{i}": (SASFormerSparse, dict(encoder=f"mit_b{i}")) for i in range(6)},
+    **{f"upernet_swin_{v}": (UPerNet, dict(encoder=f"swin_{v}")) for v in "tbl"}, "ocrnet_hr48": (OCRNet, dict(encoder="hrnet_w48")),
 } # published name -> class and arguments
 
 # %% ../../nbs/39_models.ipynb #84803741
@@ -146,4 +149,4 @@ def cost(
 
 # %% ../../nbs/39_models.ipynb #087d5845
 _all_ = ["list_models", "create_model", "save", "load", "load_official", "describe", "cost", "macs", "set_literal", "SegModel", "S2FPN", "SPFNet", "DSANet", "SANet", "PIDNet",
-         "SegFormer", "SASFormerICIP", "SASFormerSparse", "SSA", "SSAClassifier"]
+         "SegFormer", "SASFormerICIP", "SASFormerSparse", "UPerNet", "OCRNet", "SSA", "SSAClassifier"]

@@ -57,6 +57,7 @@ class ObjectContext(nn.Module):
 class OCRNet(SegModel):
     "OCRNet on HRNet."
     weights_key = "" # classes are not weighted
+    ssa_prefix = r"decode_head\.1\." # where official files keep another classifier's layers
 
     def __init__(self,
         name:str="ocrnet_hr48", # published name
@@ -91,9 +92,12 @@ class OCRNet(SegModel):
         feat, others = self.features(x)
         return {"logits": self.classify(feat), **others}
 
+    def aux_losses(self, others, target): # weighted, by name
+        return {n: self.aux_weight*pixel_cross_entropy(z, target, self.mean_over) for n, z in others.items()}
+
     def objective(self, out, target): # the paper's loss
-        losses = {n: pixel_cross_entropy(z, target, self.mean_over) for n, z in out.items()}
-        return {"loss": losses["logits"] + self.aux_weight*losses["aux"], **{n: v.detach() for n, v in losses.items()}}
+        losses = {"logits": pixel_cross_entropy(out["logits"], target, self.mean_over), **self.aux_losses({"aux": out["aux"]}, target)}
+        return {"loss": sum(losses.values()), **{n: v.detach() for n, v in losses.items()}}
 
     @property
     def options(self): return {"width": self.width, "aux_weight": self.aux_weight, "mean_over": self.mean_over} # what a file must remember besides the name

@@ -118,9 +118,12 @@ class UPerNet(SegModel):
         feat, others = self.features(x)
         return {"logits": self.classify(feat), **others}
 
+    def aux_losses(self, others, target): # weighted, by name
+        return {n: self.aux_weight*pixel_cross_entropy(z, target, self.mean_over) for n, z in others.items()}
+
     def objective(self, out, target): # the paper's loss
-        losses = {n: pixel_cross_entropy(z, target, self.mean_over) for n, z in out.items()}
-        return {"loss": losses["logits"] + self.aux_weight*losses["aux"], **{n: v.detach() for n, v in losses.items()}}
+        losses = {"logits": pixel_cross_entropy(out["logits"], target, self.mean_over), **self.aux_losses({"aux": out["aux"]}, target)}
+        return {"loss": sum(losses.values()), **{n: v.detach() for n, v in losses.items()}}
 
     def deploy(self):
         self.auxiliary = None

@@ -118,8 +118,9 @@ def _prototypes_sums_kernel(logits, feat, pos, lse, top, semantic, spatial, mass
     cells = in_k[:, None] & in_c[None, :]
     tl.store(semantic + row[:, None]*C + c[None, :], af, mask=cells)
     tl.store(spatial + row[:, None]*C + c[None, :], ap, mask=cells)
-    tl.store(mass + row, ms, mask=in_k & (ctile == 0))
-    tl.store(total + row, ts, mask=in_k & (ctile == 0))
+    if ctile == 0:
+        tl.store(mass + row, ms, mask=in_k)
+        tl.store(total + row, ts, mask=in_k)
 
 # %% ../../nbs/15_ops.prototype.ipynb #936a2d06
 @triton.jit
@@ -190,7 +191,7 @@ def _cosine_fwd_kernel(u, feat, pos, out, norm, N, K, C, W, fb, fc, fh, fw, pb, 
         acc += tl.dot(a, x.to(a.dtype), input_precision=PRECISION)
     r = tl.sqrt(square)
     tl.store(out + (b*K + k)[:, None]*N + n[None, :], (acc/(r + 1e-12)[None, :]).to(out.dtype.element_ty), mask=in_k[:, None] & in_n[None, :])
-    tl.store(norm + b*N + n, r, mask=in_n & (ktile == 0))
+    if ktile == 0: tl.store(norm + b*N + n, r, mask=in_n)
 
 # %% ../../nbs/15_ops.prototype.ipynb #57f0c80b
 @triton.jit
@@ -258,7 +259,7 @@ def _class_sums_fwd_kernel(x, labels, sums, counts, N, K, C, W, SPLITS, PER, sb,
         count += tl.sum(hit.to(tl.float32), 1)
     row = (b*SPLITS + split)*K + k
     tl.store(sums + row[:, None]*C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
-    tl.store(counts + row, count, mask=(k < K) & (ctile == 0))
+    if ctile == 0: tl.store(counts + row, count, mask=k < K)
 
 @triton.jit
 def _class_sums_bwd_kernel(g, labels, dx, N, K, C, W, gb, gk, gc, yb, yh, yw, db, dc, dw, FLAT: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
@@ -307,7 +308,8 @@ def prototypes_fwd(
     (b, k, h, w), c, n = logits.shape, feat.shape[1], logits.shape[2]*logits.shape[3]
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=feat.device)
     o = blocks("prototypes_stats", BN=128, BK=pow2(k, 16, 32), num_warps=4)
-    opts = _options("prototypes", feat, k, c, 64, 64, 128, 8, (32, 32, 64, 4))
+    few = k <= 32
+    opts = _options("prototypes", feat, k, c, 64, 64, 64 if few else 128, 4 if few else 8, (32, 32, 64, 4))
     tiles, cells = triton.cdiv(n, o["BN"]), triton.cdiv(k, opts["BK"])*triton.cdiv(c, opts["BC"])
     splits, per = _splits(n, opts["BN"], b*cells)
     (strides, flat), lse, tops = _walk(logits, feat, pos), new(b, n), new(b, tiles, k)
@@ -332,7 +334,7 @@ def prototypes_bwd(
     semantic, spatial, lse, top, mass, total = kept
     (b, k, h, w), c, n, half = logits.shape, feat.shape[1], logits.shape[2]*logits.shape[3], feat.dtype == torch.float16
     shares = _shares(semantic, spatial, mass, total, *grads, torch.float32 if half else feat.dtype)
-    opts = _options("prototypes_bwd", feat, k, c, 64, 64, 64, 4, (32, 32, 32, 4))
+    opts = _options("prototypes_bwd", feat, k, c, 64, 64, 64, 8, (32, 32, 32, 8))
     outs = [_like(x) if need else x.new_empty(0) for x, need in zip((logits, feat, pos), wanted)]
     to = [s for x, need in zip(outs, wanted) for s in ((x.stride(0), x.stride(1), x.stride(3)) if need else (0, 0, 0))]
     strides, flat = _walk(logits, feat, pos)
@@ -350,7 +352,7 @@ def cosine_fwd(
     "Launch the forward kernel."
     (b, c, h, w), k, n, p = feat.shape, u.shape[1], feat.shape[2]*feat.shape[3], feat if pos is None else pos
     out, norm = torch.empty((b, k, h, w), dtype=feat.dtype, device=feat.device), torch.empty((b, n), dtype=torch.float32, device=feat.device)
-    opts = _options("cosine_logits", feat, k, c, 64, 256, 32, 8 if k > 64 else 4, (32, 64, 32, 4) if feat.dtype == torch.float32 else None)
+    opts = _options("cosine_logits", feat, k, c, 64, 256, 32, 8 if k > 64 else 4, (32, 64, 32, 8) if feat.dtype == torch.float32 else None)
     strides, flat = _walk(feat, p)
     with on_device(feat):
         _cosine_fwd_kernel[(b*triton.cdiv(n, opts["BN"])*triton.cdiv(k, opts["BK"]),)](u.to(feat.dtype).contiguous(), feat, p, out, norm, n, k, c, w, *strides, FLAT=flat,
@@ -369,7 +371,8 @@ def cosine_bwd(
     (b, c, h, w), k, n, p, (out, norm) = feat.shape, u.shape[1], feat.shape[2]*feat.shape[3], feat if pos is None else pos, kept
     wide = feat.dtype == torch.float32
     a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None)
-    o = _options("cosine_du", feat, k, c, 64, 64, 128, 8, (32, 32, 64, 4) if wide else None)
+    few = k <= 32
+    o = _options("cosine_du", feat, k, c, 64, 64, 64 if few else 128, 4 if few else 8, (32, 32, 64, 8) if wide else None)
     cells = triton.cdiv(k, o["BK"])*triton.cdiv(c, o["BC"])
     splits, per = _splits(n, o["BN"], b*cells)
     (strides, flat), dx, part = _walk(feat, p, g), _like(feat) if wanted[1] else feat.new_empty(0), None
