@@ -138,3 +138,34 @@ def test_nearest_rule():
     "Labels on the grid are pixel floor(i H/h)."
     y = torch.arange(63).view(1, 7, 9)
     assert torch.equal(at_grid(y, (3, 4))[0], y[0][[0, 2, 4]][:, [0, 2, 4, 6]])
+
+
+def test_upernet_parity():
+    "Swin, decoder, both heads, prototypes and every loss of the official UPerNet with the classifier."
+    f = need("ssa_upernet_swin_t")
+    m = create_model("upernet_swin_t_ssa", 150).eval()
+    report = load_official(m, f.state())
+    assert num_params(m) + report.ignored_params == f.spec["params"]
+    x, y = f.inputs()["img"], torch.from_numpy(f.golden["label"])[:, 0].long()
+    with torch.no_grad():
+        maps = m.host.encoder(x)
+        feat, aux = m.features(x)
+        a, losses = m.classifier.answer(feat), m(x, y)
+    found = {**{f"c{i}": t for i, t in enumerate(maps, 1)}, "feat": feat, "coarse": a.coarse, "center_pos": a.spatial, "pred_proto": a.semantic, "head_logits": a.logits, "aux": aux["aux"],
+             "logits": m.upsample(a.logits, x.shape[2:])}
+    for n, t in found.items(): assert f.error(n, t) <= 2e-5, n
+    terms = {"train.aux.loss_ce": losses["aux"], "train.decode.loss_ce": losses["loss"] - losses["aux"], **{f"train.decode.{n}": v for n, v in losses.items() if n not in ("loss", "aux")}}
+    for n, t in terms.items(): assert f.error(n, t) <= 1e-4, n
+    assert set(found) | set(terms) == set(f.golden) - {"label"}
+
+
+@pytest.mark.parametrize("name,full,deployed,gmacs", [("upernet_swin_t_ssa", 62.123, 61.073, 240.87), ("upernet_swin_b_ssa", 123.461, 122.411, 302.99), ("upernet_swin_l_ssa", 235.941, 234.891, 411.61),
+                                                      ("ocrnet_hr48_ssa", 72.714, 71.664, 171.13)])
+def test_costs_of_hosts(name, full, deployed, gmacs):
+    "Parameters with and without teacher (the count leaves auxiliary heads in), and every product counted."
+    with torch.device("meta"): m = create_model(name, 150, seed=None)
+    assert abs(num_params(m)/1e6 - full) < 6e-4
+    m.classifier.deploy()
+    assert abs(num_params(m)/1e6 - deployed) < 1.1e-3 # both published figures are rounded
+    c = cost(name, 150, (512, 512))
+    assert abs(c["paper_gmacs"]/gmacs - 1) < .01, c
