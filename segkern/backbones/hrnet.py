@@ -56,7 +56,9 @@ class HRNet(nn.Module):
             for module in stage: maps = fuse(module, maps)
         return maps
 
-    def key_rules(self, state): return key_rules() + [Rule(r"(?:decode_head|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
+    def key_rules(self, state): # a segmentor's file fills it too
+        "Key table of OpenMMLab's, the authors' and timm's files."
+        return key_rules() + [Rule(r"(?:decode_head|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
 
 # %% ../../nbs/26_backbones.hrnet.ipynb #5fac2a31
 def key_rules(

@@ -16,7 +16,8 @@ from torch import nn
 from ..weights import Rule
 
 # %% ../../nbs/25_backbones.swin.ipynb #cb544641
-SWINS = {"swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24)), "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32)), "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48))} # width, depths, heads
+SWINS = {"swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24)), "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+         "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48))} # width of the first stage, depths, heads
 WINDOW, SHIFT = 7, 3
 
 # %% ../../nbs/25_backbones.swin.ipynb #4c6d11f5
@@ -158,7 +159,9 @@ class Swin(nn.Module):
             maps.append(y)
         return maps
 
-    def key_rules(self, state): return key_rules(state) + [Rule(r"(?:decode_head|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
+    def key_rules(self, state): # a segmentor's file fills it too
+        "Key table of OpenMMLab's, Microsoft's and timm's files."
+        return key_rules(state) + [Rule(r"(?:decode_head|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
 
     def adapt(self, state, undo): return adapt(state)
 
@@ -182,10 +185,12 @@ def key_rules(
     at = f"{theirs}(?:stages|layers)" + r"\.(\d)\.blocks\.(\d+)\."
     merges = [Rule(f"{theirs}layers\\.{i + late}\\.downsample\\.", f"{ours}stages.{i}.merge.") for i in range(3)]
     return [Rule(f"{theirs}patch_embed\\.proj(?:ection)?\\.", ours + "embed."), Rule(f"{theirs}patch_embed\\.norm\\.", ours + "embed_norm."),
-            Rule(at + r"attn\.(?:w_msa\.)?relative_position_index$", unused="counter or index table"), Rule(at + "attn_mask$", unused="a mask for one size of picture"),
+            Rule(at + r"attn\.(?:w_msa\.)?relative_position_index$", unused="counter or index table"),
+            Rule(at + "attn_mask$", unused="a mask for one size of picture"),
             Rule(at + r"attn\.(?:w_msa\.)?relative_position_bias_table$", block + "attn.bias_table"), Rule(at + r"attn\.(?:w_msa\.)?", block + "attn."),
-            Rule(at + r"(?:mlp\.fc1|ffn\.layers\.0\.0)\.", block + "fc1."), Rule(at + r"(?:mlp\.fc2|ffn\.layers\.1)\.", block + "fc2."), Rule(at + r"(norm[12])\.", block + r"\3."),
-            Rule(f"{theirs}stages" + r"\.([012])\.downsample\.", ours + r"stages.\1.merge."), *merges, Rule(f"{theirs}norm" + r"([0-3])\.", ours + r"stages.\1.norm."),
+            Rule(at + r"(?:mlp\.fc1|ffn\.layers\.0\.0)\.", block + "fc1."), Rule(at + r"(?:mlp\.fc2|ffn\.layers\.1)\.", block + "fc2."),
+            Rule(at + r"(norm[12])\.", block + r"\3."), Rule(f"{theirs}norm" + r"([0-3])\.", ours + r"stages.\1.norm."),
+            Rule(f"{theirs}stages" + r"\.([012])\.downsample\.", ours + r"stages.\1.merge."), *merges,
             Rule(f"{theirs}norm" + r"\.(?:weight|bias)$", unused="unused: the norm before the ImageNet classifier"),
             Rule(f"{theirs}head" + r"\.(?:fc\.)?(?:weight|bias)$", unused="unused: the ImageNet classifier")]
 

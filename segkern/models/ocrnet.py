@@ -47,9 +47,11 @@ class ObjectContext(nn.Module):
         self.apply(init_conv)
 
     def forward(self, f, regions): # [b, c, h, w], [b, k, h, w] logits -> [b, c, h, w]
-        if self.training and len(f) == regions.shape[1] == 1: raise ValueError("one class and one picture are one value per channel, which no norm can train with")
-        objects = (regions.flatten(2).softmax(2) @ f.flatten(2).transpose(1, 2)).transpose(1, 2)[..., None] # [b, c, k, 1]
-        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in (self.query(f), self.key(objects), self.value(objects))) # [b, 1, n or k, d]
+        if self.training and len(f) == regions.shape[1] == 1:
+            raise ValueError("training normalises one value per channel, picture and class: it needs 2 pictures per device or 2 classes, got 1 and 1")
+        tokens = lambda t: t.flatten(2).transpose(1, 2) # [b, c, h, w] -> [b, h*w, c]
+        objects = (regions.flatten(2).softmax(2) @ tokens(f)).transpose(1, 2)[..., None] # [b, c, k, 1]
+        q, k, v = (tokens(t)[:, None] for t in (self.query(f), self.key(objects), self.value(objects))) # [b, 1, h*w or k, d]
         y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, f.shape[2:])
         return self.merge(torch.cat([self.out(y), f], 1))
 
@@ -100,7 +102,8 @@ class OCRNet(SegModel):
         return {"loss": sum(losses.values()), **{n: v.detach() for n, v in losses.items()}}
 
     @property
-    def options(self): return {"width": self.width, "aux_weight": self.aux_weight, "mean_over": self.mean_over} # what a file must remember besides the name
+    def options(self): # what a file must remember besides the name
+        return {"width": self.width, "aux_weight": self.aux_weight, "mean_over": self.mean_over}
 
     def key_rules(self, state):
         "Key table of OpenMMLab's checkpoints, and of ImageNet files for the encoder."
@@ -112,9 +115,10 @@ class OCRNet(SegModel):
 def head_rules():
     "Key table of the two stages of the decoder."
     block = r"decode_head\.1\.object_context_block\."
-    return [Rule(r"decode_head\.0\.convs\.0\.", "regions.fusion."), Rule(r"decode_head\.0\.conv_seg\.", "regions.classifier."), Rule(r"decode_head\.1\.bottleneck\.", "bottleneck."),
-            Rule(block + r"(query|key)_project\.(\d)\.", r"context.\1.\2."), Rule(block + r"value_project\.", "context.value."), Rule(block + r"out_project\.", "context.out."),
-            Rule(block + r"bottleneck\.", "context.merge."), Rule(r"decode_head\.1\.conv_seg\.", "classifier.")]
+    pairs = [(r"decode_head\.0\.convs\.0\.", "regions.fusion."), (r"decode_head\.0\.conv_seg\.", "regions.classifier."), (r"decode_head\.1\.bottleneck\.", "bottleneck."),
+             (block + r"(query|key)_project\.(\d)\.", r"context.\1.\2."), (block + r"value_project\.", "context.value."), (block + r"out_project\.", "context.out."),
+             (block + r"bottleneck\.", "context.merge."), (r"decode_head\.1\.conv_seg\.", "classifier.")]
+    return [Rule(a, b) for a, b in pairs]
 
 def describe_state(
     state:dict, # official state dict

@@ -146,7 +146,8 @@ def head_rules():
     "Key table of the decoder and the auxiliary head."
     pairs = [(r"psp_modules\.(\d)\.1\.", r"head.pools.\1."), (r"lateral_convs\.(\d)\.", r"head.laterals.\1."), (r"fpn_convs\.(\d)\.", r"head.smooth.\1."),
              (r"bottleneck\.", "head.bottleneck."), (r"fpn_bottleneck\.", "head.fuse."), (r"conv_seg\.", "classifier.")]
-    return [*[Rule(r"decode_head\." + a, b) for a, b in pairs], Rule(r"auxiliary_head\.convs\.0\.", "auxiliary.conv."), Rule(r"auxiliary_head\.conv_seg\.", "auxiliary.classifier.")]
+    aux = [Rule(r"auxiliary_head\.convs\.0\.", "auxiliary.conv."), Rule(r"auxiliary_head\.conv_seg\.", "auxiliary.classifier.")]
+    return [Rule(r"decode_head\." + a, b) for a, b in pairs] + aux
 
 def describe_state(
     state:dict, # official state dict
