@@ -121,5 +121,4 @@ class SegModel(nn.Module):
 
     @property
     def options(self): return {"act": self.act} if getattr(self, "act", None) else {} # what a file must remember besides the name
-
     def key_rules(self, state:dict)->list: return [] # key table of the official checkpoint

@@ -9,14 +9,11 @@ __all__ = ['Answer', 'Prototypes', 'SSAClassifier', 'ssa_losses', 'SSA', 'ssa_ru
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..core import IGNORE
-from ..losses import cross_entropy
 from ..losses.distill import at_grid, position_distillation, relation_distillation, response_distillation
 from .base import SegModel, check_input
-from .segformer import pixel_cross_entropy
 from ..ops import upsample_cross_entropy, upsample_dice
 from ..ops.prototype import class_sums, cosine_logits, cosine_logits_ref, prototypes, prototypes_ref
 from ..weights import Rule
