@@ -80,7 +80,8 @@ def _prototypes_stats_kernel(logits, lse, top, N, K, W, sb, sk, sh, sw, FLAT: tl
     high, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        m = tl.load(at + k.to(tl.int64)[:, None]*sk, mask=(k < K)[:, None] & (n < N)[None, :], other=float("-inf")).to(tl.float32)*1.4426950408889634 # [BK, BN]
+        m = tl.load(at + k.to(tl.int64)[:, None]*sk, mask=(k < K)[:, None] & (n < N)[None, :], other=float("-inf")) # [BK, BN]
+        m = m.to(tl.float32)*1.4426950408889634
         tl.store(top + (b*tiles + tile)*K + k, tl.max(m, 1), mask=k < K)
         new = tl.maximum(high, tl.max(m, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -104,7 +105,8 @@ def _prototypes_sums_kernel(logits, feat, pos, lse, top, semantic, spatial, mass
         n = n0 + tl.arange(0, BN)
         in_n = n < N
         inside, cells = in_k[:, None] & in_n[None, :], in_n[:, None] & in_c[None, :]
-        m = tl.load(logits + b*sb + k64[:, None]*sk + _place(n, W, sh, sw, FLAT)[None, :], mask=inside, other=0.0).to(tl.float32)*1.4426950408889634 # [BK, BN]
+        m = tl.load(logits + b*sb + k64[:, None]*sk + _place(n, W, sh, sw, FLAT)[None, :], mask=inside, other=0.0) # [BK, BN]
+        m = m.to(tl.float32)*1.4426950408889634
         ft = tl.load(feat + b*fb + _place(n, W, fh, fw, FLAT)[:, None] + c64[None, :]*fc, mask=cells, other=0.0) # [BN, BC]
         pt = tl.load(pos + b*pb + _place(n, W, ph, pw, FLAT)[:, None] + c64[None, :]*pc, mask=cells, other=0.0)
         if WIDE: ft, pt = ft.to(tl.float32), pt.to(tl.float32)
@@ -131,7 +133,8 @@ def _prototypes_bwd_kernel(logits, feat, pos, lse, top, da, dz, ha, hz, dlogits,
     tiles = tl.cdiv(N, BN)
     b, n = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles)*BN + tl.arange(0, BN)
     in_n, n64 = n < N, n.to(tl.int64)
-    from_m, from_f, from_p = logits + b*sb + _place(n, W, sh, sw, FLAT)[None, :], feat + b*fb + _place(n, W, fh, fw, FLAT)[None, :], pos + b*pb + _place(n, W, ph, pw, FLAT)[None, :]
+    from_m = logits + b*sb + _place(n, W, sh, sw, FLAT)[None, :]
+    from_f, from_p = feat + b*fb + _place(n, W, fh, fw, FLAT)[None, :], pos + b*pb + _place(n, W, ph, pw, FLAT)[None, :]
     l2, delta = tl.load(lse + b*N + n, mask=in_n, other=0.0)[None, :], tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
@@ -139,15 +142,15 @@ def _prototypes_bwd_kernel(logits, feat, pos, lse, top, da, dz, ha, hz, dlogits,
         af, ap = tl.zeros([BC, BN], tl.float32), tl.zeros([BC, BN], tl.float32)
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
-            inside, small, to = (k < K)[:, None] & in_n[None, :], (c < C)[:, None] & (k < K)[None, :], (b*K + k)[None, :]*C + c[:, None]
+            inside, small, to = (k < K)[:, None] & in_n[None, :], (c < C)[:, None] & (k < K)[None, :], k[None, :]*C + c[:, None]
             m = tl.load(from_m + k.to(tl.int64)[:, None]*sk, mask=inside, other=0.0).to(tl.float32)*1.4426950408889634 # [BK, BN]
             if LOGITS or FEAT:
-                a = tl.load(da + to, mask=small, other=0.0) # [BC, BK]
+                a = tl.load(da + b*K*C + to, mask=small, other=0.0) # [BC, BK]
                 s = tl.where(inside, tl.exp2(m - l2), 0.0).to(a.dtype)
                 af += tl.dot(a, s, input_precision=PRECISION)
                 if LOGITS: delta += tl.where(c0 == 0, tl.sum(s.to(tl.float32)*tl.load(dz + b*K + k, mask=k < K, other=0.0)[:, None], 0), 0.0)
             if POS:
-                a = tl.load(ha + to, mask=small, other=0.0)
+                a = tl.load(ha + b*K*C + to, mask=small, other=0.0)
                 t = tl.where(inside, tl.exp2(m - tl.load(top + b*K + k, mask=k < K, other=0.0)[:, None]), 0.0).to(a.dtype)
                 ap += tl.dot(a, t, input_precision=PRECISION)
         if LOGITS: delta += tl.sum(af*tl.load(from_f + c64*fc, mask=cells, other=0.0).to(tl.float32), 0)
@@ -159,11 +162,12 @@ def _prototypes_bwd_kernel(logits, feat, pos, lse, top, da, dz, ha, hz, dlogits,
         ds, dt = tl.zeros([BK, BN], tl.float32), tl.zeros([BK, BN], tl.float32)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
-            cells, small, c64, to = (c < C)[:, None] & in_n[None, :], in_k[:, None] & (c < C)[None, :], c.to(tl.int64)[:, None], (b*K + k)[:, None]*C + c[None, :]
+            cells, small = (c < C)[:, None] & in_n[None, :], in_k[:, None] & (c < C)[None, :]
+            c64, to = c.to(tl.int64)[:, None], k[:, None]*C + c[None, :]
             ft, pt = tl.load(from_f + c64*fc, mask=cells, other=0.0), tl.load(from_p + c64*pc, mask=cells, other=0.0) # [BC, BN]
             if WIDE: ft, pt = ft.to(tl.float32), pt.to(tl.float32)
-            ds += tl.dot(tl.load(da + to, mask=small, other=0.0), ft, input_precision=PRECISION)
-            dt += tl.dot(tl.load(ha + to, mask=small, other=0.0), pt, input_precision=PRECISION)
+            ds += tl.dot(tl.load(da + b*K*C + to, mask=small, other=0.0), ft, input_precision=PRECISION)
+            dt += tl.dot(tl.load(ha + b*K*C + to, mask=small, other=0.0), pt, input_precision=PRECISION)
         m = tl.load(from_m + k64*sk, mask=inside, other=0.0).to(tl.float32)*1.4426950408889634
         s, t = tl.exp2(m - l2), tl.exp2(m - tl.load(top + b*K + k, mask=in_k, other=0.0)[:, None])
         ds += tl.load(dz + b*K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]
@@ -186,7 +190,7 @@ def _cosine_fwd_kernel(u, feat, pos, out, norm, N, K, C, W, fb, fc, fh, fw, pb, 
         cells, c64 = (c < C)[:, None] & in_n[None, :], c.to(tl.int64)[:, None]
         x = tl.load(from_f + c64*fc, mask=cells, other=0.0).to(tl.float32) # [BC, BN]
         if POS: x += tl.load(from_p + c64*pc, mask=cells, other=0.0).to(tl.float32)
-        a = tl.load(u + (b*K + k)[:, None]*C + c[None, :], mask=in_k[:, None] & (c < C)[None, :], other=0.0) # [BK, BC]
+        a = tl.load(u + b*K*C + (k[:, None]*C + c[None, :]), mask=in_k[:, None] & (c < C)[None, :], other=0.0) # [BK, BC]
         square += tl.sum(x*x, 0)
         acc += tl.dot(a, x.to(a.dtype), input_precision=PRECISION)
     r = tl.sqrt(square)
@@ -209,7 +213,7 @@ def _cosine_dx_kernel(u, feat, pos, out, norm, g, dx, N, K, C, W, fb, fc, fh, fw
         inside = (k < K)[:, None] & in_n[None, :]
         d = tl.load(from_g + k.to(tl.int64)[:, None]*gk, mask=inside, other=0.0) # [BK, BN]
         o = tl.load(out + (b*K + k)[:, None]*N + n[None, :], mask=inside, other=0.0)
-        a = tl.load(u + (b*K + k)[None, :]*C + c[:, None], mask=(c < C)[:, None] & (k < K)[None, :], other=0.0) # [BC, BK]
+        a = tl.load(u + b*K*C + (k[None, :]*C + c[:, None]), mask=(c < C)[:, None] & (k < K)[None, :], other=0.0) # [BC, BK]
         along += tl.sum(d.to(tl.float32)*o.to(tl.float32), 0)
         acc += tl.dot(a, d, input_precision=PRECISION)
     x = tl.load(feat + b*fb + c64*fc + _place(n, W, fh, fw, FLAT)[None, :], mask=cells, other=0.0).to(tl.float32)
@@ -305,7 +309,8 @@ def prototypes_fwd(
     pos:torch.Tensor, # [b, c, h, w] in the type of `feat`, any strides
 )->tuple: # centres [b, k, c], log-sum-exps [b, h*w] and maxima [b, k] in base 2, sums of both weights [b, k]; all float32
     "Launch both kernels and add the partial sums."
-    (b, k, h, w), c, n = logits.shape, feat.shape[1], logits.shape[2]*logits.shape[3]
+    (b, k, h, w), c = logits.shape, feat.shape[1]
+    n = h*w
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=feat.device)
     o = blocks("prototypes_stats", BN=128, BK=pow2(k, 16, 32), num_warps=4)
     few = k <= 32
@@ -317,7 +322,8 @@ def prototypes_fwd(
     with on_device(feat):
         _prototypes_stats_kernel[(b*tiles,)](logits, lse, tops, n, k, w, *strides[:4], FLAT=flat, **o)
         top = tops.amax(1)
-        _prototypes_sums_kernel[(b*cells*splits,)](logits, feat, pos, lse, top, *parts, n, k, c, w, splits, per, *strides, FLAT=flat, WIDE=feat.dtype == torch.float16, **opts)
+        _prototypes_sums_kernel[(b*cells*splits,)](logits, feat, pos, lse, top, *parts, n, k, c, w, splits, per, *strides, FLAT=flat,
+                                                   WIDE=feat.dtype == torch.float16, **opts)
     semantic, spatial, mass, total = (p.sum(1) for p in parts)
     return semantic/(mass[..., None] + EPS), spatial/total[..., None], lse, top, mass, total
 
@@ -332,15 +338,17 @@ def prototypes_bwd(
 )->tuple: # the three gradients; an empty tensor where not wanted
     "Launch the backward kernel."
     semantic, spatial, lse, top, mass, total = kept
-    (b, k, h, w), c, n, half = logits.shape, feat.shape[1], logits.shape[2]*logits.shape[3], feat.dtype == torch.float16
+    (b, k, h, w), c, half = logits.shape, feat.shape[1], feat.dtype == torch.float16
+    n = h*w
     shares = _shares(semantic, spatial, mass, total, *grads, torch.float32 if half else feat.dtype)
-    opts = _options("prototypes_bwd", feat, k, c, 64, 64, 64, 8, (32, 32, 32, 8))
+    opts = _options("prototypes_bwd", feat, k, c, 32, 64, 64, 4, (32, 32, 32, 8))
     outs = [_like(x) if need else x.new_empty(0) for x, need in zip((logits, feat, pos), wanted)]
     to = [s for x, need in zip(outs, wanted) for s in ((x.stride(0), x.stride(1), x.stride(3)) if need else (0, 0, 0))]
     strides, flat = _walk(logits, feat, pos)
+    grid = (b*triton.cdiv(n, opts["BN"]),)
     with on_device(feat):
-        _prototypes_bwd_kernel[(b*triton.cdiv(n, opts["BN"]),)](logits, feat, pos, lse, top, *shares, *outs, n, k, c, w, *strides, *to, FLAT=flat, WIDE=half,
-                                                               LOGITS=wanted[0], FEAT=wanted[1], POS=wanted[2], **opts)
+        _prototypes_bwd_kernel[grid](logits, feat, pos, lse, top, *shares, *outs, n, k, c, w, *strides, *to, FLAT=flat, WIDE=half,
+                                     LOGITS=wanted[0], FEAT=wanted[1], POS=wanted[2], **opts)
     return tuple(outs)
 
 # %% ../../nbs/15_ops.prototype.ipynb #a77fb84d
@@ -350,13 +358,14 @@ def cosine_fwd(
     pos:torch.Tensor|None, # [b, c, h, w] in the type of `feat`, any strides
 )->tuple: # logits [b, k, h, w], norms [b, h*w] in float32
     "Launch the forward kernel."
-    (b, c, h, w), k, n, p = feat.shape, u.shape[1], feat.shape[2]*feat.shape[3], feat if pos is None else pos
+    (b, c, h, w), k, p = feat.shape, u.shape[1], feat if pos is None else pos
+    n = h*w
     out, norm = torch.empty((b, k, h, w), dtype=feat.dtype, device=feat.device), torch.empty((b, n), dtype=torch.float32, device=feat.device)
     opts = _options("cosine_logits", feat, k, c, 64, 256, 32, 8 if k > 64 else 4, (32, 64, 32, 8) if feat.dtype == torch.float32 else None)
     strides, flat = _walk(feat, p)
+    grid = (b*triton.cdiv(n, opts["BN"])*triton.cdiv(k, opts["BK"]),)
     with on_device(feat):
-        _cosine_fwd_kernel[(b*triton.cdiv(n, opts["BN"])*triton.cdiv(k, opts["BK"]),)](u.to(feat.dtype).contiguous(), feat, p, out, norm, n, k, c, w, *strides, FLAT=flat,
-                                                                                      POS=pos is not None, **opts)
+        _cosine_fwd_kernel[grid](u.to(feat.dtype).contiguous(), feat, p, out, norm, n, k, c, w, *strides, FLAT=flat, POS=pos is not None, **opts)
     return out, norm
 
 def cosine_bwd(
@@ -368,8 +377,8 @@ def cosine_bwd(
     wanted:tuple=(True, True), # gradients of `u`, of the sum of the maps
 )->tuple: # the two gradients; an empty tensor where not wanted
     "Launch the backward kernels, one per gradient."
-    (b, c, h, w), k, n, p, (out, norm) = feat.shape, u.shape[1], feat.shape[2]*feat.shape[3], feat if pos is None else pos, kept
-    wide = feat.dtype == torch.float32
+    (b, c, h, w), k, p, (out, norm) = feat.shape, u.shape[1], feat if pos is None else pos, kept
+    n, wide = h*w, feat.dtype == torch.float32
     a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None)
     few = k <= 32
     o = _options("cosine_du", feat, k, c, 64, 64, 64 if few else 128, 4 if few else 8, (32, 32, 64, 8) if wide else None)
@@ -378,8 +387,9 @@ def cosine_bwd(
     (strides, flat), dx, part = _walk(feat, p, g), _like(feat) if wanted[1] else feat.new_empty(0), None
     with on_device(feat):
         if wanted[1]:
-            _cosine_dx_kernel[(b*triton.cdiv(n, a["BN"])*triton.cdiv(c, a["BC"]),)](u.to(feat.dtype).contiguous(), feat, p, out, norm, g, dx, n, k, c, w, *strides,
-                                                                                   dx.stride(0), dx.stride(1), dx.stride(3), FLAT=flat, POS=pos is not None, **a)
+            grid = (b*triton.cdiv(n, a["BN"])*triton.cdiv(c, a["BC"]),)
+            _cosine_dx_kernel[grid](u.to(feat.dtype).contiguous(), feat, p, out, norm, g, dx, n, k, c, w, *strides,
+                                    dx.stride(0), dx.stride(1), dx.stride(3), FLAT=flat, POS=pos is not None, **a)
         if wanted[0]:
             part = torch.empty((b, splits, k, c), dtype=torch.float32, device=feat.device)
             _cosine_du_kernel[(b*cells*splits,)](feat, p, norm, g, part, n, k, c, w, splits, per, *strides, FLAT=flat, POS=pos is not None, **o)
@@ -392,13 +402,15 @@ def class_sums_fwd(
     num_classes:int, # k
 )->tuple: # sums [b, k, c], counts [b, k]; float32
     "Launch the forward kernel and add the partial sums."
-    (b, c, h, w), k, n = x.shape, num_classes, x.shape[2]*x.shape[3]
+    (b, c, h, w), k = x.shape, num_classes
+    n = h*w
     opts = _options("class_sums", x, k, c, 64, 64, 128, 8, (32, 32, 64, 4) if x.dtype == torch.float32 else None)
     cells = triton.cdiv(k, opts["BK"])*triton.cdiv(c, opts["BC"])
     splits, per = _splits(n, opts["BN"], b*cells)
     sums, counts = (torch.empty(s, dtype=torch.float32, device=x.device) for s in ((b, splits, k, c), (b, splits, k)))
     strides, flat = _walk(x, labels)
-    with on_device(x): _class_sums_fwd_kernel[(b*cells*splits,)](x, labels, sums, counts, n, k, c, w, splits, per, *strides, FLAT=flat, **opts)
+    with on_device(x):
+        _class_sums_fwd_kernel[(b*cells*splits,)](x, labels, sums, counts, n, k, c, w, splits, per, *strides, FLAT=flat, **opts)
     return sums.sum(1), counts.sum(1)
 
 def class_sums_bwd(
@@ -407,12 +419,13 @@ def class_sums_bwd(
     g:torch.Tensor, # gradient of the sums [b, k, c], any strides
 )->torch.Tensor: # gradient of `x`
     "Launch the backward kernel."
-    (b, c, h, w), n, dx = x.shape, x.shape[2]*x.shape[3], _like(x)
+    (b, c, h, w), dx = x.shape, _like(x)
+    n = h*w
     opts = blocks("class_sums_bwd", BN=128, BC=pow2(c, 1, 32), num_warps=4)
     strides, flat = _walk(labels)
+    grid = (b*triton.cdiv(n, opts["BN"])*triton.cdiv(c, opts["BC"]),)
     with on_device(x):
-        _class_sums_bwd_kernel[(b*triton.cdiv(n, opts["BN"])*triton.cdiv(c, opts["BC"]),)](g, labels, dx, n, g.shape[1], c, w, *g.stride(), *strides,
-                                                                                          dx.stride(0), dx.stride(1), dx.stride(3), FLAT=flat, **opts)
+        _class_sums_bwd_kernel[grid](g, labels, dx, n, g.shape[1], c, w, *g.stride(), *strides, dx.stride(0), dx.stride(1), dx.stride(3), FLAT=flat, **opts)
     return dx
 
 # %% ../../nbs/15_ops.prototype.ipynb #6625f766
