@@ -55,8 +55,7 @@ class SegModel(nn.Module):
     "Base of all networks. A subclass sets `classifier`, overrides `feature`, and `outputs` where it has auxiliary heads."
     stride = 4           # of the logits
     multiple = 1         # sides must be multiples of this
-    align_corners = False
-    deployed = False     # auxiliary heads gone
+    align_corners, deployed = False, False # convention of the resize; auxiliary heads gone
     weights_key = "class_weights" # of the dataset's table: the class weights that this network's loss was tuned with
 
     def __init__(self,
@@ -121,4 +120,5 @@ class SegModel(nn.Module):
 
     @property
     def options(self): return {"act": self.act} if getattr(self, "act", None) else {} # what a file must remember besides the name
+
     def key_rules(self, state:dict)->list: return [] # key table of the official checkpoint
