@@ -419,3 +419,23 @@ def test_one_picture_cannot_train():
 def test_names():
     assert [n for n in list_models("upernet*") if not n.endswith("_ssa")] == UPERNETS and "ocrnet_hr48" in list_models()
     assert segkern.list_encoders("swin*") == ["swin_t", "swin_b", "swin_l"] and segkern.list_encoders("hrnet_w48") == ["hrnet_w48"]
+
+
+@pytest.mark.parametrize("suffix", ["", "_ssa"])
+def test_recipes(suffix):
+    "AdamW without decay on the encoder's norms and position tables alone; SGD with one rate for OCRNet."
+    from segkern.recipes import recipe_for
+    from segkern.train import lr_at, parameter_groups
+    with torch.device("meta"): swin, hr = (create_model(f"{n}{suffix}", 150, seed=None) for n in ("upernet_swin_t", "ocrnet_hr48"))
+    for dataset, steps, crop in (("ade20k", 160_000, 512), ("coco_stuff10k", 80_000, 512), ("pascal_context", 80_000, 480)):
+        r = recipe_for(swin.name, dataset)
+        groups = {k: [n for n, *_ in v] for k, v in parameter_groups(swin, r).items()}
+        assert set(groups) == {(1.0, 0.0), (1.0, .01)} and (r.iterations, r.crop, r.batch) == (steps, (crop, crop), 16)
+        kept = {n for n, _ in swin.named_parameters() if "norm" in n or "bias_table" in n}
+        assert set(groups[(1.0, 0.0)]) == kept and len(kept) == 2*(1 + 2*12 + 3 + 4) + 12
+        for i in (0, 700, 1499, 1500, steps - 1):
+            official = 6e-5*(1 - i/steps)*(1 - (1 - i/1500)*(1 - 1e-6) if i < 1500 else 1)
+            assert lr_at(r, i) == pytest.approx(official, rel=1e-9)
+        r = recipe_for(hr.name, dataset)
+        assert list(parameter_groups(hr, r)) == [(1.0, 5e-4)] and r.optimizer == "sgd" and r.momentum == .9 and (r.iterations, r.crop, r.batch) == (steps, (crop, crop), 16)
+        for i in (0, 1000, steps - 1): assert lr_at(r, i) == pytest.approx((.01 - 1e-4)*(1 - i/steps)**.9 + 1e-4, rel=1e-9)
