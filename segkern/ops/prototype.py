@@ -87,6 +87,7 @@ def _prototypes_stats_kernel(logits, lse, top, N, K, W, sb, sk, sh, sw, FLAT: tl
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total*tl.exp2(high - safe) + tl.sum(tl.exp2(m - safe[None, :]), 0)
         high = new
+    total = tl.where(n < N, total, 1.0)
     tl.store(lse + b*N + n, tl.where(high == float("-inf"), 0.0, high) + tl.log2(total), mask=n < N)
 
 # %% ../../nbs/15_ops.prototype.ipynb #3103a88b
@@ -313,8 +314,8 @@ def prototypes_fwd(
     n = h*w
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=feat.device)
     o = blocks("prototypes_stats", BN=128, BK=pow2(k, 16, 32), num_warps=4)
-    few = k <= 32
-    opts = _options("prototypes", feat, k, c, 64, 64, 64 if few else 128, 4 if few else 8, (32, 32, 64, 4))
+    small = k <= 32 or n % 8
+    opts = _options("prototypes", feat, k, c, *((32, 32, 64, 8) if small else (64, 64, 128, 8)), (32, 32, 64, 4))
     tiles, cells = triton.cdiv(n, o["BN"]), triton.cdiv(k, opts["BK"])*triton.cdiv(c, opts["BC"])
     splits, per = _splits(n, opts["BN"], b*cells)
     (strides, flat), lse, tops = _walk(logits, feat, pos), new(b, n), new(b, tiles, k)
@@ -380,8 +381,7 @@ def cosine_bwd(
     (b, c, h, w), k, p, (out, norm) = feat.shape, u.shape[1], feat if pos is None else pos, kept
     n, wide = h*w, feat.dtype == torch.float32
     a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None)
-    few = k <= 32
-    o = _options("cosine_du", feat, k, c, 64, 64, 64 if few else 128, 4 if few else 8, (32, 32, 64, 8) if wide else None)
+    o = _options("cosine_du", feat, k, c, 64, 64, 64, 8 if k <= 32 or n % 8 else 4, (32, 32, 64, 8) if wide else None)
     cells = triton.cdiv(k, o["BK"])*triton.cdiv(c, o["BC"])
     splits, per = _splits(n, o["BN"], b*cells)
     (strides, flat), dx, part = _walk(feat, p, g), _like(feat) if wanted[1] else feat.new_empty(0), None

@@ -49,5 +49,5 @@ def cases():
     yield "one gradient each bf16", lambda: [centres(4, 150, 256, 128, 128, torch.bfloat16, tuple(i == j for j in range(3))) for i in range(3)]
     yield "no positions bf16", lambda: cosine(4, 150, 256, 128, 128, torch.bfloat16, pos=False)
     yield "sums of one channel, 21 classes fp32", lambda: sums(16, 21, 1, 512, 512, torch.float32, torch.int64)
-    yield "more than 2**31 elements bf16", lambda: all_of(8, 19, 512, 1024, 2048, dtype=torch.bfloat16, last=True)
+    yield "more than 2**31 elements, channels last bf16, narrow", lambda: all_of(8, 19, 512, 1024, 2048, dtype=torch.bfloat16, last=True)
     yield "more than 2**31 elements, NCHW bf16", lambda: all_of(8, 150, 512, 1024, 2048, dtype=torch.bfloat16)
