@@ -305,12 +305,15 @@ def train(
     show:bool=_option(False, "--show", help="Print the recipe and the groups of the optimizer, and stop."),
 ):
     "Train a model by its recipe."
-    from segkern.recipes import recipe_for
+    from segkern.recipes import matched, recipe_for
     from segkern.train import fit
     fields = parse_overrides(overrides)
     if "dataset" in fields: raise ValueError("--set dataset=… : name the dataset with --dataset")
     recipe = recipe_for(model, dataset, **fields)
     kw = {n: parse_value(v) for n, v in parse_pairs(model_options).items()}
+    if own := sorted({"name", "num_classes", "dataset", "seed", "pretrained"} & set(kw)):
+        raise ValueError(f"-M {own[0]}=…: say it otherwise (classes follow from the dataset, --seed, --set init=…)")
+    recipe = matched(recipe, model, kw, fields)
     if show: return _show_recipe(model, dataset, recipe, kw)
     ours, theirs = _split_options(recipe, data_options)
     train_set = _dataset(dataset, root, recipe.split, ours, limit)
@@ -327,7 +330,7 @@ def _split_options(recipe, given):
     "Options of the training set and of the validation set: what a recipe says about its data (sparse labels) is for training only, `-D` overrides it."
     own, named = dict(recipe.data_options), parse_pairs(given)
     train = [f"{k}={v}" for k, v in own.items() if k not in named] + [f"{k}={v}" for k, v in named.items()]
-    return train, [f"{k}={v}" for k, v in named.items() if k not in own]
+    return train, [f"{k}={v}" for k, v in named.items() if k not in own and k != "annotation"] # whatever is trained on, full labels tell how good it is
 
 def _show_recipe(model, dataset, recipe, kw):
     "Print what a training would do."
@@ -409,7 +412,7 @@ def evaluate(
     dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     split:str=_option("val", help="Which part of the data."),
-    protocol:str=_option("whole", help="whole, sliding, multiscale, exp_sum (the HRNet line's sum over scales), ade, ade32 (fitted into 2048x512; sides "
+    protocol:str=_option("", help="Default: as the model was shown pictures in training. whole, sliding, multiscale, exp_sum (the HRNet line's sum over scales), ade, ade32 (fitted into 2048x512; sides "
                          "of multiples of 32), square512, square512_ms (the sparse SASFormer's)."),
     miou:str=_option("present", help="Classes the mean runs over: present, all, or s2fpn (as its script does)."),
     scales:str=_option("", help="Scales of multiscale, exp_sum and square512_ms, e.g. 0.5,0.75,1.0."),
@@ -430,19 +433,20 @@ def evaluate(
 ):
     "Score a model: IoU per class, mIoU, pixel accuracy."
     from segkern.core import write_json
-    from segkern.infer import evaluate as score
+    from segkern.infer import evaluate as score, picture_rule
     from segkern.metrics import iou_table
     data = _dataset(dataset, root, split, data_options)
     net = load_model(target, model, "" if restrict and num_classes else dataset, num_classes, device)
     several = dict(scales=parse_field("scales", scales, tuple)) if scales else {}
-    found = score(net, data, protocol=protocol, miou=miou, limit=limit or None, batch=batch, window=_size(window), stride=_size(stride),
-                  workers=workers, flip=flip, base_size=base_size, size=_size(size), restrict=restrict, **several)
+    rule = dict(protocol=protocol or "whole", size=None) if protocol or scales else picture_rule(net)
+    found = score(net, data, protocol=rule["protocol"], miou=miou, limit=limit or None, batch=batch, window=_size(window), stride=_size(stride),
+                  workers=workers, flip=flip, base_size=base_size, size=_size(size) or rule["size"], restrict=restrict, **several)
     found = dict(model=getattr(net, "name", target), weights=target, dataset=dataset, split=split, **found)
     if str(json_file) == "-": return typer.echo(json.dumps(found, indent=1))
     if json_file: write_json(json_file, found)
     percent = lambda v: "–" if v is None else f"{100*v:.2f} %"
     typer.echo(str(iou_table(found, data.classes)))
-    typer.echo(f"\n{found['model']} on {dataset} {split}, {found['n_images']} pictures, protocol {protocol}, mean over classes '{miou}': "
+    typer.echo(f"\n{found['model']} on {dataset} {split}, {found['n_images']} pictures, protocol {rule['protocol']}, mean over classes '{miou}': "
                f"mIoU {percent(found['miou'])}, pixel accuracy {percent(found['pixel_acc'])}, {found['seconds']:.1f} s")
 
 # %% ../nbs/76_cli.ipynb #ed9f9728

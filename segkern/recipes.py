@@ -8,7 +8,7 @@ __all__ = ['S2FPN_CAMVID', 'S2FPN_CITYSCAPES', 'STREETS', 'SANET_CITYSCAPES', 'S
            'SEGFORMER_MMSEG_CITYSCAPES', 'SASFORMER_ICIP_ADE20K', 'SASFORMER_ICIP_CITYSCAPES', 'SEGFORMER_CAMVID',
            'BGR_QUIRK', 'SASFORMER_SPARSE_VOC', 'TREE_ENERGY', 'SEGFORMER_STREETS', 'SASFORMER_SPARSE_STREETS',
            'SSA_SEGFORMER', 'SSA_UPERNET', 'SSA_OCRNET', 'RECIPES', 'check_recipe', 'Recipe', 'mean_only',
-           'sparse_recipe', 'recipe_for', 'input_rule']
+           'sparse_recipe', 'recipe_for', 'matched', 'input_rule']
 
 # %% ../nbs/04_recipes.ipynb #e72bdd60
 import dataclasses, fnmatch
@@ -285,6 +285,21 @@ def recipe_for(
         return recipe_for(model, start, **{**own, **fields})
     known = sorted(known)
     raise ValueError(f"no recipe for model '{model}' on dataset '{dataset}'; there are recipes for {known}, and 'folder' for your own data")
+
+# %% ../nbs/04_recipes.ipynb #c913b6e3
+def matched(
+    recipe:Recipe, # of `recipe_for(model, …)`
+    model:str, # published model name
+    options:dict, # of the network
+    fields:dict|None=None, # what the caller set by name, which stays
+)->Recipe: # with what published configurations tie to these options
+    "The recipe for a network with options: the sparse SASFormer's configurations differ in levels and rate, and `bgr` is an input rule."
+    if not fnmatch.fnmatch(model, "sasformer_sparse_*"): return recipe
+    if "levels" in options and recipe.dataset == "voc2012":
+        published = sparse_recipe(options["levels"], dict(recipe.data_options).get("annotation", "scribble"))
+        recipe = recipe.replace(**{k: getattr(published, k) for k in ("lr", "source") if k not in (fields or {})})
+    if "bgr" in options: recipe = recipe.replace(preprocess=BGR_QUIRK if options["bgr"] else IMAGENET)
+    return recipe
 
 # %% ../nbs/04_recipes.ipynb #5e15723a
 def input_rule(

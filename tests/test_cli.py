@@ -279,3 +279,18 @@ def test_ctrl_c_is_quiet(tmp_path):
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130 and "Traceback" not in err
+
+
+def test_options_of_the_network(call):
+    "-M reaches the network and the recipe that belongs to it; what has an option of its own is refused there."
+    code, out, _ = call("train", "sasformer_sparse_b0", "--dataset", "voc2012", "-M", "levels=2", "--show")
+    assert code == 0 and "0.002" in out and "configuration 1" in out
+    code, _, err = call("train", "segformer_b0", "--dataset", "streets", "-M", "seed=3", "--show")
+    assert code == 1 and "--seed" in err and "internal" not in err
+
+
+def test_validation_has_full_labels():
+    "Sparse labels, from the recipe or from -D, are for training only."
+    from segkern.recipes import recipe_for
+    train, val = cli._split_options(recipe_for("segformer_b0", "streets"), ["annotation=scribble", "size=(64, 96)"])
+    assert train == ["annotation=scribble", "size=(64, 96)"] and val == ["size=(64, 96)"]

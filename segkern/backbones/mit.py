@@ -54,8 +54,8 @@ class Attention(nn.Module):
         if self.reduction > 1:
             y = self.sr(to_picture(x, size))
             small, y = tuple(y.shape[2:]), self.norm(to_tokens(y))
-        q = self.q(x).view(b, n, self.heads, -1).transpose(1, 2)
-        k, v = self.kv(y).view(b, y.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q = self.q(x).view(b, n, self.heads, c//self.heads).transpose(1, 2)
+        k, v = self.kv(y).view(b, y.shape[1], 2, self.heads, c//self.heads).permute(2, 0, 3, 1, 4)
         if keep is not None: keep.append((q, k, small))
         return self.proj(sr_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import IGNORE, Table, atomic_path, load_table, progress, write_json
+from ..core import IGNORE, Table, atomic_path, load_table, logger, progress, write_json
 from . import DATASETS, open_dataset
 from .base import MissingSplit, list_images, lookup, read_ids, unpaired
 from .sparse import points_from_mask, scribbles_from_mask
@@ -184,4 +184,5 @@ def _make_sparse(kind, masks, out, seed, width, smallest):
         except ValueError as e: raise e if str(p) in str(e) else ValueError(f"{p}: {e}") from e
         with atomic_path(out/name) as tmp: Image.fromarray(sparse).save(tmp, "PNG")
         written += 1
+    if written < len(files): logger.info("%d %s were there already and stay as they are; delete them for new ones", len(files) - written, kind)
     return written

@@ -59,7 +59,7 @@ def _side(tree, key, name):
 def _number(value, what):
     "A finite number."
     try: number = float(value.strip() if isinstance(value, str) else value)
-    except (TypeError, ValueError): number = math.nan
+    except (TypeError, ValueError, OverflowError): number = math.nan
     if isinstance(value, bool) or not math.isfinite(number): raise ValueError(f"{what} is {value!r}, expected a number")
     return number
 

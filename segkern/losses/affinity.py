@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..core import IGNORE
 from . import cross_entropy
+from .distill import at_grid
 
 # %% ../../nbs/42_losses.affinity.ipynb #8959f5c4
 def sparse_target(
@@ -18,7 +19,8 @@ def sparse_target(
 )->tuple: # labels [b, H, W] with 255 where there is none, and the mask of unlabelled pixels inside the picture
     "Both forms of sparse targets as labels and a mask."
     if target.is_floating_point() or target.dtype == torch.bool: raise ValueError(f"expected integer targets, got {target.dtype}")
-    if target.dtype in (torch.uint8, torch.int8): target = target.to(torch.int16) # -1 is no number of uint8, nor 255 of int8
+    if target.dtype not in (torch.int16, torch.int32, torch.int64): # -1 is no number of uint8, nor 255 of int8
+        target = target.to(torch.int64)
     if target.ndim == 4 and target.shape[1] == 2: ids, inside = target[:, 0], target[:, 1] > 0
     elif target.ndim == 3: ids, inside = target, target >= -1
     else: raise ValueError(f"expected sparse targets [b, H, W] or [b, 2, H, W], got {tuple(target.shape)}")
@@ -31,11 +33,7 @@ def partial_cross_entropy(
     labels:torch.Tensor, # ids [b, H, W], 255 = none
 )->torch.Tensor: # scalar: mean over what is labelled on the logits' grid, 0 where nothing is
     "Cross-entropy of few labels, on the grid of the logits."
-    return cross_entropy(logits, _nearest(labels, logits.shape[-2:]))
-
-def _nearest(x, size):
-    "Integers or a mask [b, H, W] at another size, nearest."
-    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x[:, None].float(), tuple(size), mode="nearest")[:, 0].to(x.dtype)
+    return cross_entropy(logits, at_grid(labels, logits.shape[-2:]))
 
 # %% ../../nbs/42_losses.affinity.ipynb #8db69d15
 DISTANCES = {"l1": lambda g, p: (g - p).abs().sum(1), "kl": lambda g, p: (p*(p.clamp_min(1e-8).log() - g.clamp_min(1e-8).log())).sum(1)}
@@ -72,7 +70,7 @@ def affinity_losses(
     if not 0 <= levels <= len(maps): raise ValueError(f"{levels} levels were asked for, but there are maps of {len(maps)} stages")
     out = []
     for stage in maps[:levels]:
-        mask = _nearest(unlabelled, stage.size)
+        mask = at_grid(unlabelled, stage.size)
         away = consistency(logits, stage, double_softmax, distance, impl)
         out.append(torch.where(mask, away, 0).sum()/mask.sum().clamp_min(1))
     return out

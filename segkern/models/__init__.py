@@ -36,7 +36,7 @@ _MODELS = {
     "spfnet_r18": (SPFNet, dict(encoder="resnet18")), "spfnet_r34": (SPFNet, dict(encoder="resnet34")),
     "dsanet": (DSANet, {}),
     **{f"sanet_{v}": (SANet, dict(variant=v)) for v in "sml"}, "pidnet_s": (PIDNet, {}),
-    **{f"segformer_b{i}": (SegFormer, dict(encoder=f"mit_b{i}")) for i in range(6)},
+    **{f"segformer_b{i}": (SegFormer, dict(encoder=f"mit_b{i}", head="nvlabs")) for i in range(6)},
     **{f"segformer_b{i}_mmseg": (SegFormer, dict(encoder=f"mit_b{i}", head="mmseg")) for i in range(6)},
     **{f"sasformer_icip_b{i}": (SASFormerICIP, dict(encoder=f"mit_b{i}")) for i in (0, 2)},
     **{f"sasformer_sparse_b{i}": (SASFormerSparse, dict(encoder=f"mit_b{i}")) for i in range(6)},

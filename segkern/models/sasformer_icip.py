@@ -25,7 +25,7 @@ CHOICES = {
     "first": ("self", "skip"),                                            # I6: the first block attends to its own level, or is left out
     "qkv_bias": (False, True),                                            # I8
     "ffn": ("mix", "mlp"),                                                # I9: with the depthwise convolution, or without
-    "scm": ("mul_add", "sigmoid_mul", "sigmoid_mul_add", "add", "none"),  # I12: how semantics meet the full-size map
+    "scm": ("mul_add", "sigmoid_mul", "sigmoid_mul_add", "add", "none"),  # I12: how semantics meet the full-size map; "none": no module, map and semantics are added as they are
     "fuse": ("concat", "finest"),                                         # I14: all refined maps, or the finest one only
 } # argument -> default and alternatives; I7, I10, I11, I13 and I15 are numbers: heads, drop, eps, scm_width, width
 
@@ -59,8 +59,8 @@ class SCA(nn.Module):
     def attend(self, x, y): # [b, n, c], [b, m, c_kv] -> [b, n, c]
         "Multi-head attention of x to y."
         (b, n, c), m = x.shape, y.shape[1]
-        q = self.q(x).view(b, n, self.heads, -1).transpose(1, 2)
-        k, v = self.kv(y).view(b, m, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q = self.q(x).view(b, n, self.heads, c//self.heads).transpose(1, 2)
+        k, v = self.kv(y).view(b, m, 2, self.heads, c//self.heads).permute(2, 0, 3, 1, 4)
         return self.proj(sr_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
 
     def mix(self, x, size): return self.ffn(x, size) if isinstance(self.ffn, MixFFN) else self.ffn(x) # [b, n, c] -> the same

@@ -12,6 +12,7 @@ from torch import nn
 from ..backbones.mit import key_rules
 from ..core import IMAGENET
 from ..losses.affinity import affinity_losses, partial_cross_entropy, sparse_target
+from ..losses.distill import at_grid
 from ..losses.tree import tree_energy_loss
 from .segformer import LevelFusion, TransformerSegmenter, nvlabs_rules
 from ..ops import upsample_cross_entropy
@@ -31,14 +32,14 @@ class SASFormerSparse(TransformerSegmenter):
         double_softmax:bool=True, # compare softmaxed probabilities, as the official code does
         tree_weight:float=0.0, # of the tree energy loss, the baseline that the paper builds on; it then takes the place of the affinity loss
         tree_sigma:float=0.02, # of its image tree
-        bgr:bool=True, # RGB statistics on BGR channels, as the published weights expect; new models do better without
+        bgr:bool=True, # RGB statistics on BGR channels, as the published weights expect; in training the recipe's input rule counts
         width:int=256, # decoder channels
         embed_eps:float=1e-5, drop_path:float=0.1, dataset:str|None=None, pretrained:bool=False, dropout:float=0.1, # of `TransformerSegmenter`
     ):
         if not 0 <= levels <= 4: raise ValueError(f"levels must be 0 to 4, got {levels}")
         super().__init__(name, num_classes, encoder, dataset or ("voc2012" if num_classes == 21 else None), pretrained, strides=(4, 2, 2, 1), drop_path=drop_path, embed_eps=embed_eps,
                          dropout=dropout, preprocess=BGR_QUIRK if bgr else IMAGENET)
-        self.levels, self.affinity_weight, self.double_softmax, self.bgr, self.width = levels, affinity_weight, double_softmax, bgr, width
+        self.levels, self.affinity_weight, self.double_softmax, self.width = levels, affinity_weight, double_softmax, width
         self.tree_weight, self.tree_sigma = tree_weight, tree_sigma
         self.head, self.classifier = LevelFusion(self.encoder.channels, width, inlet=width), nn.Conv2d(width, num_classes, 1)
         if tree_weight: self.tree_embed = nn.Sequential(nn.Conv2d(width, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True))
@@ -55,13 +56,14 @@ class SASFormerSparse(TransformerSegmenter):
         return self.losses(self.classify(z), target, keep, x, z)
 
     def losses(self, logits, target, maps, x=None, z=None): # logits, sparse target, AttentionMaps by stage, picture and decoder map -> dict
-        "The objective. A batch without any label gives 0: the official run skips such a step, since its cross-entropy is not a number."
+        "The objective. A batch without a label that the cross-entropy sees gives 0: the official run skips such a step, since its loss is not a number."
         labels, unlabelled = sparse_target(target)
         if self.tree_weight: parts = self._tree(logits, labels, unlabelled, x, z)
         else:
             parts = {"ce": partial_cross_entropy(logits, labels)}
             if self.levels: parts["affinity"] = self.affinity_weight*sum(affinity_losses(logits, maps, unlabelled, self.levels, self.double_softmax))
-        some = (labels != 255).any().to(logits.dtype)
+        seen = labels if self.tree_weight else at_grid(labels, logits.shape[2:]) # what the cross-entropy sees
+        some = (seen != 255).any().to(logits.dtype)
         return {"loss": sum(parts.values())*some, **{n: v.detach() for n, v in parts.items()}}
 
     def _tree(self, logits, labels, unlabelled, x, z):
@@ -80,8 +82,15 @@ class SASFormerSparse(TransformerSegmenter):
         return super().deploy()
 
     @property
+    def bgr(self): return self.preprocess.order == "bgr" # a recipe may have set another input rule
+
+    @property
     def options(self):
         return {**{n: v for n, v in super().options.items() if n != "mean_over"}, "levels": self.levels, "affinity_weight": self.affinity_weight, "double_softmax": self.double_softmax,
                 "tree_weight": self.tree_weight, "tree_sigma": self.tree_sigma, "bgr": self.bgr, "width": self.width}
 
-    def key_rules(self, state): return key_rules(r"(?:encoder\.)?", "encoder.") + nvlabs_rules(r"decoder\.")
+    def objective(self, out, target):
+        "Refuse: the loss needs the encoder's queries and keys."
+        raise RuntimeError(f"{self.name}: the loss is not a function of the outputs alone; call model(x, target)")
+
+    def key_rules(self, state): return key_rules(r"(?:encoder\.|backbone\.)?", "encoder.") + nvlabs_rules(r"(?:decoder|decode_head)\.")

@@ -185,5 +185,6 @@ def describe_state(
     name = next((n for n, (c, d) in MITS.items() if (c[0], d) == (width, depths)), "an unknown size")
     head = "NVlabs' decoder" if "linear_fuse." in keys else "OpenMMLab's decoder" if "fusion_conv." in keys else "no decoder that is known here"
     pred = next((len(v) for k, v in state.items() if k.endswith(("linear_pred.weight",))), None) or next((len(v) for k, v in state.items() if k.endswith("conv_seg.weight")), "?")
-    text = f"the checkpoint looks like {name} with {head} and {pred} classes; this model is {model.name} with {model.num_classes}"
-    return text + ("; an encoder's file goes into model.encoder" if head.startswith("no") else "")
+    found = f"{name}, an encoder's file" if head.startswith("no") and pred == "?" else f"{name} with {head} and {pred} classes"
+    text = f"the checkpoint looks like {found}; this model is {model.name} with {model.num_classes}"
+    return text + ("; such a file goes into model.encoder" if head.startswith("no") else "")
