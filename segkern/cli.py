@@ -412,8 +412,8 @@ def evaluate(
     dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     split:str=_option("val", help="Which part of the data."),
-    protocol:str=_option("", help="Default: as the model was shown pictures in training. whole, sliding, multiscale, exp_sum (the HRNet line's sum over scales), ade, ade32 (fitted into 2048x512; sides "
-                         "of multiples of 32), square512, square512_ms (the sparse SASFormer's)."),
+    protocol:str=_option("", help="Default: as the model was shown pictures in training. whole, sliding, multiscale, "
+                         "exp_sum (the HRNet line's sum over scales), ade, ade32 (fitted into 2048x512; sides of multiples of 32), square512, square512_ms (the sparse SASFormer's)."),
     miou:str=_option("present", help="Classes the mean runs over: present, all, or s2fpn (as its script does)."),
     scales:str=_option("", help="Scales of multiscale, exp_sum and square512_ms, e.g. 0.5,0.75,1.0."),
     flip:bool=_option(True, "--flip/--no-flip", help="Mirror images where there are scales."),
