@@ -381,7 +381,8 @@ def cosine_bwd(
     (b, c, h, w), k, p, (out, norm) = feat.shape, u.shape[1], feat if pos is None else pos, kept
     n, wide = h*w, feat.dtype == torch.float32
     a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None)
-    o = _options("cosine_du", feat, k, c, 64, 64, 64, 8 if k <= 32 or n % 8 else 4, (32, 32, 64, 8) if wide else None)
+    small = k <= 32 or n % 8
+    o = _options("cosine_du", feat, k, c, *((32, 64, 64, 8) if small else (64, 64, 64, 4)), (32, 32, 64, 8) if wide else None)
     cells = triton.cdiv(k, o["BK"])*triton.cdiv(c, o["BC"])
     splits, per = _splits(n, o["BN"], b*cells)
     (strides, flat), dx, part = _walk(feat, p, g), _like(feat) if wanted[1] else feat.new_empty(0), None
