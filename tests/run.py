@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 from nbtools import test_notebook # a worker's __main__ belongs to the notebook it runs, so the function lives elsewhere
@@ -17,13 +18,32 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKERS = min(8, os.cpu_count() or 1)
 
 
+def alone(ctx, path, flags):
+    "One notebook in a process of its own: what one leaves behind must not fail the next."
+    here, there = ctx.Pipe(duplex=False)
+    start, job = time.perf_counter(), ctx.Process(target=send, args=(there, path, flags))
+    job.start()
+    there.close()
+    try: return here.recv()
+    except EOFError:
+        job.join()
+        print(f"{path.name}: the process ended with code {job.exitcode}", file=sys.stderr)
+        return path.name, False, time.perf_counter() - start
+    finally: job.join()
+
+
+def send(pipe, path, flags): pipe.send(test_notebook(path, flags))
+
+
 def notebooks(flags):
     "All notebooks, two at a time. Returns how many passed and the names of the others."
     from tqdm import tqdm
     os.chdir(ROOT/"nbs")
     files, failed, slow = sorted((ROOT/"nbs").glob("*.ipynb")), [], []
-    with ProcessPoolExecutor(WORKERS) as pool:
-        jobs = [pool.submit(test_notebook, f, flags) for f in files]
+    ctx = get_context("forkserver")
+    ctx.set_forkserver_preload(["torch", "nbdev.test", "nbtools"]) # imported once, forked for each notebook
+    with ThreadPoolExecutor(WORKERS) as pool:
+        jobs = [pool.submit(alone, ctx, f, flags) for f in files]
         for job in tqdm(as_completed(jobs), desc="notebooks", total=len(jobs), disable=None):
             name, ok, seconds = job.result()
             slow.append((seconds, name))

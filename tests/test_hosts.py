@@ -197,7 +197,7 @@ def test_refused_files():
     with torch.device("meta"): m, o = create_model("upernet_swin_t", 150, seed=None), create_model("ocrnet_hr48", 150, seed=None)
     other = state_of(swin_keys("swin_b", "mmseg").under("backbone.") | upernet_keys("upernet_swin_b", 171))
     with pytest.raises(ValueError, match="looks like swin_b with a UPerNet decoder and 171 classes; this model is upernet_swin_t with 150"): load_official(m, other)
-    with pytest.raises(ValueError, match="looks like swin_t with no decoder that is known here.*model.encoder"): load_official(m, state_of(swin_keys("swin_t", "mmseg")))
+    with pytest.raises(ValueError, match="looks like swin_t, an encoder.s file.*model.encoder"): load_official(m, state_of(swin_keys("swin_t", "mmseg")))
     with pytest.raises(ValueError, match="no HRNet"): load_official(o, other)
     with pytest.raises(ValueError, match="looks like hrnet_w48 with OCRNet's two heads and 19 classes"): load_official(o, state_of(hrnet_keys().under("backbone.") | ocr_keys(19)))
     with pytest.raises(ValueError, match="unknown encoder"): Swin("swin_x")

@@ -13,8 +13,7 @@ from torch import nn
 from ..backbones.hrnet import HRNet, key_rules
 from ..core import IMAGENET
 from ..layers import ConvNormAct, resize
-from .base import SegModel, dataset_table
-from .segformer import pixel_cross_entropy
+from .base import Segmentor, describe_file, find_tensor
 from .upernet import classifier_of, init_conv
 from ..weights import Rule
 
@@ -56,9 +55,8 @@ class ObjectContext(nn.Module):
         return self.merge(torch.cat([self.out(y), f], 1))
 
 # %% ../../nbs/35a_models.ocrnet.ipynb #c836eb78
-class OCRNet(SegModel):
+class OCRNet(Segmentor):
     "OCRNet on HRNet."
-    weights_key = "" # classes are not weighted
     ssa_prefix = r"decode_head\.1\." # where official files keep another classifier's layers
 
     def __init__(self,
@@ -68,13 +66,13 @@ class OCRNet(SegModel):
         dataset:str|None=None, # for class names; None: by the number of classes
         pretrained:bool=False, # download the encoder's ImageNet weights
         width:int=512, # channels of the decoder
+        dropout:float=0.0, # before the classifier; the official configuration has none
         aux_weight:float=0.4, # of the first guess's loss
         mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
         preprocess=IMAGENET, # from uint8 RGB to input
     ):
-        super().__init__(name, num_classes, preprocess, dataset_table(num_classes, dataset))
-        if mean_over not in ("all", "valid"): raise ValueError(f"mean_over must be 'all' or 'valid', got '{mean_over}'")
-        self.encoder_name, self.width, self.aux_weight, self.mean_over = encoder, width, aux_weight, mean_over
+        super().__init__(name, num_classes, dataset, dropout, aux_weight, mean_over, preprocess)
+        self.encoder_name, self.width = encoder, width
         self.encoder = HRNet(encoder, pretrained)
         self.regions = SoftRegions(sum(self.encoder.channels), num_classes)
         self.bottleneck, self.context = ConvNormAct(sum(self.encoder.channels), width, 3), ObjectContext(width, width//2)
@@ -83,27 +81,16 @@ class OCRNet(SegModel):
 
     def features(self, x): # [b, 3, h, w] -> the last map [b, width, h/4, w/4]; the first guess
         "What the main classifier sees, and the soft regions."
-        maps = self.encoder(self.check(x))
+        maps = self.encoder(x)
         stacked = torch.cat([resize(t, maps[0].shape[2:]) for t in maps], 1)
         regions = self.regions(stacked)
         return self.context(self.bottleneck(stacked), regions), {"aux": regions}
 
     def feature(self, x): return self.features(x)[0] # [b, 3, h, w] -> [b, width, h/4, w/4]
 
-    def outputs(self, x):
-        feat, others = self.features(x)
-        return {"logits": self.classify(feat), **others}
-
-    def aux_losses(self, others, target): # weighted, by name
-        return {n: self.aux_weight*pixel_cross_entropy(z, target, self.mean_over) for n, z in others.items()}
-
-    def objective(self, out, target): # the paper's loss
-        losses = {"logits": pixel_cross_entropy(out["logits"], target, self.mean_over), **self.aux_losses({"aux": out["aux"]}, target)}
-        return {"loss": sum(losses.values()), **{n: v.detach() for n, v in losses.items()}}
-
     @property
     def options(self): # what a file must remember besides the name
-        return {"width": self.width, "aux_weight": self.aux_weight, "mean_over": self.mean_over}
+        return {**super().options, "width": self.width, "aux_weight": self.aux_weight}
 
     def key_rules(self, state):
         "Key table of OpenMMLab's checkpoints, and of ImageNet files for the encoder."
@@ -127,7 +114,5 @@ def describe_state(
     "What network an official checkpoint holds, read off its keys."
     branches = [len(v) for s in range(4) for k, v in state.items() if k.endswith(f"stage4.0.branches.{s}.0.conv1.weight")]
     if len(branches) != 4: return "the checkpoint holds no HRNet"
-    head = "OCRNet's two heads" if any("object_context_block." in k for k in state) else "no decoder that is known here"
-    classes = next((len(v) for k, v in state.items() if k.endswith("decode_head.1.conv_seg.weight")), "?")
-    text = f"the checkpoint looks like hrnet_w{branches[0]} with {head} and {classes} classes; this model is {model.name} with {model.num_classes}"
-    return text + ("; an encoder's file goes into model.encoder" if head.startswith("no") else "")
+    head = "OCRNet's two heads" if any("object_context_block." in k for k in state) else ""
+    return describe_file(model, f"hrnet_w{branches[0]}", head, find_tensor(state, "decode_head.1.conv_seg.weight"))

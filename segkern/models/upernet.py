@@ -15,8 +15,7 @@ from torch import nn
 from ..backbones.swin import SWINS, Swin, adapt, key_rules
 from ..core import IMAGENET
 from ..layers import ConvNormAct, resize
-from .base import SegModel, dataset_table
-from .segformer import pixel_cross_entropy
+from .base import Segmentor, describe_file, find_tensor
 from ..weights import Rule
 
 # %% ../../nbs/35_models.upernet.ipynb #e74c2a11
@@ -80,10 +79,8 @@ class AuxHead(nn.Module):
     def forward(self, x): return self.classifier(self.dropout(self.conv(x))) # [b, c_in, h, w] -> [b, k, h, w]
 
 # %% ../../nbs/35_models.upernet.ipynb #bed05709
-class UPerNet(SegModel):
+class UPerNet(Segmentor):
     "UPerNet on a Swin Transformer."
-    weights_key = "" # classes are not weighted
-
     def __init__(self,
         name:str="upernet_swin_t", # published name
         num_classes:int=150, # k
@@ -97,33 +94,14 @@ class UPerNet(SegModel):
         mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
         preprocess=IMAGENET, # from uint8 RGB to input
     ):
-        super().__init__(name, num_classes, preprocess, dataset_table(num_classes, dataset))
-        if mean_over not in ("all", "valid"): raise ValueError(f"mean_over must be 'all' or 'valid', got '{mean_over}'")
-        self.encoder_name, self.width, self.drop_path, self.aux_weight, self.mean_over = encoder, width, drop_path, aux_weight, mean_over
+        super().__init__(name, num_classes, dataset, dropout, aux_weight, mean_over, preprocess)
+        self.encoder_name, self.width, self.drop_path = encoder, width, drop_path
         self.encoder = Swin(encoder, drop_path, pretrained=pretrained)
-        self.head, self.dropout = UPerHead(self.encoder.channels, width), nn.Dropout2d(dropout)
+        self.head = UPerHead(self.encoder.channels, width)
         self.classifier = classifier_of(width, num_classes)
         self.auxiliary = AuxHead(self.encoder.channels[2], num_classes, dropout=dropout)
 
-    def feature(self, x): return self.head(self.encoder(x)) # [b, 3, h, w] -> [b, width, h/4, w/4]
-
-    def classify(self, feat): return self.classifier(self.dropout(feat)) # [b, width, h, w] -> [b, k, h, w]
-
-    def features(self, x): # [b, 3, h, w] -> the last map; auxiliary outputs by name, none in the deploy form
-        "What the main classifier sees, and the other heads' outputs."
-        maps = self.encoder(self.check(x))
-        return self.head(maps), {} if self.auxiliary is None else {"aux": self.auxiliary(maps[2])}
-
-    def outputs(self, x):
-        feat, others = self.features(x)
-        return {"logits": self.classify(feat), **others}
-
-    def aux_losses(self, others, target): # weighted, by name
-        return {n: self.aux_weight*pixel_cross_entropy(z, target, self.mean_over) for n, z in others.items()}
-
-    def objective(self, out, target): # the paper's loss
-        losses = {"logits": pixel_cross_entropy(out["logits"], target, self.mean_over), **self.aux_losses({"aux": out["aux"]}, target)}
-        return {"loss": sum(losses.values()), **{n: v.detach() for n, v in losses.items()}}
+    def auxiliaries(self, maps): return {} if self.auxiliary is None else {"aux": self.auxiliary(maps[2])}
 
     def deploy(self):
         self.auxiliary = None
@@ -131,7 +109,7 @@ class UPerNet(SegModel):
 
     @property
     def options(self): # what a file must remember besides the name
-        return {"width": self.width, "drop_path": self.drop_path, "dropout": self.dropout.p, "aux_weight": self.aux_weight, "mean_over": self.mean_over}
+        return {**super().options, "width": self.width, "drop_path": self.drop_path, "aux_weight": self.aux_weight}
 
     def adapt(self, state, undo): return adapt(state)
 
@@ -157,9 +135,6 @@ def describe_state(
     keys = "\n".join(state)
     depths = tuple(len(set(re.findall(rf"(?:stages|layers)\.{s}\.blocks\.(\d+)\.norm1\.weight", keys))) for s in range(4))
     if not depths[0]: return "the checkpoint holds no Swin Transformer"
-    width = next((len(v) for k, v in state.items() if k.endswith("patch_embed.norm.weight")), 0)
-    name = next((n for n, (c, d, _) in SWINS.items() if (c, d) == (width, depths)), "an unknown size")
-    head = "a UPerNet decoder" if "fpn_bottleneck." in keys else "no decoder that is known here"
-    classes = next((len(v) for k, v in state.items() if k.endswith("decode_head.conv_seg.weight")), "?")
-    text = f"the checkpoint looks like {name} with {head} and {classes} classes; this model is {model.name} with {model.num_classes}"
-    return text + ("; an encoder's file goes into model.encoder" if head.startswith("no") else "")
+    norm = find_tensor(state, "patch_embed.norm.weight")
+    name = next((n for n, (c, d, _) in SWINS.items() if (c, d) == (0 if norm is None else len(norm), depths)), "an unknown size")
+    return describe_file(model, name, "a UPerNet decoder" if "fpn_bottleneck." in keys else "", find_tensor(state, "decode_head.conv_seg.weight"))
