@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'read_image', 'read_ids', 'lookup', 'read_colours', 'stored_as_colour', 'SegDataset', 'MissingSplit',
-           'need_root', 'list_images', 'unpaired', 'pair', 'read_list']
+           'need_root', 'list_images', 'unpaired', 'pair', 'read_list', 'listed', 'ShiftedDataset']
 
 # %% ../../nbs/50a_data.base.ipynb #9e592dd8
 import contextlib, contextvars, warnings
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..core import IGNORE
+from ..core import IGNORE, load_table
 
 # %% ../../nbs/50a_data.base.ipynb #9414e56c
 def _open(path, convert):
@@ -222,3 +222,49 @@ def _locate(root, text):
     tries = [path if path.is_absolute() else root/path] + [root/Path(*path.parts[k:]) for k in range(1, len(path.parts))
                                                            if path.is_absolute()]
     return next((q for p in tries for q in (p, p.with_suffix(".jpg"), p.with_suffix(".png")) if q.is_file()), tries[0])
+
+def listed(
+    name:str, # dataset, for the message
+    path:str|Path, # list file
+    root:Path, # what relative paths start from
+    mask_of, # picture path -> mask path, for lines that name none
+)->list: # (image, mask)
+    "The pictures of a list file with their masks."
+    rows = read_list(path, root)
+    masks = {i: m or mask_of(i) for i, m in rows}
+    return pair(name, [i for i, _ in rows], masks.get)
+
+# %% ../../nbs/50a_data.base.ipynb #fa2159c8
+class ShiftedDataset(SegDataset):
+    "Pictures in images/ and masks in annotations/ whose numbers are one above the class ids. A subclass fills in the names."
+    key, layout = "", ""      # name of the dataset and its table; what the folder holds
+    parts, suffix = {}, ".png" # split -> folder; how a mask's name goes on after the picture's
+    inside, hint = "", ""     # a folder that may lie between; what masks should hold
+
+    def __init__(self,
+        root:str|Path, # folder with images/ and annotations/
+        split:str="train", # "train" | "val" | "trainval"
+        list:str|Path|None=None, # list file instead of the folders: image, tab, mask
+    ):
+        splits = [*self.parts, "trainval"]
+        if split not in splits and not list: raise ValueError(f"{self.key} has the splits {splits}, got '{split}'")
+        root, table = need_root(self.key, root, self.layout), load_table(self.key)
+        if self.inside and not (root/"images").is_dir() and (root/self.inside).is_dir(): root = root/self.inside
+        files = listed(self.key, list, root, self.mask_path) if list else [f for s in (self.parts if split == "trainval" else [split]) for f in self._files(root, s)]
+        super().__init__(self.key, split, files, table["classes"], table["palette"], table.get("class_weights"))
+
+    @classmethod
+    def mask_path(cls, image): # .../images/PART/X.jpg -> .../annotations/PART/X.png
+        "Where the mask of a picture lies."
+        return image.parent.parent.parent/"annotations"/image.parent.name/f"{image.stem}{cls.suffix}"
+
+    def _files(self, root, split):
+        "The (image, mask) pairs of one folder."
+        folder = root/"images"/self.parts[split]
+        if not folder.is_dir(): raise MissingSplit(f"{self.key}: {folder} does not exist; {root} should hold {self.layout}")
+        return pair(self.key, list_images(folder), self.mask_path)
+
+    def _plain(self, path):
+        "A mask with its numbers moved down by one."
+        k = len(self.classes)
+        return lookup(read_ids(path), {0: IGNORE, **{i + 1: i for i in range(k)}, IGNORE: IGNORE}, path, f"Masks hold 0 for no class and 1..{k}, as {self.hint}.")

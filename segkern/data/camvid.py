@@ -9,7 +9,7 @@ __all__ = ['LAYOUT', 'SPLITS', 'camvid_files', 'CamVid']
 from pathlib import Path
 
 from ..core import IGNORE, load_table
-from .base import (MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list,
+from .base import (MissingSplit, SegDataset, list_images, listed, lookup, need_root, pair, read_colours, read_ids,
                                stored_as_colour)
 
 # %% ../../nbs/52_data.camvid.ipynb #8c0682a7
@@ -24,10 +24,7 @@ def camvid_files(
 )->list: # (image, mask) paths
     "The files of a split, from a list file or from the folders."
     name = Path(list) if list else root/f"{split}.txt"
-    if list or name.is_file():
-        rows = [(i, m or _mask_of(root, i)) for i, m in read_list(name, root)]
-        masks = dict(rows)
-        return pair("camvid", [i for i, _ in rows], masks.get)
+    if list or name.is_file(): return listed("camvid", name, root, lambda image: _mask_of(root, image))
     if split == "trainval": return camvid_files(root, "train") + camvid_files(root, "val")
     folder = next((f for f in (root/split, root/"images"/split) if f.is_dir()), None)
     if folder is None:

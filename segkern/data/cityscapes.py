@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..core import IGNORE, atomic_path, load_table
-from .base import MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_ids, read_list
+from .base import MissingSplit, SegDataset, list_images, listed, lookup, need_root, pair, read_ids, read_list
 
 # %% ../../nbs/53_data.cityscapes.ipynb #942079d8
 LAYOUT = "leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png"
@@ -60,10 +60,8 @@ class Cityscapes(SegDataset):
     def _files(root, split, kind, list):
         "The (image, mask) pairs of a split."
         if list:
-            rows = read_list(list, root)
-            if split == "test": return [(i, None) for i, _ in rows]
-            masks = {i: m or mask_path(i, kind) for i, m in rows}
-            return pair("cityscapes", [i for i, _ in rows], masks.get)
+            if split == "test": return [(i, None) for i, _ in read_list(list, root)]
+            return listed("cityscapes", list, root, lambda image: mask_path(image, kind))
         if split == "trainval": return [f for s in ("train", "val") for f in Cityscapes._files(root, s, kind, None)]
         folder = next((f for f in (root/"leftImg8bit"/split, root/"leftImg8bit_trainextra"/split) if f.is_dir()), None)
         if folder is None: raise MissingSplit(f"cityscapes: {root/'leftImg8bit'/split} does not exist; {root} should hold {LAYOUT}")

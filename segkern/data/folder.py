@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import IGNORE
-from .base import (MissingSplit, SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list,
+from .base import (MissingSplit, SegDataset, list_images, listed, lookup, need_root, pair, read_colours, read_ids,
                                stored_as_colour)
 
 # %% ../../nbs/54_data.folder.ipynb #e51eee49
@@ -80,10 +80,7 @@ class Folder(SegDataset):
         "The (image, mask) pairs of a split."
         mask_beside = functools.partial(_mask_beside, folder=masks)
         file = Path(list) if list else root/f"{split}.txt"
-        if list or file.is_file():
-            rows = read_list(file, root)
-            masks = {i: m or mask_beside(i) for i, m in rows}
-            return pair("folder", [i for i, _ in rows], masks.get)
+        if list or file.is_file(): return listed("folder", file, root, mask_beside)
         if split == "all" and (root/"images").is_dir(): return pair("folder", list_images(root/"images"), mask_beside)
         if split in ("trainval", "all"): return [f for s in ("train", "val", "test")[:2 if split == "trainval" else 3]
                                                  for f in Folder._files(root, s, None, masks)]

@@ -9,7 +9,7 @@ __all__ = ['LAYOUT', 'SPLITS', 'frame_split', 'GTAV']
 from pathlib import Path
 
 from ..core import IGNORE, load_table
-from .base import SegDataset, list_images, lookup, need_root, pair, read_colours, read_ids, read_list, stored_as_colour
+from .base import SegDataset, list_images, listed, lookup, need_root, pair, read_colours, read_ids, stored_as_colour
 
 # %% ../../nbs/53a_data.gtav.ipynb #8f82a00f
 LAYOUT = "images/00001.png … and labels/00001.png …"
@@ -45,10 +45,7 @@ class GTAV(SegDataset):
     @staticmethod
     def _files(root, split, list):
         "The (image, mask) pairs of a split."
-        if list:
-            rows = read_list(list, root)
-            masks = {i: m or root/"labels"/f"{i.stem}.png" for i, m in rows}
-            return pair("gtav", [i for i, _ in rows], masks.get)
+        if list: return listed("gtav", list, root, lambda image: root/"labels"/f"{image.stem}.png")
         if not (root/"images").is_dir(): raise FileNotFoundError(f"gtav: {root/'images'} does not exist; {root} should hold {LAYOUT}")
         want = ("train", "val") if split == "trainval" else (split,)
         images = [p for p in list_images(root/"images") if p.stem.isdigit() and frame_split(int(p.stem)) in want]

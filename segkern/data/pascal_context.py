@@ -9,7 +9,7 @@ __all__ = ['LAYOUT', 'id_table', 'PascalContext']
 from pathlib import Path
 
 from ..core import IGNORE, load_table
-from .base import MissingSplit, SegDataset, lookup, need_root, pair, read_ids, read_list
+from .base import MissingSplit, SegDataset, listed, lookup, need_root, pair, read_ids
 
 # %% ../../nbs/53d_data.pascal_context.ipynb #087df7e0
 LAYOUT = "JPEGImages/*.jpg, SegmentationClassContext/*.png and ImageSets/SegmentationContext/{train,val}.txt"
@@ -41,9 +41,7 @@ class PascalContext(SegDataset):
     def _files(root, split, list):
         "The (image, mask) pairs of a split."
         mask = lambda image: image.parent.parent/"SegmentationClassContext"/f"{image.stem}.png"
-        if list:
-            masks = {i: m or mask(i) for i, m in read_list(list, root)}
-            return pair("pascal_context", [*masks], masks.get)
+        if list: return listed("pascal_context", list, root, mask)
         if split == "trainval": return [f for s in ("train", "val") for f in PascalContext._files(root, s, None)]
         names = root/"ImageSets"/"SegmentationContext"/f"{split}.txt"
         if not names.is_file(): raise MissingSplit(f"pascal_context: {names} does not exist; {root} should hold {LAYOUT}")
