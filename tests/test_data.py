@@ -342,6 +342,64 @@ def test_ade20k_faults(tmp_path):
     assert [p.split(": ")[0] for p in check("ade20k", root, "train").problems] == ["train", "train"]
 
 
+
+# --- COCO-Stuff 10K, PASCAL-Context
+
+def coco_tree(root, split="train2014", n=2):
+    "Pictures with masks as the common conversion writes them."
+    for i in range(n):
+        save(root/"images"/split/f"COCO_{split}_{i:012}.jpg", picture(5, 172))
+        save(root/"annotations"/split/f"COCO_{split}_{i:012}_labelTrainIds.png", np.tile(np.arange(172), (5, 1)))
+    return root
+
+
+def test_coco_stuff_moves_labels_down(tmp_path):
+    coco_tree(coco_tree(tmp_path), "test2014", 1)
+    ds = open_dataset("coco_stuff10k", tmp_path)
+    assert ds[0][1][0].tolist() == [255, *range(171)] and len(ds.classes) == len(ds.palette) == 171 and (ds.classes[0], ds.classes[-1]) == ("person", "wood")
+    assert [len(open_dataset("coco_stuff10k", tmp_path, s)) for s in ("train", "val", "trainval")] == [2, 1, 3]
+    report = check("coco_stuff10k", tmp_path)
+    assert report.ok and report.counts[170] == 15 and report.void == 15
+    (tmp_path/"mine.txt").write_text("images/test2014/COCO_test2014_000000000000.jpg\n")
+    assert open_dataset("coco_stuff10k", tmp_path, list=tmp_path/"mine.txt").files[0][1].name == "COCO_test2014_000000000000_labelTrainIds.png"
+    save(tmp_path/"annotations"/"train2014"/"COCO_train2014_000000000001_labelTrainIds.png", np.full((5, 172), 182))
+    with pytest.raises(ValueError, match=r"_labelTrainIds.png holds label 182 in 860 pixels.*1\.\.171, as the common conversion"): open_dataset("coco_stuff10k", tmp_path)[1]
+    with pytest.raises(ValueError, match="got 'test'"): open_dataset("coco_stuff10k", tmp_path, "test")
+
+
+def context_tree(root):
+    "VOC 2010 with two pictures to train on and one to validate."
+    for split, names in (("train", ("2008_000008", "2008_000015")), ("val", ("2008_000002",))):
+        save_text = root/"ImageSets"/"SegmentationContext"/f"{split}.txt"
+        save_text.parent.mkdir(parents=True, exist_ok=True)
+        save_text.write_text("\n".join(names) + "\n")
+        for n in names:
+            save(root/"JPEGImages"/f"{n}.jpg", picture(4, 60))
+            save(root/"SegmentationClassContext"/f"{n}.png", np.tile(np.arange(60), (4, 1)))
+    return root
+
+
+@pytest.mark.parametrize("classes, row", [(59, [255, *range(59)]), (60, [*range(60)])], ids=["59", "60"])
+def test_pascal_context_classes(tmp_path, classes, row):
+    context_tree(tmp_path/"VOCdevkit"/"VOC2010")
+    ds = open_dataset("pascal_context", tmp_path, classes=classes)
+    assert ds[0][1][0].tolist() == row and len(ds.classes) == len(ds.palette) == classes and ds.classes[-59:-57] == ["aeroplane", "bag"]
+    assert (ds.classes[0] == "background") == (classes == 60)
+    assert [len(open_dataset("pascal_context", tmp_path, s, classes=classes)) for s in ("train", "val", "trainval")] == [2, 1, 3]
+    assert check("pascal_context", tmp_path, classes=classes).ok
+
+
+def test_pascal_context_faults(tmp_path):
+    root = context_tree(tmp_path)
+    with pytest.raises(ValueError, match="59 or 60 classes, got 33"): open_dataset("pascal_context", root, classes=33)
+    save(root/"SegmentationClassContext"/"2008_000002.png", np.full((4, 60), 60))
+    with pytest.raises(ValueError, match="2008_000002.png holds label 60 in 240 pixels"): open_dataset("pascal_context", root, "val")[0]
+    (root/"SegmentationClassContext"/"2008_000015.png").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 images have no mask.*2008_000015"): open_dataset("pascal_context", root)
+    (root/"ImageSets"/"SegmentationContext"/"val.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="val.txt does not exist"): open_dataset("pascal_context", root, "val")
+
+
 # --- names, splits, folders
 
 def test_wrong_names():
