@@ -3,12 +3,15 @@
     python tests/run.py [--all]      --all: slow cells and slow tests too
 """
 import argparse
+import faulthandler
+import io
 import os
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,39 +21,41 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKERS = min(8, os.cpu_count() or 1)
 
 
+def send(pipe, path, flags):
+    "Run a notebook and send what came of it, with what it wrote to stderr."
+    faulthandler.enable(sys.__stderr__)
+    with redirect_stderr(io.StringIO()) as said: result = test_notebook(path, flags)
+    pipe.send((*result, said.getvalue()))
+
+
 def alone(ctx, path, flags):
     "One notebook in a process of its own: what one leaves behind must not fail the next."
     here, there = ctx.Pipe(duplex=False)
     start, job = time.perf_counter(), ctx.Process(target=send, args=(there, path, flags))
     job.start()
     there.close()
-    try: return here.recv()
-    except EOFError:
-        job.join()
-        print(f"{path.name}: the process ended with code {job.exitcode}", file=sys.stderr)
-        return path.name, False, time.perf_counter() - start
-    finally: job.join()
-
-
-def send(pipe, path, flags): pipe.send(test_notebook(path, flags))
+    try: result = here.recv()
+    except EOFError: result = None
+    job.join()
+    return result or (path.name, False, time.perf_counter() - start, f"the process ended with code {job.exitcode}")
 
 
 def notebooks(flags):
-    "All notebooks, two at a time. Returns how many passed and the names of the others."
+    "All notebooks, two at a time. Returns how many passed, and the names of the others with the end of their errors."
     from tqdm import tqdm
     os.chdir(ROOT/"nbs")
-    files, failed, slow = sorted((ROOT/"nbs").glob("*.ipynb")), [], []
+    files, failed, slow = sorted((ROOT/"nbs").glob("*.ipynb")), {}, []
     ctx = get_context("forkserver")
     ctx.set_forkserver_preload(["torch", "nbdev.test", "nbtools"]) # imported once, forked for each notebook
     with ThreadPoolExecutor(WORKERS) as pool:
         jobs = [pool.submit(alone, ctx, f, flags) for f in files]
         for job in tqdm(as_completed(jobs), desc="notebooks", total=len(jobs), disable=None):
-            name, ok, seconds = job.result()
+            name, ok, seconds, said = job.result()
             slow.append((seconds, name))
-            if not ok: failed.append(name)
+            if not ok: failed[name] = "\n".join(said.rstrip().splitlines()[-25:])
     os.chdir(ROOT)
     print("slowest notebooks: " + ", ".join(f"{n} {s:.0f} s" for s, n in sorted(slow, reverse=True)[:5]), flush=True)
-    return len(files) - len(failed), sorted(failed)
+    return len(files) - len(failed), failed
 
 
 def tests(slow):
@@ -78,7 +83,7 @@ def main():
     bad = n.get("failures", 0) + n.get("errors", 0)
     print(f"summary: {passed} notebooks passed, {len(failed)} failed; {n.get('passed', 0)} tests passed, {bad} failed, {n.get('skipped', 0)} skipped; "
           f"{time.perf_counter() - start:.0f} s")
-    if failed: print("failed notebooks: " + ", ".join(failed))
+    for name in sorted(failed): print(f"\nfailed notebook {name}:\n{failed[name]}")
     sys.exit(1 if failed or code else 0)
 
 
