@@ -11,9 +11,6 @@ import pytest  # noqa: E402
 
 from torch.utils._device import _device_constructors  # noqa: E402
 
-_device_constructors() # `torch.device` as a context remembers the functions it redirects: let it see the real ones before they are wrapped
-from torch.utils._device import _device_constructors  # noqa: E402
-
 _device_constructors() # remembered before `torch.empty` is replaced: `with torch.device("meta")` looks it up there
 
 
@@ -48,6 +45,7 @@ def _surroundings(monkeypatch):
     torch.set_num_threads(threads)
     log.handlers[:] = handlers # the command line sets up logging for its process
     log.setLevel(level)
+    if "torch._dynamo" in sys.modules: torch._dynamo.reset() # or the next model compiled has symbolic sizes, because this one had others
 
 
 @pytest.fixture(scope="session")
