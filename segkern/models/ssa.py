@@ -124,6 +124,7 @@ class SSA(SegModel):
             if hasattr(host, n): setattr(self, n, getattr(host, n))
         self.host, self.main_mean, self.align_corners_train = host, main_mean, align_corners_train
         self.classifier = SSAClassifier(old.out_channels, old.in_channels, dropout=getattr(getattr(host, "dropout", None), "p", 0.0))
+        if hasattr(host, "bare"): host.bare()
         del host.classifier
         if hasattr(host, "deploy") and not hasattr(host, "aux_losses"): host.deploy() # auxiliary heads that nothing would train
 
