@@ -654,6 +654,7 @@ def optimize(
     if compile and cpu: _check_compiler()
     if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16():
         logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
+    own = sum(m.fold() for m in list(net.modules()) if hasattr(m, "fold")) if fold_bn else 0
     chains = conv_chains(net) if fold_bn or prepack else []
     folded = [(conv, norm) for conv, norm, _ in chains if norm is not None] if fold_bn else []
     for conv, norm in folded:
@@ -665,5 +666,5 @@ def optimize(
         _replace(net, conv, PackedConv(conv, relu is not None))
         if relu is not None: _replace(net, relu, nn.Identity())
     name = str(dtype or "as input").replace("torch.", "")
-    facts = dict(bn_folded=len(folded), channels_last=channels_last, prepacked=bool(prepack), dtype=name, compiled=compile)
+    facts = dict(bn_folded=len(folded) + own, channels_last=channels_last, prepacked=bool(prepack), dtype=name, compiled=compile)
     return Optimized(net, channels_last, dtype, compile, facts)
