@@ -121,9 +121,9 @@ class HamHead(nn.Module):
         "The map in front of the classifier."
         s = self.squeezed(maps)
         m, z = self.factors(s, bases, generator)
-        kind = s.dtype if s.dtype != m.dtype else m.dtype
-        if self.literal: x = self.outlet.conv((m @ z.transpose(1, 2)).to(kind).unflatten(2, s.shape[2:]))
-        else: x = ((self.outlet.conv.weight[:, :, 0, 0] @ m).to(kind) @ z.to(kind).transpose(1, 2)).unflatten(2, s.shape[2:])
+        if self.literal: x = self.outlet.conv((m @ z.transpose(1, 2)).to(s.dtype).unflatten(2, s.shape[2:]))
+        else:
+            with _plain(s): x = (self.outlet.conv.weight[:, :, 0, 0].to(m.dtype) @ m @ z.transpose(1, 2)).to(s.dtype).unflatten(2, s.shape[2:])
         return F.relu(self.align(F.relu(s + self.outlet.norm(x))))
 
 # %% ../../nbs/36_models.segnext.ipynb #3ac58f4a
