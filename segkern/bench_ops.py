@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'MIT', 'Case', 'attention_case', 'affinity_case', 'ssa_cases', 'strip_attention_case', 'strip_pool_case',
-           'loss_case', 'argmax_case', 'confusion_case', 'cases', 'contenders', 'run_case', 'ceilings', 'learn', 'slug',
-           'bench_ops', 'speedups']
+           'rca_gate_case', 'loss_case', 'argmax_case', 'confusion_case', 'cases', 'contenders', 'run_case', 'ceilings',
+           'learn', 'slug', 'bench_ops', 'speedups']
 
 # %% ../nbs/70a_bench_ops.ipynb #58da4658
 import contextlib, functools, json, re
@@ -129,6 +129,14 @@ def strip_pool_case(label, b, c, h, w, grad):
     return Case("strip_pool", label, lambda device, dtype: (_randn(b, c, h, w, device=device, dtype=dtype, grad=grad),), lambda x, impl=None: ops.strip_pool(x, "mean_max", impl=impl), plain,
                 2.0*b*c*(h*w + 2*(h + w)), grad=grad)
 
+def rca_gate_case(label, b, c, h, w, k, grad):
+    "CGRSeg's gate, from rows and columns on."
+    shapes = (b, c, h, w), (b, c, h), (c, w), (b, c, w), (c, k), (c,), (c, 1, 3, 3), (c,)
+    def plain(x, r, s, o, taps, bias, weight, local_bias):
+        gate = F.conv2d(F.relu(r[..., None]*s[:, None] + o[:, :, None]), taps[:, None, :, None], bias, padding=(k//2, 0), groups=c).sigmoid()
+        return gate*F.conv2d(x, weight, local_bias, padding=1, groups=c)
+    return Case("rca_gate", label, lambda device, dtype: tuple(_randn(*s, device=device, dtype=dtype, grad=grad) for s in shapes), ops.rca_gate, plain, 4.0*b*c*h*w, grad=grad)
+
 def _head(b, k, h, w, H, W, device, dtype, grad=False): return _randn(b, k, h, w, device=device, dtype=dtype, grad=grad), _labels(b, k, H, W, device)
 
 def loss_case(label, b, k, h, w, H, W):
@@ -167,6 +175,8 @@ def cases(
             for grad in (False, True): out.append(strip_attention_case(f"1/{f}, {size}", 1 if tiny else b, c, -(-H//f//shrink), -(-W//f//shrink), grad))
     for b in (1, 8):
         for grad in (False, True): out.append(strip_pool_case(f"32×256×512 B{b}", 1 if tiny else b, 32, 256//shrink, 512//shrink, grad))
+    for name, b, c, side, k in (("B 1/8", 1, 64, 64, 11), ("B context", 1, 496, 8, 11), ("L 1/8", 16, 80, 64, 9), ("L 1/16", 16, 192, 32, 9), ("L context", 16, 656, 8, 9)):
+        for grad in (False, True): out.append(rca_gate_case(f"CGRSeg-{name}, 512² B{b}", 1 if tiny else b, c//8 if tiny else c, side//4 if tiny else side, side//4 if tiny else side, k, grad))
     ssa = (("SegFormer-B5 K150 C256, 512²", 1, 150, 256, 128, 128), ("SegFormer-B5 K150 C256, 512²", 16, 150, 256, 128, 128), ("OCR K171 C512, 512²", 1, 171, 512, 128, 128),
            ("SegNeXt-L K150 C1024, 512²", 1, 150, 1024, 64, 64), ("SegNeXt-L K59 C1024, 480²", 1, 59, 1024, 60, 60), ("K19 C256 1/4, 1024×2048", 1, 19, 256, 256, 512))
     for label, b, k, c, h, w in ssa:

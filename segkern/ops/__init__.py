@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AttentionMaps', 'affinity', 'use_impl', 'which', 'check_target', 'confusion', 'upsample_argmax', 'upsample_confusion',
            'upsample_cross_entropy', 'upsample_dice', 'upsample_dice_sums', 'upsample_kl', 'class_sums',
-           'cosine_logits', 'prototypes', 'attention_block', 'sr_attention', 'sr_attention_lse', 'fold_values',
-           'strip_attention', 'strip_attention_ref', 'strip_pool']
+           'cosine_logits', 'prototypes', 'rca_gate', 'strip_means', 'attention_block', 'sr_attention',
+           'sr_attention_lse', 'fold_values', 'strip_attention', 'strip_attention_ref', 'strip_pool']
 
 # %% ../../nbs/19_ops.ipynb #0fbf3770
 from .affinity import AttentionMaps, affinity
@@ -14,6 +14,7 @@ from .dispatch import use_impl, which
 from .head import check_target, confusion, upsample_argmax, upsample_confusion, upsample_cross_entropy
 from .head_soft import upsample_dice, upsample_dice_sums, upsample_kl
 from .prototype import class_sums, cosine_logits, prototypes
+from .rca_gate import rca_gate, strip_means
 from .sr_attention import attention_block, sr_attention, sr_attention_lse
 from .strip_attention import fold_values, strip_attention, strip_attention_ref
 from .strip_pool import strip_pool
@@ -21,4 +22,4 @@ from .strip_pool import strip_pool
 # %% ../../nbs/19_ops.ipynb #17039a92
 _all_ = ["AttentionMaps", "affinity", "use_impl", "which", "check_target", "confusion", "upsample_argmax", "upsample_confusion", "upsample_cross_entropy",
          "upsample_dice", "upsample_dice_sums", "upsample_kl", "class_sums", "cosine_logits", "prototypes",
-         "attention_block", "sr_attention", "sr_attention_lse", "fold_values", "strip_attention", "strip_attention_ref", "strip_pool"]
+         "rca_gate", "strip_means", "attention_block", "sr_attention", "sr_attention_lse", "fold_values", "strip_attention", "strip_attention_ref", "strip_pool"]
