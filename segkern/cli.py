@@ -252,27 +252,33 @@ def doctor():
 @_command("segkern models 's2fpn*' --cost --size 512x1024")
 def models(
     pattern:str=_argument("*", help="Names to list, with * and ?."),
-    cost:bool=_option(False, "--cost", help="Parameters and multiply-adds: as the paper builds it, and as it runs here."),
-    size:str=_option("512x1024", help="Height x width of the picture."),
-    num_classes:int=_option(19, help="Classes of the last layer."),
+    cost:bool=_option(False, "--cost", help="Parameters and multiply-adds: as the paper builds it, as it runs here, and as it is claimed where somebody says."),
+    size:str=_option("", help="Height x width of the picture; default: 512x512 for ade20k, coco_stuff10k and voc2012, 480x480 for pascal_context, else 512x1024."),
+    num_classes:int=_option(0, help="Classes of the last layer; default: the dataset's."),
+    dataset:str=_option("cityscapes", help="Whose head: ade20k, coco_stuff10k, pascal_context, cityscapes, camvid, voc2012."),
     as_json:bool=_option(False, "--json", help="Print JSON."),
 ):
     "List the models."
     import segkern
+    from segkern.core import load_table
     names = segkern.list_models(pattern)
     if not names: raise ValueError(f"no model matches '{pattern}'; `segkern models` lists them all")
-    if cost: return _show(_costs(names, num_classes, _size(size)), as_json)
+    if cost: return _show(_costs(names, num_classes or len(load_table(dataset)["classes"]), _size(size or _SHOWN.get(dataset, "512x1024"))), as_json)
     if as_json: return typer.echo(json.dumps(names))
     typer.echo("\n".join(names))
 
+_SHOWN = dict(ade20k="512x512", coco_stuff10k="512x512", voc2012="512x512", pascal_context="480x480")
+
 def _costs(names, num_classes, size):
-    "Table rows: parameters in millions and multiply-adds in 10^9."
+    "Table rows: parameters in millions and multiply-adds in 10^9; claims stand for 150 classes and 512x512."
     from segkern import models as m
     from segkern.core import progress
     rows = []
     for name in progress(names, "counting"):
-        c = m.cost(name, num_classes, size)
-        rows.append({"model": name, "params [M]": c["params"]/1e6, "GMACs, paper form": c["paper_gmacs"], "GMACs, ours": c["gmacs"]})
+        c, said = m.cost(name, num_classes, size), m.claimed(name) if (num_classes, size) == (150, (512, 512)) else {}
+        rows.append({"model": name, "params [M]": c["params"]/1e6, "in use [M]": c["deployed"]/1e6, "GMACs, paper form": c["paper_gmacs"], "GMACs, ours": c["gmacs"],
+                     **({"claimed [M]": said.get("params_millions"), "claimed GMACs": said.get("gmacs"), "counted/claimed": c["paper_gmacs"]/said["gmacs"] if "gmacs" in said else None}
+                        if (num_classes, size) == (150, (512, 512)) else {})})
     return rows
 
 def _show(rows, as_json=False):

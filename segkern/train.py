@@ -124,9 +124,10 @@ def _rule_of(recipe, name, p):
     "Pattern, factor of the rate, and decay of a parameter."
     if recipe.groups:
         rule, factor, decay = next((r for r in recipe.groups if fnmatch.fnmatchcase(name, r[0])), (None, 1.0, 1.0))
-        return rule, float(factor), recipe.weight_decay*decay
-    prefix, factor = next(((s, f) for s, f in recipe.lr_mult if name.startswith(s)), (None, 1.0))
-    return prefix, factor, recipe.weight_decay if recipe.decay_norms or p.ndim > 1 else 0.0
+    else:
+        rule, factor = next(((s, f) for s, f in recipe.lr_mult if name.startswith(s)), (None, 1.0))
+        decay = 1.0
+    return rule, float(factor), recipe.weight_decay*decay if recipe.decay_norms or p.ndim > 1 else 0.0
 
 def parameter_groups(
     model:nn.Module,
@@ -588,8 +589,9 @@ def evaluate_run(
 def _by_recipe(recipe):
     "The evaluation of a segmentation network that a recipe asks for."
     from segkern.infer import evaluate
-    more = dict(sliding=dict(window=recipe.crop, stride=recipe.stride or None), exp_sum=dict(window=recipe.crop, base_size=recipe.base_size)).get(recipe.protocol, {})
-    if input_rule(recipe)["size"]: more = dict(size=tuple(input_rule(recipe)["size"]))
+    more = dict(window=recipe.crop, base_size=recipe.base_size) if recipe.protocol == "exp_sum" else {}
+    if recipe.protocol.endswith("sliding"): more = dict(window=recipe.crop, stride=recipe.stride or None)
+    if input_rule(recipe)["size"]: more["size"] = tuple(input_rule(recipe)["size"])
     return lambda model, val_set, **kwargs: evaluate(model, val_set, protocol=recipe.protocol, miou=recipe.miou, **{**more, **kwargs})
 
 # %% ../nbs/61_train.ipynb #098b6b52
