@@ -67,8 +67,8 @@ class BiasedAttention(nn.Module):
         key = (h, w, self.resize, t._version)
         if key not in self.kept:
             made = self.make_bias(h, w)
-            if sum(m.numel() for m in self.kept.values()) + made.numel() > KEPT: self.kept.clear()
             if made.numel() > KEPT: return made
+            if sum(m.numel() for m in self.kept.values()) + made.numel() > KEPT: self.kept.clear()
             self.kept[key] = made
         return self.kept[key]
 
@@ -190,7 +190,7 @@ def key_rules(
     mixers = [(a + r"token_mixer\.", b + "token_mixer.") for a, b in blocks] + [(rf"{theirs}network\.5\.attn\.", f"{ours}stages.3.downsample.attn.")]
     for a, b in mixers:
         rules += [Rule(a + "attention_biases_seg$", b + "attention_biases"), Rule(a + r"attention_bias(?:es|_idxs|_idxs_seg)$", unused="unused: a table of the classification network, or an index"),
-                  Rule(a + r"q\.local\.0\.", b + "q.local."), Rule(a + r"talking_head([12])\.", b.replace(r"\1", r"\g<1>") + (r"talking_head\2." if r"\1" in b else r"talking_head\1."))]
+                  Rule(a + r"q\.local\.0\.", b + "q.local."), *(Rule(a + rf"talking_head{i}\.", f"{b}talking_head{i}.") for i in (1, 2))]
         rules += [Rule(a + rf"{n}\.{i}\.", f"{b}{n}.{to}.") for n in ("stride_conv", "q", "k", "v", "v_local") for i, to in part.items()]
         rules += [Rule(a + rf"q\.proj\.{i}\.", f"{b}q.proj.{to}.") for i, to in part.items()] + [Rule(a + rf"proj\.{i}\.", f"{b}proj.{to}.") for i, to in (("1", "conv"), ("2", "bn"))]
     for a, b in blocks:
