@@ -7,8 +7,8 @@ __all__ = ['S2FPN_CAMVID', 'S2FPN_CITYSCAPES', 'STREETS', 'SANET_CITYSCAPES', 'S
            'ENCODER_GROUPS_MMSEG', 'SEGFORMER_ADE20K', 'SEGFORMER_CITYSCAPES', 'SEGFORMER_MMSEG_ADE20K',
            'SEGFORMER_MMSEG_CITYSCAPES', 'SASFORMER_ICIP_ADE20K', 'SASFORMER_ICIP_CITYSCAPES', 'SEGFORMER_CAMVID',
            'BGR_QUIRK', 'SASFORMER_SPARSE_VOC', 'TREE_ENERGY', 'SEGFORMER_STREETS', 'SASFORMER_SPARSE_STREETS',
-           'SSA_SEGFORMER', 'SSA_UPERNET', 'SSA_OCRNET', 'SSA_LIGHT', 'SSA_VIT', 'RECIPES', 'check_recipe', 'Recipe',
-           'mean_only', 'sparse_recipe', 'layer_decay', 'recipe_for', 'matched', 'input_rule']
+           'SSA_SEGFORMER', 'SSA_UPERNET', 'SSA_OCRNET', 'SSA_LIGHT', 'HALVES', 'SSA_VIT', 'RECIPES', 'check_recipe',
+           'Recipe', 'mean_only', 'sparse_recipe', 'layer_decay', 'recipe_for', 'matched', 'input_rule']
 
 # %% ../nbs/04_recipes.ipynb #e72bdd60
 import dataclasses, fnmatch
@@ -256,14 +256,14 @@ def layer_decay(
     depth:int=24, # blocks
 )->tuple: # groups of a `Recipe`
     "Rates that fall towards the input of a vision transformer; the rest learns at the full rate."
-    return (*[(f"encoder.{n}*", rate**(depth + 1), 1.0) for n in ("pos_embed", "patch_embed.")],
+    return (*[(f"encoder.{n}", rate**(depth + 1), 1.0) for n in ("pos_embed", "embed.*")],
             *[(f"encoder.blocks.{j}.*", rate**(depth - j), 1.0) for j in range(depth)], ("*", 1.0, 1.0))
 
 _LIGHT = {"segnext_*": (6e-5, 6e-5, 6e-5, _SEGNEXT), "seaformer_b*": (2.5e-4, 2e-4, 2e-4, _SEAFORMER), "seaformer_*": (2.5e-4, 2.5e-4, 2.5e-4, _SEAFORMER),
           "afformer_*": (3e-4, 3e-4, 3e-4, ()), "cgrseg_*": (1.2e-4, None, None, _CGRSEG)} # rates on the three datasets, and the groups
 SSA_LIGHT = {(name, d): _ssa(d, s, lr=lr, groups=groups) for name, (*rates, groups) in _LIGHT.items() for (d, s), lr in zip(_SETS, rates) if lr}
-_HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) # 127.5 of 255
-SSA_VIT = {d: _ssa(d, s, lr=2e-5, weight_decay=0.05, decay_norms=False, groups=layer_decay(0.95 if d == "ade20k" else 0.9), **({"preprocess": _HALF} if d == "ade20k" else {}))
+HALVES = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) # 127.5 of 255
+SSA_VIT = {d: _ssa(d, s, lr=2e-5, weight_decay=0.05, decay_norms=False, groups=layer_decay(0.95 if d == "ade20k" else 0.9), **({"preprocess": HALVES} if d == "ade20k" else {}))
            .replace(protocol="ade32_sliding", stride=(320, 320) if d == "pascal_context" else (341, 341), test_size=(4096, 520) if d == "pascal_context" else ()) for d, s in _SETS}
 
 # %% ../nbs/04_recipes.ipynb #533319e4

@@ -69,7 +69,7 @@ def test_layer_decay(dataset, rate):
     for (factor, decay), members in parameter_groups(model, recipe).items():
         for n, p, _ in members:
             parts = n.split(".")
-            layer = 0 if n.startswith(("encoder.pos_embed", "encoder.patch_embed")) else int(parts[2]) + 1 if n.startswith("encoder.blocks.") else 25
+            layer = 0 if n.startswith(("encoder.pos_embed", "encoder.embed.")) else int(parts[2]) + 1 if n.startswith("encoder.blocks.") else 25
             assert factor == pytest.approx(rate**(25 - layer)) and decay == (.05 if p.ndim > 1 else 0.), n
 
 

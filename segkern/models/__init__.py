@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..backbones.vit_adapter import VITS
 from ..core import Preprocess, load_table, seeded
 from ..layers import macs, num_params, set_literal
 from .base import SegModel
@@ -45,6 +46,7 @@ _MODELS = {
     **{f"sasformer_sparse_b{i}": (SASFormerSparse, dict(encoder=f"mit_b{i}")) for i in range(6)},
     **{f"upernet_swin_{v}": (UPerNet, dict(encoder=f"swin_{v}")) for v in "tbl"}, "ocrnet_hr48": (OCRNet, dict(encoder="hrnet_w48")),
     **{name: (SegNeXt, dict(encoder=e)) for name, (e, *_) in SEGNEXTS.items()}, **{name: (SeaFormerSegmentor, dict(encoder=name)) for name in WIDTHS}, **{name: (CGRSeg, {}) for name in CGRSEGS},
+    **{name: (UPerNet, dict(encoder=name)) for name in VITS},
 } # published name -> class and arguments
 
 # %% ../../nbs/39_models.ipynb #84803741
