@@ -184,18 +184,19 @@ def key_rules(
     ours:str="", # prefix here, e.g. "encoder."
 )->list: # of Rule
     "Key table of the official files and of timm's."
-    rules, part = [], {"0": "conv", "1": "bn"}
+    rules, part, unused = [], {"0": "conv", "1": "bn"}, "unused: a table of the classification network, or an index"
     for i, to in (("0", "conv1.conv"), ("1", "conv1.bn"), ("3", "conv2.conv"), ("4", "conv2.bn")): rules.append(Rule(rf"{theirs}patch_embed\.{i}\.", f"{ours}stem.{to}."))
     blocks = [(rf"{theirs}network\.{2*s}\.(\d+)\.", rf"{ours}stages.{s}.blocks.\1.") for s in range(4)]
     mixers = [(a + r"token_mixer\.", b + "token_mixer.") for a, b in blocks] + [(rf"{theirs}network\.5\.attn\.", f"{ours}stages.3.downsample.attn.")]
     for a, b in mixers:
-        rules += [Rule(a + "attention_biases_seg$", b + "attention_biases"), Rule(a + r"attention_bias(?:es|_idxs|_idxs_seg)$", unused="unused: a table of the classification network, or an index"),
+        rules += [Rule(a + "attention_biases_seg$", b + "attention_biases"), Rule(a + r"attention_bias(?:es|_idxs|_idxs_seg)$", unused=unused),
                   Rule(a + r"q\.local\.0\.", b + "q.local."), *(Rule(a + rf"talking_head{i}\.", f"{b}talking_head{i}.") for i in (1, 2))]
         rules += [Rule(a + rf"{n}\.{i}\.", f"{b}{n}.{to}.") for n in ("stride_conv", "q", "k", "v", "v_local") for i, to in part.items()]
         rules += [Rule(a + rf"q\.proj\.{i}\.", f"{b}q.proj.{to}.") for i, to in part.items()] + [Rule(a + rf"proj\.{i}\.", f"{b}proj.{to}.") for i, to in (("1", "conv"), ("2", "bn"))]
+    names = ("fc1", "fc1.conv"), ("norm1", "fc1.bn"), ("mid", "mid.conv"), ("mid_norm", "mid.bn"), ("fc2", "fc2.conv"), ("norm2", "fc2.bn")
     for a, b in blocks:
         rules += [Rule(a + r"layer_scale_([12])$", b + r"ls\2.gamma")]
-        rules += [Rule(a + rf"mlp\.{n}\.", f"{b}mlp.{to}.") for n, to in (("fc1", "fc1.conv"), ("norm1", "fc1.bn"), ("mid", "mid.conv"), ("mid_norm", "mid.bn"), ("fc2", "fc2.conv"), ("norm2", "fc2.bn"))]
+        rules += [Rule(a + rf"mlp\.{n}\.", f"{b}mlp.{to}.") for n, to in names]
     for s, a in ((1, r"network\.1\.proj"), (2, r"network\.3\.proj"), (3, r"network\.5\.conv")): rules.append(Rule(rf"{theirs}{a}\.", f"{ours}stages.{s}.downsample.conv.conv."))
     for s, a in ((1, r"network\.1\.norm"), (2, r"network\.3\.norm"), (3, r"network\.5\.bn")): rules.append(Rule(rf"{theirs}{a}\.", f"{ours}stages.{s}.downsample.conv.bn."))
     return rules + [Rule(theirs + r"((?:stem|stages)\.)", ours + r"\1"), Rule(theirs + r"norm\.", unused="unused: the norm before the ImageNet classifier"),

@@ -175,7 +175,7 @@ def rca_gate_bwd(
     want_weights:bool=True, # gradients of taps, bias, weight or local_bias
 )->tuple: # dx, then in the order of `lines`; empty where not wanted
     "Launch the backward kernels."
-    (b, c, h, w), (rows, slope, offset, taps, bias, weight, local_bias) = x.shape, lines
+    (b, c, h, w), (rows, slope, offset, taps, _, weight, _) = x.shape, lines
     k, new, maps = taps.shape[1], lambda *s: torch.empty(s, dtype=torch.float32, device=x.device), want_x or want_lines
     p, q, dx = (torch.empty_like(x) if want else x.new_empty(0) for want in (maps, maps, want_x))
     like = p if maps else x
