@@ -263,7 +263,10 @@ def models(
     from segkern.core import load_table
     names = segkern.list_models(pattern)
     if not names: raise ValueError(f"no model matches '{pattern}'; `segkern models` lists them all")
-    if cost: return _show(_costs(names, num_classes or len(load_table(dataset)["classes"]), _size(size or _SHOWN.get(dataset, "512x1024"))), as_json)
+    if cost:
+        k, (h, w) = num_classes or len(load_table(dataset)["classes"]), _size(size or _SHOWN.get(dataset, "512x1024"))
+        if not as_json: typer.echo(f"{k} classes, pictures of {h}x{w}")
+        return _show(_costs(names, k, (h, w)), as_json)
     if as_json: return typer.echo(json.dumps(names))
     typer.echo("\n".join(names))
 
@@ -290,7 +293,7 @@ def _show(rows, as_json=False):
 @_command("segkern train s2fpn_r18 --dataset streets --out runs/first --set iterations=200 --set lr=1e-3")
 def train(
     model:str=_argument(..., help="Name of a model, see `segkern models`."),
-    dataset:str=_option("streets", help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
+    dataset:str=_option("streets", help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     out:Path=_option(Path("runs/run"), help="Run folder."),
     init:str=_option("", help="Start from weights that fit: an official file, one of ours, a run folder of train or pretrain."),
@@ -415,7 +418,7 @@ def pretrain(
 @_command("segkern eval runs/first --dataset streets --split test --json result.json", name="eval")
 def evaluate(
     target:str=_argument(..., help="Weights file, run folder, or the name of a model."),
-    dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
+    dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     split:str=_option("val", help="Which part of the data."),
     protocol:str=_option("", help="Default: as the model was shown pictures in training. whole, sliding, multiscale, "
@@ -647,7 +650,7 @@ app.add_typer(data, name="data")
 
 @_command("segkern data check camvid /data/camvid", group=data, name="check")
 def data_check(
-    name:str=_argument(..., help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
+    name:str=_argument(..., help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
     root:str=_argument("", help="Folder of the dataset."),
     split:str=_option("", help="One split only."),
     limit:int=_option(0, help="Look at so many pictures per split only, evenly spread; 0: all."),

@@ -239,7 +239,8 @@ _SWIN = (("encoder.*norm*", 1.0, 0.0), ("encoder.*bias_table", 1.0, 0.0), ("*", 
 
 def _ssa(dataset, sets, **fields):
     "A recipe of SSAClassifier's repository."
-    return Recipe(dataset, batch=16, source="configuration files of the official SSAClassifier; 4 GPUs of 4 pictures, from ImageNet weights", **{**_FORMER, **sets, **fields})
+    return Recipe(dataset, batch=16, source="configuration files of the official SSAClassifier, which has one per family and dataset, not for every size; 4 GPUs of 4 pictures, "
+                  "from ImageNet weights", **{**_FORMER, **sets, **fields})
 
 SSA_SEGFORMER = {d: _ssa(d, s, groups=ENCODER_GROUPS_MMSEG) for d, s in _SETS}
 SSA_UPERNET = {d: _ssa(d, s, groups=_SWIN) for d, s in _SETS}
@@ -283,6 +284,8 @@ RECIPES = {
     **{("segformer_*", r.dataset): r for r in (SEGFORMER_ADE20K, SEGFORMER_CITYSCAPES, SEGFORMER_CAMVID)},
     **{("sasformer_icip_*", r.dataset): r for r in (SASFORMER_ICIP_ADE20K, SASFORMER_ICIP_CITYSCAPES, SEGFORMER_CAMVID.replace(**_MMSEG))},
     ("sasformer_sparse_*", "voc2012"): SASFORMER_SPARSE_VOC,
+    **{(m, "camvid"): SEGFORMER_CAMVID.replace(groups=g, source="ours: SegFormer's recipe at CamVid's size, with the groups of this network")
+       for m, g in (("upernet_*", _SWIN), ("ocrnet_*", ()), ("segnext_*", _SEGNEXT), ("seaformer_*", _SEAFORMER), ("afformer_*", ()), ("cgrseg_*", _CGRSEG))},
     **{(m, "streets"): SEGFORMER_STREETS for m in ("segformer_*", "sasformer_icip_*")},
     **{(m, "streets"): SEGFORMER_STREETS.replace(groups=()) for m in ("upernet_*", "ocrnet_*", "segnext_*", "seaformer_*", "afformer_*", "cgrseg_*", "vit_adapter_*")},
     ("sasformer_sparse_*", "streets"): SASFORMER_SPARSE_STREETS,
@@ -297,6 +300,7 @@ def recipe_for(
     **fields, # overrides
 )->Recipe: # the published recipe with the overrides applied
     "The recipe of a model on a dataset. A dataset of your own (`folder`) takes the model's recipe for ADE20K, VOC or CamVid as a start."
+    if fnmatch.fnmatch(model, "segformer_b[0-5]_ssa"): model = model.replace("_ssa", "_mmseg_ssa") # an alias
     for (pattern, name), recipe in RECIPES.items():
         if name == dataset and fnmatch.fnmatch(model, pattern): return recipe.replace(**fields)
     known = {d for p, d in RECIPES if fnmatch.fnmatch(model, p)}
