@@ -24,11 +24,12 @@ POINTS, EPS = 4, 1e-6 # points per head and map; of all norms of tokens
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #73692185
 def centres(
     sizes:list, # (h, w) of grids
-    like:torch.Tensor, # gives the device
+    like:torch.Tensor, # gives the device, and double precision where it has that
 )->torch.Tensor: # [n, 2]: (x, y) between 0 and 1
     "The centres of all cells, grid after grid, in row order."
+    exact = torch.promote_types(like.dtype, torch.float32)
     def one(h, w):
-        y, x = ((torch.arange(n, device=like.device, dtype=torch.float32) + .5)/n for n in (h, w))
+        y, x = ((torch.arange(n, device=like.device, dtype=exact) + .5)/n for n in (h, w))
         return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1)
     return torch.cat([one(h, w) for h, w in sizes])
 
