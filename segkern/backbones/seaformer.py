@@ -85,9 +85,7 @@ class SqueezeAxialAttention(nn.Module):
         self.q = self.k = self.v = None
 
     def project(self, x): # [b, c, h, w] -> q, k and v in one map
-        if self.qkv is not None: return self.qkv(x)
-        if self.literal or self.q.bn.training: return torch.cat([self.q(x), self.k(x), self.v(x)], 1)
-        return F.conv2d(x, *self.folded())
+        return torch.cat([self.q(x), self.k(x), self.v(x)], 1) if self.qkv is None else self.qkv(x)
 
     def attend(self, qkv): # [b, 2 keys + values, h, w] -> [b, values, h], [b, values, w]
         "What rows and columns find."
