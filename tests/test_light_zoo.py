@@ -12,6 +12,7 @@ from segkern.train import parameter_groups
 from segkern.weights import map_key
 
 ROWS = load_table("costs")["light"]
+UNUSED = {"afformer_b": 256*256 + 2*256} # layers that the official count holds and nothing calls
 LARGE = {"segnext_l", "vit_adapter_l", "cgrseg_l", "seaformer_l"}
 BIG = [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in ROWS]
 
@@ -19,14 +20,14 @@ BIG = [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in ROW
 @pytest.mark.parametrize("name", BIG)
 def test_costs_are_the_official_ones(name):
     row, c = ROWS[name], cost(name, 150, (512, 512))
-    assert abs(c["params"]/1e6 - row["params_millions"]) < 6e-3*(10 if row["params_millions"] > 100 else 1)
+    assert abs((c["params"] + UNUSED.get(name, 0))/1e6 - row["params_millions"]) < 6e-3*(10 if row["params_millions"] > 100 else 1)
     assert abs(c["paper_gmacs"]/row["gmacs_512x512"] - 1) < .01 and c["gmacs"] <= c["paper_gmacs"]
 
 
 @pytest.mark.parametrize("name", [n for n in BIG if "vit" not in str(n)])
 def test_costs_with_the_classifier(name):
     row, c = ROWS[name], cost(f"{name}_ssa", 150, (512, 512))
-    assert abs(c["params"]/1e6 - row["ssa_params_millions"]) < 1e-3 and abs(c["paper_gmacs"]/row["ssa_gmacs_512x512"] - 1) < .01
+    assert abs((c["params"] + UNUSED.get(name, 0))/1e6 - row["ssa_params_millions"]) < 1e-3 and abs(c["paper_gmacs"]/row["ssa_gmacs_512x512"] - 1) < .01
     assert c["params"] - c["deployed"] >= 4*create_width(name)**2
 
 

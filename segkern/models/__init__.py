@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SSA_HOSTS', 'list_models', 'create_model', 'describe', 'save', 'load', 'cost', 'claimed', 'load_official', 'macs',
            'set_literal', 'SegModel', 'S2FPN', 'SPFNet', 'DSANet', 'SANet', 'PIDNet', 'SegFormer', 'SASFormerICIP',
-           'SASFormerSparse', 'UPerNet', 'OCRNet', 'SSA', 'SSAClassifier']
+           'SASFormerSparse', 'UPerNet', 'OCRNet', 'SSA', 'SSAClassifier', 'SegNeXt', 'SeaFormerSegmentor',
+           'AFFormerSegmentor', 'CGRSeg']
 
 # %% ../../nbs/39_models.ipynb #aefff405
 import fnmatch, functools
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import torch
 
+from ..backbones.afformer import AFFORMERS
 from ..backbones.vit_adapter import VITS
 from ..core import Preprocess, load_table, seeded
 from ..layers import macs, num_params, set_literal
+from .afformer import AFFormerSegmentor
 from .base import SegModel
 from .cgrseg import CGRSEGS, CGRSeg
 from .dsanet import DSANet
@@ -46,7 +49,7 @@ _MODELS = {
     **{f"sasformer_sparse_b{i}": (SASFormerSparse, dict(encoder=f"mit_b{i}")) for i in range(6)},
     **{f"upernet_swin_{v}": (UPerNet, dict(encoder=f"swin_{v}")) for v in "tbl"}, "ocrnet_hr48": (OCRNet, dict(encoder="hrnet_w48")),
     **{name: (SegNeXt, dict(encoder=e)) for name, (e, *_) in SEGNEXTS.items()}, **{name: (SeaFormerSegmentor, dict(encoder=name)) for name in WIDTHS}, **{name: (CGRSeg, {}) for name in CGRSEGS},
-    **{name: (UPerNet, dict(encoder=name)) for name in VITS},
+    **{name: (AFFormerSegmentor, dict(encoder=name)) for name in AFFORMERS}, **{name: (UPerNet, dict(encoder=name)) for name in VITS},
 } # published name -> class and arguments
 
 # %% ../../nbs/39_models.ipynb #84803741
@@ -164,4 +167,4 @@ def claimed(
 
 # %% ../../nbs/39_models.ipynb #087d5845
 _all_ = ["list_models", "create_model", "save", "load", "load_official", "describe", "cost", "claimed", "macs", "set_literal", "SegModel", "S2FPN", "SPFNet", "DSANet", "SANet", "PIDNet",
-         "SegFormer", "SASFormerICIP", "SASFormerSparse", "UPerNet", "OCRNet", "SSA", "SSAClassifier"]
+         "SegFormer", "SASFormerICIP", "SASFormerSparse", "UPerNet", "OCRNet", "SSA", "SSAClassifier", "SegNeXt", "SeaFormerSegmentor", "AFFormerSegmentor", "CGRSeg"]
