@@ -6,7 +6,6 @@
 __all__ = ['SqueezeHead', 'AFFormerSegmentor', 'head_rules', 'describe_state']
 
 # %% ../../nbs/36b_models.afformer.ipynb #02428ba2
-import torch
 import torch.nn.functional as F
 from torch import nn
 
