@@ -129,7 +129,7 @@ class DownAttention(BiasedAttention):
 # %% ../../nbs/27_backbones.efficientformer.ipynb #6487651a
 class EfficientFormer(nn.Module):
     "EfficientFormerV2 in the form that segmentation uses: maps of four stages, no norm at the end."
-    strides = [4, 8, 16, 32]
+    strides, multiple = [4, 8, 16, 32], 32
 
     def __init__(self,
         name:str="efficientformerv2_s2", # a name of `EFFICIENTFORMERS`

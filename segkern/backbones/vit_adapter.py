@@ -183,6 +183,8 @@ class SpatialPrior(nn.Module):
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #c37a9dee
 class ViTAdapter(nn.Module):
     "A Vision Transformer with an adapter: a picture with sides that are multiples of 32 to four maps."
+    multiple = 32
+
     def __init__(self,
         name:str="vit_adapter_l", # a name of `VITS`
         drop_path:float=0.4, # rate of the transformer's last block, rising linearly from 0, and of all extractors
@@ -244,6 +246,7 @@ class ViTAdapter(nn.Module):
 
     def hint(self, state): return f"the checkpoint looks like {describe_state(state)}; this encoder is {self.name}"
 
+# %% ../../nbs/27b_backbones.vit_adapter.ipynb #e5b09ef4
 def init_weights(m):
     "The initialisation of one layer; a deformable attention comes after its own layers."
     if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=.02)
