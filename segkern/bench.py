@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLOCKS', 'quantile', 'Timing', 'measure', 'Comparison', 'compare', 'cost', 'paper_outputs', 'paper_speed',
-           'network_speed', 'describe', 'latency', 'image_to_labels', 'write_csv', 'read_csv', 'bench_models']
+           'network_speed', 'picture_speed', 'describe', 'latency', 'image_to_labels', 'write_csv', 'read_csv',
+           'bench_models']
 
 # %% ../nbs/70_bench.ipynb #21009787
 import contextlib, copy, csv, datetime, io, time
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from .core import Table, atomic_path, env_info, logger, pick_device, progress, seeded
-from .infer import Optimized, evaluating, legal_size, optimize
+from .infer import Optimized, evaluating, legal_size, optimize, picture_rule, segment
 from .layers import macs, num_params, set_literal
+from .recipes import input_rule
 
 # %% ../nbs/70_bench.ipynb #cec7b1fa
 def quantile(
@@ -213,6 +215,31 @@ def network_speed(
             seconds = run(n)
     finally: torch.backends.cudnn.benchmark = was
     return dict(fps=n/seconds, ms=1e3*seconds/n, warmup=warmup, iterations=n)
+
+# %% ../nbs/70_bench.ipynb #70ca5141
+def picture_speed(
+    model:nn.Module, # any model, on its device
+    dataset, # `ds[i]` -> (uint8 image [3, h, w], …)
+    recipe=None, # protocol and sizes of the test; None: `picture_rule`
+    warmup:int=5, # pictures before the clock starts
+    n:int=195, # pictures on the clock; a smaller dataset starts again
+    repeats:int=5, # whole rounds
+)->dict: # fps (mean of the rounds), fps_variance, ms, rounds
+    "Frames per second over validation pictures by OpenMMLab's protocol: no benchmark mode, no folding."
+    device, was = next(model.parameters()).device, torch.backends.cudnn.benchmark
+    sync, rule = _sync(device), input_rule(recipe) if recipe else picture_rule(model)
+    def one(i):
+        image = dataset[i % len(dataset)][0]
+        sync()
+        start = time.perf_counter()
+        segment(model, image, size=rule["size"], protocol=rule["protocol"]).cpu()
+        sync()
+        return time.perf_counter() - start
+    torch.backends.cudnn.benchmark = False
+    try: rounds = [n/sum([one(i) for i in range(warmup + n)][warmup:]) for _ in range(repeats)]
+    finally: torch.backends.cudnn.benchmark = was
+    mean = sum(rounds)/repeats
+    return dict(fps=mean, fps_variance=sum((r - mean)**2 for r in rounds)/repeats, ms=1e3/mean, warmup=warmup, pictures=n, rounds=rounds)
 
 # %% ../nbs/70_bench.ipynb #c59e3ec4
 def describe(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'MIT', 'Case', 'attention_case', 'affinity_case', 'ssa_cases', 'strip_attention_case', 'strip_pool_case',
-           'loss_case', 'argmax_case', 'confusion_case', 'cases', 'contenders', 'run_case', 'ceilings', 'learn', 'slug',
-           'bench_ops', 'speedups']
+           'rca_gate_case', 'msca_case', 'loss_case', 'argmax_case', 'confusion_case', 'axial_cases', 'cases',
+           'contenders', 'run_case', 'ceilings', 'learn', 'slug', 'bench_ops', 'speedups']
 
 # %% ../nbs/70a_bench_ops.ipynb #58da4658
 import contextlib, functools, json, re
@@ -129,6 +129,25 @@ def strip_pool_case(label, b, c, h, w, grad):
     return Case("strip_pool", label, lambda device, dtype: (_randn(b, c, h, w, device=device, dtype=dtype, grad=grad),), lambda x, impl=None: ops.strip_pool(x, "mean_max", impl=impl), plain,
                 2.0*b*c*(h*w + 2*(h + w)), grad=grad)
 
+def rca_gate_case(label, b, c, h, w, k, grad):
+    "CGRSeg's gate, from rows and columns on."
+    shapes = (b, c, h, w), (b, c, h), (c, w), (b, c, w), (c, k), (c,), (c, 1, 3, 3), (c,)
+    def plain(x, r, s, o, taps, bias, weight, local_bias):
+        gate = F.conv2d(F.relu(r[..., None]*s[:, None] + o[:, :, None]), taps[:, None, :, None], bias, padding=(k//2, 0), groups=c).sigmoid()
+        return gate*F.conv2d(x, weight, local_bias, padding=1, groups=c)
+    return Case("rca_gate", label, lambda device, dtype: tuple(_randn(*s, device=device, dtype=dtype, grad=grad) for s in shapes), ops.rca_gate, plain, 4.0*b*c*h*w, grad=grad)
+
+def msca_case(label, b, c, h, w, grad):
+    "MSCAN's large kernel; the peers in both layouts."
+    def plain(x, taps):
+        square, *lines, b0, bh, bv = taps.to(x.dtype).split([25, 7, 11, 21, 7, 11, 21, 1, 3, 3], 1)
+        t = F.conv2d(x, square.reshape(c, 1, 5, 5), b0[:, 0], padding=2, groups=c)
+        pair = lambda i, k: F.conv2d(F.conv2d(t, lines[i].reshape(c, 1, 1, k), bh[:, i], padding=(0, k//2), groups=c), lines[i + 3].reshape(c, 1, k, 1), bv[:, i], padding=(k//2, 0), groups=c)
+        return t + pair(0, 7) + pair(1, 11) + pair(2, 21)
+    last = lambda x, taps: plain(x.contiguous(memory_format=torch.channels_last), taps)
+    return Case("msca", label, lambda device, dtype: (_randn(b, c, h, w, device=device, dtype=dtype, grad=grad), (.2*_randn(c, 110, device=device, dtype=torch.float32)).requires_grad_(grad)),
+                ops.msca, plain, 4.0*b*c*h*w, 206.0*b*c*h*w, {"channels last, with copies": last}, grad)
+
 def _head(b, k, h, w, H, W, device, dtype, grad=False): return _randn(b, k, h, w, device=device, dtype=dtype, grad=grad), _labels(b, k, H, W, device)
 
 def loss_case(label, b, k, h, w, H, W):
@@ -145,6 +164,25 @@ def confusion_case(label, b, k, h, w, H, W):
     "Counts at full size."
     plain = lambda z, y: torch.bincount((y.long()*k + F.interpolate(z, (H, W), mode="bilinear").argmax(1)).flatten(), minlength=k*k).view(k, k)
     return Case("upsample_confusion", label, lambda device, dtype: _head(b, k, h, w, H, W, device, dtype), ops.upsample_confusion, plain, b*(2.0*k*h*w + 4.0*H*W))
+
+# %% ../nbs/70a_bench_ops.ipynb #d244be74
+def _attend(rows, columns, row_q, row_k, column_q, column_k, heads=8):
+    "Both attentions of SeaFormer, one step after the other."
+    out, c = [], row_q.shape[1]
+    for m, tq, tk in ((rows, row_q, row_k), (columns, column_q, column_k)):
+        q, k, v = m.split([c, c, m.shape[1] - 2*c], 1)
+        q, k, v = (t.unflatten(1, (heads, -1)) for t in (*(t + F.interpolate(p, t.shape[2], mode="linear") for t, p in ((q, tq), (k, tk))), v))
+        out.append((v @ torch.softmax(q.transpose(2, 3) @ k*(c//heads)**-0.5, 3).transpose(2, 3)).flatten(1, 2))
+    return tuple(out)
+
+def axial_cases(label, b, key, h, w, grad, heads=8):
+    "The ops of SeaFormer's attention at one place of the network."
+    c, new = heads*key, lambda *s: lambda device, dtype: tuple(_randn(*t, device=device, dtype=dtype, grad=grad) for t in s)
+    tables, run = [(1, c, 16)]*4, lambda fn: lambda *t, impl=None: fn(*t, heads, impl=impl)
+    out = [Case("squeeze_axial", label, new((b, 4*c, h, w), *tables), run(ops.squeeze_axial), lambda x, *t: _attend(x.mean(3), x.mean(2), *t, heads), 2.0*b*c*(4*h*w + 2*(h + w)), grad=grad),
+           Case("axial_add", label, new((b, 2*c, h, w), (b, 2*c, h), (b, 2*c, w)), ops.axial_add, lambda v, r, k: F.relu6(v + r[..., None] + k[:, :, None]), 2.0*b*2*c*(2*h*w + h + w), grad=grad)]
+    if not grad: out.append(Case("axial_attention", label, new((b, 4*c, h), (b, 4*c, w), *tables), run(ops.axial_attention), lambda *t: _attend(*t, heads), 2.0*b*6*c*(h + w)))
+    return out
 
 # %% ../nbs/70a_bench_ops.ipynb #d9c8cee8
 MIT = {"B0": ((1, 32), (2, 32), (5, 32), (8, 32)), "B5": ((1, 64), (2, 64), (5, 64), (8, 64))} # heads and their width by stage
@@ -167,10 +205,18 @@ def cases(
             for grad in (False, True): out.append(strip_attention_case(f"1/{f}, {size}", 1 if tiny else b, c, -(-H//f//shrink), -(-W//f//shrink), grad))
     for b in (1, 8):
         for grad in (False, True): out.append(strip_pool_case(f"32×256×512 B{b}", 1 if tiny else b, 32, 256//shrink, 512//shrink, grad))
+    for name, b, c, side, k in (("B 1/8", 1, 64, 64, 11), ("B context", 1, 496, 8, 11), ("L 1/8", 16, 80, 64, 9), ("L 1/16", 16, 192, 32, 9), ("L context", 16, 656, 8, 9)):
+        for grad in (False, True): out.append(rca_gate_case(f"CGRSeg-{name}, 512² B{b}", 1 if tiny else b, c//8 if tiny else c, side//4 if tiny else side, side//4 if tiny else side, k, grad))
+    for b in (1, 16):
+        for c, side in ((64, 128), (128, 64), (320, 32), (512, 16)):
+            for grad in (False, True): out.append(msca_case(f"SegNeXt-L {c}×{side}², 512² B{b}", 1 if tiny else b, c//16 if tiny else c, side//4 if tiny else side, side//4 if tiny else side, grad))
     ssa = (("SegFormer-B5 K150 C256, 512²", 1, 150, 256, 128, 128), ("SegFormer-B5 K150 C256, 512²", 16, 150, 256, 128, 128), ("OCR K171 C512, 512²", 1, 171, 512, 128, 128),
            ("SegNeXt-L K150 C1024, 512²", 1, 150, 1024, 64, 64), ("SegNeXt-L K59 C1024, 480²", 1, 59, 1024, 60, 60), ("K19 C256 1/4, 1024×2048", 1, 19, 256, 256, 512))
     for label, b, k, c, h, w in ssa:
         for grad in (False, True): out += ssa_cases(f"{label} B{b}", 1 if tiny else b, k, c//8 if tiny else c, h//shrink, w//shrink, grad)
+    sea = [(f"SeaFormer-L stage {i}, 512² B{b}", b, k, n, n) for b in (1, 16) for i, (k, n) in enumerate(((16, 32), (20, 16), (24, 8)), 1)] + [("SeaFormer-L stage 1, 1024×2048 B1", 1, 16, 64, 128)]
+    for label, b, k, h, w in sea:
+        for grad in (False, True): out += axial_cases(label, 1 if tiny else b, k, h//4 if tiny else h, w//4 if tiny else w, grad)
     heads = (("Cityscapes K19 1/8", 8, 19, 128, 128, 1024, 1024), ("ADE20K K150 1/4", 16, 150, 128, 128, 512, 512), ("CamVid K11 1/8", 4, 11, 90, 120, 720, 960),
              ("Context K59 1/4", 8, 59, 120, 120, 480, 480), ("COCO-Stuff K171 1/4", 8, 171, 128, 128, 512, 512))
     for label, b, k, *size in heads:

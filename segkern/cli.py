@@ -252,27 +252,36 @@ def doctor():
 @_command("segkern models 's2fpn*' --cost --size 512x1024")
 def models(
     pattern:str=_argument("*", help="Names to list, with * and ?."),
-    cost:bool=_option(False, "--cost", help="Parameters and multiply-adds: as the paper builds it, and as it runs here."),
-    size:str=_option("512x1024", help="Height x width of the picture."),
-    num_classes:int=_option(19, help="Classes of the last layer."),
+    cost:bool=_option(False, "--cost", help="Parameters and multiply-adds: as the paper builds it, as it runs here, and as it is claimed where somebody says."),
+    size:str=_option("", help="Height x width of the picture; default: 512x512 for ade20k, coco_stuff10k and voc2012, 480x480 for pascal_context, else 512x1024."),
+    num_classes:int=_option(0, help="Classes of the last layer; default: the dataset's."),
+    dataset:str=_option("cityscapes", help="Whose head: ade20k, coco_stuff10k, pascal_context, cityscapes, camvid, voc2012."),
     as_json:bool=_option(False, "--json", help="Print JSON."),
 ):
     "List the models."
     import segkern
+    from segkern.core import load_table
     names = segkern.list_models(pattern)
     if not names: raise ValueError(f"no model matches '{pattern}'; `segkern models` lists them all")
-    if cost: return _show(_costs(names, num_classes, _size(size)), as_json)
+    if cost:
+        k, (h, w) = num_classes or len(load_table(dataset)["classes"]), _size(size or _SHOWN.get(dataset, "512x1024"))
+        if not as_json: typer.echo(f"{k} classes, pictures of {h}x{w}")
+        return _show(_costs(names, k, (h, w)), as_json)
     if as_json: return typer.echo(json.dumps(names))
     typer.echo("\n".join(names))
 
+_SHOWN = dict(ade20k="512x512", coco_stuff10k="512x512", voc2012="512x512", pascal_context="480x480")
+
 def _costs(names, num_classes, size):
-    "Table rows: parameters in millions and multiply-adds in 10^9."
+    "Table rows: parameters in millions and multiply-adds in 10^9; claims stand for 150 classes and 512x512."
     from segkern import models as m
     from segkern.core import progress
     rows = []
     for name in progress(names, "counting"):
-        c = m.cost(name, num_classes, size)
-        rows.append({"model": name, "params [M]": c["params"]/1e6, "GMACs, paper form": c["paper_gmacs"], "GMACs, ours": c["gmacs"]})
+        c, said = m.cost(name, num_classes, size), m.claimed(name) if (num_classes, size) == (150, (512, 512)) else {}
+        rows.append({"model": name, "params [M]": c["params"]/1e6, "in use [M]": c["deployed"]/1e6, "GMACs, paper form": c["paper_gmacs"], "GMACs, ours": c["gmacs"],
+                     **({"claimed [M]": said.get("params_millions"), "claimed GMACs": said.get("gmacs"), "counted/claimed": c["paper_gmacs"]/said["gmacs"] if "gmacs" in said else None}
+                        if (num_classes, size) == (150, (512, 512)) else {})})
     return rows
 
 def _show(rows, as_json=False):
@@ -284,7 +293,7 @@ def _show(rows, as_json=False):
 @_command("segkern train s2fpn_r18 --dataset streets --out runs/first --set iterations=200 --set lr=1e-3")
 def train(
     model:str=_argument(..., help="Name of a model, see `segkern models`."),
-    dataset:str=_option("streets", help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
+    dataset:str=_option("streets", help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     out:Path=_option(Path("runs/run"), help="Run folder."),
     init:str=_option("", help="Start from weights that fit: an official file, one of ours, a run folder of train or pretrain."),
@@ -409,7 +418,7 @@ def pretrain(
 @_command("segkern eval runs/first --dataset streets --split test --json result.json", name="eval")
 def evaluate(
     target:str=_argument(..., help="Weights file, run folder, or the name of a model."),
-    dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
+    dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
     root:str=_option("", help="Folder of the dataset; streets needs none."),
     split:str=_option("val", help="Which part of the data."),
     protocol:str=_option("", help="Default: as the model was shown pictures in training. whole, sliding, multiscale, "
@@ -641,7 +650,7 @@ app.add_typer(data, name="data")
 
 @_command("segkern data check camvid /data/camvid", group=data, name="check")
 def data_check(
-    name:str=_argument(..., help="streets, camvid, cityscapes, gtav, ade20k, voc2012, folder."),
+    name:str=_argument(..., help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
     root:str=_argument("", help="Folder of the dataset."),
     split:str=_option("", help="One split only."),
     limit:int=_option(0, help="Look at so many pictures per split only, evenly spread; 0: all."),

@@ -211,9 +211,12 @@ def fitted_labels(
     image:torch.Tensor, # uint8 [3, h, w], on the CPU
     frame:tuple=(2048, 512), # as in `fitted`
     multiple:int=1, # as in `fitted`
+    window:int|tuple|None=None, # look through windows of this size, as in `sliding_logits`
+    stride:int|tuple|None=None, # their step
 )->torch.Tensor: # uint8 [1, h, w]
     "Labels of a picture that the network sees fitted into a frame."
     x = model.preprocess(fitted(image, frame, multiple)[None].to(_device_of(model)))
+    if window: return argmax_resized(sliding_logits(model, x, window, stride), [image.shape[1:]], align_corners=getattr(model, "align_corners", False))
     logits = model(resize(x, legal_size(model, x.shape[-2:])))
     return argmax_resized(logits, [x.shape[-2:], image.shape[1:]], align_corners=getattr(model, "align_corners", False))
 
@@ -241,11 +244,12 @@ def square_labels(
     return argmax_resized(total, [(h, w)], "bicubic")
 
 # %% ../nbs/62_infer.ipynb #18b003bb
-PROTOCOLS = ("whole", "sliding", "multiscale", "exp_sum", "ade", "ade32", "square512", "square512_ms") # ways to label a picture
+PROTOCOLS = ("whole", "sliding", "multiscale", "exp_sum", "ade", "ade32", "ade32_sliding", "square512", "square512_ms") # ways to label a picture
 
-def _of_pictures(protocol, size, scales, flip):
+def _of_pictures(protocol, size, scales, flip, window, stride):
     "The function (model, uint8 picture) -> labels of a protocol that resizes pictures; None for the others."
     if protocol in ("ade", "ade32"): return lambda m, image: fitted_labels(m, image, size or (2048, 512), 32 if protocol == "ade32" else 1)
+    if protocol == "ade32_sliding": return lambda m, image: fitted_labels(m, image, size or (2048, 512), 32, window, stride)
     if protocol == "square512": return lambda m, image: square_labels(m, image, size or (512, 512))
     if protocol == "square512_ms": return lambda m, image: square_labels(m, image, size or (512, 512), scales or _SQUARE, flip)
 
@@ -349,9 +353,9 @@ _SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 def _predictor(protocol, window, stride, scales, flip, combine, base_size, size):
     "The function (model, uint8 pictures) -> labels of a protocol."
-    one = _of_pictures(protocol, size, scales, flip)
+    if protocol.endswith("sliding") and window is None: raise ValueError(f"protocol '{protocol}' wants a window, e.g. window=(512, 512)")
+    one = _of_pictures(protocol, size, scales, flip, window, stride)
     if one: return lambda m, images: torch.cat([one(m, image) for image in images.cpu()])
-    if protocol == "sliding" and window is None: raise ValueError("protocol 'sliding' wants a window, e.g. window=(512, 512)")
     best = lambda scores: scores.argmax(1).to(torch.uint8)
     known = dict(whole=lambda m, x: _labels(m, x, tuple(x.shape[-2:])), sliding=lambda m, x: best(sliding_logits(m, x, window, stride)),
                  multiscale=lambda m, x: best(multiscale_probs(m, x, scales or _SCALES, flip, combine, window, stride)),
@@ -362,7 +366,7 @@ def _predictor(protocol, window, stride, scales, flip, combine, base_size, size)
 def _facts(protocol, window, stride, scales, flip, combine, base_size, size):
     "What a report says about a protocol besides its name."
     several, facts = list(scales or _SCALES), {}
-    if protocol in PROTOCOLS[1:4]: facts.update(window=window, stride=stride)
+    if protocol in PROTOCOLS[1:4] or protocol.endswith("sliding"): facts.update(window=window, stride=stride)
     if protocol == "multiscale": facts.update(scales=several, flip=flip, combine=combine)
     if protocol == "exp_sum": facts.update(scales=several, flip=flip, base_size=base_size)
     if protocol in PROTOCOLS[4:]: facts.update(size=list(size or ((2048, 512) if protocol.startswith("ade") else (512, 512))))
@@ -411,13 +415,13 @@ def evaluate(
     limit:int|None=None, # only the first so many pictures
     device:str|torch.device|None=None, # evaluate here; default: where the model is
     batch:int=1, # pictures at once, where their sizes agree
-    window:int|tuple|None=None, # of "sliding"; also slides inside "multiscale"
+    window:int|tuple|None=None, # of "sliding" and "ade32_sliding"; also slides inside "multiscale"
     stride:int|tuple|None=None, # step of the window
     scales:tuple|None=None, # of "multiscale" and "exp_sum", default 0.5 to 1.75 by quarters, and of "square512_ms", default to 2
     flip:bool=True, # mirror images where there are scales
     combine:str="softmax", # how "multiscale" averages: "softmax" | "logits"
     base_size:int=0, # of "exp_sum": the scales' reference; 0: the long side of each picture
-    size:tuple|None=None, # of "ade" and "ade32" (long, short), default (2048, 512); of "square512" and "square512_ms" (height, width), default (512, 512)
+    size:tuple|None=None, # of "ade" and its kin (long, short), default (2048, 512); of "square512" and "square512_ms" (height, width), default (512, 512)
     restrict:bool=False, # where the model has more outputs than the dataset classes: measure the first ones
     classes:list|None=None, # names of the model's classes; default: `model.classes`
     workers:int=0, # processes that read pictures
@@ -654,6 +658,7 @@ def optimize(
     if compile and cpu: _check_compiler()
     if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16():
         logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
+    own = sum(m.fold() for m in list(net.modules()) if hasattr(m, "fold")) if fold_bn else 0
     chains = conv_chains(net) if fold_bn or prepack else []
     folded = [(conv, norm) for conv, norm, _ in chains if norm is not None] if fold_bn else []
     for conv, norm in folded:
@@ -665,5 +670,5 @@ def optimize(
         _replace(net, conv, PackedConv(conv, relu is not None))
         if relu is not None: _replace(net, relu, nn.Identity())
     name = str(dtype or "as input").replace("torch.", "")
-    facts = dict(bn_folded=len(folded), channels_last=channels_last, prepacked=bool(prepack), dtype=name, compiled=compile)
+    facts = dict(bn_folded=len(folded) + own, channels_last=channels_last, prepacked=bool(prepack), dtype=name, compiled=compile)
     return Optimized(net, channels_last, dtype, compile, facts)

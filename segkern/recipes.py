@@ -7,8 +7,8 @@ __all__ = ['S2FPN_CAMVID', 'S2FPN_CITYSCAPES', 'STREETS', 'SANET_CITYSCAPES', 'S
            'ENCODER_GROUPS_MMSEG', 'SEGFORMER_ADE20K', 'SEGFORMER_CITYSCAPES', 'SEGFORMER_MMSEG_ADE20K',
            'SEGFORMER_MMSEG_CITYSCAPES', 'SASFORMER_ICIP_ADE20K', 'SASFORMER_ICIP_CITYSCAPES', 'SEGFORMER_CAMVID',
            'BGR_QUIRK', 'SASFORMER_SPARSE_VOC', 'TREE_ENERGY', 'SEGFORMER_STREETS', 'SASFORMER_SPARSE_STREETS',
-           'SSA_SEGFORMER', 'SSA_UPERNET', 'SSA_OCRNET', 'RECIPES', 'check_recipe', 'Recipe', 'mean_only',
-           'sparse_recipe', 'recipe_for', 'matched', 'input_rule']
+           'SSA_SEGFORMER', 'SSA_UPERNET', 'SSA_OCRNET', 'SSA_LIGHT', 'HALVES', 'SSA_VIT', 'RECIPES', 'check_recipe',
+           'Recipe', 'mean_only', 'sparse_recipe', 'layer_decay', 'recipe_for', 'matched', 'input_rule']
 
 # %% ../nbs/04_recipes.ipynb #e72bdd60
 import dataclasses, fnmatch
@@ -20,7 +20,7 @@ from .core import IMAGENET, Preprocess, load_table
 _CHOICES = dict(pad=("mean", "black"), place=("corner", "random"), interpolation=("linear", "cubic"), colour=("none", "mmseg", "shift", "shift_picture"),
                 optimizer=("adam", "adamw", "sgd"), schedule=("poly", "cosine", "multistep", "constant"), warmup_rule=("then", "inclusive", "times"),
                 init=("pretrained", "scratch", "kaiming"), mixed_precision=("no", "bf16", "fp16"), miou=("present", "all", "s2fpn"),
-                protocol=("whole", "sliding", "multiscale", "exp_sum", "ade", "ade32", "square512", "square512_ms")) # what a field may say
+                protocol=("whole", "sliding", "multiscale", "exp_sum", "ade", "ade32", "ade32_sliding", "square512", "square512_ms")) # what a field may say
 
 def check_recipe(r):
     "Raise where a field holds what no part of the library knows."
@@ -53,7 +53,7 @@ def _check_rules(r):
     for rule in r.groups:
         if len(rule) != 3 or not isinstance(rule[0], str) or min(rule[1:]) < 0:
             raise ValueError(f"recipe: groups holds (pattern of names, factor of the rate, factor of the decay), got {rule}")
-    if r.groups and (r.lr_mult or not r.decay_norms): raise ValueError("recipe: groups says all about rates and decay: leave lr_mult and decay_norms as they are")
+    if r.groups and r.lr_mult: raise ValueError("recipe: groups says all about rates: leave lr_mult as it is")
     for pair in r.data_options:
         if len(pair) != 2 or not isinstance(pair[0], str): raise ValueError(f"recipe: data_options holds (name, value), got {pair}")
 
@@ -113,7 +113,7 @@ class Recipe(_Record):
     nesterov:bool = False
     eps:float = 1e-8
     weight_decay:float = 0.0
-    decay_norms:bool = True        # False: no decay on one-dimensional parameters
+    decay_norms:bool = True        # False: no decay on one-dimensional parameters, whatever `groups` says
     lr_mult:tuple = ()             # (("backbone.", 0.1), …): factor for parameters whose name starts so
     groups:tuple = ()              # (("encoder.*", 1, 1), ("*", 10, 0), …): pattern of names, factors of rate and decay; the first that fits
     schedule:str = "poly"          # "poly" | "cosine" | "multistep" | "constant"
@@ -131,7 +131,8 @@ class Recipe(_Record):
     bn_eps:float = 1e-5            # of every BatchNorm2d while training; 1e-5: each layer's own
     mixed_precision:str = "no"     # "no" | "bf16" | "fp16"
     protocol:str = "whole"         # one of `segkern.infer.PROTOCOLS`
-    stride:tuple = ()              # step of the windows of "sliding", which are as large as the crop; (): two thirds
+    stride:tuple = ()              # step of the windows of a sliding protocol, which are as large as the crop; (): two thirds
+    test_size:tuple = ()           # frame of validation pictures where it is not `fit_size`
     miou:str = "present"           # which classes the mean runs over, see `segkern.metrics`
     data_options:tuple = ()        # (("annotation", "scribble"), …): options of the training set; validation has full labels
     source:str = ""                # where the numbers stand
@@ -238,13 +239,35 @@ _SWIN = (("encoder.*norm*", 1.0, 0.0), ("encoder.*bias_table", 1.0, 0.0), ("*", 
 
 def _ssa(dataset, sets, **fields):
     "A recipe of SSAClassifier's repository."
-    return Recipe(dataset, batch=16, source="configuration files of the official SSAClassifier; 4 GPUs of 4 pictures, from ImageNet weights", **{**_FORMER, **sets, **fields})
+    return Recipe(dataset, batch=16, source="configuration files of the official SSAClassifier, which has one per family and dataset, not for every size; 4 GPUs of 4 pictures, "
+                  "from ImageNet weights", **{**_FORMER, **sets, **fields})
 
 SSA_SEGFORMER = {d: _ssa(d, s, groups=ENCODER_GROUPS_MMSEG) for d, s in _SETS}
 SSA_UPERNET = {d: _ssa(d, s, groups=_SWIN) for d, s in _SETS}
 SSA_OCRNET = {d: _ssa(d, s, groups=(), optimizer="sgd", lr=1e-2, lr_min=1e-4, weight_decay=5e-4, power=0.9, warmup=0, warmup_rule="then") for d, s in _SETS}
 
 # %% ../nbs/04_recipes.ipynb #1867d8e2
+_SEGNEXT = (("encoder.stages.*.norm*", 1.0, 0.0), ("encoder.stages.[123].down.1.*", 1.0, 0.0), ("encoder.*", 1.0, 1.0), ("*", 10.0, 1.0))
+_SEAFORMER = (("encoder.*.attn.row_[qk]", 1.0, 0.0), ("encoder.*.attn.column_[qk]", 1.0, 0.0), ("encoder.*", 1.0, 1.0), ("*", 10.0, 1.0))
+_CGRSEG = (("encoder.*.talking_head*", 10.0, 1.0), ("encoder.*.mlp.*.bn.*", 1.0, 0.0), ("encoder.stages.[12].downsample.conv.bn.*", 1.0, 0.0), ("encoder.*", 1.0, 1.0),
+           ("*", 10.0, 1.0))
+
+def layer_decay(
+    rate:float, # factor from a block to the one before
+    depth:int=24, # blocks
+)->tuple: # groups of a `Recipe`
+    "Rates that fall towards the input of a vision transformer; the rest learns at the full rate."
+    return (*[(f"encoder.{n}", rate**(depth + 1), 1.0) for n in ("pos_embed", "embed.*")],
+            *[(f"encoder.blocks.{j}.*", rate**(depth - j), 1.0) for j in range(depth)], ("*", 1.0, 1.0))
+
+_LIGHT = {"segnext_*": (6e-5, 6e-5, 6e-5, _SEGNEXT), "seaformer_b*": (2.5e-4, 2e-4, 2e-4, _SEAFORMER), "seaformer_*": (2.5e-4, 2.5e-4, 2.5e-4, _SEAFORMER),
+          "afformer_*": (3e-4, 3e-4, 3e-4, ()), "cgrseg_*": (1.2e-4, None, None, _CGRSEG)} # rates on the three datasets, and the groups
+SSA_LIGHT = {(name, d): _ssa(d, s, lr=lr, groups=groups) for name, (*rates, groups) in _LIGHT.items() for (d, s), lr in zip(_SETS, rates) if lr}
+HALVES = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) # 127.5 of 255
+SSA_VIT = {d: _ssa(d, s, lr=2e-5, weight_decay=0.05, decay_norms=False, groups=layer_decay(0.95 if d == "ade20k" else 0.9), **({"preprocess": HALVES} if d == "ade20k" else {}))
+           .replace(protocol="ade32_sliding", stride=(320, 320) if d == "pascal_context" else (341, 341), test_size=(4096, 520) if d == "pascal_context" else ()) for d, s in _SETS}
+
+# %% ../nbs/04_recipes.ipynb #533319e4
 # (pattern of model names, dataset) -> recipe; the first that fits is taken
 RECIPES = {
     ("s2fpn_*", "camvid"): S2FPN_CAMVID,
@@ -256,13 +279,15 @@ RECIPES = {
     **{(m, r.dataset): r for m in ("sanet_*", "pidnet_s") for r in (SANET_CITYSCAPES, SANET_CAMVID, SANET_GTAV)},
     **{(m, "streets"): STREETS.replace(preprocess=IMAGENET, edges=True, class_weights=False) for m in ("sanet_*", "pidnet_s")},
     **{("segformer_*_ssa", d): r for d, r in SSA_SEGFORMER.items()}, **{("upernet_*", d): r for d, r in SSA_UPERNET.items()},
-    **{("ocrnet_*", d): r for d, r in SSA_OCRNET.items()},
+    **{("ocrnet_*", d): r for d, r in SSA_OCRNET.items()}, **SSA_LIGHT, **{("vit_adapter_*", d): r for d, r in SSA_VIT.items()},
     **{("segformer_*_mmseg*", r.dataset): r for r in (SEGFORMER_MMSEG_ADE20K, SEGFORMER_MMSEG_CITYSCAPES, SEGFORMER_CAMVID.replace(**_MMSEG))},
     **{("segformer_*", r.dataset): r for r in (SEGFORMER_ADE20K, SEGFORMER_CITYSCAPES, SEGFORMER_CAMVID)},
     **{("sasformer_icip_*", r.dataset): r for r in (SASFORMER_ICIP_ADE20K, SASFORMER_ICIP_CITYSCAPES, SEGFORMER_CAMVID.replace(**_MMSEG))},
     ("sasformer_sparse_*", "voc2012"): SASFORMER_SPARSE_VOC,
+    **{(m, "camvid"): SEGFORMER_CAMVID.replace(groups=g, source="ours: SegFormer's recipe at CamVid's size, with the groups of this network")
+       for m, g in (("upernet_*", _SWIN), ("ocrnet_*", ()), ("segnext_*", _SEGNEXT), ("seaformer_*", _SEAFORMER), ("afformer_*", ()), ("cgrseg_*", _CGRSEG))},
     **{(m, "streets"): SEGFORMER_STREETS for m in ("segformer_*", "sasformer_icip_*")},
-    **{(m, "streets"): SEGFORMER_STREETS.replace(groups=()) for m in ("upernet_*", "ocrnet_*")},
+    **{(m, "streets"): SEGFORMER_STREETS.replace(groups=()) for m in ("upernet_*", "ocrnet_*", "segnext_*", "seaformer_*", "afformer_*", "cgrseg_*", "vit_adapter_*")},
     ("sasformer_sparse_*", "streets"): SASFORMER_SPARSE_STREETS,
     ("*", "streets"): STREETS,
 }
@@ -275,6 +300,7 @@ def recipe_for(
     **fields, # overrides
 )->Recipe: # the published recipe with the overrides applied
     "The recipe of a model on a dataset. A dataset of your own (`folder`) takes the model's recipe for ADE20K, VOC or CamVid as a start."
+    if fnmatch.fnmatch(model, "segformer_b[0-5]_ssa"): model = model.replace("_ssa", "_mmseg_ssa") # an alias
     for (pattern, name), recipe in RECIPES.items():
         if name == dataset and fnmatch.fnmatch(model, pattern): return recipe.replace(**fields)
     known = {d for p, d in RECIPES if fnmatch.fnmatch(model, p)}
@@ -306,6 +332,7 @@ def input_rule(
     recipe:Recipe, # protocol, fit_size, crop
 )->dict: # protocol and size, ready for JSON
     "How a network trained by a recipe should be shown a picture: as validation shows it, or whole where that takes windows or scales."
-    sizes = dict(ade=recipe.fit_size, ade32=recipe.fit_size, square512=recipe.crop, square512_ms=recipe.crop)
+    frame = recipe.test_size or recipe.fit_size
+    sizes = dict(ade=frame, ade32=frame, ade32_sliding=frame, square512=recipe.crop, square512_ms=recipe.crop)
     if recipe.protocol not in sizes: return dict(protocol="whole", size=None)
-    return dict(protocol=recipe.protocol, size=list(sizes[recipe.protocol]) or None)
+    return dict(protocol=recipe.protocol.removesuffix("_sliding"), size=list(sizes[recipe.protocol]) or None)

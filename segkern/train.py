@@ -6,8 +6,8 @@
 __all__ = ['lr_at', 'generator', 'order', 'step_keys', 'Samples', 'Steps', 'batches', 'parameter_groups', 'group_table',
            'optimizer_for', 'kaiming_init', 'training_eps', 'adopt', 'run_lock', 'weights_bytes', 'save_checkpoint',
            'last_checkpoint', 'run_weights', 'history', 'run_config', 'open_run', 'Run', 'Objective', 'accelerator_for',
-           'forward_backward', 'optimizer_step', 'save_run', 'restore_run', 'evaluate_run', 'draw_samples',
-           'uncompiled', 'start_run', 'log_line', 'train_steps', 'fit']
+           'forward_backward', 'optimizer_step', 'save_run', 'restore_run', 'evaluate_run', 'evaluation_of',
+           'draw_samples', 'uncompiled', 'start_run', 'log_line', 'train_steps', 'fit']
 
 # %% ../nbs/61_train.ipynb #3f88bf2a
 import bisect, contextlib, copy, dataclasses, fnmatch, functools, importlib.util, io, json, math, os, random, shutil, tempfile, time, zlib
@@ -124,9 +124,10 @@ def _rule_of(recipe, name, p):
     "Pattern, factor of the rate, and decay of a parameter."
     if recipe.groups:
         rule, factor, decay = next((r for r in recipe.groups if fnmatch.fnmatchcase(name, r[0])), (None, 1.0, 1.0))
-        return rule, float(factor), recipe.weight_decay*decay
-    prefix, factor = next(((s, f) for s, f in recipe.lr_mult if name.startswith(s)), (None, 1.0))
-    return prefix, factor, recipe.weight_decay if recipe.decay_norms or p.ndim > 1 else 0.0
+    else:
+        rule, factor = next(((s, f) for s, f in recipe.lr_mult if name.startswith(s)), (None, 1.0))
+        decay = 1.0
+    return rule, float(factor), recipe.weight_decay*decay if recipe.decay_norms or p.ndim > 1 else 0.0
 
 def parameter_groups(
     model:nn.Module,
@@ -576,7 +577,7 @@ def evaluate_run(
     acc, state, model = run.accelerator, run.state, run.model if run.ema is None else run.ema
     found, (metric, function) = None, run.score
     if acc.is_main_process:
-        with seeded(0): found = (function or _by_recipe(run.recipe))(model, val_set, **kwargs)
+        with seeded(0): found = (function or evaluation_of(run.recipe))(model, val_set, **kwargs)
         if state["best"] is None or (found[metric] or 0.0) > state["best"]:
             state.update(best=found[metric] or 0.0, best_step=state["step"])
             data = weights_bytes(model, step=state["step"], **{metric: state["best"]})
@@ -585,11 +586,14 @@ def evaluate_run(
     acc.wait_for_everyone()
     return found
 
-def _by_recipe(recipe):
+def evaluation_of(
+    recipe:Recipe, # protocol, sizes, mIoU rule
+): # function(model, dataset, **kwargs) -> metrics, as `segkern.infer.evaluate`
     "The evaluation of a segmentation network that a recipe asks for."
     from segkern.infer import evaluate
-    more = dict(sliding=dict(window=recipe.crop, stride=recipe.stride or None), exp_sum=dict(window=recipe.crop, base_size=recipe.base_size)).get(recipe.protocol, {})
-    if input_rule(recipe)["size"]: more = dict(size=tuple(input_rule(recipe)["size"]))
+    more = dict(window=recipe.crop, base_size=recipe.base_size) if recipe.protocol == "exp_sum" else {}
+    if recipe.protocol.endswith("sliding"): more = dict(window=recipe.crop, stride=recipe.stride or None)
+    if input_rule(recipe)["size"]: more["size"] = tuple(input_rule(recipe)["size"])
     return lambda model, val_set, **kwargs: evaluate(model, val_set, protocol=recipe.protocol, miou=recipe.miou, **{**more, **kwargs})
 
 # %% ../nbs/61_train.ipynb #098b6b52

@@ -85,7 +85,7 @@ def write_safetensors(
     return Path(path)
 
 # %% ../nbs/03_weights.ipynb #4fafcb08
-_CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module")
+_CONTAINERS = ("state_dict_ema", "state_dict", "model", "model_state_dict", "model_state", "net", "network", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 def unwrap(

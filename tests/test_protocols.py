@@ -9,7 +9,7 @@ from segkern import infer, recipes
 from segkern.core import IMAGENET, Preprocess, seeded
 from segkern.infer import PROTOCOLS, FirstClasses, argmax_resized, evaluate, evaluating, fitted, optimize, picture_rule, segment, sliding_logits, square_labels, window_starts
 from segkern.recipes import recipe_for
-from segkern.train import _by_recipe
+from segkern.train import evaluation_of
 
 
 class Net(nn.Module):
@@ -189,12 +189,29 @@ def test_more_outputs_than_classes():
 @pytest.mark.parametrize("model, dataset, expected", [
     ("segformer_b0", "ade20k", dict(protocol="ade32", size=(2048, 512))), ("segformer_b0_mmseg", "ade20k", dict(protocol="ade", size=(2048, 512))),
     ("sasformer_icip_b0", "cityscapes", dict(protocol="sliding", window=(1024, 1024), stride=(768, 768))),
+    ("vit_adapter_l_ssa", "pascal_context", dict(protocol="ade32_sliding", size=(4096, 520), window=(480, 480), stride=(320, 320))),
+    ("vit_adapter_l", "ade20k", dict(protocol="ade32_sliding", size=(2048, 512), window=(512, 512), stride=(341, 341))),
+    ("ocrnet_hr48", "pascal_context", dict(protocol="ade", size=(520, 520))),
     ("sasformer_sparse_b4", "voc2012", dict(protocol="square512", size=(512, 512))), ("s2fpn_r18", "camvid", dict(protocol="whole"))])
 def test_validation_follows_the_recipe(monkeypatch, model, dataset, expected):
     seen = {}
     monkeypatch.setattr(infer, "evaluate", lambda model, data, **kw: seen.update(kw))
-    _by_recipe(recipe_for(model, dataset))(None, None)
+    evaluation_of(recipe_for(model, dataset))(None, None)
     assert seen == dict(miou="present", **expected)
+
+
+def test_windows_over_a_fitted_picture():
+    "Fit into the frame, sides up to multiples of 32, windows, the picture's own size."
+    m, image = net(), picture(40, 56)
+    data = [(image, torch.zeros(40, 56, dtype=torch.uint8))]
+    seen = fitted(image, (128, 64), 32)
+    logits = sliding_logits(m, m.preprocess(seen[None]), (48, 48), (32, 32))
+    want = F.interpolate(logits, (40, 56), mode="bilinear").argmax(1)
+    got = infer.fitted_labels(m, image, (128, 64), 32, (48, 48), (32, 32))
+    assert seen.shape[1:] == (64, 96) and (got == want).float().mean() > .999 and set(m.seen) == {(48, 48)}
+    report = evaluate(m, Images([f"c{i}" for i in range(5)], data), protocol="ade32_sliding", size=(128, 64), window=(48, 48), stride=(32, 32))
+    assert report["pixel_acc"] == pytest.approx((want == 0).float().mean().item(), abs=1e-3) and (report["window"], report["size"]) == ((48, 48), [128, 64])
+    with pytest.raises(ValueError, match="'ade32_sliding' wants a window"): evaluate(m, Images([f"c{i}" for i in range(5)], data), protocol="ade32_sliding")
 
 
 def test_segment_follows_the_recipe_of_the_dataset():

@@ -102,6 +102,31 @@ def test_corner_cases(case):
     if case == "void": assert losses["loss"] == 0 and all((p.grad == 0).all() for p in m.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("size, inside", [((12, 12), 0), ((12, 30), 0), ((30, 12), 0), ((15, 15), 1), ((14, 31), 1), ((11, 30), None)], ids=str)
+def test_frame_of_the_boundary(size, inside):
+    "A frame of six cells has no edges, so a side of twelve leaves none; smaller maps, which the reference cannot take, keep theirs."
+    ids = (torch.arange(size[0])[:, None]//3 + torch.arange(size[1])//3)[None] % 5
+    cells, (h, w) = boundary_cells(ids)[0], size
+    if min(size) < 12: assert cells.any()
+    else:
+        assert not cells[:5].any() and not cells[h - 5:].any() and not cells[:, :5].any() and not cells[:, w - 5:].any() # dilated by one
+        assert cells.any() == bool(inside)
+
+
+def test_a_module_in_bfloat16_trains():
+    m, x = create_model("segformer_b0_ssa", 7).bfloat16(), make_input([2, 3, 64, 64]).bfloat16()
+    losses = m(x, torch.randint(0, 7, (2, 64, 64)))
+    losses["loss"].backward()
+    assert torch.isfinite(losses["loss"]) and all(p.grad.dtype == torch.bfloat16 for p in m.parameters() if p.grad is not None)
+    with pytest.raises(ValueError, match=r"target must be ids \[2, h, w\], got \(2, 1, 64, 64\)"): m(x, torch.zeros(2, 1, 64, 64, dtype=torch.long))
+
+
+def test_the_alias_has_the_same_recipe():
+    from segkern.recipes import recipe_for
+    for dataset in ("ade20k", "cityscapes", "camvid", "streets", "pascal_context"): assert recipe_for("segformer_b2_ssa", dataset) == recipe_for("segformer_b2_mmseg_ssa", dataset)
+    for host in ("upernet_swin_t", "ocrnet_hr48", "segnext_t", "seaformer_b", "cgrseg_b"): assert recipe_for(f"{host}_ssa", "camvid").crop == (360, 360)
+
+
 def test_names():
     "Published hosts have their _ssa; every other host on request; SegFormer's short name is an alias."
     assert {f"segformer_b{i}_mmseg_ssa" for i in range(6)} <= set(list_models("*_ssa")) and "s2fpn_r18_ssa" not in list_models()

@@ -17,7 +17,7 @@ def boundary_cells(
     labels:torch.Tensor, # ids [b, h, w], 255 counts as an id
 )->torch.Tensor: # bool [b, h, w]
     "The boundary of a map of ids, three cells wide."
-    return boundary_target(labels, 6 if min(labels.shape[-2:]) > 12 else 0, 3).bool()
+    return boundary_target(labels, 6 if min(labels.shape[-2:]) >= 12 else 0, 3).bool()
 
 def at_grid(
     labels:torch.Tensor, # ids [b, H, W]

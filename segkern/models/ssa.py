@@ -74,9 +74,9 @@ class SSAClassifier(nn.Module):
         "The teacher: semantic centres of the whole batch, places of every picture; an absent class keeps its fixed ones."
         fixed, basis = self.seg.weight[:, :, 0, 0], self.basis.weight
         sums, n = class_sums(feat, labels, self.num_classes)
-        mean = torch.where(n[:, None] > 0, sums/n[:, None].clamp(min=1), fixed.detach())
+        mean = torch.where(n[:, None] > 0, (sums/n[:, None].clamp(min=1)).to(fixed.dtype), fixed.detach())
         sums, n = class_sums(position, labels, self.num_classes, per_image=True)
-        place = torch.where(n[..., None] > 0, sums/n[..., None].clamp(min=1), basis.detach())
+        place = torch.where(n[..., None] > 0, (sums/n[..., None].clamp(min=1)).to(basis.dtype), basis.detach())
         semantic = self.teacher.content(torch.cat([mean, fixed], -1))[None]
         spatial = self.teacher.place(torch.cat([place, basis.expand(len(feat), -1, -1)], -1))
         return cosine_logits(self.teacher.out(semantic + spatial), feat, position, self.scale), semantic, spatial
@@ -97,6 +97,7 @@ def ssa_losses(
 )->dict: # by the names of the official log
     "The terms of the training loss; their sum is what is minimised."
     if net.teacher is None: raise RuntimeError("the classifier is in its deploy form: its teacher is gone, so it has no training loss")
+    if target.ndim != 3 or len(target) != len(feat): raise ValueError(f"the target must be ids [{len(feat)}, h, w], got {tuple(target.shape)}")
     labels = at_grid(target, feat.shape[2:])
     taught, semantic, spatial = net.teach(feat, answer.position, labels)
     ce = lambda z: upsample_cross_entropy(z, target, align_corners=align_corners, empty="zero")
@@ -124,6 +125,7 @@ class SSA(SegModel):
             if hasattr(host, n): setattr(self, n, getattr(host, n))
         self.host, self.main_mean, self.align_corners_train = host, main_mean, align_corners_train
         self.classifier = SSAClassifier(old.out_channels, old.in_channels, dropout=getattr(getattr(host, "dropout", None), "p", 0.0))
+        if hasattr(host, "bare"): host.bare()
         del host.classifier
         if hasattr(host, "deploy") and not hasattr(host, "aux_losses"): host.deploy() # auxiliary heads that nothing would train
 

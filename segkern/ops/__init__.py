@@ -4,21 +4,26 @@
 
 # %% auto #0
 __all__ = ['AttentionMaps', 'affinity', 'use_impl', 'which', 'check_target', 'confusion', 'upsample_argmax', 'upsample_confusion',
-           'upsample_cross_entropy', 'upsample_dice', 'upsample_dice_sums', 'upsample_kl', 'class_sums',
-           'cosine_logits', 'prototypes', 'attention_block', 'sr_attention', 'sr_attention_lse', 'fold_values',
-           'strip_attention', 'strip_attention_ref', 'strip_pool']
+           'upsample_cross_entropy', 'upsample_dice', 'upsample_dice_sums', 'upsample_kl', 'msca', 'pack_taps',
+           'class_sums', 'cosine_logits', 'prototypes', 'rca_gate', 'strip_means', 'attention_block', 'sr_attention',
+           'sr_attention_lse', 'fold_values', 'strip_attention', 'strip_attention_ref', 'strip_pool', 'axial_add',
+           'axial_attention', 'squeeze_axial']
 
 # %% ../../nbs/19_ops.ipynb #0fbf3770
 from .affinity import AttentionMaps, affinity
 from .dispatch import use_impl, which
 from .head import check_target, confusion, upsample_argmax, upsample_confusion, upsample_cross_entropy
 from .head_soft import upsample_dice, upsample_dice_sums, upsample_kl
+from .msca import msca, pack_taps
 from .prototype import class_sums, cosine_logits, prototypes
+from .rca_gate import rca_gate, strip_means
+from .squeeze_axial import axial_add, axial_attention, squeeze_axial
 from .sr_attention import attention_block, sr_attention, sr_attention_lse
 from .strip_attention import fold_values, strip_attention, strip_attention_ref
 from .strip_pool import strip_pool
 
 # %% ../../nbs/19_ops.ipynb #17039a92
 _all_ = ["AttentionMaps", "affinity", "use_impl", "which", "check_target", "confusion", "upsample_argmax", "upsample_confusion", "upsample_cross_entropy",
-         "upsample_dice", "upsample_dice_sums", "upsample_kl", "class_sums", "cosine_logits", "prototypes",
-         "attention_block", "sr_attention", "sr_attention_lse", "fold_values", "strip_attention", "strip_attention_ref", "strip_pool"]
+         "upsample_dice", "upsample_dice_sums", "upsample_kl", "msca", "pack_taps", "class_sums", "cosine_logits", "prototypes",
+         "rca_gate", "strip_means", "attention_block", "sr_attention", "sr_attention_lse", "fold_values", "strip_attention", "strip_attention_ref", "strip_pool",
+         "axial_add", "axial_attention", "squeeze_axial"]
