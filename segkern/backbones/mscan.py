@@ -136,7 +136,8 @@ class MSCAN(nn.Module):
     def forward(self,
         x:torch.Tensor, # [b, 3, h, w]
     )->list: # four maps [b, c, ceil(h/4), ceil(w/4)], …
-        "The maps of the four stages."
+        "The maps of the four stages. On a processor without gradients they are channels-last, which depthwise convolutions like."
+        if x.device.type == "cpu" and not torch.is_grad_enabled(): x = x.contiguous(memory_format=torch.channels_last)
         maps = []
         for stage in self.stages:
             x = stage(x)

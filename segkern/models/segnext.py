@@ -6,13 +6,11 @@
 __all__ = ['SEGNEXTS', 'unit_bases', 'factorise', 'Bases', 'GroupUnit', 'HamHead', 'SegNeXt', 'head_rules', 'describe_state']
 
 # %% ../../nbs/36_models.segnext.ipynb #d8ce6f88
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..backbones.mscan import MSCANS, MSCAN, adapt, describe_state as describe_encoder, key_rules
+from ..backbones.mscan import MSCAN, adapt, describe_state as describe_encoder, key_rules
 from ..core import IMAGENET
 from ..layers import resize
 from .base import Segmentor, describe_file, find_tensor

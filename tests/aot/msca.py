@@ -1,0 +1,28 @@
+"Production launches of msca: the blocks of SegNeXt-L at 512×512, larger maps, odd ones."
+import torch
+
+from segkern.ops.msca import TAPS, msca_bwd, msca_fwd
+
+MMA = {"_msca_fwd_kernel", "_msca_strips_kernel", "_msca_rows_kernel", "_msca_columns_kernel", "_msca_square_kernel"}
+WIDE = MMA
+
+
+def both(b, c, h, w, dtype, wanted=(True, True), last=False):
+    "Forward and backward launches on the meta device."
+    x = torch.empty((b, c, h, w), dtype=dtype, device="meta", memory_format=torch.channels_last if last else torch.contiguous_format)
+    taps = torch.empty((c, TAPS), device="meta")
+    msca_bwd(x, taps, msca_fwd(x, taps), wanted)
+
+
+def cases():
+    "Both types at the published sizes (float32 up to 32×32); layouts, sizes and gradients that take other paths."
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for c, side in ((64, 128), (128, 64), (320, 32), (512, 16))[2*(name == "fp32"):]:
+            yield f"{c}×{side}² B16 {name}" + (", narrow" if side > 64 else ""), lambda c=c, side=side, dtype=dtype: both(16, c, side, side, dtype)
+    yield "128×64² fp16", lambda: both(1, 128, 64, 64, torch.float16)
+    yield "480², odd bf16, narrow", lambda: both(1, 128, 60, 59, torch.bfloat16)
+    yield "128×64² channels last bf16, narrow", lambda: both(4, 128, 64, 64, torch.bfloat16, last=True)
+    yield "64×256×512 bf16, narrow", lambda: both(1, 64, 256, 512, torch.bfloat16)
+    yield "gradient of the map only bf16, narrow", lambda: both(4, 128, 64, 64, torch.bfloat16, (True, False))
+    yield "gradient of the taps only bf16", lambda: both(4, 128, 64, 64, torch.bfloat16, (False, True))
+    yield "more than 2**31 elements bf16, narrow", lambda: both(16, 64, 1024, 2048 + 512, torch.bfloat16)
