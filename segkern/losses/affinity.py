@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ..core import IGNORE
 from . import cross_entropy
 from .distill import at_grid
+from ..ops.dispatch import without_autocast
 
 # %% ../../nbs/42_losses.affinity.ipynb #8959f5c4
 def sparse_target(
@@ -51,8 +52,7 @@ def consistency(
 )->torch.Tensor: # [b, h', w'] on the grid of the stage's queries
     "How far, at each place, the own probabilities are from those that attention carries there."
     if distance not in DISTANCES: raise ValueError(f"unknown distance '{distance}'; known: {', '.join(DISTANCES)}")
-    kind = logits.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else torch.enable_grad():
+    with without_autocast(logits):
         z = logits if logits.dtype == torch.float64 else logits.float()
         pair = maps.propagate(_probabilities(z, maps.key_size), impl), _probabilities(z, maps.size)
         return DISTANCES[distance](*(torch.softmax(t, 1) if double_softmax else t for t in pair))

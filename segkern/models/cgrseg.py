@@ -17,8 +17,7 @@ from ..core import IMAGENET
 from ..layers import ConvNormAct, resize as resized
 from .base import Segmentor, describe_file, find_tensor
 from .upernet import classifier_of
-from ..ops.affinity import _plain
-from ..ops.dispatch import which
+from ..ops.dispatch import which, without_autocast
 from ..ops.rca_gate import rca_gate, strip_means
 from ..weights import Rule
 
@@ -45,7 +44,7 @@ class RectangularGate(nn.Module):
     def vectors(self, x): # [b, c, h, w] -> rows [b, c, h], slope [c, w], offset [b, c, w]
         "The normalised map is `rows*slope + offset`."
         columns, rows = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in strip_means(x))
-        with _plain(x):
+        with without_autocast(x):
             taps, k, ones = self.wide.weight[:, :, 0].to(rows.dtype), self.wide.kernel_size[1], torch.ones_like(columns[:1])
             u, s = F.conv1d(torch.cat([columns, ones]), taps, None, padding=k//2, groups=x.shape[1]).split([len(x), 1])
             s, u = s[0], u + self.wide.bias.to(rows.dtype)[:, None]

@@ -14,7 +14,7 @@ from ..backbones.mscan import MSCAN, adapt, describe_state as describe_encoder, 
 from ..core import IMAGENET
 from ..layers import resize
 from .base import Segmentor, describe_file, find_tensor
-from ..ops.affinity import _plain
+from ..ops.dispatch import without_autocast
 from ..weights import Rule
 
 # %% ../../nbs/36_models.segnext.ipynb #5d2131b0
@@ -106,7 +106,7 @@ class HamHead(nn.Module):
     def factors(self, s, bases=None, generator=None): # [b, c, h, w] -> patterns [b, c, r], coefficients [b, h*w, r]
         "The map that enters, factorised in float32 or double."
         x = F.relu(self.inlet(s)).flatten(2)
-        with _plain(x):
+        with without_autocast(x):
             x = x if x.dtype == torch.float64 else x.float()
             start = self.bases(x, generator) if bases is None else bases.to(x)
             return factorise(x, start, self.steps[0 if self.training else 1])
@@ -121,7 +121,7 @@ class HamHead(nn.Module):
         m, z = self.factors(s, bases, generator)
         if self.literal: x = self.outlet.conv((m @ z.transpose(1, 2)).to(s.dtype).unflatten(2, s.shape[2:]))
         else:
-            with _plain(s): x = (self.outlet.conv.weight[:, :, 0, 0].to(m.dtype) @ m @ z.transpose(1, 2)).to(s.dtype).unflatten(2, s.shape[2:])
+            with without_autocast(s): x = (self.outlet.conv.weight[:, :, 0, 0].to(m.dtype) @ m @ z.transpose(1, 2)).to(s.dtype).unflatten(2, s.shape[2:])
         return F.relu(self.align(F.relu(s + self.outlet.norm(x))))
 
 # %% ../../nbs/36_models.segnext.ipynb #3ac58f4a

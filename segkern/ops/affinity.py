@@ -7,11 +7,9 @@ __all__ = ['PROGRAMS', 'PIECE', 'affinity_ref', 'affinity_fwd', 'affinity_bwd', 
            'affinity', 'AttentionMaps']
 
 # %% ../../nbs/14_ops.affinity.ipynb #5bb2cc6d
-import contextlib
-
 import torch
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/14_ops.affinity.ipynb #e6a26fb7
 def affinity_ref(
@@ -246,10 +244,6 @@ def affinity_pieces_bwd(
     return dqs, [t.to(k.dtype) for t, k in zip(dks, ks)], dp.to(p.dtype)
 
 # %% ../../nbs/14_ops.affinity.ipynb #713cd7d9
-def _plain(x):
-    "Without the caller's autocast, on devices that have one."
-    return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else contextlib.nullcontext()
-
 @torch.library.custom_op("segkern::affinity", mutates_args=())
 def _affinity_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, scale:float) -> tuple[torch.Tensor, torch.Tensor]:
     "The kernel as an operator."
@@ -264,13 +258,13 @@ def _affinity_backward_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.
 @torch.library.custom_op("segkern::affinity_pieces", mutates_args=())
 def _affinity_pieces_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, scale:float) -> torch.Tensor:
     "The loop over pieces as an operator; the caller's autocast would round inside."
-    with _plain(p): return affinity_pieces(qs, ks, p, scale)
+    with without_autocast(p): return affinity_pieces(qs, ks, p, scale)
 
 @torch.library.custom_op("segkern::affinity_pieces_backward", mutates_args=())
 def _affinity_pieces_backward_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, g:torch.Tensor, scale:float,
                                  queries:bool, keys:bool, values:bool) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     "The backward loop as an operator."
-    with _plain(p): return affinity_pieces_bwd(qs, ks, p, g, scale, (queries, keys, values))
+    with without_autocast(p): return affinity_pieces_bwd(qs, ks, p, g, scale, (queries, keys, values))
 
 # %% ../../nbs/14_ops.affinity.ipynb #69b76489
 def _fake_out(qs, p):
@@ -378,7 +372,7 @@ class AttentionMaps:
         "The map of one block."
         q, k = self.qs[i], self.ks[i]
         kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-        with _plain(q): return torch.softmax(q.to(kind) @ k.to(kind).transpose(2, 3)*self.scale, 3)
+        with without_autocast(q): return torch.softmax(q.to(kind) @ k.to(kind).transpose(2, 3)*self.scale, 3)
 
     def average(self)->torch.Tensor: # [b, n, m]
         "The mean map over blocks and heads; for small pictures."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'IMPLS', 'KERNELS', 'FLOATS', 'interpreting', 'wanted_impl', 'use_impl', 'measured', 'nearest', 'which',
-           'choose', 'unsupported', 'blocks', 'use_blocks', 'pow2', 'autocast_type', 'on_device']
+           'choose', 'unsupported', 'blocks', 'use_blocks', 'pow2', 'autocast_type', 'without_autocast', 'on_device']
 
 # %% ../../nbs/10_ops.dispatch.ipynb #62cbc50b
 import contextlib, functools, importlib.util, json, os
@@ -174,6 +174,13 @@ def autocast_type(
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if on else None
+
+def without_autocast(
+    x:torch.Tensor, # any tensor of the device
+): # a context
+    "Without the caller's autocast, on devices that have one."
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 def on_device(
     x:torch.Tensor, # a tensor of the launch

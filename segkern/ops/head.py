@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import IGNORE
-from .dispatch import KERNELS, choose, unsupported
+from .dispatch import KERNELS, choose, unsupported, without_autocast
 from .head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample_ce_fwd, upsample_confusion_fwd
 
 # %% ../../nbs/17_ops.head.ipynb #27c85c6f
@@ -211,7 +211,7 @@ def _ohem_keep(nll, valid, thres, min_kept):
 def _upsample_ce(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool, mean:bool,
                  ohem_thres:float, ohem_kept:int, zero:bool, grad:bool, smoothing:float) -> tuple[torch.Tensor, torch.Tensor]:
     "Loss and, where `grad`, its float32 gradient with respect to the logits (else an empty tensor). `ohem_kept` < 0: no mining; `zero`: 0/0 is 0."
-    with torch.autocast(logits.device.type, enabled=False): # the caller's autocast would round the gradient
+    with without_autocast(logits): # the caller's autocast would round the gradient
         return _upsample_ce_body(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, zero, grad, smoothing)
 
 def _upsample_ce_body(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, zero, grad, smoothing):

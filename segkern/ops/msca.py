@@ -9,8 +9,7 @@ __all__ = ['STRIPS', 'TAPS', 'PARTS', 'pack_taps', 'msca_ref', 'msca_fwd', 'msca
 import torch
 import torch.nn.functional as F
 
-from .affinity import _plain
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/13_ops.msca.ipynb #02b2a8b0
 STRIPS = (7, 11, 21) # lengths of the strips
@@ -274,4 +273,4 @@ def msca(
         if not t.is_floating_point(): raise ValueError(f"msca wants {name} in floating point, got {t.dtype}")
     if kind := autocast_type(x): x = x.to(kind)
     if x.numel() and choose("msca", x, taps, impl=impl): return _msca_op(x, taps.to(torch.float32).contiguous())
-    with _plain(x): return msca_ref(x, taps)
+    with without_autocast(x): return msca_ref(x, taps)

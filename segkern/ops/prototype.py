@@ -12,8 +12,7 @@ from typing import Optional
 
 import torch
 
-from .affinity import _plain
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/15_ops.prototype.ipynb #c9352133
 EPS = 1e-12
@@ -543,13 +542,13 @@ def cosine_pieces_bwd(
 def _prototypes_op(logits:torch.Tensor, feat:torch.Tensor, pos:torch.Tensor, kernel:bool) -> tuple[
         torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "Both centres and what the backward pass needs; the caller's autocast would round inside."
-    with _plain(feat): return (prototypes_fwd if kernel else prototypes_pieces)(logits, feat, pos)
+    with without_autocast(feat): return (prototypes_fwd if kernel else prototypes_pieces)(logits, feat, pos)
 
 @torch.library.custom_op("segkern::prototypes_backward", mutates_args=())
 def _prototypes_backward_op(logits:torch.Tensor, feat:torch.Tensor, pos:torch.Tensor, kept:list[torch.Tensor], grads:list[torch.Tensor],
                             wanted:list[bool], kernel:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The gradients of the maps."
-    with _plain(feat): return (prototypes_bwd if kernel else prototypes_pieces_bwd)(logits, feat, pos, tuple(kept), tuple(grads), tuple(wanted))
+    with without_autocast(feat): return (prototypes_bwd if kernel else prototypes_pieces_bwd)(logits, feat, pos, tuple(kept), tuple(grads), tuple(wanted))
 
 @_prototypes_op.register_fake
 def _(logits, feat, pos, kernel):
@@ -577,13 +576,13 @@ _prototypes_op.register_autograd(_prototypes_backward, setup_context=_prototypes
 @torch.library.custom_op("segkern::cosine", mutates_args=())
 def _cosine_op(u:torch.Tensor, feat:torch.Tensor, pos:Optional[torch.Tensor], kernel:bool) -> tuple[torch.Tensor, torch.Tensor]:
     "Products with unit pixels, and the norms."
-    with _plain(feat): return (cosine_fwd if kernel else cosine_pieces)(u, feat, pos)
+    with without_autocast(feat): return (cosine_fwd if kernel else cosine_pieces)(u, feat, pos)
 
 @torch.library.custom_op("segkern::cosine_backward", mutates_args=())
 def _cosine_backward_op(u:torch.Tensor, feat:torch.Tensor, pos:Optional[torch.Tensor], out:torch.Tensor, norm:torch.Tensor, g:torch.Tensor,
                         wanted:list[bool], kernel:bool) -> tuple[torch.Tensor, torch.Tensor]:
     "The gradients of the prototypes and of the sum of the maps."
-    with _plain(feat): return (cosine_bwd if kernel else cosine_pieces_bwd)(u, feat, pos, (out, norm), g, tuple(wanted))
+    with without_autocast(feat): return (cosine_bwd if kernel else cosine_pieces_bwd)(u, feat, pos, (out, norm), g, tuple(wanted))
 
 @_cosine_op.register_fake
 def _(u, feat, pos, kernel):

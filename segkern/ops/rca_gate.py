@@ -9,8 +9,7 @@ __all__ = ['rca_gate_ref', 'rca_gate_fwd', 'rca_gate_bwd', 'rca_gate', 'strip_me
 import torch
 import torch.nn.functional as F
 
-from .affinity import _plain
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, which
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, which, without_autocast
 from .strip_pool import strip_pool
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #9b6618fa
@@ -257,7 +256,7 @@ def rca_gate(
     if kind := autocast_type(x): x = x.to(kind)
     if not x.numel(): return torch.empty_like(x)
     if choose("rca_gate", x, *lines, impl=impl): return _rca_gate_op(x, [t.to(torch.float32).contiguous() for t in lines])
-    with _plain(x): return rca_gate_ref(x, *lines)
+    with without_autocast(x): return rca_gate_ref(x, *lines)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #742ea57b
 def strip_means(
