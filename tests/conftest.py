@@ -18,7 +18,11 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
+LONG = ("test_compile_targets.py", "test_papers.py", "test_mutants.py") # few tests that take minutes: first, so that no core waits for them at the end
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"): item.add_marker(pytest.mark.skip(reason="slow: run with --slow or `make test-all`"))
         if "gpu" in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

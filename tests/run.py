@@ -62,7 +62,7 @@ def tests(slow):
     "pytest on all cores. Returns its exit code and the counts by outcome."
     report = ROOT/".cache"/"pytest.xml"
     report.parent.mkdir(exist_ok=True)
-    cmd = [sys.executable, "-m", "pytest", "-n", str(WORKERS), "--dist", "loadfile", f"--junitxml={report}", "--durations=5", *(["--slow"] if slow else [])]
+    cmd = [sys.executable, "-m", "pytest", "-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder", f"--junitxml={report}", "--durations=5", *(["--slow"] if slow else [])]
     code = subprocess.run(cmd, cwd=ROOT).returncode
     if not report.exists(): return code, {}
     suite = ET.parse(report).getroot().find("testsuite")
