@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'IGNORE', 'IMAGENET', 'data_path', 'load_table', 'atomic_path', 'write_json', 'seeded', 'pick_device',
-           'env_info', 'progress', 'fmt', 'Table', 'Preprocess']
+           'env_info', 'once', 'progress', 'fmt', 'Table', 'Preprocess']
 
 # %% ../nbs/00_core.ipynb #2cd8d100
 import contextlib, functools, importlib.util, json, logging, os, platform, random, shutil, subprocess, tempfile
@@ -130,6 +130,17 @@ def _git_commit():
         run = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
         return run.stdout.strip() or None
     except (OSError, subprocess.SubprocessError): return None
+
+# %% ../nbs/00_core.ipynb #a189b0f2
+_ONCE = globals().get("_ONCE", {}) # reloading this module keeps what the process has
+
+def once(
+    name:str, # of the object
+    make, # function that makes it
+): # the object, the same for every caller of this process
+    "Make an object at the first call, return that object ever after."
+    if name not in _ONCE: _ONCE[name] = make()
+    return _ONCE[name]
 
 # %% ../nbs/00_core.ipynb #ff5cefa7
 def progress(

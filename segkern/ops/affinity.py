@@ -9,7 +9,7 @@ __all__ = ['PROGRAMS', 'PIECE', 'affinity_ref', 'affinity_fwd', 'affinity_bwd', 
 # %% ../../nbs/14_ops.affinity.ipynb #5bb2cc6d
 import torch
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, without_autocast
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/14_ops.affinity.ipynb #e6a26fb7
 def affinity_ref(
@@ -244,23 +244,23 @@ def affinity_pieces_bwd(
     return dqs, [t.to(k.dtype) for t, k in zip(dks, ks)], dp.to(p.dtype)
 
 # %% ../../nbs/14_ops.affinity.ipynb #713cd7d9
-@torch.library.custom_op("segkern::affinity", mutates_args=())
+@operator("segkern::affinity")
 def _affinity_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, scale:float) -> tuple[torch.Tensor, torch.Tensor]:
     "The kernel as an operator."
     return affinity_fwd(qs, ks, p, scale)
 
-@torch.library.custom_op("segkern::affinity_backward", mutates_args=())
+@operator("segkern::affinity_backward")
 def _affinity_backward_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, lse:torch.Tensor, g:torch.Tensor, scale:float,
                           queries:bool, keys:bool, values:bool) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     "The backward kernels as an operator."
     return affinity_bwd(qs, ks, p, lse, g, scale, (queries, keys, values))
 
-@torch.library.custom_op("segkern::affinity_pieces", mutates_args=())
+@operator("segkern::affinity_pieces")
 def _affinity_pieces_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, scale:float) -> torch.Tensor:
     "The loop over pieces as an operator; the caller's autocast would round inside."
     with without_autocast(p): return affinity_pieces(qs, ks, p, scale)
 
-@torch.library.custom_op("segkern::affinity_pieces_backward", mutates_args=())
+@operator("segkern::affinity_pieces_backward")
 def _affinity_pieces_backward_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, g:torch.Tensor, scale:float,
                                  queries:bool, keys:bool, values:bool) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     "The backward loop as an operator."

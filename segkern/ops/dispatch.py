@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'IMPLS', 'KERNELS', 'FLOATS', 'interpreting', 'wanted_impl', 'use_impl', 'measured', 'nearest', 'which',
-           'choose', 'unsupported', 'blocks', 'use_blocks', 'pow2', 'autocast_type', 'without_autocast', 'on_device']
+           'choose', 'unsupported', 'operator', 'blocks', 'use_blocks', 'pow2', 'autocast_type', 'without_autocast',
+           'on_device']
 
 # %% ../../nbs/10_ops.dispatch.ipynb #62cbc50b
 import contextlib, functools, importlib.util, json, os
 
 import torch
 
-from ..core import data_path, logger
+from ..core import data_path, logger, once
 
 # %% ../../nbs/10_ops.dispatch.ipynb #50cec070
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -136,6 +137,21 @@ def unsupported(
     if len(kinds) > 1: return f"the tensors have different types ({', '.join(sorted(str(k).split('.')[1] for k in kinds))})"
     kind = kinds.pop()
     return None if kind in FLOATS else f"{str(kind).split('.')[1]} has no kernel"
+
+# %% ../../nbs/10_ops.dispatch.ipynb #28f2604a
+def operator(
+    name:str, # with its namespace, e.g. "segkern::strip_pool"
+): # a decorator for a function with typed arguments that changes none of them
+    "Make a function an operator, or the new body of the operator that this process already has under that name."
+    def register(body):
+        schema = torch.library.infer_schema(body, mutates_args=())
+        make = lambda: (torch.library.custom_op(name, body, mutates_args=()), schema)
+        op, known = once(f"operator {name}", make)
+        if schema != known:
+            raise ValueError(f"operator '{name}' takes {known} in this process, not {schema}: its arguments are fixed, restart the kernel to change them")
+        op.register_kernel(None, body)
+        return op
+    return register
 
 # %% ../../nbs/10_ops.dispatch.ipynb #be6d24bf
 def blocks(

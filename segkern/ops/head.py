@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import IGNORE
-from .dispatch import KERNELS, choose, unsupported, without_autocast
+from .dispatch import KERNELS, choose, operator, unsupported, without_autocast
 from .head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample_ce_fwd, upsample_confusion_fwd
 
 # %% ../../nbs/17_ops.head.ipynb #27c85c6f
@@ -100,7 +100,7 @@ def upsample_argmax_ref(
 # %% ../../nbs/17_ops.head.ipynb #9cc4ea0d
 for _op in ("upsample_argmax", "upsample_confusion", "upsample_cross_entropy"): KERNELS[_op] = lambda logits, *_: unsupported(logits)
 
-@torch.library.custom_op("segkern::upsample_argmax", mutates_args=())
+@operator("segkern::upsample_argmax")
 def _upsample_argmax_op(logits:torch.Tensor, height:int, width:int, align_corners:bool) -> torch.Tensor:
     "The kernel as an operator."
     return upsample_argmax_fwd(logits, (height, width), align_corners)
@@ -138,7 +138,7 @@ def confusion(
     return torch.bincount(pair, minlength=num_classes**2).view(num_classes, num_classes)
 
 # %% ../../nbs/17_ops.head.ipynb #82319ac6
-@torch.library.custom_op("segkern::upsample_confusion", mutates_args=())
+@operator("segkern::upsample_confusion")
 def _upsample_confusion_op(logits:torch.Tensor, target:torch.Tensor, ignore_index:int, align_corners:bool) -> torch.Tensor:
     "The kernel as an operator."
     return upsample_confusion_fwd(logits, target, ignore_index, align_corners)
@@ -207,7 +207,7 @@ def _ohem_keep(nll, valid, thres, min_kept):
     return valid & (p < torch.maximum(t, torch.as_tensor(thres, dtype=p.dtype, device=p.device)))
 
 # %% ../../nbs/17_ops.head.ipynb #777489a7
-@torch.library.custom_op("segkern::upsample_cross_entropy", mutates_args=())
+@operator("segkern::upsample_cross_entropy")
 def _upsample_ce(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool, mean:bool,
                  ohem_thres:float, ohem_kept:int, zero:bool, grad:bool, smoothing:float) -> tuple[torch.Tensor, torch.Tensor]:
     "Loss and, where `grad`, its float32 gradient with respect to the logits (else an empty tensor). `ohem_kept` < 0: no mining; `zero`: 0/0 is 0."
@@ -263,7 +263,7 @@ def _upsample_ce_backward(ctx, g, _):
 _upsample_ce.register_autograd(_upsample_ce_backward, setup_context=_upsample_ce_setup)
 
 # %% ../../nbs/17_ops.head.ipynb #6ee6582b
-@torch.library.custom_op("segkern::upsample_nll", mutates_args=())
+@operator("segkern::upsample_nll")
 def _upsample_nll_op(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool, smoothing:float,
                      total_weight:float, pixels:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The kernel as an operator: sums of losses and weights, loss of each pixel, log-sum-exp in base 2."
@@ -274,7 +274,7 @@ def _(logits, target, weight, ignore_index, align_corners, smoothing, total_weig
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=logits.device)
     return new(2), new(*target.shape) if pixels else new(0), new(*target.shape)
 
-@torch.library.custom_op("segkern::upsample_nll_backward", mutates_args=())
+@operator("segkern::upsample_nll_backward")
 def _upsample_nll_backward_op(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, lse:torch.Tensor, pixel:torch.Tensor|None, scale:torch.Tensor,
                               ignore_index:int, align_corners:bool, smoothing:float, total_weight:float) -> torch.Tensor:
     "The backward kernel as an operator."

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import IGNORE
-from .dispatch import KERNELS, blocks, choose, on_device, tl, triton, unsupported
+from .dispatch import KERNELS, blocks, choose, on_device, operator, tl, triton, unsupported
 from .head import _check_head, _check_pair, _ids, banded, check_target
 from .head_kernels import _bilinear, _corners, _first, _hat, _last, _tiles, scales
 
@@ -100,12 +100,12 @@ def dice_bwd(logits, target, g, ignore_index, align_corners, exclude):
     return dz
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #5bfd5473
-@torch.library.custom_op("segkern::upsample_dice_sums", mutates_args=())
+@operator("segkern::upsample_dice_sums")
 def _dice_op(logits:torch.Tensor, target:torch.Tensor, ignore_index:int, align_corners:bool, exclude:bool) -> torch.Tensor:
     "The kernel as an operator."
     return dice_fwd(logits, target, ignore_index, align_corners, exclude)
 
-@torch.library.custom_op("segkern::upsample_dice_sums_backward", mutates_args=())
+@operator("segkern::upsample_dice_sums_backward")
 def _dice_backward_op(logits:torch.Tensor, target:torch.Tensor, g:torch.Tensor, ignore_index:int, align_corners:bool, exclude:bool) -> torch.Tensor:
     "The backward kernel as an operator."
     return dice_bwd(logits, target, g, ignore_index, align_corners, exclude)
@@ -274,13 +274,13 @@ def kl_bwd(logits, teacher, lse_z, lse_t, pixel, scale, temperature, align_corne
     return dz
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #79e4dd4b
-@torch.library.custom_op("segkern::upsample_kl", mutates_args=())
+@operator("segkern::upsample_kl")
 def _kl_op(logits:torch.Tensor, teacher:torch.Tensor, pixel:torch.Tensor|None, height:int, width:int, temperature:float,
            align_corners:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The kernel as an operator."
     return kl_fwd(logits, teacher, height, width, pixel, temperature, align_corners)
 
-@torch.library.custom_op("segkern::upsample_kl_backward", mutates_args=())
+@operator("segkern::upsample_kl_backward")
 def _kl_backward_op(logits:torch.Tensor, teacher:torch.Tensor, pixel:torch.Tensor|None, lse_z:torch.Tensor, lse_t:torch.Tensor, scale:torch.Tensor,
                     temperature:float, align_corners:bool) -> torch.Tensor:
     "The backward kernel as an operator."

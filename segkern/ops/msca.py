@@ -9,7 +9,7 @@ __all__ = ['STRIPS', 'TAPS', 'PARTS', 'pack_taps', 'msca_ref', 'msca_fwd', 'msca
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, without_autocast
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/13_ops.msca.ipynb #02b2a8b0
 STRIPS = (7, 11, 21) # lengths of the strips
@@ -227,12 +227,12 @@ def msca_bwd(
     return dx, torch.cat([k, r, l, kb, rb, lb], 1)
 
 # %% ../../nbs/13_ops.msca.ipynb #44344965
-@torch.library.custom_op("segkern::msca", mutates_args=())
+@operator("segkern::msca")
 def _msca_op(x:torch.Tensor, taps:torch.Tensor) -> torch.Tensor:
     "The forward kernel as an operator."
     return msca_fwd(x, taps)
 
-@torch.library.custom_op("segkern::msca_backward", mutates_args=())
+@operator("segkern::msca_backward")
 def _msca_backward_op(x:torch.Tensor, taps:torch.Tensor, g:torch.Tensor, want_x:bool, want_taps:bool) -> tuple[torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."
     return msca_bwd(x, taps, g, (want_x, want_taps))

@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, without_autocast
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/15_ops.prototype.ipynb #c9352133
 EPS = 1e-12
@@ -538,13 +538,13 @@ def cosine_pieces_bwd(
     return du.to(u.dtype), dx
 
 # %% ../../nbs/15_ops.prototype.ipynb #635c7a82
-@torch.library.custom_op("segkern::prototypes", mutates_args=())
+@operator("segkern::prototypes")
 def _prototypes_op(logits:torch.Tensor, feat:torch.Tensor, pos:torch.Tensor, kernel:bool) -> tuple[
         torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "Both centres and what the backward pass needs; the caller's autocast would round inside."
     with without_autocast(feat): return (prototypes_fwd if kernel else prototypes_pieces)(logits, feat, pos)
 
-@torch.library.custom_op("segkern::prototypes_backward", mutates_args=())
+@operator("segkern::prototypes_backward")
 def _prototypes_backward_op(logits:torch.Tensor, feat:torch.Tensor, pos:torch.Tensor, kept:list[torch.Tensor], grads:list[torch.Tensor],
                             wanted:list[bool], kernel:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The gradients of the maps."
@@ -573,12 +573,12 @@ def _prototypes_backward(ctx, gs, gp, *_):
 _prototypes_op.register_autograd(_prototypes_backward, setup_context=_prototypes_setup)
 
 # %% ../../nbs/15_ops.prototype.ipynb #06928c7d
-@torch.library.custom_op("segkern::cosine", mutates_args=())
+@operator("segkern::cosine")
 def _cosine_op(u:torch.Tensor, feat:torch.Tensor, pos:Optional[torch.Tensor], kernel:bool) -> tuple[torch.Tensor, torch.Tensor]:
     "Products with unit pixels, and the norms."
     with without_autocast(feat): return (cosine_fwd if kernel else cosine_pieces)(u, feat, pos)
 
-@torch.library.custom_op("segkern::cosine_backward", mutates_args=())
+@operator("segkern::cosine_backward")
 def _cosine_backward_op(u:torch.Tensor, feat:torch.Tensor, pos:Optional[torch.Tensor], out:torch.Tensor, norm:torch.Tensor, g:torch.Tensor,
                         wanted:list[bool], kernel:bool) -> tuple[torch.Tensor, torch.Tensor]:
     "The gradients of the prototypes and of the sum of the maps."
@@ -606,12 +606,12 @@ def _cosine_backward(ctx, g, _):
 _cosine_op.register_autograd(_cosine_backward, setup_context=_cosine_setup)
 
 # %% ../../nbs/15_ops.prototype.ipynb #da546f7c
-@torch.library.custom_op("segkern::class_sums", mutates_args=())
+@operator("segkern::class_sums")
 def _class_sums_op(x:torch.Tensor, labels:torch.Tensor, num_classes:int) -> tuple[torch.Tensor, torch.Tensor]:
     "Sums and counts of each picture."
     return class_sums_fwd(x, labels, num_classes)
 
-@torch.library.custom_op("segkern::class_sums_backward", mutates_args=())
+@operator("segkern::class_sums_backward")
 def _class_sums_backward_op(x:torch.Tensor, labels:torch.Tensor, g:torch.Tensor) -> torch.Tensor:
     "The gradient of the map."
     return class_sums_bwd(x, labels, g)

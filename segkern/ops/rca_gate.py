@@ -9,7 +9,7 @@ __all__ = ['rca_gate_ref', 'rca_gate_fwd', 'rca_gate_bwd', 'rca_gate', 'strip_me
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported, which, without_autocast
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported, which, without_autocast
 from .strip_pool import strip_pool
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #9b6618fa
@@ -196,12 +196,12 @@ def rca_gate_bwd(
     return dx, *both, *four
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #be94caba
-@torch.library.custom_op("segkern::rca_gate", mutates_args=())
+@operator("segkern::rca_gate")
 def _rca_gate_op(x:torch.Tensor, lines:list[torch.Tensor]) -> torch.Tensor:
     "The kernel as an operator."
     return rca_gate_fwd(x, lines)
 
-@torch.library.custom_op("segkern::rca_gate_backward", mutates_args=())
+@operator("segkern::rca_gate_backward")
 def _rca_gate_backward_op(x:torch.Tensor, lines:list[torch.Tensor], g:torch.Tensor, want_x:bool, want_lines:bool, want_weights:bool) -> tuple[
         torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."

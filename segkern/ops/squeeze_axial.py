@@ -10,7 +10,7 @@ __all__ = ['positions', 'axial_attention_ref', 'axial_add_ref', 'axial_attention
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported
 from .strip_pool import strip_pool
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #fc4a2ff8
@@ -203,18 +203,18 @@ def axial_add_bwd(
     return dv, (drow.squeeze(2) if strips == 1 else drow.sum(2).to(row.dtype)) if wanted[1] else drow, dcolumn
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #66e34e56
-@torch.library.custom_op("segkern::axial_attention", mutates_args=())
+@operator("segkern::axial_attention")
 def _axial_attention_op(rows:torch.Tensor, columns:torch.Tensor, row_q:torch.Tensor, row_k:torch.Tensor, column_q:torch.Tensor, column_k:torch.Tensor,
                         heads:int) -> tuple[torch.Tensor, torch.Tensor]:
     "The kernel as an operator; it has no gradient."
     return axial_attention_fwd(rows, columns, (row_q, row_k, column_q, column_k), heads)
 
-@torch.library.custom_op("segkern::axial_add", mutates_args=())
+@operator("segkern::axial_add")
 def _axial_add_op(v:torch.Tensor, row:torch.Tensor, column:torch.Tensor) -> torch.Tensor:
     "The kernel as an operator."
     return axial_add_fwd(v, row, column)
 
-@torch.library.custom_op("segkern::axial_add_backward", mutates_args=())
+@operator("segkern::axial_add_backward")
 def _axial_add_backward_op(g:torch.Tensor, v:torch.Tensor, row:torch.Tensor, column:torch.Tensor, wanted:list[bool]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernel as an operator."
     return axial_add_bwd(g, v, row, column, tuple(wanted))

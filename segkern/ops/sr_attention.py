@@ -10,7 +10,7 @@ __all__ = ['PROGRAMS', 'sr_attention_ref', 'sr_attention_fwd', 'sr_attention_bwd
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #fbbc43ea
 def sr_attention_ref(
@@ -163,12 +163,12 @@ def sr_attention_bwd(
     return dq, dk.sum(2).to(k.dtype), dv_.sum(2).to(v.dtype)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #9d573d46
-@torch.library.custom_op("segkern::sr_attention", mutates_args=())
+@operator("segkern::sr_attention")
 def _sr_attention_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, scale:float) -> tuple[torch.Tensor, torch.Tensor]:
     "The kernel as an operator."
     return sr_attention_fwd(q, k, v, scale)
 
-@torch.library.custom_op("segkern::sr_attention_backward", mutates_args=())
+@operator("segkern::sr_attention_backward")
 def _sr_attention_backward_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, out:torch.Tensor, lse:torch.Tensor, g:torch.Tensor,
                               scale:float, keys_too:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."
@@ -300,7 +300,7 @@ def attention_block_fwd(x, k, v, norm_weight, norm_bias, q_weight, q_bias, out_w
                                                                 *x.stride(), *k.stride(), *v.stride(), C=c, HEADS=h, PRECISION="ieee" if wide else "tf32", **opts)
     return out
 
-@torch.library.custom_op("segkern::attention_block", mutates_args=())
+@operator("segkern::attention_block")
 def _attention_block_op(x:torch.Tensor, k:torch.Tensor, v:torch.Tensor, norm_weight:torch.Tensor, norm_bias:torch.Tensor, q_weight:torch.Tensor, q_bias:torch.Tensor,
                         out_weight:torch.Tensor, out_bias:torch.Tensor, eps:float) -> torch.Tensor:
     "The kernel as an operator, without a gradient."

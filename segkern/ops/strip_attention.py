@@ -10,7 +10,7 @@ __all__ = ['PROGRAMS', 'MAX_VALUES', 'MAX_SCORES', 'strip_attention_ref', 'fold_
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6c1fddac
 def strip_attention_ref(
@@ -188,12 +188,12 @@ def strip_attention_bwd(
     return dq, dk.sum(1).to(k.dtype), dv.sum(1).to(v.dtype)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #c8de4c22
-@torch.library.custom_op("segkern::strip_attention", mutates_args=())
+@operator("segkern::strip_attention")
 def _strip_attention_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The kernel as an operator."
     return strip_attention_fwd(q, k, v)
 
-@torch.library.custom_op("segkern::strip_attention_backward", mutates_args=())
+@operator("segkern::strip_attention_backward")
 def _strip_attention_backward_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, out:torch.Tensor, lse:torch.Tensor,
                                  g:torch.Tensor, want_q:bool, want_kv:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."

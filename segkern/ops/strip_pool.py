@@ -9,7 +9,7 @@ __all__ = ['PROGRAMS', 'strip_pool_ref', 'strip_pool_fwd', 'strip_pool_bwd', 'st
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, blocks, choose, on_device, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, blocks, choose, on_device, operator, pow2, tl, triton, unsupported
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #57ddc9fa
 def _strip(x, axis, pool):
@@ -193,13 +193,13 @@ def strip_pool_bwd(
     return dx
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #4de396fe
-@torch.library.custom_op("segkern::strip_pool", mutates_args=())
+@operator("segkern::strip_pool")
 def _strip_pool_op(x:torch.Tensor, mean:bool, top:bool, over_h:bool, over_w:bool) -> tuple[
         torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The kernel as an operator: mean, max, index over h, then over w."
     return strip_pool_fwd(x, mean, top, over_h, over_w)
 
-@torch.library.custom_op("segkern::strip_pool_backward", mutates_args=())
+@operator("segkern::strip_pool_backward")
 def _strip_pool_backward_op(x:torch.Tensor, gmean_h:torch.Tensor|None, gmax_h:torch.Tensor|None, idx_h:torch.Tensor, gmean_w:torch.Tensor|None,
                             gmax_w:torch.Tensor|None, idx_w:torch.Tensor) -> torch.Tensor:
     "The backward kernel as an operator."
