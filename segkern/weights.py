@@ -59,11 +59,11 @@ def _refusal(path, message):
 def read_safetensors(
     path:str|Path, # .safetensors
 )->tuple: # (state dict, metadata dict)
-    "Read a safetensors file and its metadata; JSON values are decoded."
+    "Read a safetensors file and its metadata into aligned memory; JSON values are decoded."
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(path), framework="pt") as f:
-            state, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+            state, meta = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}
     except FileNotFoundError: raise FileNotFoundError(f"checkpoint {path} does not exist") from None
     except (SafetensorError, OSError) as e: raise ValueError(f"checkpoint {path} is no readable safetensors file: {e}") from None
     def decode(v):
