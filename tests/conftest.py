@@ -1,4 +1,4 @@
-"One seed, one thread, poisoned memory: what every test runs under."
+"One seed, one thread (or SEGKERN_TEST_THREADS), poisoned memory: what every test runs under."
 import logging
 import os
 import sys
@@ -12,6 +12,9 @@ import pytest  # noqa: E402
 from torch.utils._device import _device_constructors  # noqa: E402
 
 _device_constructors() # remembered before `torch.empty` is replaced: `with torch.device("meta")` looks it up there
+
+
+THREADS = int(os.environ.get("SEGKERN_TEST_THREADS", "1"))
 
 
 def pytest_addoption(parser):
@@ -41,7 +44,7 @@ def _poisoned(fn):
 def _surroundings(monkeypatch):
     threads, log = torch.get_num_threads(), logging.getLogger("segkern")
     handlers, level = list(log.handlers), log.level
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import Table
+from ..core import Table, once
 from ..ops.dispatch import interpreting, use_blocks, use_impl
 from . import assert_close, make_input
 
@@ -58,15 +58,17 @@ def _exact_bf16(I, tl):
     B.create_dot = lambda s, a, b, d, *k: dot0(s, up(a) if is_bf(a) else a, up(b) if is_bf(b) else b, d, *k)
 
 # %% ../../nbs/01a_testing.kernels.ipynb #3ac933f3
-@functools.lru_cache(1)
-def exact_interpreter()->bool: # whether kernels are interpreted in this process
-    "Make Triton's interpreter exact and twice as fast, once per process."
-    if not interpreting(): return False
+def _make_exact():
+    "Patch the interpreter."
     import triton.language as tl
     from triton.runtime import interpreter as I
     _patch_once(I)
     _exact_bf16(I, tl)
     return True
+
+def exact_interpreter()->bool: # whether kernels are interpreted in this process
+    "Make Triton's interpreter exact and twice as fast, once per process."
+    return interpreting() and once("exact interpreter", _make_exact)
 
 # %% ../../nbs/01a_testing.kernels.ipynb #06d15ef2
 MARGIN = 64 # elements before and after every buffer
