@@ -746,7 +746,7 @@ def fit(
     score:tuple=("miou", None), # what "best" means, and a function (model, val_set, **eval_args) -> dict that holds it; None: the recipe's
     origin:dict|None=None, # where the first weights come from, for config.json
 )->dict: # what stands in results.json
-    "Train a model by a recipe. A killed run continues bit-exactly on a CPU."
+    "Train a model by a recipe. A killed run continues bit-exactly on a CPU: on the same machine, with the same threads and versions."
     out, plain, total = Path(out), uncompiled(model), recipe.iterations
     if seed < 0 or accumulate < 1 or total < 1:
         raise ValueError(f"need seed >= 0, accumulate >= 1, iterations >= 1; got {seed}, {accumulate}, {total}")
@@ -778,11 +778,20 @@ def _step_of(checkpoint):
     "The step at which a checkpoint was written; 0 for none."
     return 0 if checkpoint is None else int(checkpoint.name.split("_")[1])
 
+_ROUNDING = ("cpu", "vectors", "threads", "gpu", "device", "processes", "torch") # what the last digits depend on
+
+def _note_move(path, env):
+    "Say in what a run goes on differently, for then its last digits are not those of a run that was never stopped."
+    before = json.loads(path.read_text(encoding="utf-8"))
+    moved = [f"{k} {before[k]} → {env[k]}" for k in _ROUNDING if k in before and before[k] != env[k]]
+    if moved: logger.warning("%s goes on under other conditions, so not bit for bit: %s", path.parent, ", ".join(moved))
+
 def _describe(run, config, seed):
     "Write what the run is, and take back the lines of metrics beyond the step it starts from."
     write_json(run.out/"config.json", config)
-    write_json(run.out/"env.json", {**env_info(), "device": str(run.accelerator.device), "processes": run.accelerator.num_processes,
-                                    "seed": seed, "started_at_step": run.state["step"]})
+    env = {**env_info(), "device": str(run.accelerator.device), "processes": run.accelerator.num_processes}
+    if run.state["step"] and (run.out/"env.json").exists(): _note_move(run.out/"env.json", env)
+    write_json(run.out/"env.json", {**env, "seed": seed, "started_at_step": run.state["step"]})
     _rewind(run.out, run.state["step"])
 
 def _finish(run, found, seed):

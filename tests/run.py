@@ -1,6 +1,6 @@
-"""`make test`: the notebooks as nbdev_test runs them, then pytest, then one line that says it all.
+"""`make test`: the notebooks as nbdev_test runs them, then pytest, then a summary: counts, names of what failed, the processor.
 
-    python tests/run.py [--all]      --all: slow cells and slow tests too
+    python tests/run.py [--all]      --all: slow cells and slow tests too, and a slice of the suite as other processors compute
 """
 import argparse
 import faulthandler
@@ -59,15 +59,32 @@ def notebooks(flags):
 
 
 def tests(slow):
-    "pytest on all cores. Returns its exit code and the counts by outcome."
+    "pytest on all cores. Returns its exit code, the counts by outcome, and the names of the tests that failed."
     report = ROOT/".cache"/"pytest.xml"
     report.parent.mkdir(exist_ok=True)
     cmd = [sys.executable, "-m", "pytest", "-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder", f"--junitxml={report}", "--durations=5", *(["--slow"] if slow else [])]
+    report.unlink(missing_ok=True)
     code = subprocess.run(cmd, cwd=ROOT).returncode
-    if not report.exists(): return code, {}
+    if not report.exists(): return code, {}, [f"pytest ended with code {code} and no report"]
+    return code, *outcomes(report)
+
+
+def outcomes(report):
+    "The counts of a JUnit report, and the names of the tests that failed."
     suite = ET.parse(report).getroot().find("testsuite")
     n = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
-    return code, n | {"passed": n["tests"] - n["failures"] - n["errors"] - n["skipped"]}
+    n["passed"] = n["tests"] - n["failures"] - n["errors"] - n["skipped"]
+    failed = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
+    return n, [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+
+
+def processor():
+    "The processor, what PyTorch uses of it, and the versions."
+    import torch
+    sys.path.insert(0, str(ROOT))
+    from segkern.core import env_info
+    info, used = env_info(), torch.backends.cpu.get_cpu_capability()
+    return f"{info['cpu']}, {used}, {os.cpu_count()} cores; torch {info['torch']}, triton {info['triton']}"
 
 
 def main():
@@ -79,12 +96,16 @@ def main():
     os.environ["IN_TEST"] = "1"
     start = time.perf_counter()
     passed, failed = notebooks(["slow"] if a.all else [])
-    code, n = tests(a.all)
+    code, n, names = tests(a.all)
+    other = subprocess.run([sys.executable, "tests/cpus.py"], cwd=ROOT).returncode if a.all else 0
+    for name in sorted(failed): print(f"\nfailed notebook {name}:\n{failed[name]}")
     bad = n.get("failures", 0) + n.get("errors", 0)
     print(f"summary: {passed} notebooks passed, {len(failed)} failed; {n.get('passed', 0)} tests passed, {bad} failed, {n.get('skipped', 0)} skipped; "
           f"{time.perf_counter() - start:.0f} s")
-    for name in sorted(failed): print(f"\nfailed notebook {name}:\n{failed[name]}")
-    sys.exit(1 if failed or code else 0)
+    for name in sorted(failed) + names: print(f"failed: {name}")
+    if other: print("failed: the suite under other processors' settings (tests/cpus.py, table above)")
+    print(f"processor: {processor()}")
+    sys.exit(1 if failed or code or other else 0)
 
 
 if __name__ == "__main__":

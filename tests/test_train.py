@@ -34,7 +34,7 @@ def one_thread():
 def start(out, mode):
     "The toy run in a process of its own."
     leaked = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE") # left behind by in-process runs of other tests
-    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, str(HERE/"train_toy.py"), str(out), "--mode", mode]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -279,7 +279,7 @@ def test_tracker(tmp_path):
 
 # killed runs
 
-def test_kill_9_and_resume_is_bit_identical(whole, tmp_path):
+def test_kill_9_and_resume_is_bit_identical(whole, tmp_path, caplog):
     out = tmp_path/"run"
     p = start(out, "slow")
     deadline = time.time() + 60
@@ -295,14 +295,19 @@ def test_kill_9_and_resume_is_bit_identical(whole, tmp_path):
     with pytest.raises(FileExistsError, match="step_00000010.*resume=True"): run(out)
     run(out, resume=True)
     same_run(whole[0], out)
+    assert "other conditions" not in caplog.text
 
 
-def test_killed_while_saving(whole, tmp_path):
+def test_killed_while_saving(whole, tmp_path, caplog):
+    "The checkpoint before is there; going on with another number of threads than before is said."
     out = tmp_path/"run"
     p = start(out, "rename")
     assert p.wait(60) == -signal.SIGKILL
     assert list((out/"checkpoints").glob(".step_*")) and last_checkpoint(out).name == "step_00000010"
+    env = json.loads((out/"env.json").read_text())
+    (out/"env.json").write_text(json.dumps(env | {"threads": 99}))
     run(out, resume=True, workers=2)
+    assert f"run goes on under other conditions, so not bit for bit: threads 99 → {torch.get_num_threads()}" in caplog.text
     same_run(whole[0], out)
     assert not list((out/"checkpoints").glob(".step_*"))
 
@@ -402,7 +407,7 @@ def test_log_is_quiet_unless_asked(tmp_path, capfd, caplog):
 def test_two_processes_train_as_one(tmp_path):
     one = run(tmp_path/"one", toy(norm=False), RECIPE.replace(bn_eps=1e-5, clip=0.0, ema=0.0))
     leaked = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE") # left behind by in-process runs of other tests
-    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE.parent)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(HERE/"train_toy.py"), str(tmp_path/"two"), "--mode", "ddp"]
     done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
