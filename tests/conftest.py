@@ -15,6 +15,7 @@ _device_constructors() # remembered before `torch.empty` is replaced: `with torc
 
 
 THREADS = int(os.environ.get("SEGKERN_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS) # for fixtures that outlive a test; every test starts from it again
 
 
 def pytest_addoption(parser):

@@ -10,7 +10,7 @@ from torch import nn
 
 from segkern.core import IMAGENET, load_table, seeded
 from segkern.data import open_dataset
-from segkern.infer import (class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment,
+from segkern.infer import (PackedConv, class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment,
                            sliding_logits, whole_logits, window_starts)
 from segkern.layers import ConvNormAct, resize
 from segkern.testing import relative_l2, shared
@@ -184,6 +184,17 @@ def test_bf16_labels_mostly_agree(caplog):
     logits = fast(x)
     assert logits.dtype == torch.float32 and relative_l2(m(x), logits) < 0.05
     assert (fast.predict(x) == m.predict(x)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_types_that_the_processor_cannot_pack(dtype, monkeypatch):
+    "Where oneDNN does not take a type, weights stay as they are; asked for by name, packing is refused."
+    for kind in ("bf16", "fp16"): monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: False)
+    m, x = net(), torch.randn(1, 3, 64, 64)
+    fast = optimize(m, dtype=dtype)
+    assert not fast.facts["prepacked"] and not any(isinstance(c, PackedConv) for c in fast.modules())
+    assert relative_l2(m(x), fast(x)) < 0.05
+    with pytest.raises(ValueError, match=f"packs no weights in {dtype}"): optimize(m, dtype=dtype, prepack=True)
 
 
 # ---- logits

@@ -23,14 +23,6 @@ from train_toy import RECIPE, Discs, Toy, noisy, run, toy
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def start(out, mode):
     "The toy run in a process of its own."
     leaked = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE") # left behind by in-process runs of other tests

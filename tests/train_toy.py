@@ -90,7 +90,7 @@ def main():
     p.add_argument("out", type=Path)
     p.add_argument("--mode", choices=["slow", "rename", "full", "ddp"])
     a = p.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1"))) # bits hold for one number of threads
     if a.mode == "slow": # waits in step 13 until it is killed from outside; its loader processes live on for a while
         run(a.out, toy(hook=lambda n: n == 13 and ((a.out/"waiting").touch(), time.sleep(60))), workers=2)
     if a.mode == "rename": # dies between the temporary folder of the third checkpoint and its place
