@@ -13,7 +13,7 @@ test test-all: export TRITON_INTERPRET = 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install papers test test-all test-gpu export clean outputs readme check bench dist hooks
+.PHONY: help install papers test test-cpus test-all test-gpu export clean outputs readme check bench dist hooks
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
@@ -44,7 +44,10 @@ papers: $(VENV)/.papers ## reproduce every paper at smoke scale and write the re
 test: $(VENV)/.dev ## notebooks and tests, at most 25 minutes on 2 cores
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run.py
 
-test-all: $(VENV)/.dev ## everything, the slow tests too
+test-cpus: $(VENV)/.dev ## a slice of the tests as older processors and other numbers of threads compute it
+	@$(BIN)/python tests/cpus.py $(SETTINGS)
+
+test-all: $(VENV)/.dev ## everything: the slow tests and test-cpus too
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run.py --all
 
 test-gpu: $(VENV)/.dev ## what needs a CUDA device
