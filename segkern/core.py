@@ -112,8 +112,8 @@ def env_info()->dict: # versions, hardware and commit, ready for JSON
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     from segkern import __version__
     return dict(segkern=__version__, python=platform.python_version(), **{n: version(n) for n in names},
-                gpu=gpu, cpu=_cpu_name(), vectors=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
-                commit=_git_commit())
+                gpu=gpu, cpu=_cpu_name(), vectors=torch.backends.cpu.get_cpu_capability(),
+                threads=torch.get_num_threads(), commit=_git_commit())
 
 @functools.lru_cache(maxsize=None)
 def _cpu_name():

@@ -635,8 +635,9 @@ def _cpu_has_bf16():
 # %% ../nbs/62_infer.ipynb #7348a1a9
 def _packs(dtype):
     "Whether oneDNN takes weights of this type on this processor; half precision needs AVX-512 or newer."
-    half = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}
-    return half[dtype]() if dtype in half else dtype in (None, torch.float32)
+    if dtype == torch.bfloat16: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16: return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype in (None, torch.float32)
 
 # %% ../nbs/62_infer.ipynb #aa173d38
 def optimize(
@@ -656,10 +657,12 @@ def optimize(
     if hasattr(net, "deploy"): net = net.deploy()
     cpu = _device_of(net).type == "cpu"
     single = all(p.dtype == torch.float32 for p in net.parameters())
-    if prepack is None: prepack = cpu and single and not compile and torch.backends.mkldnn.is_available() and _packs(dtype)
+    packs = torch.backends.mkldnn.is_available() and _packs(dtype)
+    if prepack is None: prepack = cpu and single and not compile and packs
     if prepack and not cpu: raise ValueError(f"prepack is for models on the CPU, this one is on {_device_of(net)}")
     if prepack and compile: raise ValueError("compile=True packs the weights itself: leave prepack out")
-    if prepack and not _packs(dtype): raise ValueError(f"prepack: this processor packs no weights in {dtype}: leave prepack out")
+    if prepack and not packs:
+        raise ValueError(f"prepack: this processor packs no weights in {dtype}: leave prepack out")
     if compile and cpu and dtype in (torch.bfloat16, torch.float16):
         raise ValueError(f"compile=True wants float32 on a CPU, got {dtype}: Inductor's half precision is slower there and changes labels")
     if compile and cpu: _check_compiler()

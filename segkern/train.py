@@ -746,7 +746,7 @@ def fit(
     score:tuple=("miou", None), # what "best" means, and a function (model, val_set, **eval_args) -> dict that holds it; None: the recipe's
     origin:dict|None=None, # where the first weights come from, for config.json
 )->dict: # what stands in results.json
-    "Train a model by a recipe. A killed run continues bit-exactly on a CPU: on the same machine, with the same threads and versions."
+    "Train a model by a recipe. A killed run continues bit-exactly on the same CPU with the same threads and versions."
     out, plain, total = Path(out), uncompiled(model), recipe.iterations
     if seed < 0 or accumulate < 1 or total < 1:
         raise ValueError(f"need seed >= 0, accumulate >= 1, iterations >= 1; got {seed}, {accumulate}, {total}")
@@ -783,8 +783,10 @@ _ROUNDING = ("cpu", "vectors", "threads", "gpu", "device", "processes", "torch")
 def _note_move(path, env):
     "Say in what a run goes on differently, for then its last digits are not those of a run that was never stopped."
     before = json.loads(path.read_text(encoding="utf-8"))
-    moved = [f"{k} {before[k]} → {env[k]}" for k in _ROUNDING if k in before and before[k] != env[k]]
-    if moved: logger.warning("%s goes on under other conditions, so not bit for bit: %s", path.parent, ", ".join(moved))
+    changed = [k for k in _ROUNDING if k in before and before[k] != env[k]]
+    if not changed: return
+    moved = ", ".join(f"{k} {before[k]} → {env[k]}" for k in changed)
+    logger.warning("%s goes on under other conditions, so not bit for bit: %s", path.parent, moved)
 
 def _describe(run, config, seed):
     "Write what the run is, and take back the lines of metrics beyond the step it starts from."

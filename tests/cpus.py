@@ -2,15 +2,15 @@
 
     python tests/cpus.py [NAME ...]     default: every setting
 
-PyTorch's own loops, oneDNN's convolutions and MKL's products choose their code by the processor; each can be told to take older code. Every
-family of networks, every op and every loop has tests in the slice. A setting counts only where a probe sees that it takes effect.
+PyTorch's own loops, oneDNN's convolutions and MKL's products choose their code by the processor; each can be told to
+take older code. Every family of networks, every op and every loop has tests in the slice. A setting counts only where a
+probe sees that it takes effect.
 """
 import os
 import re
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,12 +29,18 @@ SETTINGS = {
     "all three old": OLD,
     "all three old, 4 threads": OLD | {"SEGKERN_TEST_THREADS": "4"},
 }
-FILES = """afformer bench cgrseg hosts infer kernels_affinity kernels_head kernels_msca kernels_prototype kernels_rca_gate
-           kernels_squeeze_axial kernels_sr_attention kernels_strip models ops parity pretrain protocols sanet seaformer segnext sparse_losses
-           ssa train transformers tree vit_adapter weights""".split()
-SLICE = """contract parity round_trip losses specified written network ssam precision bf16 deploy learns kill evaluating workers optimized layouts
-           literal_form pieces upsample strip filter published any_tree gradcheck image_to_labels multiscale sliding subset sums""".split()
-NOT = "compile costs export children every_network triton refused official".split() # long, or nothing that a processor could change
+FILES = """
+    afformer bench cgrseg hosts infer kernels_affinity kernels_head kernels_msca kernels_prototype kernels_rca_gate
+    kernels_squeeze_axial kernels_sr_attention kernels_strip models ops parity pretrain protocols sanet seaformer
+    segnext sparse_losses ssa train transformers tree vit_adapter weights
+""".split()
+SLICE = """
+    contract parity round_trip losses specified written network ssam precision bf16 deploy learns kill evaluating
+    workers optimized layouts literal_form pieces upsample strip filter published any_tree gradcheck image_to_labels multiscale
+    sliding subset sums
+""".split()
+# long, or nothing that a processor could change
+NOT = "compile costs export children every_network triton refused official".split()
 
 WHICH = f"({' or '.join(SLICE)}) and not ({' or '.join(NOT)})"
 
@@ -52,15 +58,15 @@ def probe(env):
     "What PyTorch, oneDNN and MKL say that they use."
     verbose = env | {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
     said = subprocess.run([sys.executable, "-c", PROBE], env=verbose, capture_output=True, text=True, check=True).stdout
-    found = [re.search(p, said) for p in (r"loops (\S+)", r"cpu,isa:(.*)", r"CNR:(\S+)", r"threads (\d+)")]
+    found = [re.search(p, said) for p in (r"loops (\S+)", r"cpu,isa:(?:Intel )?(.*)", r"CNR:(\S+)", r"threads (\d+)")]
     return [m[1] if m else "not seen" for m in found]
 
 
 def takes_effect(setting, seen):
     "Whether the probe sees what was asked for."
     loops, isa, products, threads = seen
-    wanted = {"ATEN_CPU_CAPABILITY": loops.lower(), "ONEDNN_MAX_CPU_ISA": re.sub(r"\W|Intel", "", isa), "MKL_CBWR": products,
-              "SEGKERN_TEST_THREADS": threads}
+    wanted = {"ATEN_CPU_CAPABILITY": loops.lower(), "MKL_CBWR": products, "SEGKERN_TEST_THREADS": threads}
+    wanted["ONEDNN_MAX_CPU_ISA"] = re.sub(r"\W", "", isa)
     return all(wanted[k] == v for k, v in setting.items())
 
 
@@ -72,18 +78,21 @@ def run(name):
     report = ROOT/".cache"/f"cpus-{name.replace(' ', '-').replace(',', '')}.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
-    files = [f"tests/test_{f}.py" for f in FILES if (ROOT/f"tests/test_{f}.py").exists()]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-k", WHICH, f"--junitxml={report}", *files], cwd=ROOT, env=env,
-                          capture_output=True, text=True)
-    counts, failed = outcomes(report) if report.exists() else ({}, [f"pytest ended with code {done.returncode} and no report"])
+    files = [f"tests/test_{f}.py" for f in FILES]
+    command = [sys.executable, "-m", "pytest", "-k", WHICH, f"--junitxml={report}", *files]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    counts, failed = {}, [f"pytest ended with code {done.returncode} and no report"]
+    if report.exists(): counts, failed = outcomes(report)
     if not takes_effect(setting, seen): failed.append("the setting has no effect on this machine")
-    row = dict(setting=name, loops=seen[0], convolutions=seen[1], products=seen[2], threads=seen[3], passed=counts.get("passed", 0),
-               skipped=counts.get("skipped", 0), failed=len(failed), seconds=round(time.perf_counter() - start))
+    row = dict(zip(("setting", "loops", "convolutions", "products", "threads"), (name, *seen)))
+    row |= {k: counts.get(k, 0) for k in ("passed", "skipped")}
+    row |= dict(failed=len(failed), seconds=round(time.perf_counter() - start))
     return row, failed, done.stdout[-6000:] if failed else ""
 
 
 def main(names):
-    if unknown := set(names) - set(SETTINGS): sys.exit(f"unknown setting {sorted(unknown)}; known: {', '.join(SETTINGS)}")
+    unknown = sorted(set(names) - set(SETTINGS))
+    if unknown: sys.exit(f"unknown setting {unknown}; known: {', '.join(SETTINGS)}")
     with ThreadPoolExecutor(WORKERS) as pool: found = list(pool.map(run, names or SETTINGS))
     for row, failed, log in found:
         if log: print(f"\n{row['setting']}:\n{log}")

@@ -1,9 +1,9 @@
-"""Notebooks that register operators and the package in one process, as in JupyterLab and in the workers of `nbdev_test`.
+"""Notebooks that register operators and the package in one process, as in JupyterLab and in workers of `nbdev_test`.
 
     python tests/one_process.py [NB ...]    default: every notebook with an operator
 
-Calls every operator of the package, runs a notebook, calls every operator again, and so on. The results must stay what they were. Prints one
-JSON line per notebook. With TRITON_INTERPRET=1 the kernels run in it.
+Calls every operator of the package, runs a notebook, calls every operator again, and so on. The results must stay what
+they were. Prints one JSON line per notebook. With TRITON_INTERPRET=1 the kernels run in it.
 """
 import collections
 import json
@@ -27,8 +27,9 @@ from segkern.testing import make_input, relative_l2  # noqa: E402
 from segkern.testing.kernels import exact_interpreter  # noqa: E402
 
 PREFIX = "operator segkern::" # of the package's operators among the objects of a process
-WITHOUT_KERNELS = {"upsample_cross_entropy", "affinity_pieces", "affinity_pieces_backward", "prototypes", "prototypes_backward",
-                   "cosine", "cosine_backward"} # operators that also run where no kernel does
+# operators that also run where no kernel does
+WITHOUT_KERNELS = {"upsample_cross_entropy", "affinity_pieces", "affinity_pieces_backward", "prototypes",
+                   "prototypes_backward", "cosine", "cosine_backward"}
 
 
 class Counter(TorchDispatchMode):
@@ -94,7 +95,7 @@ def call_everything(table):
 
 
 def handles(calls):
-    "What PyTorch holds under the names of the operators: other objects after a notebook mean that it destroyed a registration."
+    "What PyTorch holds under the names of operators; another object after a notebook: it destroyed a registration."
     return {n: getattr(torch.ops.segkern, n).default for n in calls}
 
 
@@ -136,9 +137,10 @@ def main(names):
         if lost: sys.exit(f"{name} destroyed the registration of {', '.join(lost)}")
         again, calls = call_everything(table)
         worst = max(relative_l2(first[k], again[k]) for k in first)
-        row = dict(notebook=name, passed=passed, seconds=round(seconds, 1), operators=len(calls), calls=sum(calls.values()), error=worst)
-        print(json.dumps(row), flush=True)
-        if not passed or not worst < 1e-6: sys.exit(f"{name}: the package gives other results in the process that ran it, or the notebook failed")
+        row = dict(notebook=name, passed=passed, seconds=round(seconds, 1), operators=len(calls))
+        print(json.dumps(row | dict(calls=sum(calls.values()), error=worst)), flush=True)
+        if not passed: sys.exit(f"{name} failed")
+        if not worst < 1e-6: sys.exit(f"{name}: the package gives other results in the process that ran it")
     if not edited_body_runs(): sys.exit("an edited body of an operator has no effect")
 
 

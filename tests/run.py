@@ -1,6 +1,6 @@
-"""`make test`: the notebooks as nbdev_test runs them, then pytest, then a summary: counts, names of what failed, the processor.
+"""`make test`: the notebooks as nbdev_test runs them, then pytest, then a summary: counts, what failed, the processor.
 
-    python tests/run.py [--all]      --all: slow cells and slow tests too, and a slice of the suite as other processors compute
+    python tests/run.py [--all]      --all: slow cells and slow tests too, and tests/cpus.py
 """
 import argparse
 import faulthandler
@@ -74,8 +74,8 @@ def outcomes(report):
     suite = ET.parse(report).getroot().find("testsuite")
     n = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
     n["passed"] = n["tests"] - n["failures"] - n["errors"] - n["skipped"]
-    failed = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
-    return n, [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+    cases = [c for kind in ("failure", "error") for c in suite.iterfind(f"testcase[{kind}]")]
+    return n, sorted({f"{c.get('classname')}::{c.get('name')}" for c in cases})
 
 
 def processor():
@@ -100,8 +100,8 @@ def main():
     other = subprocess.run([sys.executable, "tests/cpus.py"], cwd=ROOT).returncode if a.all else 0
     for name in sorted(failed): print(f"\nfailed notebook {name}:\n{failed[name]}")
     bad = n.get("failures", 0) + n.get("errors", 0)
-    print(f"summary: {passed} notebooks passed, {len(failed)} failed; {n.get('passed', 0)} tests passed, {bad} failed, {n.get('skipped', 0)} skipped; "
-          f"{time.perf_counter() - start:.0f} s")
+    print(f"summary: {passed} notebooks passed, {len(failed)} failed; {n.get('passed', 0)} tests passed, {bad} failed, "
+          f"{n.get('skipped', 0)} skipped; {time.perf_counter() - start:.0f} s")
     for name in sorted(failed) + names: print(f"failed: {name}")
     if other: print("failed: the suite under other processors' settings (tests/cpus.py, table above)")
     print(f"processor: {processor()}")

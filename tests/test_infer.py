@@ -10,7 +10,8 @@ from torch import nn
 
 from segkern.core import IMAGENET, load_table, seeded
 from segkern.data import open_dataset
-from segkern.infer import (PackedConv, class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment,
+from segkern.infer import PackedConv
+from segkern.infer import (class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment,
                            sliding_logits, whole_logits, window_starts)
 from segkern.layers import ConvNormAct, resize
 from segkern.testing import relative_l2, shared

@@ -17,7 +17,8 @@ ALL = 12 # notebooks that register an operator
 def test_operators_survive_their_notebooks(interpret, names):
     "Every operator gives the same results before and after each notebook that registers it again."
     env = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    run = subprocess.run([sys.executable, HERE/"one_process.py", *names], cwd=HERE.parent, env=env, capture_output=True, text=True)
+    command = [sys.executable, HERE/"one_process.py", *names]
+    run = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert len(rows) == (len(names) or ALL) and all(r["calls"] >= r["operators"] > 0 for r in rows)

@@ -36,8 +36,8 @@ def loaded(f, name):
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("literal", [False, True], ids=["ours", "literal"])
 def test_network(name, literal):
-    """Every head, every named feature, the five losses and the input gradient. The gradient in double: in single precision a rounding may
-    decide a ReLU, and which one differs between processors."""
+    """Every head, every named feature, the five losses and the input gradient. The gradient in double: in single
+    precision a rounding may decide a ReLU, and which one differs between processors."""
     f = need(name)
     m, report = loaded(f, NETS[name])
     set_literal(m, literal)
@@ -63,8 +63,8 @@ def test_network(name, literal):
 
 @pytest.mark.parametrize("name", ["s2fpn_r18", "s2fpn_v1_r18"])
 def test_gradients_in_single_precision(name):
-    """Gradients of the input and of every parameter against those in double. A fault shows at every picture, a ReLU that a rounding
-    decides at few: each gradient must be close at one of three pictures."""
+    """Gradients of the input and of every parameter against those in double. A fault shows at every picture, a ReLU
+    that a rounding decides at few: each gradient must be close at one of three pictures."""
     m, errors = create_model(name, 7).eval(), {}
     exact = deepcopy(m).double()
     for g in (p for net in (m, exact) for n, p in net.named_parameters() if n.endswith("gamma")): g.data.fill_(0.5)

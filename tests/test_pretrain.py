@@ -79,12 +79,13 @@ def unchanged(model, attempt, match):
 # the run
 
 def test_learns(whole, shapes):
-    """The training loss falls well below that of guessing, ln 3, on every processor; how many of the 18 pictures are then right (0.44 to 0.94 in
-    nine runs) is decided by rounding, so they only have to be more than by guessing."""
+    """The training loss falls well below that of guessing, ln 3, on every processor. How many of the 18 pictures are
+    then right (0.44 to 0.94 in nine runs) is decided by rounding, so they only have to be more than by guessing."""
     out, result, model = whole
     losses = [r["loss"] for r in history(out) if "loss" in r]
     assert losses[-1] < 0.9*np.log(3) < losses[0], losses
-    assert result["best_top1"] > 1/3 and result["val"] == {"top1": result["top1"]} and "miou" not in result and "protocol" not in result
+    assert result["best_top1"] > 1/3 and result["val"] == {"top1": result["top1"]}
+    assert "miou" not in result and "protocol" not in result
     assert [r["step"] for r in history(out) if "val" in r] == [8, 16, 24] and all("top1" in r for r in history(out) if "loss" in r)
     state, meta = read_safetensors(out/"weights.safetensors")
     assert meta["classes"] == ["bar", "disc", "square"] and meta["network"] == "sanet_s" and meta["task"] == "classification" and meta["network_options"]["width"] == 8
@@ -98,7 +99,7 @@ def test_learns(whole, shapes):
 
 
 def test_kill_9_and_resume_is_bit_identical(whole, shapes, tmp_path, monkeypatch):
-    "With one thread: bits hold for one number of threads, and a process forked from one with a pool of them would wait for them forever."
+    "With one thread: bits hold for one number of them, and a process forked beside a pool would wait for it forever."
     torch.set_num_threads(1)
     get, seen = ImageFolder.__getitem__, []
     def deadly(self, i):

@@ -23,10 +23,15 @@ from train_toy import RECIPE, Discs, Toy, noisy, run, toy
 HERE = Path(__file__).parent
 
 
+def own_environment():
+    "As many threads as this process has, and the package of this checkout."
+    return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE.parent)}
+
+
 def start(out, mode):
     "The toy run in a process of its own."
     leaked = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE") # left behind by in-process runs of other tests
-    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE.parent)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | own_environment()
     command = [sys.executable, str(HERE/"train_toy.py"), str(out), "--mode", mode]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -299,7 +304,8 @@ def test_killed_while_saving(whole, tmp_path, caplog):
     env = json.loads((out/"env.json").read_text())
     (out/"env.json").write_text(json.dumps(env | {"threads": 99}))
     run(out, resume=True, workers=2)
-    assert f"run goes on under other conditions, so not bit for bit: threads 99 → {torch.get_num_threads()}" in caplog.text
+    said = f"run goes on under other conditions, so not bit for bit: threads 99 → {torch.get_num_threads()}"
+    assert said in caplog.text
     same_run(whole[0], out)
     assert not list((out/"checkpoints").glob(".step_*"))
 
@@ -399,7 +405,7 @@ def test_log_is_quiet_unless_asked(tmp_path, capfd, caplog):
 def test_two_processes_train_as_one(tmp_path):
     one = run(tmp_path/"one", toy(norm=False), RECIPE.replace(bn_eps=1e-5, clip=0.0, ema=0.0))
     leaked = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE") # left behind by in-process runs of other tests
-    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE.parent)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(leaked)} | own_environment()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(HERE/"train_toy.py"), str(tmp_path/"two"), "--mode", "ddp"]
     done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)

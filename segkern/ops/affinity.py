@@ -8,8 +8,8 @@ __all__ = ['PROGRAMS', 'PIECE', 'affinity_ref', 'affinity_fwd', 'affinity_bwd', 
 
 # %% ../../nbs/14_ops.affinity.ipynb #5bb2cc6d
 import torch
-
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported, without_autocast
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/14_ops.affinity.ipynb #e6a26fb7
 def affinity_ref(

@@ -148,7 +148,8 @@ def operator(
         make = lambda: (torch.library.custom_op(name, body, mutates_args=()), schema)
         op, known = once(f"operator {name}", make)
         if schema != known:
-            raise ValueError(f"operator '{name}' takes {known} in this process, not {schema}: its arguments are fixed, restart the kernel to change them")
+            raise ValueError(f"operator '{name}' takes {known} in this process, not {schema}: its arguments are fixed, "
+                             "restart the kernel to change them")
         op.register_kernel(None, body)
         return op
     return register

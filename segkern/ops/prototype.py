@@ -12,7 +12,8 @@ from typing import Optional
 
 import torch
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported, without_autocast
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/15_ops.prototype.ipynb #c9352133
 EPS = 1e-12

@@ -9,7 +9,8 @@ __all__ = ['rca_gate_ref', 'rca_gate_fwd', 'rca_gate_bwd', 'rca_gate', 'strip_me
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported, which, without_autocast
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import tl, triton, unsupported, which, without_autocast
 from .strip_pool import strip_pool
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #9b6618fa

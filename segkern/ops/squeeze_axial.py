@@ -10,7 +10,8 @@ __all__ = ['positions', 'axial_attention_ref', 'axial_add_ref', 'axial_attention
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import tl, triton, unsupported
 from .strip_pool import strip_pool
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #fc4a2ff8

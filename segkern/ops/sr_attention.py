@@ -10,7 +10,8 @@ __all__ = ['PROGRAMS', 'sr_attention_ref', 'sr_attention_fwd', 'sr_attention_bwd
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import tl, triton, unsupported
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #fbbc43ea
 def sr_attention_ref(

@@ -10,7 +10,8 @@ __all__ = ['PROGRAMS', 'MAX_VALUES', 'MAX_SCORES', 'strip_attention_ref', 'fold_
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import tl, triton, unsupported
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6c1fddac
 def strip_attention_ref(

@@ -9,7 +9,8 @@ __all__ = ['PROGRAMS', 'strip_pool_ref', 'strip_pool_fwd', 'strip_pool_bwd', 'st
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, blocks, choose, on_device, operator, pow2, tl, triton, unsupported
+from .dispatch import KERNELS, blocks, choose, on_device, operator, pow2
+from .dispatch import tl, triton, unsupported
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #57ddc9fa
 def _strip(x, axis, pool):
