@@ -7,11 +7,14 @@ take older code. Every family of networks, every op and every loop has tests in 
 probe sees that it takes effect.
 """
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
 
 from run import ROOT, WORKERS, outcomes, processor
 
@@ -35,17 +38,18 @@ FILES = """
 """.split()
 SLICE = """
     contract parity round_trip losses specified written network ssam precision bf16 deploy learns kill evaluating
-    workers optimized layouts literal_form pieces upsample strip filter published any_tree gradcheck image_to_labels multiscale
-    sliding subset sums
+    workers optimized layouts literal_form pieces upsample strip filter published any_tree gradcheck image_to_labels
+    multiscale sliding subset sums
 """.split()
 # long, or nothing that a processor could change
 NOT = "compile costs export children every_network triton refused official".split()
-
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 WHICH = f"({' or '.join(SLICE)}) and not ({' or '.join(NOT)})"
 
 PROBE = """
+import os
 import torch
-torch.set_num_threads(int(__import__("os").environ.get("SEGKERN_TEST_THREADS", "1")))
+torch.set_num_threads(int(os.environ.get("SEGKERN_TEST_THREADS", "1")))
 print("loops", torch.backends.cpu.get_cpu_capability())
 print("threads", torch.get_num_threads())
 torch.nn.functional.conv2d(torch.randn(2, 64, 64, 64), torch.randn(64, 64, 3, 3))
@@ -92,7 +96,10 @@ def run(name):
 def main(names):
     unknown = sorted(set(names) - set(SETTINGS))
     if unknown: sys.exit(f"unknown setting {unknown}; known: {', '.join(SETTINGS)}")
-    with ThreadPoolExecutor(WORKERS) as pool: found = list(pool.map(run, names or SETTINGS))
+    names = names or [n for n in SETTINGS if X86 or not set(OLD) & set(SETTINGS[n])]
+    if not X86: print("this is no x86 processor: the settings of loops, convolutions and products are left out")
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = list(tqdm(pool.map(run, names), desc="settings", total=len(names), disable=None))
     for row, failed, log in found:
         if log: print(f"\n{row['setting']}:\n{log}")
     sys.path.insert(0, str(ROOT))
