@@ -39,7 +39,7 @@ FILES = """
 SLICE = """
     contract parity round_trip losses specified written network ssam precision bf16 deploy learns kill evaluating
     workers optimized layouts literal_form pieces upsample strip filter published any_tree gradcheck image_to_labels
-    multiscale sliding subset sums
+    multiscale odd_sizes sliding subset sums
 """.split()
 # long, or nothing that a processor could change
 NOT = "compile costs export children every_network triton refused official".split()
