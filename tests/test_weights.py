@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import segkern
 from segkern.models import create_model, load, save
 from segkern.testing import load_fixture, make_input
-from segkern.weights import Inert, load_official, read, unwrap
+from segkern.weights import Inert, load_official, read, read_safetensors, unwrap
 
 FIXTURE = load_fixture(Path(__file__).parent/"fixtures"/"s2fpn_v1_r18")
 
@@ -78,6 +79,37 @@ def test_relu_model_round_trip(tmp_path):
     back = load(save(m, tmp_path/"m.safetensors"))
     x = make_input([1, 3, 24, 32])
     with torch.no_grad(): assert torch.equal(m(x), back(x))
+
+
+def moved(path, place):
+    "Write a safetensors file again, its header padded so that the tensors begin at `place` modulo 64."
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8:8 + size] + b" "*((place - 8 - size) % 64)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size:])
+    return path
+
+
+@pytest.mark.parametrize("place", [8, 24, 40])
+def test_loaded_weights_are_aligned(place, tmp_path):
+    """From a file whose tensors lie next to no multiple of 64: every tensor is aligned, the values are those saved bit by
+    bit, and so are the logits, since alignment and layout are those of the saved network."""
+    m = create_model("s2fpn_r18", 5).eval()
+    path = moved(save(m, tmp_path/"m.safetensors"), place)
+    mapped = safetensors.torch.load_file(path)
+    assert sum(v.data_ptr() % 64 != 0 for v in mapped.values()) > 0.5*len(mapped)
+    back, x = load(path), make_input([1, 3, 24, 32])
+    for state in (back.state_dict(), read(path), read_safetensors(path)[0]):
+        assert all(v.data_ptr() % 64 == 0 for v in state.values())
+        assert state.keys() == mapped.keys() and all(torch.equal(v, mapped[k]) for k, v in state.items())
+    with torch.no_grad(): assert torch.equal(m(x), back(x))
+
+
+def test_a_file_that_is_written_over_leaves_the_network_alone(tmp_path):
+    m = create_model("s2fpn_r18", 5).eval()
+    back = load(save(m, tmp_path/"m.safetensors"))
+    (tmp_path/"m.safetensors").write_bytes(bytes((tmp_path/"m.safetensors").stat().st_size))
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in m.state_dict().items())
 
 
 class Evil:
