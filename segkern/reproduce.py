@@ -83,6 +83,10 @@ def _hardware():
     env = env_info()
     return env["gpu"] or f"{env['cpu']}, {env['threads']} thread{'s' if env['threads'] > 1 else ''}"
 
+def _versions():
+    "What `env_info` says that is no hardware."
+    return {k: v for k, v in env_info().items() if k not in ("gpu", "cpu", "vectors", "threads")}
+
 def _number(x):
     "A plain number from one of numpy's or torch's scalars."
     return x.item() if hasattr(x, "item") else x
@@ -106,9 +110,8 @@ def record(
         if not {"claim", "measured"} <= set(row): raise ValueError(f"row {i} needs 'claim' and 'measured' (None: not run), got {row}")
         clean.append(dict(claim=row["claim"], claimed=_number(row.get("claimed")), value=_number(row["measured"]), unit=row.get("unit", ""),
                           protocol=row.get("protocol", ""), n=row.get("n"), why=row.get("why", "")))
-    versions = {k: v for k, v in env_info().items() if k not in ("gpu", "cpu", "threads")}
     results = dict(paper=paper, variant=variant, scale=scale, seed=seed, seconds=round(_number(seconds), 2),
-                   hardware=hardware or _hardware(), versions=versions, rows=clean)
+                   hardware=hardware or _hardware(), versions=_versions(), rows=clean)
     if extra: results["extra"] = extra
     write_json(Path(out)/"results.json", check_results(results))
     return results_table(results)
@@ -362,7 +365,7 @@ def _report(out, scale, entries, seconds):
     finished = datetime.now().isoformat(timespec="seconds")
     return dict(title="segkern: papers reproduced", scale=scale, seconds=round(seconds, 2), finished=finished,
                 passed=sum(e["state"] == "passed" for e in now), failed=sum(e["state"] == "failed" for e in now), total=len(now),
-                versions={k: v for k, v in env_info().items() if k not in ("gpu", "cpu", "threads")}, hardware=_hardware_box(),
+                versions=_versions(), hardware=_hardware_box(),
                 report=str(out/"report.html"), papers={e["paper"]: e for e in entries})
 
 def _hardware_box():
