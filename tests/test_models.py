@@ -75,8 +75,9 @@ def test_contract(name):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_layouts_and_repeats(name):
-    """Evaluation is repeatable, and a channels-last, sliced or lone picture gives the same logits: in double to 1e-10;
-    in single precision, where each form adds up in its own order, within four times the plain form's distance to double."""
+    """Evaluation is repeatable, and a channels-last, sliced or lone picture gives the same logits: in double to 1e-10.
+    In single precision each form adds up in its own order, and a deep network without training enlarges that (3e-7 to
+    1.4e-5, PIDNet's differ tenfold between processors): as close to double as every fixture's outputs, twice over."""
     m, x = create_model(name, 5).eval(), make_input([2, 3, 40, 56], 3)
     double = deepcopy(m).double()
     big = make_input([2, 3, 42, 58])
@@ -86,11 +87,11 @@ def test_layouts_and_repeats(name):
     with torch.no_grad():
         ref, exact = m(x), double(x.double())
         assert torch.equal(ref, m(x))
-        limit = 4*assert_close("plain", exact, ref, 5e-5) + 1e-6
+        assert_close("plain", exact, ref, 4e-5)
         for form, other in forms.items():
             truth = exact[:len(other)]
             assert_close(f"{form} in double", truth, double(other.double()), 1e-10)
-            assert_close(form, truth, m(other), limit)
+            assert_close(form, truth, m(other), 4e-5)
         with torch.autocast("cpu", torch.bfloat16): assert relative_l2(ref, m(x)) < 0.15
 
 
