@@ -80,11 +80,10 @@ def outcomes(report):
 
 def processor():
     "The processor, what PyTorch uses of it, and the versions."
-    import torch
     sys.path.insert(0, str(ROOT))
     from segkern.core import env_info
-    info, used = env_info(), torch.backends.cpu.get_cpu_capability()
-    return f"{info['cpu']}, {used}, {os.cpu_count()} cores; torch {info['torch']}, triton {info['triton']}"
+    info = env_info()
+    return f"{info['cpu']}, {info['vectors']}, {os.cpu_count()} cores; torch {info['torch']}, triton {info['triton']}"
 
 
 def main():
