@@ -166,7 +166,7 @@ def test_empty_and_twice(impl):
 def test_operator_compile_and_autocast(impl):
     args = {n: t.requires_grad_() for n, t in inputs(n=9, m=5).items()}
     lists = list(args.values())[:2], list(args.values())[2:4]
-    torch.library.opcheck(_affinity_op if impl == "triton" else _affinity_pieces_op, (*lists, args["p"], 0.25),
+    torch.library.opcheck((_affinity_op if impl == "triton" else _affinity_pieces_op).op, (*lists, args["p"], 0.25),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"))
     fn = torch.compile(named(op, impl=impl), backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (9, 14):

@@ -146,12 +146,12 @@ def test_operators():
     "The rules of torch's operators: schema, fake kernels, autograd."
     z, y = make_input([2, 3, 3, 4]).requires_grad_(), labels((2, 7, 5), 3).to(torch.int32)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(_upsample_nll_op, (z, y, None, 255, False, 0.0, 0.0, True), test_utils=tests)
-    torch.library.opcheck(_upsample_nll_op, (z, y, torch.ones(3), 255, True, 0.1, 3.0, False), test_utils=tests)
-    torch.library.opcheck(_upsample_argmax_op, (z.detach(), 7, 5, False), test_utils=tests)
-    torch.library.opcheck(_upsample_confusion_op, (z.detach(), y, 255, False), test_utils=tests)
-    torch.library.opcheck(_dice_op, (z, y, 255, False, True), test_utils=tests)
-    torch.library.opcheck(_kl_op, (z, z.detach() + 1, None, 7, 5, 2.0, False), test_utils=tests)
+    torch.library.opcheck(_upsample_nll_op.op, (z, y, None, 255, False, 0.0, 0.0, True), test_utils=tests)
+    torch.library.opcheck(_upsample_nll_op.op, (z, y, torch.ones(3), 255, True, 0.1, 3.0, False), test_utils=tests)
+    torch.library.opcheck(_upsample_argmax_op.op, (z.detach(), 7, 5, False), test_utils=tests)
+    torch.library.opcheck(_upsample_confusion_op.op, (z.detach(), y, 255, False), test_utils=tests)
+    torch.library.opcheck(_dice_op.op, (z, y, 255, False, True), test_utils=tests)
+    torch.library.opcheck(_kl_op.op, (z, z.detach() + 1, None, 7, 5, 2.0, False), test_utils=tests)
 
 
 def test_compiled():

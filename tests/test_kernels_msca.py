@@ -217,7 +217,7 @@ def test_operator_and_compile():
     "What the dispatcher asks of an operator; graphs with sizes that change; export takes the reference."
     args = data()
     leaf = [t.clone().requires_grad_() for t in args.values()]
-    torch.library.opcheck(_msca_op, tuple(leaf), test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"))
+    torch.library.opcheck(_msca_op.op, tuple(leaf), test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"))
     compiled = torch.compile(lambda x, taps: ops.msca(x, taps, impl="triton"), backend="aot_eager", fullgraph=True, dynamic=True)
     for h in (5, 8):
         sized = data(h=h)

@@ -312,10 +312,10 @@ def test_operators_and_compile(impl):
     "What the dispatcher asks of an operator; graphs with sizes that change."
     kernel, tests = impl == "triton", ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     leaf = lambda d: [t.clone().requires_grad_() for t in d.values()]
-    torch.library.opcheck(_prototypes_op, (*leaf(maps()), kernel), test_utils=tests)
-    torch.library.opcheck(_cosine_op, (*leaf(pixels()), kernel), test_utils=tests)
-    torch.library.opcheck(_cosine_op, (*leaf(pixels())[:2], None, kernel), test_utils=tests)
-    if kernel: torch.library.opcheck(_class_sums_op, (make_input([2, 20, 5, 9]).requires_grad_(), labelled(), 7), test_utils=tests)
+    torch.library.opcheck(_prototypes_op.op, (*leaf(maps()), kernel), test_utils=tests)
+    torch.library.opcheck(_cosine_op.op, (*leaf(pixels()), kernel), test_utils=tests)
+    torch.library.opcheck(_cosine_op.op, (*leaf(pixels())[:2], None, kernel), test_utils=tests)
+    if kernel: torch.library.opcheck(_class_sums_op.op, (make_input([2, 20, 5, 9]).requires_grad_(), labelled(), 7), test_utils=tests)
     for op, (fn, ref, make) in PAIRS.items():
         compiled = torch.compile(lambda fn=fn, **kw: fn(**kw, impl=impl), backend="aot_eager", fullgraph=True, dynamic=True)
         for h in (5, 8):

@@ -156,7 +156,7 @@ def test_empty_twice_and_refusals(impl):
 def test_operators():
     "What the dispatcher asks of an operator."
     x, *lines = (t.requires_grad_() for t in example().values())
-    torch.library.opcheck(_rca_gate_op, (x, list(lines)), test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"))
+    torch.library.opcheck(_rca_gate_op.op, (x, list(lines)), test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -236,8 +236,8 @@ def test_operators_and_compile(impl):
     "What the dispatcher asks of an operator; graphs with sizes that change."
     if impl == "triton":
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-        for s in (summands(), summands() | dict(v=layouts()["last channels, channels last"])): torch.library.opcheck(_axial_add_op, tuple(t.detach().requires_grad_() for t in s.values()), test_utils=tests)
-        torch.library.opcheck(_axial_attention_op, (*means().values(), 2), test_utils=("test_schema", "test_faketensor"))
+        for s in (summands(), summands() | dict(v=layouts()["last channels, channels last"])): torch.library.opcheck(_axial_add_op.op, tuple(t.detach().requires_grad_() for t in s.values()), test_utils=tests)
+        torch.library.opcheck(_axial_attention_op.op, (*means().values(), 2), test_utils=("test_schema", "test_faketensor"))
     add = torch.compile(lambda **t: axial_add(**t, impl=impl), backend="aot_eager", fullgraph=True, dynamic=True)
     attend = torch.compile(lambda **t: squeeze_axial(**t, heads=2, impl=impl), backend="aot_eager", fullgraph=True, dynamic=True)
     for h in (7, 9):

@@ -89,7 +89,7 @@ def test_subsets_empty_and_twice():
 def test_operator_compile_export_autocast():
     args = {n: t.requires_grad_() for n, t in inputs(n=9, m=5).items()}
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(_sr_attention_op, (*args.values(), 0.25), test_utils=tests)
+    torch.library.opcheck(_sr_attention_op.op, (*args.values(), 0.25), test_utils=tests)
     fn = torch.compile(lambda q, k, v: ops.sr_attention(q, k, v, impl="triton"), backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (9, 14):
         a = {k: t.requires_grad_() for k, t in inputs(n=n, m=5).items()}
@@ -112,7 +112,7 @@ def test_block(c, h):
     shapes = dict(x=[2, 37, c], k=[2, h, 11, c//h], v=[2, h, 11, c//h], norm_weight=[c], norm_bias=[c], q_weight=[c, c], q_bias=[c], out_weight=[c, c], out_bias=[c])
     args = {n: make_input(s, i)*(0.2 if "weight" in n else 1) for i, (n, s) in enumerate(shapes.items())}
     check_kernel(lambda **kw: ops.attention_block(**kw), attention_block_ref, args, grads=(), orders=(0,), expect=("_attention_block_kernel",))
-    torch.library.opcheck(_attention_block_op, (*args.values(), 1e-6), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(_attention_block_op.op, (*args.values(), 1e-6), test_utils=("test_schema", "test_faketensor"))
     args["x"].requires_grad_()
     with launches() as seen: assert ops.attention_block(**args, impl="triton").requires_grad
     assert seen == []

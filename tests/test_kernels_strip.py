@@ -169,9 +169,9 @@ def test_operators():
     "The rules of torch's operators: schema, fake kernels, autograd."
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     x = make_input([1, 2, 5, 6])
-    torch.library.opcheck(_strip_pool_op, (x.requires_grad_(), True, True, True, True), test_utils=tests)
-    torch.library.opcheck(_strip_pool_op, (x.detach().contiguous(memory_format=torch.channels_last), True, False, True, False), test_utils=tests)
-    torch.library.opcheck(_strip_attention_op, [t.requires_grad_() for t in qkv().values()], test_utils=tests)
+    torch.library.opcheck(_strip_pool_op.op, (x.requires_grad_(), True, True, True, True), test_utils=tests)
+    torch.library.opcheck(_strip_pool_op.op, (x.detach().contiguous(memory_format=torch.channels_last), True, False, True, False), test_utils=tests)
+    torch.library.opcheck(_strip_attention_op.op, [t.requires_grad_() for t in qkv().values()], test_utils=tests)
 
 
 def test_compiled():
