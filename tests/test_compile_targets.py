@@ -1,4 +1,4 @@
-"Every production launch compiles for A100, H100 or MI300, with --slow for all three: no spills, shared memory that fits, tensor cores and wide loads where they are meant."
+"Every production launch compiles for A100, H100 or MI300, with --slow for all three and with Triton 3.6: what its machine code must and must not show."
 import json
 import os
 import subprocess
@@ -9,29 +9,89 @@ import pytest
 
 from aotrun import load
 from segkern.ops.dispatch import HAS_TRITON
+from segkern.testing.kernels import compile_elsewhere
 
 HERE = Path(__file__).parent
 OPS = sorted(p.stem for p in (HERE/"aot").glob("*.py"))
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_compiles(op, request):
+def compiled(op, *options, path=None):
+    "The rows of `aotrun.py`; `path`: a folder with another Triton."
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SEGKERN_IMPL")}
-    done = subprocess.run([sys.executable, HERE/"aotrun.py", op, *(["--all"] if request.config.getoption("--slow") else [])], env=env, capture_output=True, text=True, timeout=1200)
+    if path: env["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [env.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, HERE/"aotrun.py", op, *options], env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows, module = json.loads(done.stdout.splitlines()[-1]), load(op)
-    assert {r["target"] for r in rows} == {"sm_80", "sm_90", "gfx942"}
-    spill = getattr(module, "SPILL", {})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(rows, module, spill):
+    "No spills but named ones, shared memory that fits, and no tensor core instruction that is serialized or loses its factor."
     for r in rows:
         what = f"{r['name']} {r['case']} on {r['target']}: {r}"
         assert r["fits"], what
         assert r["spill"] <= spill.get((r["name"], r["arch"]), 0), what
+        assert not r.get("overwritten"), f"registers that a WGMMA still reads are overwritten: {what}"
+        assert not r.get("serialized") or r["name"] in getattr(module, "SERIAL", ()), f"ptxas serializes WGMMAs: {what}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles(op, request):
+    rows, module = compiled(op, *(["--all"] if request.config.getoption("--slow") else [])), load(op)
+    assert {r["target"] for r in rows} == {"sm_80", "sm_90", "gfx942"}
+    check(rows, module, getattr(module, "SPILL", {}))
     for kind in ("MMA", "WIDE"):
         for name in getattr(module, kind, ()):
             found = [r for r in rows if r["name"] == name and (kind == "MMA" or r["target"] != "gfx942") and (kind == "MMA" or "narrow" not in r["case"])
                      and (kind == "WIDE" or "fp32" not in r["case"])]
             assert found and all(r[kind.lower()] > 0 for r in found), f"{name}: {kind} {found}"
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if hasattr(load(op), "MOST")])
+def test_instructions_per_element(op):
+    "What an element costs on an H100: each named kernel stays below its limit."
+    module = load(op)
+    rows = compiled(op, "--counted")
+    for (name, case), (unit, limit) in module.MOST.items():
+        found = [r["per_unit"] for r in rows if r["name"] == name and case in r["case"]]
+        assert found and max(found) <= limit, f"{name}, {case}: {found} instructions per {unit}, at most {limit}"
+
+
+@pytest.fixture(scope="session")
+def triton36(tmp_path_factory):
+    "A folder with Triton 3.6, which a common GPU installation has; torch and everything else stay as they are."
+    folder = tmp_path_factory.mktemp("triton36")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, "triton==3.6.0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: pytest.skip(f"Triton 3.6 cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_with_triton_36(op, triton36):
+    "The same rules for the compiler of the GPU image; it spills a little where newer ones do not."
+    rows, module = compiled(op, path=triton36), load(op)
+    check(rows, module, getattr(module, "SPILL", {}) | getattr(module, "SPILL_36", {}))
+
+
+def test_the_miscompiled_kernel_is_found():
+    "The class centres with three stages: registers are refilled while a WGMMA may read them; with the stages they have, they are not."
+    source = """if 1:
+        import torch
+        from segkern.ops.dispatch import use_blocks
+        from segkern.ops.prototype import prototypes_fwd
+        from segkern.testing.kernels import captured, targets
+        from segkern.testing.sass import code_report
+        last = dict(dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+        maps = [torch.empty((4, c, 128, 128), **last) for c in (150, 256, 256)]
+        def writes(**options):
+            with captured(targets()["sm_90"]) as kernels, use_blocks("prototypes_sums", **options): prototypes_fwd(*maps)
+            return [len(code_report(k)["overwritten"]) for k in kernels if k.name == "_prototypes_sums_kernel"]
+        print(writes(num_stages=3), writes())
+    """
+    bad, good = map(json.loads, compile_elsewhere(source).strip().replace("] [", "]\n[").splitlines())
+    assert len(bad) == len(good) == 1 and bad[0] > 0 and good[0] == 0
 
 
 def test_the_ops_are_covered():
