@@ -29,8 +29,6 @@ def _folded(flat, lengths):
     return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
 
 # %% ../../nbs/09_ops.operator.ipynb #b58c211a
-_BELOW = torch._C._after_autograd_keyset
-
 class _Refuse(torch.autograd.Function):
     "A gradient as it is, that cannot be differentiated with respect to what it was made of."
     @staticmethod
@@ -61,7 +59,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operator, keys, *args):
         ctx.operator = operator
-        out = operator.op.redispatch(keys, *args)
+        out = operator.below(keys, *args)
         operator.keep(ctx, args, out)
         return out
 
@@ -105,19 +103,27 @@ class Operator:
         self.library.impl(short, run, "CompositeExplicitAutograd")
         self.library.impl(short, self._autograd, "Autograd", with_keyset=True)
 
-    def __call__(self, *args): return self.op(*args)
+    def __call__(self, *args):
+        "Call it; traces and transforms must see one operator, everyone else goes straight to autograd's node."
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled(): return self.op(*args)
+        if torch._C._functorch.maybe_current_level() is not None: return self.op(*args)
+        return self._autograd(None, *args)
 
     def __repr__(self): return f"{self.name}{self.schema}"
 
     def _autograd(self, keys, *args):
         "Through autograd where a gradient is wanted."
         if forward_ad._current_level >= 0: self._refuse_tangents(args)
-        below = keys & _BELOW
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if not self.takes_lists: return _Node.apply(self, below, *args)
+            if not self.takes_lists: return _Node.apply(self, keys, *args)
             flat, lengths = _flat(args)
-            return _ListNode.apply(self, below, lengths, *flat)
-        with torch._C._AutoDispatchBelowAutograd(): return self.op.redispatch(below, *args)
+            return _ListNode.apply(self, keys, lengths, *flat)
+        return self.below(keys, *args)
+
+    def below(self, keys, *args):
+        "What lies below autograd; `keys`: what the dispatcher was about, None outside of it."
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op(*args) if keys is None else self.op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def _refuse_tangents(self, args):
         "Forward mode has no formula here."

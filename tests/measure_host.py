@@ -1,0 +1,105 @@
+"""What a call of each operator costs on the host: processor time of one thread, with bodies that only make empty results.
+
+    OMP_NUM_THREADS=1 python tests/measure_host.py [--out FILE.csv]
+
+The body's own time is subtracted; what is left are PyTorch's dispatcher, autograd's node and our two functions around them."""
+import argparse
+import contextlib
+import time
+from unittest.mock import patch
+
+import torch
+
+from segkern import bench_ops, core
+from segkern.bench import write_csv
+from segkern.core import Table
+from segkern.ops import dispatch
+from segkern.ops.operator import Operator
+
+
+def microseconds(calls, repeats=200, rounds=25):
+    "Processor time of each call: the best of several rounds, in which all take turns."
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.process_time()
+            for _ in range(repeats): call()
+            best[name] = min(best[name], time.process_time() - start)
+    return {name: 1e6*t/repeats for name, t in best.items()}
+
+
+@contextlib.contextmanager
+def empty_bodies(calls):
+    "Every operator returns empty results; its first arguments are kept in `calls`."
+    operators = [o for o in core._ONCE.values() if isinstance(o, Operator)]
+    own = {o: o.body for o in operators}
+    def kept(o):
+        def body(*args):
+            calls.setdefault(o, args)
+            return o.fake(*args)
+        return body
+    for o in operators: o.body = kept(o)
+    try: yield
+    finally:
+        for o, body in own.items(): o.body = body
+
+
+def operator_calls():
+    "Operator -> arguments, from the tiny cases of the op benchmark as a GPU would run them."
+    calls = {}
+    always = lambda op, *tensors, **_: ("triton", "measured here")
+    dispatch.forget()
+    with empty_bodies(calls), patch.object(dispatch, "which", always):
+        for case in bench_ops.cases(tiny=True):
+            args = case.make(torch.device("cpu"), torch.float32)
+            with contextlib.suppress(RuntimeError): case.fn(*args, impl="triton")
+    dispatch.forget()
+    return calls
+
+
+def leaves(args):
+    "The arguments as leaves that want a gradient where they are floats."
+    one = lambda a: a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+    return [[one(t) for t in a] if isinstance(a, (list, tuple)) else one(a) for a in args]
+
+
+def as_custom_op(operator):
+    "The same operator as `torch.library.custom_op` makes it."
+    name = operator.name.replace("segkern::", "as_custom_op::")
+    old = torch.library.custom_op(name, lambda *args: operator.fake(*args), mutates_args=(), schema=operator.schema)
+    old.register_fake(lambda *args: operator.fake(*args))
+    old.register_autograd(lambda ctx, *grads: operator.differentiate(ctx, *grads), setup_context=operator.keep)
+    return old
+
+
+def measure(operator, args):
+    "A row: microseconds above the body in training, without gradients, in inference mode, and what `custom_op` takes."
+    plain = [[t.detach() for t in a] if isinstance(a, (list, tuple)) else a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+    trained, run, old = leaves(plain), operator.fake, as_custom_op(operator)
+    with patch.object(operator, "body", run):
+        row = microseconds({"body": lambda: run(*plain), "training": lambda: operator(*trained), "custom_op, training": lambda: old(*trained)})
+        with torch.no_grad(): row |= microseconds({"no gradient": lambda: operator(*plain)})
+        with torch.inference_mode():
+            calls = {"body there": lambda: run(*plain), "inference": lambda: operator(*plain), "custom_op, inference": lambda: old(*plain)}
+            row |= microseconds(calls)
+    body, there = row.pop("body"), row.pop("body there")
+    return dict(operator=operator.name) | {k: t - (there if "inference" in k else body) for k, t in row.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="also write the rows to this CSV file")
+    out = parser.parse_args().out
+    torch.set_num_threads(1)
+    rows = [measure(o, args) for o, args in operator_calls().items()]
+    x = torch.zeros(2, 8, 16, 16)
+    rows.append({"operator": "dispatch, CPU tensor", "no gradient": microseconds({0: lambda: dispatch.choose("strip_pool", x)})[0]})
+    with patch.object(dispatch, "which", lambda *a, **k: ("triton", "")):
+        look = lambda: dispatch.choose("strip_pool", x, impl="triton", mode="mean hw")
+        rows.append({"operator": "dispatch, remembered", "no gradient": microseconds({0: look})[0]})
+    dispatch.forget()
+    print(Table([{k: v if isinstance(v, str) else f"{v:.1f}" for k, v in r.items()} for r in rows]))
+    if out: write_csv(out, rows)
+
+
+if __name__ == "__main__": main()
