@@ -1,4 +1,7 @@
-"One seed, one thread (or SEGKERN_TEST_THREADS), poisoned memory: what every test runs under."
+"""One seed, one thread (or SEGKERN_TEST_THREADS), poisoned memory: what every test runs under.
+
+The tests of the kernels make their tensors on SEGKERN_TEST_DEVICE; "auto", the default, is a CUDA device where there is one.
+"""
 import logging
 import os
 import sys
@@ -16,6 +19,10 @@ _device_constructors() # remembered before `torch.empty` is replaced: `with torc
 
 THREADS = int(os.environ.get("SEGKERN_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS) # for fixtures that outlive a test; every test starts from it again
+
+
+DEVICE = os.environ.get("SEGKERN_TEST_DEVICE", "auto") # of the tests of the kernels
+if DEVICE == "auto": DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_addoption(parser):
@@ -54,6 +61,16 @@ def _surroundings(monkeypatch):
     log.handlers[:] = handlers # the command line sets up logging for its process
     log.setLevel(level)
     if "torch._dynamo" in sys.modules: torch._dynamo.reset() # or the next model compiled has symbolic sizes, because this one had others
+
+
+@pytest.fixture(autouse=True)
+def _device(request, monkeypatch):
+    "Kernels meet tensors of the test device, and references of the same precision."
+    if DEVICE == "cpu" or not request.path.name.startswith("test_kernels_"):
+        yield
+        return
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.device(DEVICE): yield
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,7 @@ def test_operator_compile_and_autocast(impl):
         truth = grads(named(affinity_ref), a)
         assert_close("out", truth[0], got[0], 2e-6)
         for name, g in got[1].items(): assert_close(name, truth[1][name], g, 5e-6)
-    with torch.autocast("cpu", torch.bfloat16): out, got = grads(named(op, impl=impl), args)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16): out, got = grads(named(op, impl=impl), args)
     assert out.dtype == got["p"].dtype == got["q0"].dtype == torch.float32
     rounded = {n: t.detach() if n == "p" else t.detach().bfloat16().double() for n, t in args.items()}
     assert_close("only queries and keys are rounded", named(affinity_ref)(**rounded | dict(p=args["p"].detach().double())), out, 2e-6)
@@ -224,7 +224,7 @@ def test_maps_on_request():
     out.sum().backward()
     assert all(t.grad is not None for t in (*args[:6], p))
     assert not maps.detach().propagate(p.detach()).requires_grad and maps.detach().scale == maps.scale
-    with torch.autocast("cpu", torch.bfloat16): assert maps[0].dtype == maps.average().dtype == torch.float32
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16): assert maps[0].dtype == maps.average().dtype == torch.float32
     for call, word in ((lambda: AttentionMaps(args[:3], args[3:6], (5, 6), (2, 3)), "grid"), (lambda: AttentionMaps([], [], (1, 1), (1, 1)), "at least one"),
                        (lambda: maps.propagate(p[..., :2]), "2, 3"), (lambda: maps.at(5, 0), "outside")):
         with pytest.raises(ValueError, match=word): call()
@@ -234,7 +234,7 @@ def test_maps_on_request():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype):
     "Two blocks of stage 2 of a Mix Transformer, twice for races: results must be the same bits."
-    args = {n: (t if n == "p" else t.to(dtype)).cuda() for n, t in inputs(b=2, h=2, n=4096, m=256, d=64, c=21).items()}
+    args = {n: (t if n == "p" else t.to(dtype)) for n, t in inputs(b=2, h=2, n=4096, m=256, d=64, c=21).items()}
     limits = {torch.float32: (2e-6, 2e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (1e-3, 8e-3)}[dtype]
     truth, wide = grads(named(affinity_ref), {n: t.double() for n, t in args.items()})
     runs = [grads(named(op), args) for _ in range(2)]

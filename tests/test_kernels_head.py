@@ -7,7 +7,7 @@ from segkern import ops
 from segkern.ops.dispatch import interpreting
 from segkern.ops.head import _upsample_argmax_op, _upsample_confusion_op, _upsample_nll_op
 from segkern.ops.head_soft import _dice_op, _kl_op
-from segkern.testing import assert_close, layouts, make_input
+from segkern.testing import assert_close, layouts, make_input, make_labels
 from segkern.testing.kernels import check_kernel, exact_interpreter, launches
 
 pytestmark = pytest.mark.skipif(not interpreting() and not torch.cuda.is_available(), reason="kernels need the interpreter (TRITON_INTERPRET=1) or a GPU")
@@ -17,9 +17,7 @@ SIZES = [((5, 7), (37, 45)), ((8, 9), (3, 5)), ((1, 1), (4, 6)), ((3, 4), (1, 1)
 
 
 def labels(shape, k, void=0.1, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    y = torch.randint(0, k, shape, generator=g)
-    return torch.where(torch.rand(shape, generator=g) < void, 255, y)
+    return make_labels(shape, k, seed, void)
 
 
 def plain(logits, y, align_corners=False, **kw):
@@ -186,7 +184,7 @@ def test_exported():
 def test_autocast():
     "A loss under autocast keeps its float32 gradient."
     z, y = make_input([1, 5, 4, 4]).requires_grad_(), labels((1, 13, 11), 5)
-    with torch.autocast("cpu", torch.bfloat16): loss = ops.upsample_cross_entropy(z, y, impl="triton")
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16): loss = ops.upsample_cross_entropy(z, y, impl="triton")
     assert_close("dlogits", torch.autograd.grad(plain(z, y), z)[0], torch.autograd.grad(loss, z)[0], 5e-6)
 
 
@@ -210,7 +208,7 @@ def test_soft_losses(reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype):
     "Real size on a real device, twice for races."
-    z, y = make_input([2, 19, 64, 96], 1).cuda().to(dtype).requires_grad_(), labels((2, 512, 768), 19).cuda()
+    z, y = make_input([2, 19, 64, 96], 1).to(dtype).requires_grad_(), labels((2, 512, 768), 19)
     limits = {torch.float32: (2e-6, 2e-5), torch.float16: (6e-4, 1e-3), torch.bfloat16: (4e-3, 8e-3)}[dtype]
     ref = z.detach().double().requires_grad_()
     plain(ref, y).backward()

@@ -7,7 +7,7 @@ import torch
 from segkern import ops
 from segkern.ops.dispatch import interpreting
 from segkern.ops.prototype import _class_sums_op, _cosine_op, _prototypes_op, class_sums_ref, cosine_logits_ref, prototypes_ref
-from segkern.testing import assert_close, make_input, relative_l2
+from segkern.testing import assert_close, make_input, make_labels, relative_l2
 from segkern.testing.kernels import check_kernel, exact_interpreter, launches
 
 kernels = pytest.mark.skipif(not interpreting() and not torch.cuda.is_available(), reason="kernels need the interpreter (TRITON_INTERPRET=1) or a GPU")
@@ -30,7 +30,7 @@ def pixels(b=2, k=7, c=20, h=5, w=9):
 
 def labelled(b=2, k=7, h=5, w=9, dtype=torch.int64):
     "Labels with some of no class: negative where the type allows, too large, 255."
-    y = torch.randint(0, k, (b, h, w), generator=torch.Generator().manual_seed(3))
+    y = make_labels((b, h, w), k, 3)
     flat = y.view(-1)
     flat[::5], flat[::7], flat[1::11] = 255 if k <= 255 else 1000, k, -1 if dtype.is_signed else k
     return y.to(dtype)
@@ -270,7 +270,7 @@ def test_mixed_types_and_autocast(impl):
         assert_close("centres", r, o, 4e-3)
     args = {n: t if n == "z" else t.bfloat16() for n, t in pixels().items()}
     assert_close("cosine", cosine_logits_ref(**{n: t.double() for n, t in args.items()}), ops.cosine_logits(**args, impl=impl), 4e-3)
-    with torch.autocast("cpu", torch.bfloat16), launches() as seen:
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16), launches() as seen:
         outs, got = run(ops.prototypes, maps() | dict(pos=maps()["pos"].bfloat16()), impl=impl)
         (out,), more = run(ops.cosine_logits, pixels(), impl=impl)
         sums, _ = ops.class_sums(maps()["feat"].bfloat16(), labelled(), 7, impl=impl)
@@ -377,10 +377,10 @@ def test_on_a_gpu(dtype):
     "SegFormer's head, twice for races: results must be the same bits."
     size = dict(b=2, k=150, c=256, h=64, w=61)
     limits = {torch.float32: (2e-6, 2e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 8e-3)}[dtype]
-    y = labelled(2, 150, 64, 61).cuda()
+    y = labelled(2, 150, 64, 61)
     sums = (lambda feat, **kw: ops.class_sums(feat, y, 150, **kw)[0]), (lambda feat: class_sums_ref(feat, y, 150)[0]), lambda **kw: dict(feat=maps(**kw)["feat"])
     for op, (fn, ref, make) in (PAIRS | {"sums": sums}).items():
-        args = {n: t.to(dtype).cuda() for n, t in make(**size).items()}
+        args = {n: t.to(dtype) for n, t in make(**size).items()}
         truth, wide = run(ref, {n: t.double() for n, t in args.items()})
         a, b = (run(fn, args, impl="triton") for _ in range(2))
         for r, o, again in zip(truth, a[0], b[0]):

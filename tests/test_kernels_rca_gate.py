@@ -126,7 +126,7 @@ def test_mixed_types_and_autocast(impl):
     assert out.dtype == got["x"].dtype == torch.bfloat16 and {g.dtype for n, g in got.items() if n != "x"} == {torch.float32}
     assert_close("out", truth, out, 8e-3)
     for n in got: assert_close(n, wide[n], got[n], 1e-2)
-    with torch.autocast("cpu", torch.bfloat16), launches() as seen: out, got = run(ops.rca_gate, example(), impl=impl)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16), launches() as seen: out, got = run(ops.rca_gate, example(), impl=impl)
     assert out.dtype == torch.bfloat16 and {g.dtype for g in got.values()} == {torch.float32} and set(seen) == (set(KERNELS) if impl == "triton" else set())
     assert_close("autocast", rca_gate_ref(**{n: t.double() for n, t in example().items()}), out, 8e-3)
     with launches() as seen: assert ops.rca_gate(**{n: t.double() for n, t in example().items()}, impl=impl).dtype == torch.float64
@@ -217,7 +217,7 @@ def test_on_a_gpu(dtype):
     "CGRSeg-B's maps, twice for races: results must be the same bits."
     limits = {torch.float32: (2e-6, 2e-5), torch.float16: (6e-4, 2e-3), torch.bfloat16: (4e-3, 8e-3)}[dtype]
     for size in ((2, 64, 64, 64, 11), (4, 496, 8, 8, 11), (2, 144, 31, 35, 9)):
-        args = {n: t.to(dtype).cuda() for n, t in example(*size).items()}
+        args = {n: t.to(dtype) for n, t in example(*size).items()}
         for last in (False, True):
             if last: args["x"] = args["x"].to(memory_format=torch.channels_last)
             truth, wide = run(rca_gate_ref, {n: t.double() for n, t in args.items()})

@@ -211,7 +211,7 @@ def test_edges_and_refusals():
     assert "float64" in KERNELS["axial_add"](*[t.double() for t in summands().values()]) and "float64" in KERNELS["axial_attention"](*[t.double() for t in means().values()])
     a = {n: t.double() for n, t in maps().items()}
     for r, o in zip(plain(**a, heads=2), squeeze_axial(**a, heads=2)): assert o.dtype == torch.float64 and torch.equal(r, o)
-    with torch.autocast("cpu", torch.bfloat16): assert axial_add(**summands()).dtype == torch.bfloat16
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16): assert axial_add(**summands()).dtype == torch.bfloat16
     for call, word in ((lambda: axial_add(**summands() | dict(row=torch.zeros(2, 5, 19))), "row"), (lambda: squeeze_axial(**maps(), heads=3), "3 heads"), (lambda: squeeze_axial(**maps(h=1) | dict(qkv=torch.zeros(1, 40, 0, 3)), heads=2), "h, w > 0"),
                        (lambda: axial_attention(**means() | dict(rows=torch.zeros(1, 40, 7)), heads=2), "rows"), (lambda: axial_attention(**means() | dict(row_q=torch.zeros(1, 10, 3)), heads=2), "four position tables"),
                        (lambda: squeeze_axial(**maps(), heads=2, impl="cuda"), "unknown implementation")):
@@ -267,13 +267,13 @@ def test_on_a_gpu(dtype):
     "SeaFormer-L's shapes, twice for races: results must be the same bits."
     limits = {torch.float32: (2e-6, 2e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 8e-3)}[dtype]
     for key, side in ((16, 32), (20, 16), (24, 8), (16, 67)):
-        a = {n: t.to(dtype).cuda() for n, t in means(4, 8, key, side, side + 3).items()}
+        a = {n: t.to(dtype) for n, t in means(4, 8, key, side, side + 3).items()}
         truth = axial_attention_ref(**{n: t.double() for n, t in a.items()}, heads=8)
         first, again = (axial_attention(**a, heads=8, impl="triton") for _ in range(2))
         for r, o, p in zip(truth, first, again):
             assert_close("attention", r, o, limits[0])
             assert torch.equal(o, p)
-        s = {n: t.to(dtype).cuda() for n, t in summands(4, 16*key, side, side + 3).items()}
+        s = {n: t.to(dtype) for n, t in summands(4, 16*key, side, side + 3).items()}
         (r,), wide = run(axial_add_ref, {n: t.double() for n, t in s.items()})
         (o,), grads = run(lambda **t: axial_add(**t, impl="triton"), s)
         (p,), same = run(lambda **t: axial_add(**t, impl="triton"), s)

@@ -101,7 +101,7 @@ def test_operator_compile_export_autocast():
         def forward(self, q, k, v): return ops.sr_attention(q, k, v)
     with ops.use_impl("triton"): program = torch.export.export(Net(), tuple(t.detach() for t in args.values()))
     assert "segkern" not in str(program.graph)
-    with torch.autocast("cpu", torch.bfloat16): out = ops.sr_attention(**args, impl="triton")
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16): out = ops.sr_attention(**args, impl="triton")
     assert out.dtype == torch.bfloat16
     assert_close("autocast", sr_attention_ref(**args), out, 1e-2)
 
@@ -122,7 +122,7 @@ def test_block(c, h):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype):
     "Stage 1 of a Mix Transformer, twice for races: results must be the same bits."
-    args = {n: t.cuda().to(dtype).requires_grad_() for n, t in inputs(b=2, h=1, n=4096, m=256, d=64).items()}
+    args = {n: t.to(dtype).requires_grad_() for n, t in inputs(b=2, h=1, n=4096, m=256, d=64).items()}
     wide = {n: t.detach().double().requires_grad_() for n, t in args.items()}
     limits = {torch.float32: (2e-6, 2e-5), torch.float16: (6e-4, 1e-3), torch.bfloat16: (4e-3, 8e-3)}[dtype]
     ref = sr_attention_ref(**wide)

@@ -7,7 +7,7 @@ from segkern.ops import strip_attention, strip_pool
 from segkern.ops.dispatch import interpreting, use_blocks
 from segkern.ops.strip_attention import _strip_attention_op, strip_attention_ref
 from segkern.ops.strip_pool import _strip_pool_op, strip_pool_ref
-from segkern.testing import assert_close, layouts, make_input
+from segkern.testing import assert_close, layouts, make_input, make_labels
 from segkern.testing.kernels import check_kernel, exact_interpreter, launches
 
 pytestmark = pytest.mark.skipif(not interpreting() and not torch.cuda.is_available(), reason="kernels need the interpreter (TRITON_INTERPRET=1) or a GPU")
@@ -159,7 +159,7 @@ def test_autocast():
     "Mixed types under autocast take the kernel in the type of autocast."
     args = qkv()
     args["k"] = args["k"].bfloat16()
-    with torch.autocast("cpu", torch.bfloat16), launches() as seen: got = strip_attention(**args, impl="triton")
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16), launches() as seen: got = strip_attention(**args, impl="triton")
     assert seen == [ATTENTION[0]] and got.dtype == torch.bfloat16
     ref = strip_attention_ref(args["q"].bfloat16().double(), args["k"].double(), args["v"].double())
     assert_close("autocast", ref, got, 4e-3)
@@ -203,7 +203,7 @@ def test_gradcheck(op):
 @pytest.mark.parametrize("name", ["s2fpn_r18", "s2fpn_v1_r18"])
 def test_network(name):
     "S2-FPN with the strip kernels: outputs, losses and the gradient of the picture as without."
-    x, y, results = make_input([2, 3, 64, 64]), torch.randint(0, 5, (2, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8), {}
+    x, y, results = make_input([2, 3, 64, 64]), make_labels((2, 64, 64), 5).to(torch.uint8), {}
     others = {n: o for n, o in ops.dispatch.KERNELS.items() if "strip" not in n}
     for impl in ("ref", "triton"):
         m = create_model(name, num_classes=5)
@@ -234,7 +234,7 @@ def test_network(name):
 def test_on_a_gpu(dtype):
     "Real sizes on a real device, twice for races."
     limits = {torch.float32: (2e-6, 2e-5), torch.float16: (6e-4, 1e-3), torch.bfloat16: (4e-3, 8e-3)}[dtype]
-    args = [t.cuda().to(dtype).requires_grad_() for t in qkv(2, 32, 96, 128, 128).values()]
+    args = [t.to(dtype).requires_grad_() for t in qkv(2, 32, 96, 128, 128).values()]
     wide = [t.detach().double().requires_grad_() for t in args]
     for run, ref in ((lambda *a: (strip_attention(*a),), lambda *a: (strip_attention_ref(*a),)), (lambda q, k, v: both(q), lambda q, k, v: both_ref(q))):
         want = ref(*wide)
