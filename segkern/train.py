@@ -6,8 +6,8 @@
 __all__ = ['lr_at', 'generator', 'order', 'step_keys', 'Samples', 'Steps', 'batches', 'parameter_groups', 'group_table',
            'optimizer_for', 'kaiming_init', 'training_eps', 'adopt', 'run_lock', 'weights_bytes', 'save_checkpoint',
            'last_checkpoint', 'run_weights', 'history', 'run_config', 'open_run', 'Run', 'Objective', 'accelerator_for',
-           'forward_backward', 'optimizer_step', 'save_run', 'restore_run', 'evaluate_run', 'evaluation_of',
-           'draw_samples', 'uncompiled', 'start_run', 'log_line', 'train_steps', 'fit']
+           'Seen', 'Watch', 'forward_backward', 'settle', 'optimizer_step', 'save_run', 'restore_run', 'evaluate_run',
+           'evaluation_of', 'draw_samples', 'uncompiled', 'start_run', 'log_line', 'train_steps', 'fit']
 
 # %% ../nbs/61_train.ipynb #3f88bf2a
 import bisect, contextlib, copy, dataclasses, fnmatch, functools, importlib.util, io, json, math, os, random, shutil, tempfile, time, zlib
@@ -435,6 +435,7 @@ class Run:
     accelerator:object
     state:dict                       # step, seconds, best, best_step, and the sums since the last line of metrics
     score:tuple                      # name of the metric and its function, see `fit`
+    watch:object                     # a `Watch` over the losses
 
 class Objective(nn.Module):
     "A shell around a model for accelerate to wrap."
@@ -470,6 +471,48 @@ def accelerator_for(
         return Accelerator(cpu=device.type == "cpu", mixed_precision=recipe.mixed_precision, gradient_accumulation_steps=accumulate,
                            log_with=tracker, project_dir=str(out) or None, kwargs_handlers=[patient])
 
+# %% ../nbs/61_train.ipynb #b0f25496
+@dataclass
+class Seen:
+    "Numbers of one step, or part of it, that nobody has asked for yet."
+    step:int                         # the first one is 1
+    indices:torch.Tensor             # of the pictures
+    names:tuple
+    values:torch.Tensor              # as many as there are names
+    summed:bool                      # belong to the line of metrics
+
+class Watch:
+    "Holds losses on the device and keeps one that is not finite from doing harm, without waiting for it."
+    def __init__(self,
+        model:nn.Module, # on its device
+        optimizer:torch.optim.Optimizer, # the plain one, not accelerate's wrapper
+        scaler=None, # accelerate's, for float16: it tells the optimizer what to skip
+    ):
+        buffers, device = list(model.buffers()), next(model.parameters()).device
+        self.bad, self.seen = torch.zeros((), device=device), []
+        self.can_skip = scaler is not None or getattr(optimizer, "_step_supports_amp_scaling", False)
+        if scaler is None and self.can_skip: optimizer.found_inf = self.bad
+        self.of_type = {t: [b for b in buffers if b.dtype == t] for t in {b.dtype for b in buffers}}
+        self.flat = {t: torch.cat([b.flatten() for b in members]) for t, members in self.of_type.items()}
+        parts = {t: iter(self.flat[t].split([b.numel() for b in members])) for t, members in self.of_type.items()}
+        self.kept = [(b, next(parts[b.dtype]).view_as(b)) for b in buffers]
+
+    def note(self, step, indices, names, values, summed=True):
+        "Remember numbers, and whether all of them were finite."
+        self.seen.append(Seen(step, indices, names, values, summed))
+        self.bad.masked_fill_(~values.isfinite().all(), 1.0)
+
+    def keep(self):
+        "Copy the buffers, unless something was not finite."
+        for t, members in self.of_type.items():
+            now = torch.cat([b.flatten() for b in members])
+            torch.where(self.bad > 0, self.flat[t], now, out=self.flat[t])
+
+    def restore(self):
+        "Give the model the buffers of the last good step."
+        for buffer, kept in self.kept: buffer.copy_(kept)
+
+
 # %% ../nbs/61_train.ipynb #fbac1484
 def forward_backward(
     run:Run,
@@ -477,42 +520,68 @@ def forward_backward(
     images:torch.Tensor, # [b, 3, h, w]
     target:torch.Tensor, # [b, h, w]
 ):
-    "Gradients of one (part of a) batch; adds the losses to the sums."
-    device = run.accelerator.device
+    "Gradients of one (part of a) batch; the losses are noted."
+    acc, watch = run.accelerator, run.watch
     with training_eps(run.model, run.recipe.bn_eps):
-        losses = run.net(images.to(device, non_blocking=True), target.to(device, non_blocking=True))
-    run.accelerator.backward(losses["loss"])
-    parts = {k: v.detach().float() for k, v in losses.items() if torch.is_tensor(v) and v.numel() == 1}
-    values = torch.stack([v.reshape(()) for v in parts.values()])
-    if run.accelerator.num_processes > 1: values = run.accelerator.reduce(values, "mean")
-    values = dict(zip(parts, values.tolist()))
-    if not all(math.isfinite(v) for v in values.values()): raise FloatingPointError(_not_finite(run, values, indices))
-    for k, v in values.items(): run.state["sums"][k] = run.state["sums"].get(k, 0.0) + v
-    run.state["count"] += 1
+        losses = run.net(images.to(acc.device, non_blocking=True), target.to(acc.device, non_blocking=True))
+    parts = {k: v.detach().float().reshape(()) for k, v in losses.items() if torch.is_tensor(v) and v.numel() == 1}
+    values = torch.stack(list(parts.values()))
+    if acc.num_processes > 1: values = acc.reduce(values, "mean")
+    watch.note(run.state["step"] + 1, indices, tuple(parts), values)
+    scaled = acc.scaler is not None
+    acc.backward(losses["loss"]*torch.where(watch.bad > 0, torch.nan, 1.0) if scaled else losses["loss"])
 
-def _not_finite(run, values, indices):
+
+# %% ../nbs/61_train.ipynb #4c1862a6
+def settle(
+    run:Run,
+):
+    "Ask for the noted numbers: losses go to the sums; one that is not finite is an error, and the model is that of the step before."
+    state, watch = run.state, run.watch
+    seen, watch.seen = watch.seen, []
+    numbers = iter(torch.cat([s.values for s in seen]).tolist() if seen else [])
+    for s in seen:
+        values = {name: next(numbers) for name in s.names}
+        if not all(map(math.isfinite, values.values())):
+            watch.restore()
+            raise FloatingPointError(_not_finite(run, s, values))
+        if not s.summed: continue
+        for k, v in values.items(): state["sums"][k] = state["sums"].get(k, 0.0) + v
+        state["count"] += 1
+
+def _not_finite(run, seen, values):
     "What to know about a loss that is no number."
     files = getattr(run.train_set, "files", None)
-    names = [str(files[i][0]) if files else f"{run.train_set.name}[{i}]" for i in indices.tolist()]
+    names = [str(files[i][0]) if files else f"{run.train_set.name}[{i}]" for i in seen.indices.tolist()]
     what, last = ", ".join(f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)), last_checkpoint(run.out)
     kept = f"the checkpoint {last.name} is untouched" if last else "nothing was saved before"
-    return f"{what} at step {run.state['step'] + 1} (lr {lr_at(run.recipe, run.state['step']):.3g}) on {', '.join(names)}; {kept}"
+    return f"{what} at step {seen.step} (lr {lr_at(run.recipe, seen.step - 1):.3g}) on {', '.join(names)}; {kept}"
+
 
 # %% ../nbs/61_train.ipynb #a78e9703
 def optimizer_step(
     run:Run,
 ):
-    "Clip the gradients, move the weights and their average."
-    if run.recipe.clip: run.accelerator.clip_grad_norm_(run.net.parameters(), run.recipe.clip)
+    "Clip the gradients, move the weights and their average; nothing moves where a loss or the clipped norm was not finite."
+    acc, watch, step = run.accelerator, run.watch, run.state["step"] + 1
+    if run.recipe.clip:
+        norm = acc.clip_grad_norm_(run.net.parameters(), run.recipe.clip)
+        pictures = torch.cat([s.indices for s in watch.seen if s.step == step])
+        # a scaler expects gradients that overflow now and then
+        if acc.scaler is None: watch.note(step, pictures, ("gradient norm",), norm.float().reshape(1), summed=False)
+    if not watch.can_skip: settle(run)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    if run.ema is not None: _average(run.ema, run.model, run.recipe.ema)
+    watch.keep()
+    if run.ema is not None: _average(run.ema, run.model, run.recipe.ema, watch)
 
 @torch.no_grad()
-def _average(ema, model, decay):
+def _average(ema, model, decay, watch):
     "Move the averaged parameters towards the model's; buffers are copied."
-    for e, p in zip(ema.parameters(), model.parameters()): e.lerp_(p, 1 - decay)
-    for e, b in zip(ema.buffers(), model.buffers()): e.copy_(b)
+    share = torch.where(watch.bad > 0, 0.0, 1 - decay)
+    for e, p in zip(ema.parameters(), model.parameters()): e.lerp_(p, share.to(e.dtype))
+    for e, (_, kept) in zip(ema.buffers(), watch.kept): e.copy_(kept)
+
 
 # %% ../nbs/61_train.ipynb #244d4f86
 def _random_states(device):
@@ -559,6 +628,7 @@ def restore_run(
     acc = run.accelerator
     for module, name in ((run.model, "model.safetensors"), (run.ema, "ema.safetensors")):
         if module is not None: module.load_state_dict(read(folder/name))
+    run.watch.keep()
     saved = read(folder/"state.pt")
     run.optimizer.load_state_dict(saved["optimizer"])
     if acc.scaler is not None and saved["scaler"]: acc.scaler.load_state_dict(saved["scaler"])
@@ -655,9 +725,10 @@ def start_run(
     plain.zero_grad(set_to_none=True)
     optimizer = optimizer_for(plain, recipe)
     ema = copy.deepcopy(plain).requires_grad_(False).eval() if recipe.ema else None
+    watch = Watch(plain, optimizer, accelerator.scaler)
     net, optimizer = accelerator.prepare(Objective(model), optimizer)
     state = dict(step=0, seconds=0.0, best=None, best_step=None, sums={}, count=0)
-    return Run(out, recipe, train_set, plain, net, ema, optimizer, accelerator, state, score)
+    return Run(out, recipe, train_set, plain, net, ema, optimizer, accelerator, state, score, watch)
 
 # %% ../nbs/61_train.ipynb #b4709883
 def log_line(
@@ -700,6 +771,7 @@ def train_steps(
                 optimizer_step(run)
             state["step"] += 1
             bar.update()
+            if any(map(due, every)) or len(run.watch.seen) >= 256: settle(run)
             if due("log"):
                 now = time.perf_counter()
                 row = log_line(run, now - clock, state["step"] - since)

@@ -1,4 +1,5 @@
 """The training loop: order, schedule, resume after a kill, full disks, refusals."""
+import copy
 import errno
 import json
 import logging
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from segkern import train
+from segkern.core import seeded
 from segkern.recipes import RECIPES, SASFORMER_ICIP_ADE20K, SASFORMER_SPARSE_VOC, SEGFORMER_ADE20K, STREETS, Recipe, recipe_for, sparse_recipe
 from segkern.testing import assert_close, fixture
 from segkern.train import batches, fit, history, last_checkpoint, lr_at, optimizer_for, run_weights, save_checkpoint, step_keys
@@ -362,13 +366,140 @@ def test_resume_with_another_recipe_names_the_fields(whole):
 
 # refusals
 
+class Poisoned(Toy):
+    "In one step a picture holds a NaN, which reaches loss, gradients and statistics."
+    def forward(self, x, target=None):
+        return super().forward(x*float("nan") if target is not None and self.calls == 7 else x, target)
+
+
+def poisoned():
+    with seeded(0): return Poisoned()
+
+
 def test_nan_names_step_rate_and_files(tmp_path):
-    model = toy(hook=lambda n: n == 7 and model.net[3].weight.data.fill_(float("nan")))
-    with pytest.raises(FloatingPointError) as e: run(tmp_path/"run", model)
+    with pytest.raises(FloatingPointError) as e: run(tmp_path/"run", poisoned())
     names = [f"train/{i:03}.png" for _, i in step_keys(22, 4, 0, 7)]
-    assert all(n in str(e.value) for n in names) and f"step 8 (lr {lr_at(RECIPE, 7):.3g})" in str(e.value) and "loss is nan" in str(e.value)
-    assert last_checkpoint(tmp_path/"run").name == "step_00000005" and "step_00000005 is untouched" in str(e.value)
+    assert all(n in str(e.value) for n in names) and "loss is nan, half is nan" in str(e.value)
+    assert f"step 8 (lr {lr_at(RECIPE, 7):.3g})" in str(e.value) and "step_00000005 is untouched" in str(e.value)
+    assert last_checkpoint(tmp_path/"run").name == "step_00000005" and history(tmp_path/"run")[-1]["step"] == 6
     assert run(tmp_path/"run", resume=True)["steps"] == 24
+
+
+def recorded(monkeypatch, scaler=None):
+    "A list of (step, weights and buffers, averages, optimizer) after every step, and the run itself."
+    steps, runs, step, start_run = [], [], train.optimizer_step, train.start_run
+    def begin(out, model, recipe, train_set, acc, score):
+        acc.scaler = scaler
+        runs.append(start_run(out, model, recipe, train_set, acc, score))
+        return runs[0]
+    def snapshot(r):
+        parts = r.model.state_dict(), r.ema.state_dict(), r.optimizer.state_dict()
+        return copy.deepcopy(parts)
+    def stepped(r):
+        step(r)
+        steps.append((r.state["step"] + 1, snapshot(r)))
+    monkeypatch.setattr(train, "start_run", begin)
+    monkeypatch.setattr(train, "optimizer_step", stepped)
+    return steps, lambda: snapshot(runs[0])
+
+
+RULES = {"sgd": dict(optimizer="sgd", momentum=0.9, lr=1e-3), "adam": dict(optimizer="adam"), "adamw": dict(optimizer="adamw"),
+         "unclipped": dict(clip=0.0)}
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaler"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_bad_loss_moves_nothing(tmp_path, monkeypatch, rule, scaled):
+    "It is reported at the next line; until then weights, averages, statistics and optimizer are those of the step before."
+    steps, now = recorded(monkeypatch, torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None)
+    with pytest.raises(FloatingPointError, match="loss is nan, half is nan at step 8 "):
+        run(tmp_path/"run", poisoned(), RECIPE.replace(**RULES[rule]), save_every=0, eval_every=0, log_every=11)
+    assert [s for s, _ in steps] == list(range(1, 12))
+    # the rate goes on in steps that change nothing
+    for _, (*_, optimizer) in steps:
+        for g in optimizer["param_groups"]: g.pop("lr")
+    model, ema, optimizer = now()
+    for g in optimizer["param_groups"]: g.pop("lr")
+    same(dict(steps[6][1][0]), dict(model), "model")
+    same(dict(steps[6][1][1]), dict(ema), "averages")
+    same(steps[6][1][2]["state"], optimizer["state"], "optimizer")
+    assert not torch.equal(steps[5][1][0]["net.3.weight"], model["net.3.weight"])
+
+
+def test_a_bad_gradient_is_found_where_gradients_are_clipped(tmp_path):
+    model = toy(hook=lambda n: n == 8 and model.net[3].weight.register_hook(lambda g: g*float("inf")))
+    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 4 .*nothing was saved") as e:
+        run(tmp_path/"run", model, accumulate=2)
+    assert all(f"train/{i:03}.png" in str(e.value) for _, i in step_keys(22, 4, 0, 3))
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+
+
+def test_an_optimizer_that_cannot_skip_is_asked_first(tmp_path, monkeypatch):
+    plain = train.optimizer_for
+    def unfused(model, recipe):
+        groups = plain(model, recipe).param_groups
+        return torch.optim.SGD([dict(g, fused=False) for g in groups], lr=0.1)
+    monkeypatch.setattr(train, "optimizer_for", unfused)
+    with pytest.raises(FloatingPointError, match="loss is nan, half is nan at step 8 "):
+        run(tmp_path/"run", poisoned(), RECIPE, save_every=0, eval_every=0, log_every=11)
+
+
+class Questions(TorchFunctionMode):
+    "Counts what would make the host wait for a GPU: numbers, truth values and lists taken from tensors, copies to the host."
+    asked = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.asked
+        return func(*args, **(kwargs or {}))
+
+
+class Numbers(TorchDispatchMode):
+    "Counts numbers taken from tensors below Python."
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def asked(monkeypatch, tmp_path, **recipe):
+    "Questions per step, and in each settling."
+    counts = {"forward_backward": [], "optimizer_step": [], "settle": []}
+    def watched(name):
+        plain = getattr(train, name)
+        def inner(*args):
+            with Questions() as above, Numbers() as below: plain(*args)
+            counts[name].append(above.count + below.count)
+        monkeypatch.setattr(train, name, inner)
+    for name in counts: watched(name)
+    run(tmp_path/"run", recipe=RECIPE.replace(iterations=6, **recipe), save_every=0, eval_every=0, log_every=3)
+    return counts
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_question_to_the_device_between_two_lines(tmp_path, monkeypatch, rule):
+    counts = asked(monkeypatch, tmp_path, **RULES[rule])
+    assert counts["forward_backward"] == counts["optimizer_step"] == [0]*6 and counts["settle"] == [1, 1]
+
+
+def test_questions_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Watch, "keep", lambda self: bool(self.bad > 0) or self.bad.item())
+    counts = asked(monkeypatch, tmp_path)
+    assert min(counts["optimizer_step"]) >= 2 and counts["forward_backward"] == [0]*6
+
+
+def test_numbers_do_not_pile_up(tmp_path, monkeypatch):
+    "A run that writes no line asks after 256 steps."
+    lengths, settle = [], train.settle
+    monkeypatch.setattr(train, "settle", lambda r: (lengths.append(len(r.watch.seen)), settle(r)))
+    run(tmp_path/"run", toy(width=2), RECIPE.replace(iterations=260, clip=0.0, ema=0.0), save_every=0, eval_every=0, log_every=0)
+    assert lengths == [256, 4] and history(tmp_path/"run")[0]["loss"] > 0
 
 
 def test_a_checkpoint_with_nan_is_not_written(tmp_path):
