@@ -86,7 +86,7 @@ def test_the_miscompiled_kernel_is_found():
         last = dict(dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
         maps = [torch.empty((4, c, 128, 128), **last) for c in (150, 256, 256)]
         def writes(**options):
-            with captured(targets()["sm_90"]) as kernels, use_blocks("prototypes_sums", **options): prototypes_fwd(*maps)
+            with captured(targets()["sm_90"]) as kernels, use_blocks("prototypes", **options): prototypes_fwd(*maps)
             return [len(code_report(k)["overwritten"]) for k in kernels if k.name == "_prototypes_sums_kernel"]
         print(writes(num_stages=3), writes())
     """

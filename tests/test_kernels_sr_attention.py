@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from segkern import ops
-from segkern.ops.dispatch import interpreting
-from segkern.ops.sr_attention import _attention_block_op, _sr_attention_op, attention_block_ref, sr_attention_ref
+from segkern.ops.dispatch import interpreting, use_blocks
+from segkern.ops.sr_attention import _sr_attention_op, sr_attention_ref
 from segkern.testing import assert_close, make_input
 from segkern.testing.kernels import check_kernel, exact_interpreter, launches
 
@@ -106,16 +106,36 @@ def test_operator_compile_export_autocast():
     assert_close("autocast", sr_attention_ref(**args), out, 1e-2)
 
 
-@pytest.mark.parametrize("c,h", [(32, 1), (32, 2), (64, 2), (16, 1)])
-def test_block(c, h):
-    "The fused block in three types; under grad or with other widths the composition runs."
-    shapes = dict(x=[2, 37, c], k=[2, h, 11, c//h], v=[2, h, 11, c//h], norm_weight=[c], norm_bias=[c], q_weight=[c, c], q_bias=[c], out_weight=[c, c], out_bias=[c])
-    args = {n: make_input(s, i)*(0.2 if "weight" in n else 1) for i, (n, s) in enumerate(shapes.items())}
-    check_kernel(lambda **kw: ops.attention_block(**kw), attention_block_ref, args, grads=(), orders=(0,), expect=("_attention_block_kernel",))
-    torch.library.opcheck(_attention_block_op.op, (*args.values(), 1e-6), test_utils=("test_schema", "test_faketensor"))
-    args["x"].requires_grad_()
-    with launches() as seen: assert ops.attention_block(**args, impl="triton").requires_grad
-    assert seen == []
+@pytest.mark.parametrize("shape", [dict(n=37, m=11), dict(b=2, n=16, m=64, d=24)], ids=str)
+def test_forward_by_flash_attention(shape):
+    "PyTorch's flash attention forward, our kernels backward: the same results and gradients."
+    got = {}
+    for flash in (False, True):
+        args = {n: t.requires_grad_() for n, t in inputs(**shape).items()}
+        with use_blocks("sr_attention_forward", flash=flash), launches() as seen:
+            out = ops.sr_attention(**args, impl="triton")
+            got[flash] = [out, *torch.autograd.grad(out.square().sum(), list(args.values()))]
+        assert (ALL[0] in seen) != flash and {*ALL[1:]} <= set(seen)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got[False], got[True]): assert_close(name, a, b, 5e-6)
+    assert got[True][0].transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_scales(scale):
+    "Negative ones turn the queries around; zero gives the mean of the values."
+    check_kernel(lambda q, k, v: ops.sr_attention(q, k, v, scale), lambda q, k, v: sr_attention_ref(q, k, v, scale), inputs(n=21, m=9),
+                 dtypes=("fp32",), orders=(0,), expect=ALL if scale else ())
+
+
+def test_transforms():
+    "Forward mode is right on the reference's way and refused by the kernels; a second derivative is refused."
+    args = tuple(inputs(n=5, m=3).values())
+    tangents = tuple(torch.ones_like(t) for t in args)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda *a: ops.sr_attention(*a, impl="triton"), args, tangents)
+    leaf = args[0].clone().requires_grad_()
+    g, = torch.autograd.grad(ops.sr_attention(leaf, *args[1:], impl="triton").square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"): torch.autograd.grad(g.square().sum(), leaf)
 
 
 @pytest.mark.gpu

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['AttentionMaps', 'affinity', 'use_impl', 'which', 'check_target', 'confusion', 'upsample_argmax', 'upsample_confusion',
            'upsample_cross_entropy', 'upsample_dice', 'upsample_dice_sums', 'upsample_kl', 'msca', 'pack_taps',
-           'class_sums', 'cosine_logits', 'prototypes', 'rca_gate', 'strip_means', 'attention_block', 'sr_attention',
-           'sr_attention_lse', 'fold_values', 'strip_attention', 'strip_attention_ref', 'strip_pool', 'axial_add',
-           'axial_attention', 'squeeze_axial']
+           'class_sums', 'cosine_logits', 'prototypes', 'rca_gate', 'strip_means', 'sr_attention', 'fold_values',
+           'strip_attention', 'strip_attention_ref', 'strip_pool', 'axial_add', 'axial_attention', 'squeeze_axial']
 
 # %% ../../nbs/19_ops.ipynb #0fbf3770
 from .affinity import AttentionMaps, affinity
@@ -18,12 +17,12 @@ from .msca import msca, pack_taps
 from .prototype import class_sums, cosine_logits, prototypes
 from .rca_gate import rca_gate, strip_means
 from .squeeze_axial import axial_add, axial_attention, squeeze_axial
-from .sr_attention import attention_block, sr_attention, sr_attention_lse
+from .sr_attention import sr_attention
 from .strip_attention import fold_values, strip_attention, strip_attention_ref
 from .strip_pool import strip_pool
 
 # %% ../../nbs/19_ops.ipynb #17039a92
 _all_ = ["AttentionMaps", "affinity", "use_impl", "which", "check_target", "confusion", "upsample_argmax", "upsample_confusion", "upsample_cross_entropy",
          "upsample_dice", "upsample_dice_sums", "upsample_kl", "msca", "pack_taps", "class_sums", "cosine_logits", "prototypes",
-         "rca_gate", "strip_means", "attention_block", "sr_attention", "sr_attention_lse", "fold_values", "strip_attention", "strip_attention_ref", "strip_pool",
+         "rca_gate", "strip_means", "sr_attention", "fold_values", "strip_attention", "strip_attention_ref", "strip_pool",
          "axial_add", "axial_attention", "squeeze_axial"]

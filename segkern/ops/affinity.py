@@ -8,8 +8,9 @@ __all__ = ['PROGRAMS', 'PIECE', 'affinity_ref', 'affinity_fwd', 'affinity_bwd', 
 
 # %% ../../nbs/14_ops.affinity.ipynb #5bb2cc6d
 import torch
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported, without_autocast
+from .operator import operator
 
 # %% ../../nbs/14_ops.affinity.ipynb #e6a26fb7
 def affinity_ref(
@@ -316,7 +317,7 @@ def _cannot(*tensors):
     if d > 64 and c > 64: return f"heads of width {d} with {c} columns; the kernels take more than 64 of one only"
     return (unsupported(*maps) if maps else None) or unsupported(p)
 
-KERNELS["affinity"] = _cannot
+kernels_of("affinity", _cannot, affinity_fwd, affinity_bwd)
 
 def _check(qs, ks, p):
     "Raise where shapes do not fit."
@@ -343,7 +344,7 @@ def affinity(
     if kind: qs, ks = [q.to(kind) for q in qs], [k.to(kind) for k in ks]
     scale = float(qs[0].shape[3]**-0.5 if scale is None else scale)
     if not qs[0].numel() or not p.numel(): return affinity_ref(qs, ks, p, scale)
-    if choose("affinity", *qs, *ks, p, impl=impl): return _affinity_op(qs, ks, p, scale)[0]
+    if choose("affinity", *qs, *ks, p, impl=impl, sizes=(*p.shape[1:], len(qs))): return _affinity_op(qs, ks, p, scale)[0]
     return affinity_ref(qs, ks, p, scale) if torch.compiler.is_exporting() else _affinity_pieces_op(qs, ks, p, scale)
 
 # %% ../../nbs/14_ops.affinity.ipynb #b93125b3

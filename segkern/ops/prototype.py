@@ -12,8 +12,9 @@ from typing import Optional
 
 import torch
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported, without_autocast
+from .operator import operator
 
 # %% ../../nbs/15_ops.prototype.ipynb #c9352133
 EPS = 1e-12
@@ -297,11 +298,11 @@ def _splits(n, step, programs):
     per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, programs)))*step
     return triton.cdiv(n, per), per
 
-def _options(op, x, k, c, BN, BK, BC, num_warps, wide=None):
+def _options(op, x, k, c, BN, BK, BC, num_warps, wide=None, num_stages=3):
     "Launch options: blocks for narrow types, and for float32 and widened float16 other ones."
     exact = x.dtype == torch.float32
     if wide and (exact or x.dtype == torch.float16): BN, BK, BC, num_warps = wide
-    return dict(PRECISION="ieee" if exact else "tf32") | blocks(op, BN=BN, BK=pow2(k, 16, BK), BC=pow2(c, 16, BC), num_warps=num_warps)
+    return dict(PRECISION="ieee" if exact else "tf32") | blocks(op, BN=BN, BK=pow2(k, 16, BK), BC=pow2(c, 16, BC), num_warps=num_warps, num_stages=num_stages)
 
 # %% ../../nbs/15_ops.prototype.ipynb #4179c524
 def prototypes_fwd(
@@ -315,7 +316,8 @@ def prototypes_fwd(
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=feat.device)
     o = blocks("prototypes_stats", BN=128, BK=pow2(k, 16, 32), num_warps=4)
     small = k <= 32 or n % 8
-    opts = _options("prototypes", feat, k, c, *((32, 32, 64, 8) if small else (64, 64, 128, 8)), (32, 32, 64, 4))
+    # one stage: with more, Triton leaves products pending over the loop's end whose factor the next turn overwrites (01b_testing.sass)
+    opts = _options("prototypes", feat, k, c, *((32, 32, 64, 8) if small else (64, 64, 128, 8)), (32, 32, 64, 4), num_stages=1)
     tiles, cells = triton.cdiv(n, o["BN"]), triton.cdiv(k, opts["BK"])*triton.cdiv(c, opts["BC"])
     splits, per = _splits(n, opts["BN"], b*cells)
     (strides, flat), lse, tops = _walk(logits, feat, pos), new(b, n), new(b, tiles, k)
@@ -380,7 +382,7 @@ def cosine_bwd(
     "Launch the backward kernels, one per gradient."
     (b, c, h, w), k, p, (out, norm) = feat.shape, u.shape[1], feat if pos is None else pos, kept
     n, wide = h*w, feat.dtype == torch.float32
-    a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None)
+    a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None, num_stages=1) # more: ptxas serializes the products
     small = k <= 32 or n % 8
     o = _options("cosine_du", feat, k, c, *((32, 64, 64, 8) if small else (64, 64, 64, 4)), (32, 32, 64, 8) if wide else None)
     cells = triton.cdiv(k, o["BK"])*triton.cdiv(c, o["BC"])
@@ -642,7 +644,9 @@ def _cannot_cosine(u, *maps):
     "Why the kernels cannot run these tensors; the prototypes may have a type of their own."
     return unsupported(*maps) or (None if u.dtype == torch.float32 else f"{str(u.dtype).split('.')[1]} has no kernel")
 
-KERNELS.update(prototypes=_cannot_prototypes, cosine_logits=_cannot_cosine, class_sums=unsupported)
+kernels_of("prototypes", _cannot_prototypes, prototypes_fwd, prototypes_bwd)
+kernels_of("cosine_logits", _cannot_cosine, cosine_fwd, cosine_bwd)
+kernels_of("class_sums", unsupported, class_sums_fwd, class_sums_bwd)
 
 # %% ../../nbs/15_ops.prototype.ipynb #d5a1fd20
 def _check_maps(op, feat, **others):
@@ -668,7 +672,7 @@ def prototypes(
     _check_maps("prototypes", feat, logits=(logits, (b, None, h, w)), pos=(pos, (b, c, h, w)))
     if kind := autocast_type(feat): feat, pos = feat.to(kind), pos.to(kind)
     if not feat.numel() or not logits.numel() or torch.compiler.is_exporting(): return prototypes_ref(logits, feat, pos)
-    semantic, spatial, *_ = _prototypes_op(logits, feat, pos, choose("prototypes", logits, feat, pos, impl=impl))
+    semantic, spatial, *_ = _prototypes_op(logits, feat, pos, choose("prototypes", logits, feat, pos, impl=impl, sizes=(feat.shape[1],)))
     return semantic.to(feat.dtype), spatial.to(feat.dtype)
 
 # %% ../../nbs/15_ops.prototype.ipynb #c953f6b8
@@ -686,7 +690,7 @@ def cosine_logits(
     if not feat.numel() or not z.numel() or torch.compiler.is_exporting(): return cosine_logits_ref(z, feat, pos, scale)
     wide = z.to(_kind(z, feat, pos))
     u = wide*(scale/(wide.norm(dim=2, keepdim=True) + EPS))
-    return _cosine_op(u, feat, pos, choose("cosine_logits", *(t for t in (u, feat, pos) if t is not None), impl=impl))[0]
+    return _cosine_op(u, feat, pos, choose("cosine_logits", *(t for t in (u, feat, pos) if t is not None), impl=impl, sizes=tuple(feat.shape[2:])))[0]
 
 # %% ../../nbs/15_ops.prototype.ipynb #b86d13bb
 def class_sums(
@@ -701,6 +705,6 @@ def class_sums(
     _check_maps("class_sums", x, labels=(labels, (b, h, w)))
     if labels.is_floating_point() or labels.dtype == torch.bool: raise ValueError(f"class_sums wants integer labels, got {labels.dtype}")
     if num_classes < 1: raise ValueError(f"class_sums wants at least one class, got {num_classes}")
-    if not x.numel() or not choose("class_sums", x, impl=impl): return class_sums_ref(x, labels, num_classes, per_image)
+    if not x.numel() or not choose("class_sums", x, impl=impl, sizes=(num_classes,)): return class_sums_ref(x, labels, num_classes, per_image)
     sums, counts = _class_sums_op(x, labels, num_classes)
     return (sums, counts) if per_image else (sums.sum(0), counts.sum(0))
