@@ -89,7 +89,7 @@ def test_tiles():
         for r, margin in ((64, 10), (64, 16), (32, 10), (32, 12), (16, 2), (64, 0)):
             n, m = _cut(size, r, margin)
             step = r - 2*m
-            assert (n, m) == (1, 0) and size <= r or m == margin and (n - 1)*step < size <= n*step
+            assert (n, m) == (1, 0) and size <= r or m == margin and (n - 2)*step + r < size <= (n - 1)*step + r
     with pytest.raises(ValueError, match="no room"): _cut(40, 16, 10)
 
 

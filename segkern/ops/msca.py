@@ -9,7 +9,7 @@ __all__ = ['STRIPS', 'TAPS', 'PARTS', 'pack_taps', 'msca_ref', 'msca_fwd', 'msca
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, operator, pow2
 from .dispatch import tl, triton, unsupported, without_autocast
 
 # %% ../../nbs/13_ops.msca.ipynb #02b2a8b0
@@ -42,12 +42,23 @@ def msca_ref(
 
 # %% ../../nbs/13_ops.msca.ipynb #22db67ae
 @triton.jit
-def _band(taps, K, R: tl.constexpr, TURN: tl.constexpr):
+def _band(taps, K, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
     "B[i, j] = taps[i - j + K//2], zero outside of the strip; TURN: its transpose."
     i, j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
     if TURN: t = j - i + K // 2
     else: t = i - j + K // 2
-    return tl.load(taps + t, mask=(t >= 0) & (t < K), other=0.0)
+    return tl.load(taps + t, mask=(t >= 0) & (t < K), other=0.0).to(T)
+
+@triton.jit
+def _five(taps, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
+    "The band matrices of the rows of a 5×5 convolution."
+    return (_band(taps, 5, R, TURN, T), _band(taps + 5, 5, R, TURN, T), _band(taps + 10, 5, R, TURN, T),
+            _band(taps + 15, 5, R, TURN, T), _band(taps + 20, 5, R, TURN, T))
+
+@triton.jit
+def _three(taps, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
+    "The band matrices of strips of 7, 11 and 21."
+    return _band(taps, 7, R, TURN, T), _band(taps + 7, 11, R, TURN, T), _band(taps + 18, 21, R, TURN, T)
 
 @triton.jit
 def _diagonals(g, K, R: tl.constexpr, T: tl.constexpr):
@@ -57,175 +68,246 @@ def _diagonals(g, K, R: tl.constexpr, T: tl.constexpr):
     inside = (i >= 0) & (i < R) & (t < K)
     return tl.sum(tl.where(inside, tl.gather(g, tl.where(inside, i, 0), 0), 0.0), 1)
 
+# %% ../../nbs/13_ops.msca.ipynb #b9b60a10
+@triton.jit
+def _task(i, H, W, TR, TC, PH: tl.constexpr, PW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr):
+    "Picture, rows and columns of tile number i, and which of its pixels are its own: the margins are not."
+    tile, h, w = i % (TR*TC), tl.arange(0, RH), tl.arange(0, RW)
+    down, right = tile // TC, tile % TC
+    row, col = down*(RH - 2*PH) + h, right*(RW - 2*PW) + w
+    own_row = ((h >= PH) | (down == 0)) & ((h < RH - PH) | (down == TR - 1)) & (row < H)
+    own_col = ((w >= PW) | (right == 0)) & ((w < RW - PW) | (right == TC - 1)) & (col < W)
+    return (i // (TR*TC)).to(tl.int64), row, col, own_row[:, None] & own_col[None, :]
+
 @triton.jit
 def _rows(x, row, col, H, W, sh, sw):
     "A tile of a map, zero beyond its borders."
     at = row.to(tl.int64)[:, None]*sh + col.to(tl.int64)[None, :]*sw
-    return tl.load(x + at, mask=((row >= 0) & (row < H))[:, None] & ((col >= 0) & (col < W))[None, :], other=0.0)
+    return tl.load(x + at, mask=((row >= 0) & (row < H))[:, None] & (col < W)[None, :], other=0.0)
 
 @triton.jit
-def _square(x, taps, row, col, H, W, sh, sw, RH: tl.constexpr, RW: tl.constexpr, PRECISION: tl.constexpr):
+def _square(x, bands, bias, row, col, H, W, sh, sw, EDGES: tl.constexpr, PRECISION: tl.constexpr):
     "t = K*x + b on a tile, zero beyond the borders of the map."
-    acc = tl.zeros([RH, RW], tl.float32)
-    for dy in range(5):
-        xt = _rows(x, row + dy - 2, col, H, W, sh, sw) # [RH, RW]
-        acc += tl.dot(xt, _band(taps + 5*dy, 5, RW, False).to(xt.dtype), input_precision=PRECISION)
-    inside = ((row >= 0) & (row < H))[:, None] & ((col >= 0) & (col < W))[None, :]
-    return tl.where(inside, acc + tl.load(taps + 103), 0.0)
+    acc = tl.dot(_rows(x, row - 2, col, H, W, sh, sw), bands[0], input_precision=PRECISION)
+    for dy in tl.static_range(1, 5):
+        acc = tl.dot(_rows(x, row + dy - 2, col, H, W, sh, sw), bands[dy], acc, input_precision=PRECISION)
+    acc += bias
+    if EDGES: acc = tl.where((row < H)[:, None] & (col < W)[None, :], acc, 0.0)
+    return acc
+
+@triton.jit
+def _along(t, band, bias, on_map, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+    "a = r*t + b, zero beyond the last row of the map."
+    a = tl.dot(t, band, input_precision=PRECISION) + tl.load(bias)
+    if EDGES: a = tl.where(on_map, a, 0.0)
+    return a.to(t.dtype)
 
 # %% ../../nbs/13_ops.msca.ipynb #3ec189a8
-@triton.jit
-def _msca_fwd_kernel(x, taps, y, C, H, W, TR, TC, sb, sc, sh, sw, PH: tl.constexpr, PW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, PRECISION: tl.constexpr):
-    "y = t + sum_k (c_k*(r_k*t + b) + b) on a tile with margins PH and PW; strips of 7, 11 and 21."
-    pid = tl.program_id(0)
-    tile, plane = pid % (TR*TC), (pid // (TR*TC)).to(tl.int64)
-    row = (tile // TC)*(RH - 2*PH) - PH + tl.arange(0, RH)
-    col = (tile % TC)*(RW - 2*PW) - PW + tl.arange(0, RW)
-    x += (plane // C)*sb + (plane % C)*sc
-    taps += (plane % C)*110
-    acc = _square(x, taps, row, col, H, W, sh, sw, RH, RW, PRECISION)
-    t = acc.to(y.dtype.element_ty)
-    for i in range(3):
-        k, at = 7 + 4*i + 3*i*(i - 1), 7*i + 2*i*(i - 1)
-        a = tl.dot(t, _band(taps + 25 + at, k, RW, False).to(t.dtype), input_precision=PRECISION) + tl.load(taps + 104 + i)
-        a = tl.where(((row >= 0) & (row < H))[:, None], a, 0.0).to(t.dtype) # [RH, RW]
-        acc += tl.dot(_band(taps + 64 + at, k, RH, True).to(t.dtype), a, input_precision=PRECISION) + tl.load(taps + 107 + i)
-    own = ((tl.arange(0, RH) >= PH) & (tl.arange(0, RH) < RH - PH) & (row < H))[:, None] & ((tl.arange(0, RW) >= PW) & (tl.arange(0, RW) < RW - PW) & (col < W))[None, :]
-    tl.store(y + plane*H*W + row.to(tl.int64)[:, None]*W + col[None, :], acc.to(y.dtype.element_ty), mask=own)
+@triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
+def _msca_fwd_kernel(x, taps, y, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, PH: tl.constexpr, PW: tl.constexpr,
+                     RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+    "y = t + sum_k (c_k*(r_k*t + b) + b) on tiles with margins PH and PW; strips of 7, 11 and 21."
+    T: tl.constexpr = y.dtype.element_ty
+    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
+    taps += c*110
+    square, across, down = _five(taps, RW, False, T), _three(taps + 25, RW, False, T), _three(taps + 64, RH, True, T)
+    bias = tl.load(taps + 107) + tl.load(taps + 108) + tl.load(taps + 109)
+    for i in range(first, tl.minimum(first + EACH, TASKS)):
+        b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
+        acc = _square(x + b*sb + c*sc, square, tl.load(taps + 103), row, col, H, W, sh, sw, EDGES, PRECISION)
+        t = acc.to(T)
+        for k in tl.static_range(3):
+            a = _along(t, across[k], taps + 104 + k, (row < H)[:, None], EDGES, PRECISION)
+            acc = tl.dot(down[k], a, acc, input_precision=PRECISION)
+        at = (b*C + c)*H*W + row.to(tl.int64)[:, None]*W + col[None, :]
+        tl.store(y + at, (acc + bias).to(T), mask=own)
 
 # %% ../../nbs/13_ops.msca.ipynb #a5347090
+@triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
+def _msca_strips_kernel(taps, g, dt, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
+                        RH: tl.constexpr, RW: tl.constexpr, PRECISION: tl.constexpr):
+    "dt = g + sum_k r_k^T u_k, u_k = c_k^T g, on tiles."
+    T: tl.constexpr = dt.dtype.element_ty
+    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
+    taps += c*110
+    across, down = _three(taps + 25, RW, True, T), _three(taps + 64, RH, False, T)
+    for i in range(first, tl.minimum(first + EACH, TASKS)):
+        b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
+        gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T) # [RH, RW]
+        acc = gt.to(tl.float32)
+        for k in tl.static_range(3):
+            u = tl.dot(down[k], gt, input_precision=PRECISION).to(T) # rows beyond the border stay there
+            acc = tl.dot(u, across[k], acc, input_precision=PRECISION)
+        at = (b*C + c)*H*W + row.to(tl.int64)[:, None]*W + col[None, :]
+        tl.store(dt + at, acc.to(T), mask=own)
+
+# %% ../../nbs/13_ops.msca.ipynb #f61d2265
 @triton.jit
-def _msca_strips_kernel(taps, g, dt, C, H, W, TR, TC, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, PRECISION: tl.constexpr):
-    "dt = g + sum_k r_k^T u_k, u_k = c_k^T g, on a tile."
-    pid = tl.program_id(0)
-    tile, plane = pid % (TR*TC), (pid // (TR*TC)).to(tl.int64)
-    row = (tile // TC)*(RH - 2*PH) - PH + tl.arange(0, RH)
-    col = (tile % TC)*(RW - 2*PW) - PW + tl.arange(0, RW)
-    taps += (plane % C)*110
-    gt = _rows(g + (plane // C)*gb + (plane % C)*gc, row, col, H, W, gh, gw).to(dt.dtype.element_ty) # [RH, RW]
-    acc = gt.to(tl.float32)
-    for i in range(3):
-        k, at = 7 + 4*i + 3*i*(i - 1), 7*i + 2*i*(i - 1)
-        u = tl.dot(_band(taps + 64 + at, k, RH, False).to(gt.dtype), gt, input_precision=PRECISION).to(gt.dtype) # rows beyond the border stay there
-        acc += tl.dot(u, _band(taps + 25 + at, k, RW, True).to(gt.dtype), input_precision=PRECISION)
-    own = ((tl.arange(0, RH) >= PH) & (tl.arange(0, RH) < RH - PH) & (row < H))[:, None] & ((tl.arange(0, RW) >= PW) & (tl.arange(0, RW) < RW - PW) & (col < W))[None, :]
-    tl.store(dt + plane*H*W + row.to(tl.int64)[:, None]*W + col[None, :], acc.to(dt.dtype.element_ty), mask=own)
+def _own_dot(a, b, own, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+    "A product, zero where a tile's pixels are not its own."
+    u = tl.dot(a, b, input_precision=PRECISION)
+    if EDGES: u = tl.where(own, u, 0.0)
+    return u
+
+@triton.jit
+def _keep(part, TAPS: tl.constexpr, BIAS: tl.constexpr, d0, d1, d2, s0, s1, s2, R: tl.constexpr):
+    "Store the gradients of three strips, from those of their band matrices, and of three biases."
+    s = tl.arange(0, 32)
+    tl.store(part + TAPS + s, _diagonals(d0, 7, R, 32), mask=s < 7)
+    tl.store(part + TAPS + 7 + s, _diagonals(d1, 11, R, 32), mask=s < 11)
+    tl.store(part + TAPS + 18 + s, _diagonals(d2, 21, R, 32), mask=s < 21)
+    tl.store(part + BIAS, tl.sum(s0, 0))
+    tl.store(part + BIAS + 1, tl.sum(s1, 0))
+    tl.store(part + BIAS + 2, tl.sum(s2, 0))
 
 # %% ../../nbs/13_ops.msca.ipynb #d6e5e497
-@triton.jit
-def _msca_rows_kernel(x, taps, g, part, C, H, W, TR, TC, sb, sc, sh, sw, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
-                      RH: tl.constexpr, RW: tl.constexpr, PRECISION: tl.constexpr):
-    "The sums of a tile's own pixels for the strips along rows, sum u_k t, and for their biases."
-    pid = tl.program_id(0)
-    tile, plane = pid % (TR*TC), (pid // (TR*TC)).to(tl.int64)
-    row = (tile // TC)*(RH - 2*PH) - PH + tl.arange(0, RH)
-    col = (tile % TC)*(RW - 2*PW) - PW + tl.arange(0, RW)
-    own = ((tl.arange(0, RH) >= PH) & (tl.arange(0, RH) < RH - PH) & (row < H))[:, None] & ((tl.arange(0, RW) >= PW) & (tl.arange(0, RW) < RW - PW) & (col < W))[None, :]
-    taps += (plane % C)*110
-    part += (((plane // C)*(TR*TC) + tile)*C + plane % C)*42
-    t = _square(x + (plane // C)*sb + (plane % C)*sc, taps, row, col, H, W, sh, sw, RH, RW, PRECISION).to(x.dtype.element_ty)
-    gt, s = _rows(g + (plane // C)*gb + (plane % C)*gc, row, col, H, W, gh, gw).to(t.dtype), tl.arange(0, 32) # [RH, RW]
-    for i in range(3):
-        k, at = 7 + 4*i + 3*i*(i - 1), 7*i + 2*i*(i - 1)
-        u = tl.where(own, tl.dot(_band(taps + 64 + at, k, RH, False).to(t.dtype), gt, input_precision=PRECISION), 0.0)
-        tl.store(part + 39 + i, tl.sum(tl.sum(u, 1), 0))
-        tl.store(part + at + s, _diagonals(tl.dot(tl.trans(t), u.to(t.dtype), input_precision=PRECISION), k, RW, 32), mask=s < k)
+@triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
+def _msca_rows_kernel(x, taps, g, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
+                      RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+    "The sums of the tiles' own pixels for the strips along rows, sum u_k t, and for their biases."
+    T: tl.constexpr = x.dtype.element_ty
+    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
+    taps += c*110
+    square, down = _five(taps, RW, False, T), _three(taps + 64, RH, False, T)
+    d0, d1, d2 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
+    s0, s1, s2 = tl.zeros([RH], tl.float32), tl.zeros([RH], tl.float32), tl.zeros([RH], tl.float32)
+    for i in range(first, tl.minimum(first + EACH, TASKS)):
+        b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
+        t = _square(x + b*sb + c*sc, square, tl.load(taps + 103), row, col, H, W, sh, sw, EDGES, PRECISION).to(T)
+        gt, turned = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T), tl.trans(t) # [RH, RW]
+        u = _own_dot(down[0], gt, own, EDGES, PRECISION)
+        s0, d0 = s0 + tl.sum(u, 1), tl.dot(turned, u.to(T), d0, input_precision=PRECISION)
+        u = _own_dot(down[1], gt, own, EDGES, PRECISION)
+        s1, d1 = s1 + tl.sum(u, 1), tl.dot(turned, u.to(T), d1, input_precision=PRECISION)
+        u = _own_dot(down[2], gt, own, EDGES, PRECISION)
+        s2, d2 = s2 + tl.sum(u, 1), tl.dot(turned, u.to(T), d2, input_precision=PRECISION)
+    _keep(part + tl.program_id(0).to(tl.int64)*110, 25, 104, d0, d1, d2, s0, s1, s2, RW)
 
 # %% ../../nbs/13_ops.msca.ipynb #8a5d3dd6
-@triton.jit
-def _msca_columns_kernel(x, taps, g, part, C, H, W, TR, TC, sb, sc, sh, sw, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
-                         RH: tl.constexpr, RW: tl.constexpr, PRECISION: tl.constexpr):
-    "The sums of a tile's own pixels for the strips along columns, sum g a_k, and for their biases."
-    pid = tl.program_id(0)
-    tile, plane = pid % (TR*TC), (pid // (TR*TC)).to(tl.int64)
-    row = (tile // TC)*(RH - 2*PH) - PH + tl.arange(0, RH)
-    col = (tile % TC)*(RW - 2*PW) - PW + tl.arange(0, RW)
-    own = ((tl.arange(0, RH) >= PH) & (tl.arange(0, RH) < RH - PH) & (row < H))[:, None] & ((tl.arange(0, RW) >= PW) & (tl.arange(0, RW) < RW - PW) & (col < W))[None, :]
-    taps += (plane % C)*110
-    part += (((plane // C)*(TR*TC) + tile)*C + plane % C)*42
-    t = _square(x + (plane // C)*sb + (plane % C)*sc, taps, row, col, H, W, sh, sw, RH, RW, PRECISION).to(x.dtype.element_ty)
-    gt = _rows(g + (plane // C)*gb + (plane % C)*gc, row, col, H, W, gh, gw)
-    gt = tl.where(own, gt, 0.0).to(t.dtype) # [RH, RW]
-    total, s = tl.sum(tl.sum(gt.to(tl.float32), 1), 0), tl.arange(0, 32)
-    for i in range(3):
-        k, at = 7 + 4*i + 3*i*(i - 1), 7*i + 2*i*(i - 1)
-        a = tl.dot(t, _band(taps + 25 + at, k, RW, False).to(t.dtype), input_precision=PRECISION) + tl.load(taps + 104 + i)
-        a = tl.where(((row >= 0) & (row < H))[:, None], a, 0.0).to(t.dtype)
-        tl.store(part + 39 + i, total)
-        tl.store(part + at + s, _diagonals(tl.dot(a, tl.trans(gt), input_precision=PRECISION), k, RH, 32), mask=s < k)
+@triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
+def _msca_columns_kernel(x, taps, g, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
+                         RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+    "The sums of the tiles' own pixels for the strips along columns, sum g a_k, and for their biases."
+    T: tl.constexpr = x.dtype.element_ty
+    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
+    taps += c*110
+    square, across = _five(taps, RW, False, T), _three(taps + 25, RW, False, T)
+    d0, d1, d2 = tl.zeros([RH, RH], tl.float32), tl.zeros([RH, RH], tl.float32), tl.zeros([RH, RH], tl.float32)
+    total = tl.zeros([RH], tl.float32)
+    for i in range(first, tl.minimum(first + EACH, TASKS)):
+        b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
+        t = _square(x + b*sb + c*sc, square, tl.load(taps + 103), row, col, H, W, sh, sw, EDGES, PRECISION).to(T)
+        gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw)
+        if EDGES: gt = tl.where(own, gt, 0.0)
+        total += tl.sum(gt.to(tl.float32), 1)
+        turned, on_map = tl.trans(gt.to(T)), (row < H)[:, None]
+        d0 = tl.dot(_along(t, across[0], taps + 104, on_map, EDGES, PRECISION), turned, d0, input_precision=PRECISION)
+        d1 = tl.dot(_along(t, across[1], taps + 105, on_map, EDGES, PRECISION), turned, d1, input_precision=PRECISION)
+        d2 = tl.dot(_along(t, across[2], taps + 106, on_map, EDGES, PRECISION), turned, d2, input_precision=PRECISION)
+    _keep(part + tl.program_id(0).to(tl.int64)*110, 64, 107, d0, d1, d2, total, total, total, RH)
 
 # %% ../../nbs/13_ops.msca.ipynb #715802c9
-@triton.jit
-def _msca_square_kernel(x, taps, dt, dx, part, C, H, W, TR, TC, sb, sc, sh, sw, PW: tl.constexpr, WEIGHTS: tl.constexpr, DX: tl.constexpr,
-                        RH: tl.constexpr, RW: tl.constexpr, PRECISION: tl.constexpr):
-    "dx = K^T dt on a tile, and the sums of its own pixels for the 25 taps and their bias."
-    pid = tl.program_id(0)
-    tile, plane = pid % (TR*TC), (pid // (TR*TC)).to(tl.int64)
-    row = (tile // TC)*RH + tl.arange(0, RH)
-    col = (tile % TC)*(RW - 2*PW) - PW + tl.arange(0, RW)
-    own = (row < H)[:, None] & ((tl.arange(0, RW) >= PW) & (tl.arange(0, RW) < RW - PW) & (col < W))[None, :]
-    x += (plane // C)*sb + (plane % C)*sc
-    dt += plane*H*W
-    taps += (plane % C)*110
-    part += (((plane // C)*(TR*TC) + tile)*C + plane % C)*26
-    if DX:
-        acc = tl.zeros([RH, RW], tl.float32)
-        for dy in range(5):
-            moved = _rows(dt, row + 2 - dy, col, H, W, W, 1) # [RH, RW]
-            acc += tl.dot(moved, _band(taps + 5*dy, 5, RW, True).to(moved.dtype), input_precision=PRECISION)
-        tl.store(dx + plane*H*W + row.to(tl.int64)[:, None]*W + col[None, :], acc.to(dx.dtype.element_ty), mask=own)
+@triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
+def _msca_square_kernel(x, taps, dt, dx, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, PW: tl.constexpr, WEIGHTS: tl.constexpr,
+                        DX: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+    "dx = K^T dt on tiles, and the sums of their own pixels for the 25 taps and their bias."
+    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
+    if DX: square = _five(taps + c*110, RW, True, dx.dtype.element_ty)
     if WEIGHTS:
-        mine, s = _rows(dt, row, col, H, W, W, 1), tl.arange(0, 8)
-        mine = tl.where(own, mine, 0.0).to(mine.dtype)
-        tl.store(part + 25, tl.sum(tl.sum(mine.to(tl.float32), 1), 0))
-        for dy in range(5):
-            xt = _rows(x, row + dy - 2, col, H, W, sh, sw)
-            tl.store(part + 5*dy + s, _diagonals(tl.dot(tl.trans(xt), mine, input_precision=PRECISION), 5, RW, 8), mask=s < 5)
+        total, d0, d1 = tl.zeros([RH], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
+        d2, d3, d4 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
+    for i in range(first, tl.minimum(first + EACH, TASKS)):
+        b, row, col, own = _task(i, H, W, TR, TC, 0, PW, RH, RW)
+        plane = (b*C + c)*H*W
+        if DX:
+            acc = tl.zeros([RH, RW], tl.float32)
+            for dy in tl.static_range(5):
+                acc = tl.dot(_rows(dt + plane, row + 2 - dy, col, H, W, W, 1), square[dy], acc, input_precision=PRECISION)
+            tl.store(dx + plane + row.to(tl.int64)[:, None]*W + col[None, :], acc.to(dx.dtype.element_ty), mask=own)
+        if WEIGHTS:
+            mine, at = _rows(dt + plane, row, col, H, W, W, 1), x + b*sb + c*sc
+            if EDGES: mine = tl.where(own, mine, 0.0).to(mine.dtype)
+            total += tl.sum(mine.to(tl.float32), 1)
+            d0 = tl.dot(tl.trans(_rows(at, row - 2, col, H, W, sh, sw)), mine, d0, input_precision=PRECISION)
+            d1 = tl.dot(tl.trans(_rows(at, row - 1, col, H, W, sh, sw)), mine, d1, input_precision=PRECISION)
+            d2 = tl.dot(tl.trans(_rows(at, row, col, H, W, sh, sw)), mine, d2, input_precision=PRECISION)
+            d3 = tl.dot(tl.trans(_rows(at, row + 1, col, H, W, sh, sw)), mine, d3, input_precision=PRECISION)
+            d4 = tl.dot(tl.trans(_rows(at, row + 2, col, H, W, sh, sw)), mine, d4, input_precision=PRECISION)
+    if WEIGHTS:
+        part += tl.program_id(0).to(tl.int64)*110
+        s, sums = tl.arange(0, 8), (d0, d1, d2, d3, d4)
+        for dy in tl.static_range(5): tl.store(part + 5*dy + s, _diagonals(sums[dy], 5, RW, 8), mask=s < 5)
+        tl.store(part + 103, tl.sum(total, 0))
 
 # %% ../../nbs/13_ops.msca.ipynb #0828172e
 def _cut(size, r, margin):
-    "Tiles along one axis and their margin: none where one tile is enough."
+    "Tiles along one axis and their margin: none where one tile is enough. The first and the last own what lies at the border."
     if size <= r: return 1, 0
     if r <= 2*margin: raise ValueError(f"a tile of {r} has no room for margins of {margin}")
-    return triton.cdiv(size, r - 2*margin), margin
+    return 1 + triton.cdiv(size - r, r - 2*margin), margin
 
 def _options(op, x):
     "Launch options: tile sizes and warps by the size of a channel."
     h, w = pow2(x.shape[2], 16, 64), pow2(x.shape[3], 16, 64)
-    return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps={256: 1, 512: 2, 1024: 4, 2048: 4}.get(h*w, 8), num_stages=1)
+    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 4 if op == "msca" else 8)
+    return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1)
+
+def _edges(x, opts):
+    "Whether a tile reaches beyond the map, or has neighbours."
+    return tuple(x.shape[2:]) != (opts["RH"], opts["RW"])
+
+def _shares(x, tr, tc, opts):
+    "Programs per channel: as many as fill a GPU, each with band matrices of its own."
+    return min(len(x)*tr*tc, max(1, (264 if opts["RH"]*opts["RW"] > 2048 else 1056)//x.shape[1]))
+
+def _lasts(x):
+    "Whether channels are neighbours in memory, and pixels are not."
+    return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
+
+def _plain(x):
+    "The map with neighbours along rows."
+    return x.contiguous() if _lasts(x) else x
+
+def _as(y, x):
+    "A map in the layout of x: channels last, or none with gaps."
+    return y.contiguous(memory_format=torch.channels_last) if _lasts(x) else y
 
 def msca_fwd(
     x:torch.Tensor, # [b, c, h, w], any strides
-    taps:torch.Tensor, # [c, 110] float32, contiguous
-)->torch.Tensor: # [b, c, h, w]
+    taps:torch.Tensor, # [c, 110], contiguous
+)->torch.Tensor: # [b, c, h, w], channels last where x is
     "Launch the forward kernel."
-    (b, c, h, w), o = x.shape, _options("msca", x)
+    (b, c, h, w), o, z = x.shape, _options("msca", x), _plain(x)
     (tr, ph), (tc, pw) = _cut(h, o["RH"], 10), _cut(w, o["RW"], 16 if o["RW"] > 32 else 12)
-    y = torch.empty((b, c, h, w), dtype=x.dtype, device=x.device)
-    with on_device(x): _msca_fwd_kernel[(b*c*tr*tc,)](x, taps, y, c, h, w, tr, tc, *x.stride(), PH=ph, PW=pw, **o)
-    return y
+    y, n, tasks = torch.empty((b, c, h, w), dtype=x.dtype, device=x.device), _shares(x, tr, tc, o), b*tr*tc
+    with on_device(x):
+        _msca_fwd_kernel[(c*n,)](z, taps, y, tasks, triton.cdiv(tasks, n), c, h, w, tr, tc, *z.stride(), PH=ph, PW=pw,
+                                 EDGES=_edges(x, o), **o)
+    return _as(y, x)
 
 # %% ../../nbs/13_ops.msca.ipynb #16a9615f
 def msca_bwd(
     x:torch.Tensor, # [b, c, h, w], any strides
-    taps:torch.Tensor, # [c, 110] float32, contiguous
+    taps:torch.Tensor, # [c, 110], contiguous
     g:torch.Tensor, # gradient [b, c, h, w], any strides
     wanted:tuple=(True, True), # gradients of `x`, of `taps`
-)->tuple: # [b, c, h, w] in the type of `x`, [c, 110] in float32; an empty tensor where not wanted
+)->tuple: # [b, c, h, w] in type and layout of `x`, [c, 110] in float32; an empty tensor where not wanted
     "Launch the backward kernels and add the partial sums."
     (b, c, h, w), o, q, (want_x, want_taps) = x.shape, _options("msca_strips", x), _options("msca_square", x), wanted
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
-    (tr, ph), (tc, pw), (qr, _), (qc, qw) = _cut(h, o["RH"], 10), _cut(w, o["RW"], 16 if o["RW"] > 32 else 12), _cut(h, q["RH"], 0), _cut(w, q["RW"], 2)
-    rows, columns, square = (new(b*tr*tc, c, 42), new(b*tr*tc, c, 42), new(b*qr*qc, c, 26)) if want_taps else (new(0), new(0), new(0))
+    (tr, ph), (tc, pw) = _cut(h, o["RH"], 10), _cut(w, o["RW"], 16 if o["RW"] > 32 else 12)
+    (qr, _), (qc, qw) = _cut(h, q["RH"], 0), _cut(w, q["RW"], 2)
+    n, z, g = _shares(x, tr, tc, o), _plain(x), _plain(g)
+    tasks, last = b*tr*tc, b*qr*qc
+    sizes, margins = (tasks, triton.cdiv(tasks, n), c, h, w, tr, tc), dict(PH=ph, PW=pw)
+    part = torch.empty((n, c, TAPS) if want_taps else (0,), dtype=torch.float32, device=x.device)
     dt, dx = (torch.empty((b, c, h, w) if need else (0,), dtype=x.dtype, device=x.device) for need in (True, want_x))
     with on_device(x):
-        _msca_strips_kernel[(b*c*tr*tc,)](taps, g, dt, c, h, w, tr, tc, *g.stride(), PH=ph, PW=pw, **o)
-        for kernel, part in ((_msca_rows_kernel, rows), (_msca_columns_kernel, columns)):
-            if want_taps: kernel[(b*c*tr*tc,)](x, taps, g, part, c, h, w, tr, tc, *x.stride(), *g.stride(), PH=ph, PW=pw, **o)
-        _msca_square_kernel[(b*c*qr*qc,)](x, taps, dt, dx, square, c, h, w, qr, qc, *x.stride(), PW=qw, WEIGHTS=want_taps, DX=want_x, **q)
-    if not want_taps: return dx, new(0)
-    (k, kb), (r, rb), (l, lb) = (part.sum(0).split([n, part.shape[2] - n], 1) for part, n in ((square, 25), (rows, 39), (columns, 39)))
-    return dx, torch.cat([k, r, l, kb, rb, lb], 1)
+        _msca_strips_kernel[(c*n,)](taps, g, dt, *sizes, *g.stride(), **margins, **o)
+        for kernel in (_msca_rows_kernel, _msca_columns_kernel) if want_taps else ():
+            kernel[(c*n,)](z, taps, g, part, *sizes, *z.stride(), *g.stride(), EDGES=_edges(x, o), **margins, **o)
+        _msca_square_kernel[(c*n,)](z, taps, dt, dx, part, last, triton.cdiv(last, n), c, h, w, qr, qc, *z.stride(), PW=qw,
+                                    WEIGHTS=want_taps, DX=want_x, EDGES=_edges(x, q), **q)
+    return _as(dx, x) if want_x else dx, part.sum(0) if want_taps else part
 
 # %% ../../nbs/13_ops.msca.ipynb #44344965
 @operator("segkern::msca")
@@ -239,18 +321,20 @@ def _msca_backward_op(x:torch.Tensor, taps:torch.Tensor, g:torch.Tensor, want_x:
     return msca_bwd(x, taps, g, (want_x, want_taps))
 
 @_msca_op.register_fake
-def _(x, taps): return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(x, taps): return _as(torch.empty(x.shape, dtype=x.dtype, device=x.device), x)
 
 @_msca_backward_op.register_fake
 def _(x, taps, g, want_x, want_taps):
-    return torch.empty(x.shape if want_x else (0,), dtype=x.dtype, device=x.device), torch.empty(taps.shape if want_taps else (0,), dtype=torch.float32, device=x.device)
+    dx = torch.empty(x.shape if want_x else (0,), dtype=x.dtype, device=x.device)
+    dtaps = torch.empty(taps.shape if want_taps else (0,), dtype=torch.float32, device=x.device)
+    return _as(dx, x) if want_x else dx, dtaps
 
 def _msca_setup(ctx, inputs, output): ctx.save_for_backward(*inputs)
 
 def _msca_backward(ctx, g):
     need = ctx.needs_input_grad
     dx, dtaps = _msca_backward_op(*ctx.saved_tensors, g, need[0], need[1])
-    return dx if need[0] else None, dtaps if need[1] else None
+    return dx if need[0] else None, dtaps.to(ctx.saved_tensors[1].dtype) if need[1] else None
 
 _msca_op.register_autograd(_msca_backward, setup_context=_msca_setup)
 
@@ -259,7 +343,7 @@ def _cannot(x, taps):
     if x.is_cuda and x.dtype == torch.float32 and x.ndim == 4 and max(x.shape[2:]) > 32: return "float32 maps beyond 32×32 are left to the convolutions"
     return unsupported(x) or ("float64 has no kernel" if taps.dtype == torch.float64 else None)
 
-KERNELS["msca"] = _cannot
+kernels_of("msca", _cannot, msca_fwd, msca_bwd)
 
 # %% ../../nbs/13_ops.msca.ipynb #fe28c48a
 def msca(
@@ -273,5 +357,5 @@ def msca(
     for name, t in dict(x=x, taps=taps).items():
         if not t.is_floating_point(): raise ValueError(f"msca wants {name} in floating point, got {t.dtype}")
     if kind := autocast_type(x): x = x.to(kind)
-    if x.numel() and choose("msca", x, taps, impl=impl): return _msca_op(x, taps.to(torch.float32).contiguous())
+    if x.numel() and choose("msca", x, taps, impl=impl): return _msca_op(x, taps.contiguous())
     with without_autocast(x): return msca_ref(x, taps)
