@@ -77,9 +77,10 @@ def test_margins(size):
 def test_types_orders_and_blocks():
     "Three types, two orders of the programs, larger and smaller tiles."
     check_kernel(ops.msca, msca_ref, data(1, 2, 13, 11), orders=(0, 1), expect=EXPECT)
-    for name, sizes in (("msca", [dict(RH=32, RW=64), dict(RH=16, RW=32)]), ("msca_strips", [dict(RH=64, RW=32)]), ("msca_square", [dict(RH=32, RW=16)])):
+    for name, sizes in (("msca", [dict(RH=32, RW=64), dict(RH=16, RW=32)]), ("msca_strips", [dict(RH=64, RW=32)]), ("msca_sums", [dict(RH=32, RW=64)]),
+                        ("msca_square", [dict(RH=32, RW=16)])):
         check_kernel(ops.msca, msca_ref, data(1, 1, 13, 11), dtypes=("fp32",), orders=(0,), blocks=(name, sizes), expect=EXPECT)
-    with use_blocks("msca_strips", RH=32, RW=32), use_blocks("msca_square", RH=16, RW=16):
+    with use_blocks("msca_strips", RH=32, RW=32), use_blocks("msca_sums", RH=32, RW=32), use_blocks("msca_square", RH=16, RW=16):
         check_kernel(ops.msca, msca_ref, data(1, 1, 33, 20), dtypes=("fp32",), orders=(0,), blocks=("msca", [dict(RH=32, RW=32)]), expect=EXPECT)
 
 

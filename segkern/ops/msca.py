@@ -249,16 +249,21 @@ def _cut(size, r, margin):
 def _options(op, x):
     "Launch options: tile sizes and warps by the size of a channel."
     h, w = pow2(x.shape[2], 16, 64), pow2(x.shape[3], 16, 64)
-    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 4 if op == "msca" else 8)
+    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 4 if op in ("msca", "msca_strips") else 8)
     return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1)
 
 def _edges(x, opts):
     "Whether a tile reaches beyond the map, or has neighbours."
     return tuple(x.shape[2:]) != (opts["RH"], opts["RW"])
 
-def _shares(x, tr, tc, opts):
-    "Programs per channel: as many as fill a GPU, each with band matrices of its own."
-    return min(len(x)*tr*tc, max(1, (264 if opts["RH"]*opts["RW"] > 2048 else 1056)//x.shape[1]))
+def _plan(op, x, n=None):
+    "Options, programs per channel (as many as fill a GPU, each makes its band matrices), sizes and margins of a launch."
+    (b, c, h, w), o = x.shape, _options(op, x)
+    sides = 2 if op == "msca_square" else 16 if o["RW"] > 32 else 12
+    (tr, ph), (tc, pw) = _cut(h, o["RH"], 0 if op == "msca_square" else 10), _cut(w, o["RW"], sides)
+    tasks = b*tr*tc
+    if n is None: n = min(tasks, max(1, (264 if o["RH"]*o["RW"] > 2048 else 1056)//c))
+    return o, n, (tasks, triton.cdiv(tasks, n), c, h, w, tr, tc), dict(PH=ph, PW=pw)
 
 def _lasts(x):
     "Whether channels are neighbours in memory, and pixels are not."
@@ -272,17 +277,16 @@ def _as(y, x):
     "A map in the layout of x: channels last, or none with gaps."
     return y.contiguous(memory_format=torch.channels_last) if _lasts(x) else y
 
+# %% ../../nbs/13_ops.msca.ipynb #4a0669a4
 def msca_fwd(
     x:torch.Tensor, # [b, c, h, w], any strides
     taps:torch.Tensor, # [c, 110], contiguous
 )->torch.Tensor: # [b, c, h, w], channels last where x is
     "Launch the forward kernel."
-    (b, c, h, w), o, z = x.shape, _options("msca", x), _plain(x)
-    (tr, ph), (tc, pw) = _cut(h, o["RH"], 10), _cut(w, o["RW"], 16 if o["RW"] > 32 else 12)
-    y, n, tasks = torch.empty((b, c, h, w), dtype=x.dtype, device=x.device), _shares(x, tr, tc, o), b*tr*tc
+    z, (o, n, sizes, margins) = _plain(x), _plan("msca", x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on_device(x):
-        _msca_fwd_kernel[(c*n,)](z, taps, y, tasks, triton.cdiv(tasks, n), c, h, w, tr, tc, *z.stride(), PH=ph, PW=pw,
-                                 EDGES=_edges(x, o), **o)
+        _msca_fwd_kernel[(x.shape[1]*n,)](z, taps, y, *sizes, *z.stride(), EDGES=_edges(x, o), **margins, **o)
     return _as(y, x)
 
 # %% ../../nbs/13_ops.msca.ipynb #16a9615f
@@ -293,20 +297,19 @@ def msca_bwd(
     wanted:tuple=(True, True), # gradients of `x`, of `taps`
 )->tuple: # [b, c, h, w] in type and layout of `x`, [c, 110] in float32; an empty tensor where not wanted
     "Launch the backward kernels and add the partial sums."
-    (b, c, h, w), o, q, (want_x, want_taps) = x.shape, _options("msca_strips", x), _options("msca_square", x), wanted
-    (tr, ph), (tc, pw) = _cut(h, o["RH"], 10), _cut(w, o["RW"], 16 if o["RW"] > 32 else 12)
-    (qr, _), (qc, qw) = _cut(h, q["RH"], 0), _cut(w, q["RW"], 2)
-    n, z, g = _shares(x, tr, tc, o), _plain(x), _plain(g)
-    tasks, last = b*tr*tc, b*qr*qc
-    sizes, margins = (tasks, triton.cdiv(tasks, n), c, h, w, tr, tc), dict(PH=ph, PW=pw)
-    part = torch.empty((n, c, TAPS) if want_taps else (0,), dtype=torch.float32, device=x.device)
-    dt, dx = (torch.empty((b, c, h, w) if need else (0,), dtype=x.dtype, device=x.device) for need in (True, want_x))
+    (b, c, h, w), (want_x, want_taps), z, g = x.shape, wanted, _plain(x), _plain(g)
+    o, n, sizes, margins = _plan("msca_strips", x)
+    dt = torch.empty((b, c, h, w), dtype=x.dtype, device=x.device)
     with on_device(x):
         _msca_strips_kernel[(c*n,)](taps, g, dt, *sizes, *g.stride(), **margins, **o)
+        o, n, sizes, margins = _plan("msca_sums", x)
+        part = torch.empty((n, c, TAPS) if want_taps else (0,), dtype=torch.float32, device=x.device)
+        dx = torch.empty((b, c, h, w) if want_x else (0,), dtype=x.dtype, device=x.device)
         for kernel in (_msca_rows_kernel, _msca_columns_kernel) if want_taps else ():
             kernel[(c*n,)](z, taps, g, part, *sizes, *z.stride(), *g.stride(), EDGES=_edges(x, o), **margins, **o)
-        _msca_square_kernel[(c*n,)](z, taps, dt, dx, part, last, triton.cdiv(last, n), c, h, w, qr, qc, *z.stride(), PW=qw,
-                                    WEIGHTS=want_taps, DX=want_x, EDGES=_edges(x, q), **q)
+        o, _, sizes, margins = _plan("msca_square", x, n)
+        _msca_square_kernel[(c*n,)](z, taps, dt, dx, part, *sizes, *z.stride(), PW=margins["PW"], WEIGHTS=want_taps, DX=want_x,
+                                    EDGES=_edges(x, o), **o)
     return _as(dx, x) if want_x else dx, part.sum(0) if want_taps else part
 
 # %% ../../nbs/13_ops.msca.ipynb #44344965

@@ -45,7 +45,7 @@ MUTANTS = [
 def check(m):
     "Two pictures and two channels, tiles with margins of rows; then tiles with margins to the sides."
     one, taps = dict(dtypes=("fp32",), orders=(0,)), .3*make_input([2, TAPS], 1)
-    with use_blocks("msca", RH=32), use_blocks("msca_strips", RH=32):
+    with use_blocks("msca", RH=32), use_blocks("msca_strips", RH=32), use_blocks("msca_sums", RH=32):
         check_kernel(m.msca, msca_ref, dict(x=make_input([2, 2, 33, 5]), taps=taps), blocks=("msca_square", [dict(RH=16)]), **one)
-    with use_blocks("msca", RW=32), use_blocks("msca_strips", RW=32):
+    with use_blocks("msca", RW=32), use_blocks("msca_strips", RW=32), use_blocks("msca_sums", RW=32):
         check_kernel(m.msca, msca_ref, dict(x=make_input([1, 1, 5, 33]), taps=taps[:1]), blocks=("msca_square", [dict(RW=16)]), **one)
