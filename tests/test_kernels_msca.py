@@ -13,7 +13,7 @@ from segkern.testing.kernels import check_kernel, exact_interpreter, launches
 
 kernels = pytest.mark.skipif(not interpreting() and not torch.cuda.is_available(), reason="kernels need the interpreter (TRITON_INTERPRET=1) or a GPU")
 exact_interpreter()
-EXPECT = ("_msca_fwd_kernel", "_msca_strips_kernel", "_msca_rows_kernel", "_msca_columns_kernel", "_msca_square_kernel")
+EXPECT = tuple(f"_msca_{name}_kernel" for name in ("fwd", "strips", "square", "rows", "columns", "taps"))
 IMPLS = [pytest.param("triton", marks=kernels), "ref"]
 
 
@@ -78,9 +78,10 @@ def test_types_orders_and_blocks():
     "Three types, two orders of the programs, larger and smaller tiles."
     check_kernel(ops.msca, msca_ref, data(1, 2, 13, 11), orders=(0, 1), expect=EXPECT)
     for name, sizes in (("msca", [dict(RH=32, RW=64), dict(RH=16, RW=32)]), ("msca_strips", [dict(RH=64, RW=32)]), ("msca_sums", [dict(RH=32, RW=64)]),
-                        ("msca_square", [dict(RH=32, RW=16)])):
+                        ("msca_square", [dict(RH=32, RW=16)]), ("msca_taps", [dict(RH=32, RW=16)])):
         check_kernel(ops.msca, msca_ref, data(1, 1, 13, 11), dtypes=("fp32",), orders=(0,), blocks=(name, sizes), expect=EXPECT)
-    with use_blocks("msca_strips", RH=32, RW=32), use_blocks("msca_sums", RH=32, RW=32), use_blocks("msca_square", RH=16, RW=16):
+    with use_blocks("msca_strips", RH=32, RW=32), use_blocks("msca_sums", RH=32, RW=32), use_blocks("msca_square", RH=16, RW=16), \
+            use_blocks("msca_taps", RH=16, RW=16):
         check_kernel(ops.msca, msca_ref, data(1, 1, 33, 20), dtypes=("fp32",), orders=(0,), blocks=("msca", [dict(RH=32, RW=32)]), expect=EXPECT)
 
 
@@ -132,7 +133,8 @@ def test_subsets(impl):
         leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in args.items()}
         out = ops.msca(**leaves, impl=impl)
         with launches() as seen, ops.use_impl("ref"): got = torch.autograd.grad(out, [leaves[n] for n in wanted], make_input(out.shape, 7))
-        assert seen == ([] if impl == "ref" else [n for n in EXPECT[1:] if "taps" in wanted or n in (EXPECT[1], EXPECT[4])])
+        skipped = EXPECT[3:] if "taps" not in wanted else EXPECT[2:3] if "x" not in wanted else ()
+        assert seen == ([] if impl == "ref" else [n for n in EXPECT[1:] if n not in skipped])
         for n, g in zip(wanted, got): assert_close(n, every[n], g, 5e-6)
     frozen = ops.msca(**args, impl=impl)
     assert not frozen.requires_grad

@@ -124,21 +124,25 @@ def _msca_fwd_kernel(x, taps, y, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, P
 
 # %% ../../nbs/13_ops.msca.ipynb #a5347090
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_strips_kernel(taps, g, dt, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
-                        RH: tl.constexpr, RW: tl.constexpr, PRECISION: tl.constexpr):
-    "dt = g + sum_k r_k^T u_k, u_k = c_k^T g, on tiles."
+def _msca_strips_kernel(x, taps, g, t, dt, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
+                        WEIGHTS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+    "dt = g + sum_k r_k^T u_k, u_k = c_k^T g, on tiles; and t again, where sums for taps are wanted."
     T: tl.constexpr = dt.dtype.element_ty
     c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
     taps += c*110
     across, down = _three(taps + 25, RW, True, T), _three(taps + 64, RH, False, T)
+    if WEIGHTS: square = _five(taps, RW, False, T)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
+        at = (b*C + c)*H*W + row.to(tl.int64)[:, None]*W + col[None, :]
+        if WEIGHTS:
+            made = _square(x + b*sb + c*sc, square, tl.load(taps + 103), row, col, H, W, sh, sw, EDGES, PRECISION)
+            tl.store(t + at, made.to(T), mask=own)
         gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T) # [RH, RW]
         acc = gt.to(tl.float32)
         for k in tl.static_range(3):
             u = tl.dot(down[k], gt, input_precision=PRECISION).to(T) # rows beyond the border stay there
             acc = tl.dot(u, across[k], acc, input_precision=PRECISION)
-        at = (b*C + c)*H*W + row.to(tl.int64)[:, None]*W + col[None, :]
         tl.store(dt + at, acc.to(T), mask=own)
 
 # %% ../../nbs/13_ops.msca.ipynb #f61d2265
@@ -162,19 +166,19 @@ def _keep(part, TAPS: tl.constexpr, BIAS: tl.constexpr, d0, d1, d2, s0, s1, s2, 
 
 # %% ../../nbs/13_ops.msca.ipynb #d6e5e497
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_rows_kernel(x, taps, g, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
+def _msca_rows_kernel(t, taps, g, part, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
                       RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
     "The sums of the tiles' own pixels for the strips along rows, sum u_k t, and for their biases."
-    T: tl.constexpr = x.dtype.element_ty
+    T: tl.constexpr = t.dtype.element_ty
     c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
     taps += c*110
-    square, down = _five(taps, RW, False, T), _three(taps + 64, RH, False, T)
+    down = _three(taps + 64, RH, False, T)
     d0, d1, d2 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
     s0, s1, s2 = tl.zeros([RH], tl.float32), tl.zeros([RH], tl.float32), tl.zeros([RH], tl.float32)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-        t = _square(x + b*sb + c*sc, square, tl.load(taps + 103), row, col, H, W, sh, sw, EDGES, PRECISION).to(T)
-        gt, turned = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T), tl.trans(t) # [RH, RW]
+        turned = tl.trans(_rows(t + (b*C + c)*H*W, row, col, H, W, W, 1)) # [RW, RH]
+        gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T) # [RH, RW]
         u = _own_dot(down[0], gt, own, EDGES, PRECISION)
         s0, d0 = s0 + tl.sum(u, 1), tl.dot(turned, u.to(T), d0, input_precision=PRECISION)
         u = _own_dot(down[1], gt, own, EDGES, PRECISION)
@@ -185,58 +189,63 @@ def _msca_rows_kernel(x, taps, g, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh
 
 # %% ../../nbs/13_ops.msca.ipynb #8a5d3dd6
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_columns_kernel(x, taps, g, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
+def _msca_columns_kernel(t, taps, g, part, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
                          RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
     "The sums of the tiles' own pixels for the strips along columns, sum g a_k, and for their biases."
-    T: tl.constexpr = x.dtype.element_ty
+    T: tl.constexpr = t.dtype.element_ty
     c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
     taps += c*110
-    square, across = _five(taps, RW, False, T), _three(taps + 25, RW, False, T)
+    across = _three(taps + 25, RW, False, T)
     d0, d1, d2 = tl.zeros([RH, RH], tl.float32), tl.zeros([RH, RH], tl.float32), tl.zeros([RH, RH], tl.float32)
     total = tl.zeros([RH], tl.float32)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-        t = _square(x + b*sb + c*sc, square, tl.load(taps + 103), row, col, H, W, sh, sw, EDGES, PRECISION).to(T)
+        made = _rows(t + (b*C + c)*H*W, row, col, H, W, W, 1) # [RH, RW]
         gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw)
         if EDGES: gt = tl.where(own, gt, 0.0)
         total += tl.sum(gt.to(tl.float32), 1)
         turned, on_map = tl.trans(gt.to(T)), (row < H)[:, None]
-        d0 = tl.dot(_along(t, across[0], taps + 104, on_map, EDGES, PRECISION), turned, d0, input_precision=PRECISION)
-        d1 = tl.dot(_along(t, across[1], taps + 105, on_map, EDGES, PRECISION), turned, d1, input_precision=PRECISION)
-        d2 = tl.dot(_along(t, across[2], taps + 106, on_map, EDGES, PRECISION), turned, d2, input_precision=PRECISION)
+        d0 = tl.dot(_along(made, across[0], taps + 104, on_map, EDGES, PRECISION), turned, d0, input_precision=PRECISION)
+        d1 = tl.dot(_along(made, across[1], taps + 105, on_map, EDGES, PRECISION), turned, d1, input_precision=PRECISION)
+        d2 = tl.dot(_along(made, across[2], taps + 106, on_map, EDGES, PRECISION), turned, d2, input_precision=PRECISION)
     _keep(part + tl.program_id(0).to(tl.int64)*110, 64, 107, d0, d1, d2, total, total, total, RH)
 
 # %% ../../nbs/13_ops.msca.ipynb #715802c9
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_square_kernel(x, taps, dt, dx, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, PW: tl.constexpr, WEIGHTS: tl.constexpr,
-                        DX: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
-    "dx = K^T dt on tiles, and the sums of their own pixels for the 25 taps and their bias."
+def _msca_square_kernel(taps, dt, dx, TASKS, EACH, C, H, W, TR, TC, PW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+                        PRECISION: tl.constexpr):
+    "dx = K^T dt on tiles."
+    T: tl.constexpr = dx.dtype.element_ty
     c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    if DX: square = _five(taps + c*110, RW, True, dx.dtype.element_ty)
-    if WEIGHTS:
-        total, d0, d1 = tl.zeros([RH], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
-        d2, d3, d4 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
+    square = _five(taps + c*110, RW, True, T)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = _task(i, H, W, TR, TC, 0, PW, RH, RW)
-        plane = (b*C + c)*H*W
-        if DX:
-            acc = tl.zeros([RH, RW], tl.float32)
-            for dy in tl.static_range(5):
-                acc = tl.dot(_rows(dt + plane, row + 2 - dy, col, H, W, W, 1), square[dy], acc, input_precision=PRECISION)
-            tl.store(dx + plane + row.to(tl.int64)[:, None]*W + col[None, :], acc.to(dx.dtype.element_ty), mask=own)
-        if WEIGHTS:
-            mine, at = _rows(dt + plane, row, col, H, W, W, 1), x + b*sb + c*sc
+        plane, acc = (b*C + c)*H*W, tl.zeros([RH, RW], tl.float32)
+        for dy in tl.static_range(5):
+            acc = tl.dot(_rows(dt + plane, row + 2 - dy, col, H, W, W, 1), square[dy], acc, input_precision=PRECISION)
+        tl.store(dx + plane + row.to(tl.int64)[:, None]*W + col[None, :], acc.to(T), mask=own)
+
+# %% ../../nbs/13_ops.msca.ipynb #a6991ceb
+@triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
+def _msca_taps_kernel(x, dt, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, PW: tl.constexpr,
+                      RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+    "The sums of the tiles' own pixels for the 25 taps and their bias: three rows of taps, then the other two."
+    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
+    part += tl.program_id(0).to(tl.int64)*110
+    for dy in range(0, 6, 3):
+        d0, d1, d2 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
+        total, s = tl.zeros([RH], tl.float32), tl.arange(0, 8)
+        for i in range(first, tl.minimum(first + EACH, TASKS)):
+            b, row, col, own = _task(i, H, W, TR, TC, 0, PW, RH, RW)
+            mine, at = _rows(dt + (b*C + c)*H*W, row, col, H, W, W, 1), x + b*sb + c*sc
             if EDGES: mine = tl.where(own, mine, 0.0).to(mine.dtype)
             total += tl.sum(mine.to(tl.float32), 1)
-            d0 = tl.dot(tl.trans(_rows(at, row - 2, col, H, W, sh, sw)), mine, d0, input_precision=PRECISION)
-            d1 = tl.dot(tl.trans(_rows(at, row - 1, col, H, W, sh, sw)), mine, d1, input_precision=PRECISION)
-            d2 = tl.dot(tl.trans(_rows(at, row, col, H, W, sh, sw)), mine, d2, input_precision=PRECISION)
-            d3 = tl.dot(tl.trans(_rows(at, row + 1, col, H, W, sh, sw)), mine, d3, input_precision=PRECISION)
-            d4 = tl.dot(tl.trans(_rows(at, row + 2, col, H, W, sh, sw)), mine, d4, input_precision=PRECISION)
-    if WEIGHTS:
-        part += tl.program_id(0).to(tl.int64)*110
-        s, sums = tl.arange(0, 8), (d0, d1, d2, d3, d4)
-        for dy in tl.static_range(5): tl.store(part + 5*dy + s, _diagonals(sums[dy], 5, RW, 8), mask=s < 5)
+            d0 = tl.dot(tl.trans(_rows(at, row + dy - 2, col, H, W, sh, sw)), mine, d0, input_precision=PRECISION)
+            d1 = tl.dot(tl.trans(_rows(at, row + dy - 1, col, H, W, sh, sw)), mine, d1, input_precision=PRECISION)
+            d2 = tl.dot(tl.trans(_rows(at, row + dy, col, H, W, sh, sw)), mine, d2, input_precision=PRECISION)
+        tl.store(part + 5*dy + s, _diagonals(d0, 5, RW, 8), mask=s < 5)
+        tl.store(part + 5*dy + 5 + s, _diagonals(d1, 5, RW, 8), mask=s < 5)
+        tl.store(part + 5*dy + 10 + s, _diagonals(d2, 5, RW, 8), mask=(s < 5) & (dy == 0))
         tl.store(part + 103, tl.sum(total, 0))
 
 # %% ../../nbs/13_ops.msca.ipynb #0828172e
@@ -247,9 +256,9 @@ def _cut(size, r, margin):
     return 1 + triton.cdiv(size - r, r - 2*margin), margin
 
 def _options(op, x):
-    "Launch options: tile sizes and warps by the size of a channel."
+    "Launch options: tile sizes, and warps by the size of a channel; more where loads are narrow and need an address per number."
     h, w = pow2(x.shape[2], 16, 64), pow2(x.shape[3], 16, 64)
-    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 4 if op in ("msca", "msca_strips") else 8)
+    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 8 if x.shape[3] % 8 else 4)
     return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1)
 
 def _edges(x, opts):
@@ -259,8 +268,8 @@ def _edges(x, opts):
 def _plan(op, x, n=None):
     "Options, programs per channel (as many as fill a GPU, each makes its band matrices), sizes and margins of a launch."
     (b, c, h, w), o = x.shape, _options(op, x)
-    sides = 2 if op == "msca_square" else 16 if o["RW"] > 32 else 12
-    (tr, ph), (tc, pw) = _cut(h, o["RH"], 0 if op == "msca_square" else 10), _cut(w, o["RW"], sides)
+    near = op in ("msca_square", "msca_taps")
+    (tr, ph), (tc, pw) = _cut(h, o["RH"], 0 if near else 10), _cut(w, o["RW"], 2 if near else 16 if o["RW"] > 32 else 12)
     tasks = b*tr*tc
     if n is None: n = min(tasks, max(1, (264 if o["RH"]*o["RW"] > 2048 else 1056)//c))
     return o, n, (tasks, triton.cdiv(tasks, n), c, h, w, tr, tc), dict(PH=ph, PW=pw)
@@ -299,18 +308,21 @@ def msca_bwd(
     "Launch the backward kernels and add the partial sums."
     (b, c, h, w), (want_x, want_taps), z, g = x.shape, wanted, _plain(x), _plain(g)
     o, n, sizes, margins = _plan("msca_strips", x)
-    dt = torch.empty((b, c, h, w), dtype=x.dtype, device=x.device)
+    dt, t, dx = (torch.empty((b, c, h, w) if want else (0,), dtype=x.dtype, device=x.device) for want in (True, want_taps, want_x))
     with on_device(x):
-        _msca_strips_kernel[(c*n,)](taps, g, dt, *sizes, *g.stride(), **margins, **o)
+        _msca_strips_kernel[(c*n,)](z, taps, g, t, dt, *sizes, *z.stride(), *g.stride(), WEIGHTS=want_taps, EDGES=_edges(x, o),
+                                    **margins, **o)
+        if want_x:
+            o, n, sizes, margins = _plan("msca_square", x)
+            _msca_square_kernel[(c*n,)](taps, dt, dx, *sizes, PW=margins["PW"], **o)
+        if not want_taps: return _as(dx, x), torch.empty(0, dtype=torch.float32, device=x.device)
         o, n, sizes, margins = _plan("msca_sums", x)
-        part = torch.empty((n, c, TAPS) if want_taps else (0,), dtype=torch.float32, device=x.device)
-        dx = torch.empty((b, c, h, w) if want_x else (0,), dtype=x.dtype, device=x.device)
-        for kernel in (_msca_rows_kernel, _msca_columns_kernel) if want_taps else ():
-            kernel[(c*n,)](z, taps, g, part, *sizes, *z.stride(), *g.stride(), EDGES=_edges(x, o), **margins, **o)
-        o, _, sizes, margins = _plan("msca_square", x, n)
-        _msca_square_kernel[(c*n,)](z, taps, dt, dx, part, *sizes, *z.stride(), PW=margins["PW"], WEIGHTS=want_taps, DX=want_x,
-                                    EDGES=_edges(x, o), **o)
-    return _as(dx, x) if want_x else dx, part.sum(0) if want_taps else part
+        part = torch.empty((n, c, TAPS), dtype=torch.float32, device=x.device)
+        for kernel in (_msca_rows_kernel, _msca_columns_kernel):
+            kernel[(c*n,)](t, taps, g, part, *sizes, *g.stride(), EDGES=_edges(x, o), **margins, **o)
+        o, _, sizes, margins = _plan("msca_taps", x, n)
+        _msca_taps_kernel[(c*n,)](z, dt, part, *sizes, *z.stride(), PW=margins["PW"], EDGES=_edges(x, o), **o)
+    return _as(dx, x) if want_x else dx, part.sum(0)
 
 # %% ../../nbs/13_ops.msca.ipynb #44344965
 @operator("segkern::msca")
@@ -343,7 +355,7 @@ _msca_op.register_autograd(_msca_backward, setup_context=_msca_setup)
 
 def _cannot(x, taps):
     "Why the kernels cannot run these tensors; the taps may have a type of their own."
-    if x.is_cuda and x.dtype == torch.float32 and x.ndim == 4 and max(x.shape[2:]) > 32: return "float32 maps beyond 32×32 are left to the convolutions"
+    if x.is_cuda and x.dtype == torch.float32: return "float32 is left to the convolutions: products without tensor cores are slower"
     return unsupported(x) or ("float64 has no kernel" if taps.dtype == torch.float64 else None)
 
 kernels_of("msca", _cannot, msca_fwd, msca_bwd)
