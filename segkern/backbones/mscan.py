@@ -31,10 +31,21 @@ class StripGate(nn.Module):
         self.square = nn.Conv2d(c, c, 5, padding=2, groups=c)
         self.rows = nn.ModuleList([nn.Conv2d(c, c, (1, k), padding=(0, k//2), groups=c) for k in STRIPS])
         self.columns = nn.ModuleList([nn.Conv2d(c, c, (k, 1), padding=(k//2, 0), groups=c) for k in STRIPS])
-        self.mix = nn.Conv2d(c, c, 1)
+        self.mix, self.taps = nn.Conv2d(c, c, 1), None
 
     def forward(self, u): # [b, c, h, w] -> the same shape
-        return self.mix(msca(u, pack_taps(self.square, self.rows, self.columns)))*u
+        taps = pack_taps(self.square, self.rows, self.columns) if self.taps is None else self.taps
+        return self.mix(msca(u, taps))*u
+
+    @torch.no_grad()
+    def fold(self)->int: # number of norms that are gone: none
+        "Keep the packed numbers in place of the seven convolutions, for inference only."
+        if self.taps is not None: return 0
+        taps = pack_taps(self.square, self.rows, self.columns)
+        self.square = self.rows = self.columns = None
+        del self.taps
+        self.register_buffer("taps", taps)
+        return 0
 
 # %% ../../nbs/23_backbones.mscan.ipynb #11923e91
 class Block(nn.Module):

@@ -36,6 +36,7 @@ class RectangularGate(nn.Module):
         self.local = nn.Conv2d(c, c, 3, padding=1, groups=c)
         self.wide, self.bn = nn.Conv2d(c, c, (1, k), padding=(0, k//2), groups=c), nn.BatchNorm2d(c)
         self.tall = nn.Conv2d(c, c, (k, 1), padding=(k//2, 0), groups=c)
+        self.strip = self.shift = None # of the form for inference, see `fold`
 
     def gate(self, x): # [b, c, h, w] -> the same shape, 0 … 1
         "The gate as written."
@@ -44,12 +45,32 @@ class RectangularGate(nn.Module):
     def vectors(self, x): # [b, c, h, w] -> rows [b, c, h], slope [c, w], offset [b, c, w]
         "The normalised map is `rows*slope + offset`."
         columns, rows = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in strip_means(x))
+        if self.strip is not None: return self.folded(columns, rows)
         with without_autocast(x):
             taps, k, ones = self.wide.weight[:, :, 0].to(rows.dtype), self.wide.kernel_size[1], torch.ones_like(columns[:1])
             u, s = F.conv1d(torch.cat([columns, ones]), taps, None, padding=k//2, groups=x.shape[1]).split([len(x), 1])
             s, u = s[0], u + self.wide.bias.to(rows.dtype)[:, None]
             gain, shift = self.affine(rows, s, u)
             return rows, gain[:, None]*s, torch.addcmul(shift[:, None], gain[:, None], u)
+
+    def folded(self, columns, rows): # [b, c, w], [b, c, h] -> as `vectors`
+        "The same with a strip that holds the norm."
+        with without_autocast(columns):
+            both, taps = torch.cat([columns, torch.ones_like(columns[:1])]), self.strip.to(columns.dtype)
+            both = F.conv1d(both, taps, None, padding=taps.shape[2]//2, groups=len(taps))
+            return rows, both[-1], both[:-1] + self.shift.to(columns.dtype)
+
+    @torch.no_grad()
+    def fold(self)->int: # number of norms that are gone: none, the form as written keeps its own
+        "Put the norm into a copy of the strip, for inference only."
+        if self.strip is not None or type(self.bn) is not nn.BatchNorm2d or self.bn.running_mean is None: return 0
+        bn, wide = self.bn, self.wide
+        gain = bn.weight.double()*(bn.running_var.double() + bn.eps).rsqrt()
+        shift = bn.bias.double() + gain*(wide.bias.double() - bn.running_mean.double())
+        del self.strip, self.shift
+        self.register_buffer("strip", (gain[:, None, None]*wide.weight[:, :, 0].double()).to(wide.weight.dtype))
+        self.register_buffer("shift", shift[:, None].to(wide.weight.dtype))
+        return 0
 
     def affine(self, rows, s, u): # [b, c, h], [c, w], [b, c, w] -> two vectors [c]
         "Scale and shift of the norm, without the map that it normalises."

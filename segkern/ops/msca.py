@@ -258,7 +258,8 @@ def _cut(size, r, margin):
 def _options(op, x):
     "Launch options: tile sizes, and warps by the size of a channel; more where loads are narrow and need an address per number."
     h, w = pow2(x.shape[2], 16, 64), pow2(x.shape[3], 16, 64)
-    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 8 if x.shape[3] % 8 else 4)
+    many = x.shape[3] % 8 or op in ("msca_sums", "msca_taps")
+    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 8 if many else 4)
     return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1)
 
 def _edges(x, opts):

@@ -9,7 +9,7 @@ __all__ = ['rca_gate_ref', 'rca_gate_fwd', 'rca_gate_bwd', 'rca_gate', 'strip_me
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, operator, pow2
 from .dispatch import tl, triton, unsupported, which, without_autocast
 from .strip_pool import strip_pool
 
@@ -43,7 +43,7 @@ def _place(C, H, W, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
 def _bent(rows, s, o, bc, h, H, some):
     "Rectified rows*slope + offset for rows h, zero beyond the map."
     inside = (h >= 0) & (h < H)
-    r = tl.load(rows + bc[:, None]*H + h[None, :], mask=some[:, None] & inside[None, :], other=0.0) # [BC, BH]
+    r = tl.load(rows + bc[:, None]*H + h[None, :], mask=some[:, None] & inside[None, :], other=0.0).to(tl.float32) # [BC, BH]
     z = r[:, :, None]*s[:, None, :] + o[:, None, :]
     return tl.where(inside[None, :, None], tl.where(z <= 0, 0.0, z), 0.0)
 
@@ -74,28 +74,28 @@ def _local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC: tl.constex
     return acc
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #7ebe536d
-@triton.jit
+@triton.jit(do_not_specialize=["C", "H", "K"])
 def _rca_gate_fwd_kernel(x, rows, slope, offset, taps, bias, weight, lbias, out, C, H, W, K, sb, sc, sh, sw, ob, oc, oh, ow,
                          BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     "y = sigmoid(bias + taps * relu(rows slope + offset)) (weight * x + lbias) on a tile."
     b, c, h, w, _, _ = _place(C, H, W, BC, BH, BW)
     bc, cells = b*C + c, (c < C)[:, None] & (w < W)[None, :]
-    s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0) # [BC, BW]
-    o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0)
+    s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32) # [BC, BW]
+    o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
     a = _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
     y = a*_local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
     at = b*ob + c.to(tl.int64)[:, None, None]*oc + h.to(tl.int64)[None, :, None]*oh + w.to(tl.int64)[None, None, :]*ow
     tl.store(out + at, y.to(out.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None])
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #f1c2c6c1
-@triton.jit
+@triton.jit(do_not_specialize=["C", "H", "K", "TILES"])
 def _rca_gate_bwd_kernel(x, g, rows, slope, offset, taps, bias, weight, lbias, p, q, part, C, H, W, K, TILES, sb, sc, sh, sw, gb, gc, gh, gw, ob, oc, oh, ow,
                          MAPS: tl.constexpr, SUMS: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     "p = g a and q = g l a (1 - a) on a tile; sums of p x shifted (9), p, q, and q relu(z) shifted (K)."
     b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
     bc, some, cells = b*C + c, c < C, (c < C)[:, None] & (w < W)[None, :]
-    s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0)
-    o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0)
+    s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
     a = _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
     gt = _near(g, b, c, h, w, C, H, W, gb, gc, gh, gw, 0, 0)
     back = gt*_local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)*a*(1.0 - a)
@@ -115,7 +115,7 @@ def _rca_gate_bwd_kernel(x, g, rows, slope, offset, taps, bias, weight, lbias, p
             tl.store(to + 11 + t, tl.sum(tl.sum(back*_bent(rows, s, o, bc, h + t - K // 2, H, some), 2), 1), mask=some)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #8833aeed
-@triton.jit
+@triton.jit(do_not_specialize=["C", "H", "K"])
 def _rca_gate_dx_kernel(p, q, rows, slope, offset, taps, weight, dx, drows, dslope, doffset, C, H, W, K, ob, oc, oh, ow,
                         INPUT: tl.constexpr, LINES: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     "dx = transposed 3×3 convolution of p; v = [z > 0] transposed vertical one of q, and its sums v s, v r, v over the tile's rows or columns."
@@ -128,10 +128,10 @@ def _rca_gate_dx_kernel(p, q, rows, slope, offset, taps, weight, dx, drows, dslo
         at = b*ob + c.to(tl.int64)[:, None, None]*oc + h.to(tl.int64)[None, :, None]*oh + w.to(tl.int64)[None, None, :]*ow
         tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None])
     if LINES:
-        s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0)
-        o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0)
+        s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+        o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
         lines = some[:, None] & (h < H)[None, :]
-        r = tl.load(rows + bc[:, None]*H + h[None, :], mask=lines, other=0.0)
+        r = tl.load(rows + bc[:, None]*H + h[None, :], mask=lines, other=0.0).to(tl.float32)
         v = tl.zeros([BC, BH, BW], tl.float32)
         for t in range(0, K):
             v += _near(q, b, c, h - t + K // 2, w, C, H, W, ob, oc, oh, ow, 0, 0)*tl.load(taps + c*K + t, mask=some, other=0.0)[:, None, None]
@@ -157,7 +157,7 @@ def _grid(x, opts):
 
 def rca_gate_fwd(
     x:torch.Tensor, # [b, c, h, w], any strides
-    lines:list, # rows, slope, offset, taps, bias, weight, local_bias: contiguous, float32
+    lines:list, # rows, slope, offset, taps, bias, weight, local_bias: contiguous
 )->torch.Tensor: # [b, c, h, w]
     "Launch the forward kernel."
     out = torch.empty_like(x)
@@ -168,7 +168,7 @@ def rca_gate_fwd(
 # %% ../../nbs/18a_ops.rca_gate.ipynb #83e36cfa
 def rca_gate_bwd(
     x:torch.Tensor, # [b, c, h, w], any strides
-    lines:list, # rows, slope, offset, taps, bias, weight, local_bias: contiguous, float32
+    lines:list, # rows, slope, offset, taps, bias, weight, local_bias: contiguous
     g:torch.Tensor, # gradient of the output, any strides
     want_x:bool=True, # dx
     want_lines:bool=True, # gradients of rows, slope or offset
@@ -223,7 +223,7 @@ def _rca_gate_setup(ctx, inputs, output):
 def _rca_gate_backward(ctx, g):
     (x, *lines), wanted, need = ctx.saved_tensors, ctx.wanted, ctx.needs_input_grad[0]
     dx, *got = _rca_gate_backward_op(x, lines, g, need, any(wanted[:3]), any(wanted[3:]))
-    return dx if need else None, [t if want else None for t, want in zip(got, wanted)]
+    return dx if need else None, [t.to(line.dtype) if want else None for t, line, want in zip(got, lines, wanted)]
 
 _rca_gate_op.register_autograd(_rca_gate_backward, setup_context=_rca_gate_setup)
 
@@ -231,7 +231,7 @@ def _cannot(x, *lines):
     "Why the kernels cannot run these tensors; the vectors may have types of their own."
     return unsupported(x) or ("float64 has no kernel" if any(t.dtype == torch.float64 for t in lines) else None)
 
-KERNELS["rca_gate"] = _cannot
+kernels_of("rca_gate", _cannot, rca_gate_fwd, rca_gate_bwd)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #184b5ff7
 def rca_gate(
@@ -256,7 +256,7 @@ def rca_gate(
     if k % 2 == 0: raise ValueError(f"rca_gate wants an odd number of taps, got {k}")
     if kind := autocast_type(x): x = x.to(kind)
     if not x.numel(): return torch.empty_like(x)
-    if choose("rca_gate", x, *lines, impl=impl): return _rca_gate_op(x, [t.to(torch.float32).contiguous() for t in lines])
+    if choose("rca_gate", x, *lines, impl=impl): return _rca_gate_op(x, [t.contiguous() for t in lines])
     with without_autocast(x): return rca_gate_ref(x, *lines)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #742ea57b
