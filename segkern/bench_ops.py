@@ -276,13 +276,13 @@ def cases(
         size = [max(2, s//shrink) for s in size]
         out.append(loss_case(f"{label} B{b}", 1 if tiny else b, k, *size))
         for case in (argmax_case, confusion_case): out.append(case(f"{label} B1", 1, k, *size))
-    wide = [19, *(max(2, s//shrink) for s in (128, 256, 1024, 2048))]
-    out.append(argmax_case("Cityscapes K19 1/8, 1024×2048 B1", 1, *wide))
+    whole = [19, *(max(2, s//shrink) for s in (128, 256, 1024, 2048))]
+    out.append(argmax_case("Cityscapes K19 1/8, 1024×2048 B1", 1, *whole))
     out.append(dice_case("ADE20K K150 1/4 B16", 1 if tiny else 16, 150, *(max(2, s//shrink) for s in (128, 128, 512, 512))))
     out += [channels_last(c) for c in out if c.op in ("prototypes", "msca", "strip_pool")]
-    side = 16 if tiny else 64
-    out.append(module_case("msca", "SegNeXt-L block 128×64², 512² B1", lambda: _block(128), (1, 128, side, side)))
-    out.append(module_case("rca_gate", "RectangularGate, CGRSeg-B 1/8, 512² B1", lambda: _gate(64), (1, 64, side, side)))
+    side, wide, narrow = (8, 8, 4) if tiny else (64, 128, 64)
+    out.append(module_case("msca", "SegNeXt-L block 128×64², 512² B1", lambda: _block(wide), (1, wide, side, side)))
+    out.append(module_case("rca_gate", "RectangularGate, CGRSeg-B 1/8, 512² B1", lambda: _gate(narrow), (1, narrow, side, side)))
     known = {c.op for c in out}
     if unknown := sorted(set(names or ()) - known): raise ValueError(f"unknown op '{unknown[0]}'; known: {', '.join(sorted(known))}")
     return [c for c in out if not names or c.op in names]
@@ -349,7 +349,9 @@ def contenders(
         tuned = torch.compile(case.plain, mode="max-autotune-no-cudagraphs", dynamic=False)
         last = {"compile": compiled, "compile" + GRAPH: compiled, "compile max-autotune": tuned}
         named = named | captured | case.peers | last
-    else: named |= {n: f for n, f in case.peers.items() if "math" in n or "copies" in n}
+    else:
+        if "kernel" in wanted: named["kernel"] = functools.partial(case.fn, impl="triton") # in the interpreter
+        named |= {n: f for n, f in case.peers.items() if "math" in n or "copies" in n}
     return {n: f for n, f in named.items() if not wanted or n in wanted}
 
 # %% ../nbs/70a_bench_ops.ipynb #d07a2dc6
@@ -396,7 +398,7 @@ def run_case(
             del got
             row |= _timed(case, fn, args, device, repeats, name.endswith(GRAPH))
             row |= _rates(row, traffic, work, ceilings)
-            if name == "kernel": row["asked"] = [c for c in calls if c["op"] == case.op]
+            if name == "kernel": row["asked"] = [dict(facts, op=op) for op, facts in calls if op == case.op]
         except torch.OutOfMemoryError: row["status"] = "out of memory"
         except ArithmeticError as e: row["status"] = f"wrong: {e}"
         except Exception as e: row["status"] = f"unavailable: {type(e).__name__}: {str(e).strip()[:160]}".replace("\n", " ")
@@ -557,7 +559,7 @@ def _write(out, rows, gpu, tiny, learns):
     old = json.loads(path.read_text()) if path.exists() else {}
     versions = dict(torch=torch.__version__, triton=getattr(dispatch.triton, "__version__", ""))
     write_json(path, learn(rows, gpu, old, versions=versions))
-    dispatch.measured.cache_clear()
+    dispatch.forget()
 
 # %% ../nbs/70a_bench_ops.ipynb #8429c36a
 def speedups(

@@ -1,6 +1,4 @@
 "The op benchmark: a dry run, its file, what dispatch learns from it, and clear refusals."
-import json
-
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -8,6 +6,7 @@ from typer.testing import CliRunner
 from segkern import bench_ops, ops
 from segkern.bench import read_csv
 from segkern.ops import dispatch
+from segkern.ops.verdicts import objection
 
 
 def test_dry_run_from_the_command_line(tmp_path):
@@ -27,28 +26,64 @@ def test_refusals():
 def test_a_wrong_result_is_not_timed():
     case = bench_ops.cases(["strip_pool"], tiny=True)[0]
     case.plain, case.fn = (lambda x: x.mean(2)), (lambda x, impl=None: x.mean(2) + 1)
-    rows = bench_ops.run_case(case, torch.device("cpu"), torch.float32, dict(copy_gbs=1.0, matmul_tflops=1.0), 1)
+    rows = list(bench_ops.run_case(case, torch.device("cpu"), torch.float32, dict(copy_gbs=1.0, matmul_tflops=1.0), 1))
     wrong = [r for r in rows if r["provider"] != "eager"]
     assert wrong and all(r["status"].startswith("wrong: relative error") and "ms_50" not in r for r in wrong)
 
 
-def test_dispatch_follows_the_measurement(tmp_path, monkeypatch):
-    "The nearest measured shape of the same type decides; nothing measured means the kernel."
-    row = lambda shape, provider, ms: dict(op="strip_pool", case=shape, direction="forward", dtype="bfloat16", shape=shape, provider=provider, ms_50=ms)
-    rows = [row("1x8x16x16", "kernel", 2.0), row("1x8x16x16", "reference", 1.0), row("8x32x256x512", "kernel", 1.0), row("8x32x256x512", "reference", 3.0)]
-    table = bench_ops.learn(rows, "GPU")
-    (tmp_path/"dispatch.json").write_text(json.dumps(table))
-    monkeypatch.setattr(dispatch, "data_path", lambda name: tmp_path/"dispatch.json")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU")
-    dispatch.measured.cache_clear()
-    try:
-        small, large = torch.zeros(1, 8, 15, 17, dtype=torch.bfloat16), torch.zeros(8, 32, 200, 500, dtype=torch.bfloat16, device="meta")
-        assert "0.50 times" in dispatch._slower("strip_pool", [small]) and dispatch._slower("strip_pool", [large]) is None
-        assert dispatch._slower("strip_pool", [small.float()]) is None and dispatch._slower("sr_attention", [small]) is None
-    finally: dispatch.measured.cache_clear()
+def timed(case, sizes, provider, ms, **more):
+    "A row as `run_case` gives it; the kernel's knows what the op asked."
+    facts = dict(op="strip_pool", dtype="bfloat16", layout="nchw", grad=False, sizes=sizes, mode="mean_max hw")
+    row = dict(op="strip_pool", case=case, direction="forward", dtype="bfloat16", provider=provider, ms_50=ms)
+    return row | (dict(asked=[facts]) if provider == "kernel" else {}) | more
+
+
+def test_dispatch_follows_the_measurement():
+    "The nearest measured sizes of the same kind decide; without the gate nothing does."
+    small, large = [1, 8, 16, 16], [8, 32, 256, 512]
+    rows = [timed("a", small, "kernel", 2.0), timed("a", small, "reference", 1.0), timed("b", large, "kernel", 1.0), timed("b", large, "reference", 3.0)]
+    table = bench_ops.learn(rows, "GPU", verdicts={"strip_pool": (True, "")})["GPU"]["strip_pool"]
+    ask = lambda sizes, **more: objection(table, dispatch.code_hash("strip_pool"), timed("", sizes, "kernel", 0)["asked"][0] | more)
+    assert "0.50" in ask([1, 8, 15, 17]) and ask([8, 32, 200, 500]) is None
+    assert "no call like this" in ask(small, dtype="float32") and "no call like this" in ask(small, mode="mean h")
+    assert "gate" in objection(bench_ops.learn(rows, "GPU")["GPU"]["strip_pool"], dispatch.code_hash("strip_pool"), {})
+
+
+def test_the_slower_way_decides():
+    "A kernel that wins eagerly and loses in a captured graph is left out; whole modules teach nothing."
+    captured = [timed("a", [1, 8, 16, 16], name + bench_ops.GRAPH, ms) for name, ms in (("kernel", 1.0), ("reference", 0.5))]
+    rows = [timed("a", [1, 8, 16, 16], "kernel", 1.0), timed("a", [1, 8, 16, 16], "reference", 4.0), *captured]
+    assert bench_ops.learn(rows, "GPU")["GPU"]["strip_pool"]["rows"][0]["ratio"] == 0.5
+    assert bench_ops.learn([r | dict(learns=False) for r in rows], "GPU") == {}
+
+
+def test_a_contender_that_breaks_loses_its_row():
+    "Whatever is raised: Triton's own errors derive from nothing but `Exception`."
+    case = bench_ops.cases(["strip_pool"], tiny=True)[0]
+    class OutOfResources(Exception): pass
+    def broken(x, impl=None): raise OutOfResources("shared memory, required: 300000")
+    case.fn = broken
+    rows = list(bench_ops.run_case(case, torch.device("cpu"), torch.float32, dict(copy_gbs=1.0, matmul_tflops=1.0), 1))
+    assert {r["provider"]: r["status"] for r in rows} == {"reference": "unavailable: OutOfResources: shared memory, required: 300000", "eager": "ok"}
+
+
+def test_a_process_that_dies_or_takes_too_long():
+    "The op's row says so, and the others go on."
+    job = dict(op="strip_pool", case="", dtypes=["float32"], tiny=True, device="cpu", repeats=1, wanted=[], ceilings={})
+    row = [r for rows in bench_ops.apart(job, 60) for r in rows][-1] # no ceilings: the worker raises
+    assert row["provider"] == "process" and row["status"].startswith("the process died: code 1")
+    row = [r for rows in bench_ops.apart(job, 0.1) for r in rows][-1]
+    assert row["status"].startswith("out of time")
+
+
+def test_one_case_and_one_contender(tmp_path):
+    "What --case and --contender keep, each op in a process of its own."
+    rows = bench_ops.bench_ops(tmp_path, ["strip_pool"], (torch.float32,), True, "cpu", 1, case="B1", contender=("eager",))
+    assert {r["provider"] for r in rows} == {"eager"} and all("B1" in r["case"] for r in rows)
+    with pytest.raises(ValueError, match="no case"): bench_ops.select(["strip_pool"], True, "B99")
 
 
 def test_every_public_op_with_kernels_is_measured():
     "Ops that the papers call are in the table of comparisons."
-    assert set(dispatch.KERNELS) - {c.op for c in bench_ops.cases()} <= {"attention_block", "upsample_dice", "upsample_kl"}
+    assert set(dispatch.KERNELS) - {c.op for c in bench_ops.cases()} <= {"attention_block", "upsample_kl"}
     assert all(hasattr(ops, c.op) for c in bench_ops.cases())

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+SLACK = 1.5 # a job may take so much more than its share; a hanging one must not keep the others from running
+
+
 @dataclass
 class Job:
     "A process, and the file to which it appends one JSON line per row."
@@ -45,7 +48,8 @@ def unfinished(lines):
     done = {r["label"] for r in lines if "status" in r}
     begun = [(r["op"], r["begin"]) for r in lines if "begin" in r]
     planned = [tuple(p) for r in lines for p in r.get("plan", ())]
-    return [b for b in begun if b[1] not in done], [p for p in planned if p[1] not in done]
+    known = done | {label for _, label in begun}
+    return [b for b in begun if b[1] not in done], [p for p in planned if p[1] not in known]
 
 
 class Running:
@@ -80,7 +84,7 @@ def ended(running, out_of_time):
         for row in job.read(text, None if out_of_time else code): append(job.rows, row)
         return False
     if code == 0 and not out_of_time: return False
-    why = f"not run: killed after {running.seconds:.0f} s" if out_of_time else f"failed: the process died with code {code}"
+    why = f"out of time: killed after {running.seconds:.0f} s" if out_of_time else f"failed: the process died with code {code}"
     before = read_lines(job.rows)
     facts, planned = close(job, why)
     if not out_of_time and job.restarts > 0 and unfinished(before)[0]:
@@ -98,7 +102,7 @@ def run_all(jobs, seconds, parallel, note=print):
     while waiting or running:
         now = time.monotonic()
         while waiting and len(running) < parallel and now < end:
-            share = min(1.0, parallel*waiting[0].weight/sum(j.weight for j in waiting))
+            share = min(1.0, SLACK*parallel*waiting[0].weight/sum(j.weight for j in waiting))
             running.append(Running(waiting.pop(0), (end - now)*share))
         for r in list(running):
             late = time.monotonic() > min(r.end, end)
@@ -111,9 +115,9 @@ def run_all(jobs, seconds, parallel, note=print):
             if again: waiting.insert(0, r.job)
         if now >= end:
             for j in waiting:
-                facts, planned = close(j, "not run: no time was left")
+                facts, planned = close(j, "out of time: not started")
                 for op, label in planned or [("*", j.name)]:
-                    append(j.rows, facts | dict(op=op, label=label, status="not run: no time was left"))
+                    append(j.rows, facts | dict(op=op, label=label, status="out of time: not started"))
             waiting = []
         time.sleep(0.05)
     return [r for j in jobs for r in read_lines(j.rows) if "status" in r]
