@@ -609,13 +609,16 @@ def bench_ops(
     dtypes:list[str]=_option(["bf16"], "--dtype", help="bf16, fp16 or fp32; may be repeated."),
     tiny:bool=_option(False, "--tiny", help="Small shapes, to see that everything works; runs on a CPU too and writes only where --out says."),
     device:str=_option("auto", help="auto, cpu, cuda, cuda:1."),
+    case:str=_option("", "--case", help="Only cases whose label holds this text, e.g. 'B16'."),
+    contenders:list[str]=_option(None, "--contender", help="Only this contender, e.g. kernel or compile; may be repeated."),
+    budget:float=_option(float("inf"), help="Seconds, shared by the ops; what is not reached is left out."),
 ):
     "Every kernel against eager, compiled and library peers, at the shapes of the papers."
     from segkern.bench_ops import bench_ops as run
     from segkern.testing.kernels import DTYPES
     if unknown := sorted(set(dtypes) - set(DTYPES)): raise ValueError(f"unknown type '{unknown[0]}'; known: {', '.join(DTYPES)}")
     if out is None and not tiny and Path("settings.ini").exists() and Path("data").is_dir(): out = Path("data/bench")
-    rows = run(out, names, tuple(DTYPES[d] for d in dtypes), tiny, device, 1 if tiny else None)
+    rows = run(out, names, tuple(DTYPES[d] for d in dtypes), tiny, device, 1 if tiny else None, case, tuple(contenders or ()), budget)
     _show([{"op": r["op"], "case": r["case"], "direction": r["direction"], "dtype": r["dtype"], "contender": r["provider"], "ms": r.get("ms_50"), "over the kernel": r.get("ratio"),
             "% of copy": r.get("copy_percent"), "status": r["status"]} for r in rows])
 
@@ -693,3 +696,6 @@ def lab(
     command = [sys.executable, "-m", "jupyterlab", f"--port={port}", *([] if browser else ["--no-browser"]), str(folder)]
     code = subprocess.run(command).returncode
     if code: raise typer.Exit(code)
+
+# %% ../nbs/76_cli.ipynb #00735bbd
+if __name__ == "__main__" and __spec__ is not None: sys.exit(main())
