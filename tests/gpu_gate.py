@@ -133,7 +133,7 @@ class Gate:
         spread = ["-n", str(each), "--dist", "load"] if each > 1 and self.xdist() else []
         command = [sys.executable, "-m", "pytest", "-p", "gate_rows", "-p", "no:cacheprovider", "-q", "--tb=short", *spread, *map(str, test_files(family))]
         env = self.env | dict(SEGKERN_GATE_ROWS=str(rows), SEGKERN_GATE_FAMILY=family, SEGKERN_GATE_SHARD="0/25" if self.a.tiny else "0/1")
-        return Job(1, f"tests {family}", family, command, rows, env, restarts=0)
+        return Job(1, f"tests {family}", family, command, rows, env, weight=len(FAMILIES[family][0]), restarts=0)
 
     def xdist(self):
         "Whether pytest can spread tests over processes."
@@ -142,7 +142,8 @@ class Gate:
 
     def right(self):
         "Phase 1: the tests, and what right.py checks."
-        jobs = [self.child("right", f"right {f}", f) for f in self.a.families] + [self.pytest(f) for f in self.a.families]
+        count = lambda f: len(FAMILIES[f][0])
+        jobs = [self.child("right", f"right {f}", f, weight=count(f)) for f in self.a.families] + [self.pytest(f) for f in self.a.families]
         second = [f for f in SECOND_PTXAS if f in self.a.families]
         reason = "no GPU" if self.cpu else "" if self.a.ptxas else "no file was given with --ptxas"
         if reason: self.rows += [dict(phase=1, family=f, op="", label="second ptxas", status=f"not run: {reason}") for f in second]

@@ -82,13 +82,15 @@ CHILD = """
 import os, sys, time
 from rows import Rows
 rows = Rows(sys.argv[1], 1, "msca")
-rows.plan([("msca", n) for n in ("good", "raises", "crashes", "after", "hangs", "never")])
+rows.plan([("rca_gate", "never")] + [("msca", n) for n in ("good", "raises", "crashes", "after", "hangs", "never")])
 rows.run("msca", "good", lambda: dict(forward=1e-7))
+rows.run("rca_gate", "good", lambda: None)
 rows.run("msca", "raises", lambda: 1/0)
 rows.run("msca", "crashes", lambda: os._exit(11))
 rows.run("msca", "after", lambda: None)
 rows.run("msca", "hangs", lambda: time.sleep(60))
 rows.run("msca", "never", lambda: None)
+rows.run("rca_gate", "never", lambda: None)
 """
 
 
@@ -99,7 +101,9 @@ def test_a_crash_loses_one_row_and_a_hang_the_rest(tmp_path):
     env = dict(PYTHONPATH=str(ROOT/"tests"/"gpu"))
     job = jobs.Job(1, "child", "msca", [sys.executable, str(tmp_path/"child.py"), str(rows)], rows, env)
     start = time.monotonic()
-    found = {r["label"]: r["status"] for r in jobs.run_all([job], 4, 1, lambda text: None)}
+    rows = jobs.run_all([job], 4, 1, lambda text: None)
+    found = {r["label"]: r["status"] for r in rows if r["op"] == "msca"}
+    assert sorted((r["label"], r["status"][:11]) for r in rows if r["op"] == "rca_gate") == [("good", "ok"), ("never", "out of time")]
     assert time.monotonic() - start < 15
     assert found["good"] == found["after"] == "ok" and found["raises"].startswith("failed: ZeroDivisionError")
     assert found["crashes"].startswith("failed: the process died with code 11")

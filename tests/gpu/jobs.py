@@ -44,12 +44,12 @@ def append(path, row):
 
 
 def unfinished(lines):
-    "(op, label) of what was begun or planned and has no row, begun ones first."
-    done = {r["label"] for r in lines if "status" in r}
+    "(op, label) of what was begun and of what was only planned, without the rows that are there."
+    done = {(r["op"], r["label"]) for r in lines if "status" in r}
     begun = [(r["op"], r["begin"]) for r in lines if "begin" in r]
     planned = [tuple(p) for r in lines for p in r.get("plan", ())]
-    known = done | {label for _, label in begun}
-    return [b for b in begun if b[1] not in done], [p for p in planned if p[1] not in known]
+    known = done.union(begun)
+    return [b for b in begun if b not in done], [p for p in planned if p not in known]
 
 
 class Running:

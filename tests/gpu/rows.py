@@ -1,5 +1,4 @@
 "What a child of the gate writes: a line when a row begins, a line with its result, at once."
-import contextlib
 import json
 import sys
 import time
@@ -21,7 +20,7 @@ class Rows:
     def __init__(self, path, phase, family, check=lambda: None):
         self.path, self.facts, self.check = Path(path), dict(phase=phase, family=family), check
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.known = {r.get("begin") or r.get("label") for r in map(json.loads, lines)}
+        self.known = {(r["op"], r.get("begin") or r["label"]) for r in map(json.loads, lines) if "op" in r}
 
     def write(self, row):
         "Append a line."
@@ -37,7 +36,7 @@ class Rows:
 
     def run(self, op, label, fn):
         "A row from a function that returns its facts; whatever it raises is the row's status."
-        if label in self.known: return
+        if (op, label) in self.known: return
         self.write(dict(begin=label, op=op))
         start, facts, status = time.perf_counter(), {}, "ok"
         try: facts = fn() or {}
@@ -55,12 +54,3 @@ class Rows:
         except Exception as e:
             print(f"the device is lost to this process: {first_line(e)}", file=sys.stderr)
             sys.exit(3)
-
-    @contextlib.contextmanager
-    def within(self, op, label):
-        "A row around a block of its own rows; nothing is written where all went well."
-        try: yield
-        except Exception as e:
-            self.add(op, label, f"failed: {first_line(e)}")
-            traceback.print_exc()
-            self.alive()
