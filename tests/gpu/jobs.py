@@ -47,7 +47,7 @@ def unfinished(lines):
     "(op, label) of what was begun and of what was only planned, without the rows that are there."
     done = {(r["op"], r["label"]) for r in lines if "status" in r}
     begun = [(r["op"], r["begin"]) for r in lines if "begin" in r]
-    planned = [tuple(p) for r in lines for p in r.get("plan", ())]
+    planned = dict.fromkeys(tuple(p) for r in lines for p in r.get("plan", ())) # a child that starts again plans again
     known = done.union(begun)
     return [b for b in begun if b not in done], [p for p in planned if p not in known]
 
