@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'IGNORE', 'IMAGENET', 'data_path', 'load_table', 'atomic_path', 'write_json', 'seeded', 'pick_device',
-           'env_info', 'once', 'progress', 'fmt', 'Table', 'Preprocess']
+           'env_info', 'once', 'progress', 'fmt', 'Table', 'constants', 'Preprocess']
 
 # %% ../nbs/00_core.ipynb #2cd8d100
 import contextlib, functools, importlib.util, json, logging, os, platform, random, shutil, subprocess, tempfile
@@ -205,6 +205,14 @@ class Table:
         return "<table><thead>" + row("th", self.headers) + "</thead><tbody>" + "".join(row("td", r) for r in self.rows) + "</tbody></table>"
 
 # %% ../nbs/00_core.ipynb #70e7f627
+def constants(
+    values, # a few numbers
+    like:torch.Tensor, # tells the device
+    dtype:torch.dtype=torch.float32,
+)->torch.Tensor: # [len(values)]
+    "Numbers on a device, written there: a tensor that is copied from the host makes it wait, and breaks a CUDA graph."
+    return torch.stack([torch.full((), v, dtype=dtype, device=like.device) for v in values])
+
 @dataclass(frozen=True)
 class Preprocess:
     "How an RGB uint8 picture becomes network input: `(channels(x)/255*scale - mean)/std`, mean and std in the `order` named."
@@ -220,14 +228,14 @@ class Preprocess:
         if image.dtype != torch.uint8: raise ValueError(f"preprocess wants uint8 RGB images, got {image.dtype}")
         if image.ndim < 3 or image.shape[-3] != 3: raise ValueError(f"preprocess wants [..., 3, h, w], got {tuple(image.shape)}")
         x = image.flip(-3) if self.order == "bgr" else image
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (constants(v, x).view(3, 1, 1) for v in (self.mean, self.std))
         return ((x.float()*(self.scale/255) - mean)/std).to(dtype)
 
     def undo(self,
         x:torch.Tensor, # normalised float [..., 3, h, w]
     )->torch.Tensor: # uint8 RGB
         "The picture that became `x`."
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (constants(v, x).view(3, 1, 1) for v in (self.mean, self.std))
         image = ((x.float()*std + mean)*(255/self.scale)).round().clamp(0, 255).to(torch.uint8)
         return image.flip(-3) if self.order == "bgr" else image
 

@@ -9,7 +9,7 @@ __all__ = ['PROTOCOLS', 'evaluating', 'legal_size', 'whole_logits', 'window_star
            'optimize']
 
 # %% ../nbs/62_infer.ipynb #cd389fa7
-import contextlib, copy, math, os, shutil, time
+import contextlib, copy, functools, math, os, shutil, time
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from .core import logger, pick_device, progress
 from .data import permutation
 from .data.augment import cubic_window, fitted_size
 from .data.transforms import resize_window
+from .graphs import Replays
 from .layers import resize
 from .metrics import Confusion
 from .ops.head import upsample_argmax
@@ -287,6 +288,11 @@ def _to_image(image):
     return (image, True) if image.ndim == 4 else (image[None], False)
 
 # %% ../nbs/62_infer.ipynb #170624eb
+def _whole_labels(model, images, size=None):
+    "Labels of uint8 pictures on the model's device, each seen at once, by the network at `size`."
+    x = model.preprocess(images)
+    return _labels(model, x if size is None else resize(x, size), tuple(images.shape[-2:]))
+
 def _labels(model, x, size):
     "Labels of `x` at `size`; a picture that the network cannot take is a ValueError that says so."
     small = min(x.shape[-2:]) < 64
@@ -307,7 +313,6 @@ def segment(
 )->torch.Tensor: # uint8 labels [h, w], or [b, h, w] for a batch, at the picture's size, on the model's device
     "Labels of a picture."
     images, batched = _to_image(image)
-    out = tuple(images.shape[-2:])
     if protocol is None:
         rule = dict(protocol="whole", size=size) if size is not None else picture_rule(model)
         protocol, size = rule["protocol"], rule["size"]
@@ -315,9 +320,9 @@ def segment(
         if protocol != "whole":
             labels = _predictor(protocol, None, None, None, True, "softmax", 0, size and _pair(size, "size"))(model, images)
             return labels if batched else labels[0]
-        x = model.preprocess(images.to(_device_of(model)))
-        if size is not None: x = resize(x, _pair(size, "size"))
-        labels = _labels(model, x, out)
+        seen = None if size is None else _pair(size, "size")
+        whole = model.pictures if isinstance(model, Optimized) else functools.partial(_whole_labels, model)
+        labels = whole(images.to(_device_of(model)), seen)
     return labels if batched else labels[0]
 
 # %% ../nbs/62_infer.ipynb #2dbc5208
@@ -570,13 +575,14 @@ class Optimized(nn.Module):
     "An inference-only copy of a model; made by `optimize`."
     def __init__(self,
         net:nn.Module, # the rewritten copy
-        channels_last:bool, # feed it in this layout
+        channels_last:bool|None, # feed it in this layout; None: measured at the first call on a CUDA device
         dtype:torch.dtype|None, # compute in this type; None: as the input comes
         compile:bool, # hand whole functions to Inductor
         facts:dict, # what was done
+        replays:Replays, # calls that are replayed
     ):
         super().__init__()
-        self.net, self.channels_last, self.dtype, self.facts = net, channels_last, dtype, facts
+        self.net, self.channels_last, self.dtype, self.facts, self.replays = net, channels_last, dtype, facts, replays
         self.whole_map = compile or (channels_last and _device_of(net).type == "cpu") or not hasattr(net, "align_corners")
         wrap = (lambda f: torch.compile(f, dynamic=False, options={"freezing": True})) if compile else (lambda f: f)
         self._logits, self._label = wrap(self._run), wrap(self._run_labels)
@@ -599,10 +605,21 @@ class Optimized(nn.Module):
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.to(dtype=self.dtype or x.dtype, memory_format=layout)
 
+    def _forward(self, x): return self._logits(self._input(x))
+
+    def _predict(self, x, size): return self._label(self._input(x), size)
+
+    def _pictures(self, images, size): return _whole_labels(self, images, size)
+
+    def _replayed(self, fn, x, *settings):
+        "`fn(x, *settings)`, from a graph where there is one."
+        if self.channels_last is None and self.replays.takes(x): self._choose_layout(fn, x, settings)
+        return self.replays(fn, x, *settings)
+
     @torch.inference_mode()
     def forward(self, x:torch.Tensor)->torch.Tensor:
         "Logits at the network's stride, at least float32."
-        return self._logits(self._input(x))
+        return self._replayed(self._forward, x)
 
     def outputs(self, x:torch.Tensor)->dict:
         "The logits by name; auxiliary heads are gone."
@@ -611,7 +628,41 @@ class Optimized(nn.Module):
     @torch.inference_mode()
     def predict(self, x:torch.Tensor, size:tuple|None=None)->torch.Tensor:
         "uint8 labels [b, *size]."
-        return self._label(self._input(x), tuple(size or x.shape[-2:]))
+        return self._replayed(self._predict, x, tuple(size or x.shape[-2:]))
+
+    @torch.inference_mode()
+    def pictures(self, images:torch.Tensor, size:tuple|None=None)->torch.Tensor:
+        "uint8 labels of uint8 pictures on the device, [b, 3, h, w] -> [b, h, w]; the network sees them at `size`."
+        return self._replayed(self._pictures, images, size)
+
+    def _set_layout(self, channels_last):
+        "Bring the weights into a layout; activations follow."
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        with torch.inference_mode(False): self.net.to(memory_format=layout)
+        self.channels_last = self.facts["channels_last"] = channels_last
+
+    def _choose_layout(self, fn, x, settings):
+        "Time a call in both layouts and keep the faster one."
+        replays, times = self.replays, {}
+        with replays.lock:
+            if replays.recording or self.channels_last is not None: return
+            try:
+                for channels_last in (False, True):
+                    self._set_layout(channels_last)
+                    _, replay = replays.recorded(lambda t: fn(t, *settings), x)
+                    times[channels_last] = replays.recorder.milliseconds(replay)
+            except Exception as e: logger.warning("layouts were not compared: %s", (str(e) or repr(e)).splitlines()[0])
+            self._set_layout(min(times, key=times.get) if len(times) == 2 else True)
+            replays.clear()
+        logger.info("channels_last is %s; milliseconds by layout: %s", self.channels_last, times)
+
+    def _apply(self, fn, recurse=True):
+        self.replays.clear()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args, **kwargs):
+        self.replays.clear()
+        return super().load_state_dict(*args, **kwargs)
 
     def train(self, mode:bool=True):
         if mode: raise ValueError("an optimized model is for inference only: train the model it was made from")
@@ -642,11 +693,13 @@ def _packs(dtype):
 # %% ../nbs/62_infer.ipynb #aa173d38
 def optimize(
     model:nn.Module, # any model of segkern; stays as it is
-    channels_last:bool=True, # activations in channels_last layout
+    channels_last:bool|str="auto", # layout of activations; "auto": True, but on a CUDA device what is faster at its first call
     fold_bn:bool=True, # batch norms move into the convolutions before them
     prepack:bool|None=None, # oneDNN weight layout and ReLU in the same pass (CPU only); default: on a CPU, unless compiled
     dtype:torch.dtype|None=None, # compute in this type, e.g. torch.bfloat16; logits come back as float32
     compile:bool=False, # torch.compile with frozen weights: fastest, but see below
+    graphs:int=4, # so many CUDA graphs are kept, each for a size that comes often; 0: none
+    copies:bool=True, # results of graphs are the caller's own; False: the next call overwrites them
 )->Optimized: # a new module in evaluation mode
     """A faster copy of a model for inference, with the same answers up to rounding.
 
@@ -655,7 +708,8 @@ def optimize(
     and compiled half precision is refused on CPUs."""
     net = copy.deepcopy(model).eval().requires_grad_(False)
     if hasattr(net, "deploy"): net = net.deploy()
-    cpu = _device_of(net).type == "cpu"
+    device = _device_of(net).type
+    cpu = device == "cpu"
     single = all(p.dtype == torch.float32 for p in net.parameters())
     packs = torch.backends.mkldnn.is_available() and _packs(dtype)
     if prepack is None: prepack = cpu and single and not compile and packs
@@ -666,6 +720,8 @@ def optimize(
     if compile and cpu and dtype in (torch.bfloat16, torch.float16):
         raise ValueError(f"compile=True wants float32 on a CPU, got {dtype}: Inductor's half precision is slower there and changes labels")
     if compile and cpu: _check_compiler()
+    if channels_last not in (True, False, "auto"): raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
+    if channels_last == "auto": channels_last = None if device == "cuda" and graphs and not compile else True
     if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16():
         logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
     own = sum(m.fold() for m in list(net.modules()) if hasattr(m, "fold")) if fold_bn else 0
@@ -681,4 +737,4 @@ def optimize(
         if relu is not None: _replace(net, relu, nn.Identity())
     name = str(dtype or "as input").replace("torch.", "")
     facts = dict(bn_folded=len(folded) + own, channels_last=channels_last, prepacked=bool(prepack), dtype=name, compiled=compile)
-    return Optimized(net, channels_last, dtype, compile, facts)
+    return Optimized(net, channels_last, dtype, compile, facts | dict(graphs=0 if cpu else graphs), Replays(graphs, copies))

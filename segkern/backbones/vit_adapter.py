@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core import constants
 from ..layers import ConvNormAct
 from ..weights import Rule
 
@@ -82,7 +83,7 @@ class DeformableAttention(nn.Module):
         values = self.value(tokens).to(exact).transpose(1, 2).reshape(b*self.heads, -1, tokens.shape[1]) # [b*heads, d, n]
         out, places = 0, places.to(exact)[:, None]
         for v, (h, w), move, weight in zip(values.split([h*w for h, w in sizes], 2), sizes, moves, weights):
-            v, at = v.unflatten(2, (h, w)), places + move/torch.tensor([w, h], dtype=exact, device=move.device)
+            v, at = v.unflatten(2, (h, w)), places + move/constants((w, h), move, exact)
             read = read_between(v, at) if self.literal else F.grid_sample(v, 2*at - 1, mode="bilinear", padding_mode="zeros", align_corners=False)
             out = out + (read*weight[:, None]).sum(3) # [b*heads, d, q]
         return self.out(out.reshape(b, -1, q).transpose(1, 2).to(query.dtype))

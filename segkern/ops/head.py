@@ -7,6 +7,7 @@ __all__ = ['BAND', 'upsample_argmax_ref', 'upsample_argmax', 'confusion', 'upsam
            'upsample_cross_entropy', 'banded']
 
 # %% ../../nbs/17_ops.head.ipynb #c09d385c
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,23 +20,33 @@ from .head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample
 def _source_rows(h, height, align_corners, device, dtype):
     "For each output row the two input rows it lies between and the weight of the second."
     o = torch.arange(height, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    if align_corners: src = o*((h - 1)/(height - 1)) if height > 1 else torch.zeros_like(o)
-    else: src = ((o + 0.5)*(h/height) - 0.5).clamp(min=0)
+    src = _source(o, h, height, align_corners).clamp(min=0)
     lo = src.floor().long().clamp(max=h - 1)
     return lo, (lo + 1).clamp(max=h - 1), (src - lo).to(dtype)
+
+def _source(o, h, height, align_corners):
+    "Where output rows `o`, a tensor or an array, lie in the input."
+    if align_corners: return o*((h - 1)/max(1, height - 1))
+    return (o + 0.5)*(h/height) - 0.5
+
+def _first_rows(h, height, align_corners, dtype):
+    "The first input row of each output row as a list, with the roundings of `_source_rows` but without asking the device."
+    o = np.arange(height, dtype=np.float64 if dtype == torch.float64 else np.float32)
+    return np.clip(np.floor(_source(o, h, height, align_corners)), 0, h - 1).astype(int).tolist()
 
 # %% ../../nbs/17_ops.head.ipynb #fab7f312
 def _compute_dtype(x): return x.dtype if x.dtype == torch.float64 else torch.float32
 
-def _span(lo, hi, rows):
+def _span(geometry, rows):
     "First and last input row of a band, plus one."
-    return int(lo[rows][0]), int(hi[rows][-1]) + 1
+    h, first = geometry[3:]
+    return first[rows][0], min(first[rows][-1] + 1, h - 1) + 1
 
 def _band(z, size, rows, geometry, align_corners):
     "Output rows `rows` (a slice) of the resized logits; `z` holds the input rows of `_span` only."
-    lo, hi, t = (g[rows] for g in geometry)
+    lo, hi, t = (g[rows] for g in geometry[:3])
     wide = F.interpolate(z, (z.shape[2], size[1]), mode="bilinear", align_corners=align_corners) if z.shape[3] != size[1] else z
-    base = int(geometry[0][rows][0])
+    base = _span(geometry, rows)[0]
     t = t[:, None]
     return wide[:, :, lo - base]*(1 - t) + wide[:, :, hi - base]*t
 
@@ -43,16 +54,17 @@ def _band(z, size, rows, geometry, align_corners):
 BAND = 1 << 21 # elements of the resized map that exist at a time
 
 def _bands(shape, size, align_corners, device, dtype):
-    "Row slices of bounded size and the row geometry."
+    "Row slices of bounded size; the row geometry on the device, and what the host must know of it."
     b, k, h, _ = shape
     step = max(1, BAND // max(1, b*k*size[1]))
     geometry = _source_rows(h, size[0], align_corners, device, dtype)
-    return [slice(r, min(r + step, size[0])) for r in range(0, size[0], step)], geometry
+    slices = [slice(r, min(r + step, size[0])) for r in range(0, size[0], step)]
+    return slices, (*geometry, h, _first_rows(h, size[0], align_corners, dtype))
 
 # %% ../../nbs/17_ops.head.ipynb #ca0f1b2a
 def _band_backward(g, shape, rows, geometry, align_corners):
     "Gradient of the input rows of `_span`, [b, k, rows, w] = `shape`, from that of the band."
-    lo, hi, t = (v[rows] for v in geometry)
+    lo, hi, t = (v[rows] for v in geometry[:3])
     mix, i = g.new_zeros(len(t), shape[2]), torch.arange(len(t), device=g.device)
     mix.index_put_((i, lo - lo[0]), 1 - t, accumulate=True)
     mix.index_put_((i, hi - lo[0]), t, accumulate=True)
@@ -92,7 +104,7 @@ def upsample_argmax_ref(
     if b == 0: return out
     slices, geometry = _bands(logits.shape, size, align_corners, logits.device, _compute_dtype(logits))
     for rows in slices:
-        a, e = _span(geometry[0], geometry[1], rows)
+        a, e = _span(geometry, rows)
         band = _band(logits[:, :, a:e].to(_compute_dtype(logits)), size, rows, geometry, align_corners)
         out[:, rows] = _argmax(band) if k <= 256 else band.argmax(1)
     return out
@@ -221,7 +233,7 @@ def _upsample_ce_body(logits, target, weight, ignore_index, align_corners, mean,
     z, valid = logits.detach().to(dtype), target != ignore_index
     w = torch.ones(logits.shape[1], dtype=dtype, device=z.device) if weight is None else weight.to(dtype)
     pixel = torch.where(valid, w[target.long().where(valid, 0)], 0)
-    bands = [(r, slice(*_span(geometry[0], geometry[1], r))) for r in slices]
+    bands = [(r, slice(*_span(geometry, r))) for r in slices]
     make = lambda r, rows: _band(z[:, :, rows], size, r, geometry, align_corners)
     if ohem_kept >= 0:
         nll = torch.cat([_log_likelihood(make(r, rows), target[:, r], ignore_index)[2] for r, rows in bands], 1)
@@ -375,7 +387,7 @@ def banded(
     "Apply a differentiable function to bands of the resized logits; the backward pass makes each band again."
     z = logits.to(_compute_dtype(logits))
     slices, geometry = _bands(z.shape, size, align_corners, z.device, z.dtype)
-    spans = [(r, slice(*_span(geometry[0], geometry[1], r))) for r in slices]
+    spans = [(r, slice(*_span(geometry, r))) for r in slices]
     part = lambda low, r: fn(_band(low, size, r, geometry, align_corners), r)
     if not (torch.is_grad_enabled() and z.requires_grad) or len(spans) == 1: return [part(z[:, :, a], r) for r, a in spans]
     return [checkpoint(part, z[:, :, a], r, use_reentrant=False, preserve_rng_state=False) for r, a in spans]
