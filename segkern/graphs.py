@@ -85,7 +85,7 @@ class Replays:
         self._start()
 
     def _start(self):
-        self.lock, self.recording = threading.RLock(), False
+        self.lock, self.busy = threading.RLock(), False
         self.graphs, self.calls, self.failed = OrderedDict(), OrderedDict(), {}
 
     def __getstate__(self): return dict(limit=self.limit, copies=self.copies, after=self.after, recorder=type(self.recorder)())
@@ -114,15 +114,22 @@ class Replays:
         "Call or replay."
         if not self.takes(x): return fn(x, *settings)
         key = fn.__name__, settings, x.shape, x.dtype, x.device, wanted_impl(), autocast_type(x)
-        with self.lock, torch.inference_mode():
-            if not self.recording and self._has(key, fn, x, settings):
-                buffer, replay = self.graphs[key]
-                self.graphs.move_to_end(key)
-                with self.recorder.turn(x):
-                    buffer.copy_(x)
-                    out = replay()
-                    return out.clone() if self.copies else out
-        return fn(x, *settings)
+        with self.outermost() as free, torch.inference_mode():
+            if not free or not self._has(key, fn, x, settings): return fn(x, *settings)
+            buffer, replay = self.graphs[key]
+            self.graphs.move_to_end(key)
+            with self.recorder.turn(x):
+                buffer.copy_(x)
+                out = replay()
+                return out.clone() if self.copies else out
+
+    @contextlib.contextmanager
+    def outermost(self): # a context that says whether no other call is going on
+        "One call at a time; what it calls in turn is a part of it."
+        with self.lock:
+            free, self.busy = not self.busy, True
+            try: yield free
+            finally: self.busy = not free
 
     def _has(self, key, fn, x, settings):
         "Whether there is a graph of such calls; makes it when it is time."
@@ -142,13 +149,10 @@ class Replays:
         fn, # function of one tensor
         x:torch.Tensor, # an input
     )->tuple: # the tensor that replays read, and the replay
-        "Record a function on memory of its own."
-        self.recording = True
-        try:
-            with self.recorder.turn(x):
-                buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-                return buffer, self.recorder.record(fn, buffer)
-        finally: self.recording = False
+        "Record a function on memory of its own; inside `outermost`."
+        with self.recorder.turn(x):
+            buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+            return buffer, self.recorder.record(fn, buffer)
 
 # %% ../nbs/61b_graphs.ipynb #af4e332d
 class Rerun(CudaRecorder):

@@ -644,8 +644,8 @@ class Optimized(nn.Module):
     def _choose_layout(self, fn, x, settings):
         "Time a call in both layouts and keep the faster one."
         replays, times = self.replays, {}
-        with replays.lock:
-            if replays.recording or self.channels_last is not None: return
+        with replays.outermost() as free:
+            if not free or self.channels_last is not None: return
             try:
                 for channels_last in (False, True):
                     self._set_layout(channels_last)

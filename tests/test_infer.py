@@ -1,5 +1,7 @@
 "Inference: exactness of the rewrites, windows and scales against naive loops, class orders, bad input."
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 from segkern.core import IMAGENET, load_table, seeded
 from segkern.data import open_dataset
+from segkern.graphs import Replays, Rerun
 from segkern.infer import PackedConv
 from segkern.infer import (class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment,
                            sliding_logits, whole_logits, window_starts)
@@ -196,6 +199,178 @@ def test_types_that_the_processor_cannot_pack(dtype, monkeypatch):
     assert not fast.facts["prepacked"] and not any(isinstance(c, PackedConv) for c in fast.modules())
     assert relative_l2(m(x), fast(x)) < 0.05
     with pytest.raises(ValueError, match=f"packs no weights in {dtype}"): optimize(m, dtype=dtype, prepack=True)
+
+
+# ---- graphs
+
+class Counting(Rerun):
+    "Counts what is recorded."
+    def __init__(self):
+        super().__init__()
+        self.recorded = []
+    def record(self, fn, x):
+        self.recorded.append((tuple(x.shape), x.dtype))
+        return super().record(fn, x)
+
+
+def graphed(m=None, after=1, recorder=None, **kw):
+    "An optimized network that replays on the CPU."
+    fast = optimize(m or net(), **kw)
+    fast.replays = Replays(fast.replays.limit, fast.replays.copies, after, recorder or Counting())
+    return fast
+
+
+CALLS = {"forward": lambda m, x: m(x), "outputs": lambda m, x: m.outputs(x)["logits"], "predict": lambda m, x: m.predict(x, (33, 44)),
+         "segment": lambda m, x: segment(m, (x*40 + 128).clamp(0, 255).to(torch.uint8)),
+         "resized": lambda m, x: segment(m, (x*40 + 128).clamp(0, 255).to(torch.uint8), size=(24, 40)),
+         "evaluate": lambda m, x: torch.tensor(evaluate(m, answers(net()))["miou"]),
+         "sliding": lambda m, x: sliding_logits(m, x, 16, 8)}
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("call", CALLS)
+def test_replays_give_the_same(call, after):
+    "Every result of ten calls on pictures of two sizes, compared after the last call."
+    fast, plain = graphed(after=after), optimize(net())
+    inputs = [torch.randn(2, 3, *((37, 53), (40, 24))[i % 2]) for i in range(10)]
+    with torch.inference_mode(): got, want = ([CALLS[call](m, x) for x in inputs] for m in (fast, plain))
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and 1 <= len(fast.replays.recorder.recorded) <= 8
+
+
+def test_a_whole_picture_is_one_graph():
+    fast = graphed(net(multiple=16), after=3)
+    for i in range(5): segment(fast, picture(37, 53, i))
+    assert fast.replays.recorder.recorded == [((1, 3, 37, 53), torch.uint8)]
+
+
+def test_results_that_nobody_copies():
+    x = torch.randn(1, 3, 32, 32)
+    fast = graphed(copies=False)
+    first, second = fast(x), fast(x + 1)
+    assert first is second and torch.equal(second, optimize(net())(x + 1))
+
+
+def test_the_oldest_graph_goes():
+    fast = graphed(graphs=2)
+    for size in (16, 24, 16, 32, 16, 24): fast(torch.randn(1, 3, size, size))
+    assert [s[-1] for s, _ in fast.replays.recorder.recorded] == [16, 24, 32, 24]
+    assert [key[2][-1] for key in fast.replays.graphs] == [16, 24]
+
+
+def test_sizes_that_come_once_are_not_recorded():
+    fast = graphed(after=3)
+    for size in range(8, 100): fast(torch.randn(1, 3, size, 8))
+    assert not fast.replays.recorder.recorded and len(fast.replays.calls) == 64
+
+
+def test_new_weights_forget_the_graphs():
+    fast, x = graphed(prepack=False), torch.randn(1, 3, 32, 32)
+    before = fast(x)
+    state = {k: v*2 for k, v in fast.state_dict().items()}
+    for change in (lambda: fast.load_state_dict(state, assign=True), lambda: fast.double().float()):
+        change()
+        assert not fast.replays.graphs and not torch.equal(before, fast(x)) and fast.replays.graphs
+    plain = optimize(net(), prepack=False)
+    plain.load_state_dict(state)
+    assert torch.equal(fast(x), plain(x))
+
+
+def test_replays_stay_out_of_the_way():
+    "Of autograd, of tracing, of subclasses; with no graphs and on a device without them nothing is recorded."
+    x, recorder = torch.randn(1, 3, 32, 32), Counting()
+    r, seen = Replays(after=1, recorder=recorder), []
+    def double(x):
+        seen.append(torch.is_grad_enabled())
+        return 2*x
+    assert torch.equal(r(double, x.requires_grad_()), 2*x) and r(double, x).requires_grad and not recorder.recorded
+    x = x.detach()
+    with torch.no_grad():
+        r(double, nn.Parameter(x))
+        torch.compile(lambda t: r(double, t), backend="eager")(x)
+        Replays(limit=0, after=1, recorder=recorder)(double, x)
+        Replays(after=1)(double, x)
+        assert not recorder.recorded
+        r(double, x)
+    assert len(recorder.recorded) == 1
+    with pytest.raises(ValueError, match="0 or more, got -1"): optimize(net(), graphs=-1)
+
+
+def test_kinds_of_calls_have_graphs_of_their_own():
+    from segkern.ops import use_impl
+    fast, x = graphed(), torch.randn(1, 3, 32, 32)
+    for impl in ("auto", "ref"):
+        with use_impl(impl): fast.predict(x), fast.predict(x, (16, 16)), fast(x)
+    fast.replays.limit = 9
+    with torch.autocast("cpu", torch.bfloat16): fast(x)
+    assert len(fast.replays.recorder.recorded) == 7
+
+
+class Refusing(Counting):
+    "A device on which nothing can be captured."
+    def record(self, fn, x):
+        super().record(fn, x)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def test_what_cannot_be_captured_runs_as_it_is(caplog):
+    fast, x = graphed(recorder=Refusing()), torch.randn(1, 3, 32, 32)
+    assert all(torch.equal(fast(x), optimize(net())(x)) for _ in range(3))
+    said = "no graph of _forward for (1, 3, 32, 32): operation not permitted when stream is capturing"
+    assert [r.getMessage() for r in caplog.records if "graph" in r.message] == [said] and len(fast.replays.recorder.recorded) == 1
+
+
+def test_an_error_of_the_network_stays_its_error():
+    class Deep(Net):
+        def outputs(self, x): return {"logits": F.conv2d(x, torch.ones(4, 3, 9, 9))}
+    fast = graphed()
+    fast.net = Deep().eval()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="cannot take a picture of 4x5"): segment(fast, picture(4, 5))
+
+
+def test_graphs_are_not_copied_or_saved():
+    fast, x = graphed(prepack=False), torch.randn(1, 3, 32, 32)
+    want = fast(x)
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert not again.replays.graphs and torch.equal(again(x), want) and again.replays.graphs
+        again.net.classifier.weight.data.zero_()
+        assert not torch.equal(again(x), want) and torch.equal(fast(x), want)
+
+
+def test_threads_share_a_model():
+    fast, plain = graphed(after=2), optimize(net())
+    inputs = [torch.randn(1, 3, 24 + 8*(i % 3), 32) for i in range(60)]
+    with ThreadPoolExecutor(4) as pool: got = list(pool.map(fast, inputs))
+    assert all(torch.equal(a, plain(x)) for a, x in zip(got, inputs)) and len(fast.replays.recorder.recorded) == 3
+
+
+class Clock(Counting):
+    "Takes a time from the layout that the network has at the moment."
+    def __init__(self, times=(1, 2)):
+        super().__init__()
+        self.times, self.model = times, None
+    def milliseconds(self, run):
+        run()
+        return self.times[self.model.channels_last]
+
+
+@pytest.mark.parametrize("times", [(1, 2), (2, 1)], ids=["NCHW", "channels_last"])
+def test_the_faster_layout_stays(times):
+    fast, x = graphed(recorder=Clock(times), prepack=False), torch.randn(1, 3, 32, 48)
+    fast.replays.recorder.model, fast.channels_last = fast, None
+    want, chosen = net().predict(x), times[1] < times[0]
+    labels = [fast.predict(x) for _ in range(3)]
+    assert fast.channels_last == fast.facts["channels_last"] == chosen and all((y == want).float().mean() > .999 for y in labels)
+    weight = fast.net.stem.conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last if chosen else torch.contiguous_format) and not weight.is_inference()
+    assert len(fast.replays.recorder.recorded) == 3, "two for the times, one to stay"
+
+
+def test_a_layout_that_cannot_be_measured(caplog):
+    fast, x = graphed(recorder=Refusing(), prepack=False), torch.randn(1, 3, 32, 48)
+    fast.channels_last = None
+    assert relative_l2(net()(x), fast(x)) < 2e-6 and fast.channels_last is True and "layouts were not compared" in caplog.text
+    with pytest.raises(ValueError, match="True, False or 'auto', got 'nhwc'"): optimize(net(), channels_last="nhwc")
 
 
 # ---- logits
