@@ -219,11 +219,12 @@ def _kernel_lines():
     "Which implementation of each op runs on the best device, as (op, implementation, why)."
     import segkern.ops # noqa: F401  (registers the kernels)
     from segkern.core import pick_device
-    from segkern.ops.dispatch import HAS_TRITON, KERNELS, wanted_impl
+    from segkern.ops.dispatch import HAS_TRITON, KERNELS, on_gpu, wanted_impl
     if wanted_impl() == "ref": choice = "ref", "asked for"
     elif not HAS_TRITON: choice = "ref", "triton is not installed"
     elif pick_device().type != "cuda": choice = "ref", "there is no CUDA device"
-    else: choice = "triton", "float32, float16 and bfloat16 tensors on the device"
+    elif wanted_impl() == "triton": choice = "triton", "asked for"
+    else: return [(n, "ref", why) if (why := on_gpu(n, 0)) else (n, "triton", "passed the gate on this GPU") for n in sorted(KERNELS)]
     return [(n, *choice) for n in sorted(KERNELS)]
 
 # %% ../nbs/76_cli.ipynb #efd9ba5f

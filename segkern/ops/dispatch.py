@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'IMPLS', 'KERNELS', 'LAUNCHERS', 'FLOATS', 'AUTOCAST', 'interpreting', 'kernels_of', 'wanted_impl',
-           'set_impl', 'use_impl', 'code_hash', 'which', 'choose', 'forget', 'asked', 'unsupported', 'blocks',
+           'set_impl', 'use_impl', 'code_hash', 'on_gpu', 'which', 'choose', 'forget', 'asked', 'unsupported', 'blocks',
            'use_blocks', 'pow2', 'autocast_type', 'without_autocast', 'on_device']
 
 # %% ../../nbs/10_ops.dispatch.ipynb #62cbc50b
@@ -94,13 +94,17 @@ def code_hash(
     if launchers not in _hashes: _hashes[launchers] = hash_of(launchers)
     return _hashes[launchers]
 
-def _on_this_gpu(op, index, facts):
-    "Why `auto` does not take a kernel on the GPU with this index, or None."
+def on_gpu(
+    op:str, # its name
+    index:int, # of the GPU
+    facts:dict|None=None, # of `call_facts`; None: at sizes that are not known yet
+)->str|None: # None: the kernel is taken
+    "Why `auto` does not take a kernel on a GPU."
     table = measured().get(torch.cuda.get_device_name(index))
     return UNMEASURED if table is None else objection(table.get(op), code_hash(op), facts)
 
 @torch.compiler.assume_constant_result
-def _while_compiling(op, index): return _on_this_gpu(op, index, None)
+def _while_compiling(op, index): return on_gpu(op, index)
 
 # %% ../../nbs/10_ops.dispatch.ipynb #761745a2
 def which(
@@ -127,7 +131,7 @@ def which(
     if want == "triton": return "triton", "asked for"
     index = tensors[0].device.index
     if torch.compiler.is_compiling(): reason = _while_compiling(op, index) # a look at sizes would freeze them in the graph
-    else: reason = _on_this_gpu(op, index, call_facts(*tensors, sizes=sizes, mode=mode))
+    else: reason = on_gpu(op, index, call_facts(*tensors, sizes=sizes, mode=mode))
     return ("ref", reason) if reason else ("triton", "it passed the gate on this GPU and wins at such sizes")
 
 # %% ../../nbs/10_ops.dispatch.ipynb #5bff6b4c
