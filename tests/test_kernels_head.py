@@ -6,13 +6,20 @@ import torch.nn.functional as F
 from segkern import ops
 from segkern.ops.dispatch import interpreting
 from segkern.ops.head import _upsample_argmax_op, _upsample_confusion_op, _upsample_nll_op
+<<<<<<< HEAD
 from segkern.ops.head_soft import _dice_op, _kl_op
 from segkern.testing import assert_close, layouts, make_input, make_labels
+=======
+from segkern.ops.head_soft import _dice_op
+from segkern.testing import assert_close, layouts, make_input
+>>>>>>> 68a113d (ops: cross-entropy and dice own quads of logits; no upsample_kl)
 from segkern.testing.kernels import check_kernel, exact_interpreter, launches
 
 pytestmark = pytest.mark.skipif(not interpreting() and not torch.cuda.is_available(), reason="kernels need the interpreter (TRITON_INTERPRET=1) or a GPU")
 exact_interpreter()
 CE = ("_upsample_ce_fwd_kernel", "_upsample_ce_bwd_kernel")
+QUADS = ("_quad_ce_fwd_kernel", "_quad_ce_bwd_kernel", "_quad_gather_kernel")
+DICE = ("_quad_dice_fwd_kernel", "_quad_dice_bwd_kernel", "_quad_gather_kernel")
 SIZES = [((5, 7), (37, 45)), ((8, 9), (3, 5)), ((1, 1), (4, 6)), ((3, 4), (1, 1)), ((17, 33), (17, 33)), ((2, 9), (67, 9)), ((18, 3), (101, 5))]
 
 
@@ -144,12 +151,11 @@ def test_operators():
     "The rules of torch's operators: schema, fake kernels, autograd."
     z, y = make_input([2, 3, 3, 4]).requires_grad_(), labels((2, 7, 5), 3).to(torch.int32)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(_upsample_nll_op.op, (z, y, None, 255, False, 0.0, 0.0, True), test_utils=tests)
-    torch.library.opcheck(_upsample_nll_op.op, (z, y, torch.ones(3), 255, True, 0.1, 3.0, False), test_utils=tests)
+    torch.library.opcheck(_upsample_nll_op.op, (z, y, None, 255, False, 0.0, True), test_utils=tests)
+    torch.library.opcheck(_upsample_nll_op.op, (z, y, torch.ones(3), 255, True, 0.1, False), test_utils=tests)
     torch.library.opcheck(_upsample_argmax_op.op, (z.detach(), 7, 5, False), test_utils=tests)
     torch.library.opcheck(_upsample_confusion_op.op, (z.detach(), y, 255, False), test_utils=tests)
     torch.library.opcheck(_dice_op.op, (z, y, 255, False, True), test_utils=tests)
-    torch.library.opcheck(_kl_op.op, (z, z.detach() + 1, None, 7, 5, 2.0, False), test_utils=tests)
 
 
 def test_compiled():
@@ -188,20 +194,133 @@ def test_autocast():
     assert_close("dlogits", torch.autograd.grad(plain(z, y), z)[0], torch.autograd.grad(loss, z)[0], 5e-6)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_soft_losses(reduction):
-    "Divergence and dice with other sizes, types and pixel weights."
-    z, t, pixel = make_input([2, 3, 5, 4], 1), make_input([2, 3, 2, 9], 2), make_input([2, 19, 37], 3).abs()
-    def ref(logits, teacher):
-        up = lambda a: (F.interpolate(a, (19, 37), mode="bilinear", align_corners=True)/.5).log_softmax(1)
-        per = F.kl_div(up(logits), up(teacher), reduction="none", log_target=True).sum(1)*pixel
-        return per.sum() if reduction == "sum" else per.sum()/pixel.double().sum()
-    check_kernel(lambda logits, teacher: ops.upsample_kl(logits, teacher, (19, 37), .5, pixel, True, reduction), ref, {"logits": layouts(z)["channels_last"], "teacher": t},
-                 grads=("logits",), orders=(0,), expect=("_kl_fwd_kernel", "_kl_bwd_kernel"))
-    assert ops.upsample_kl(z, z, (9, 9), impl="triton").abs() < 1e-6
-    y = labels((2, 19, 37), 3)
-    for a, b in zip(ops.upsample_dice_sums(z, y, impl="triton"), ops.upsample_dice_sums(z.double(), y)): assert_close("sums", b, a, 2e-6)
-    with pytest.raises(ValueError, match="temperature"): ops.upsample_kl(z, t, (9, 9), 0)
+QUAD_SIZES = [(2, (5, 7)), (4, (3, 5)), (4, (1, 1)), (8, (2, 9)), (16, (1, 2)), (2, (1, 33))]
+ALIGNED = [(2, (3, 7)), (4, (5, 9)), (8, (9, 10))]
+
+
+@pytest.mark.parametrize("scale,shape,align_corners", [(*q, False) for q in QUAD_SIZES] + [(*q, True) for q in ALIGNED], ids=str)
+def test_quads(scale, shape, align_corners):
+    "Whole scales, both conventions, one cell, sizes that fill no program: loss and gradient, dice and its gradient."
+    z, full = make_input([2, 5, *shape], 1), (scale*shape[0], scale*shape[1])
+    y = labels((2, *full), 5)
+    y[0, 0, 0] = 2
+    up = lambda x: F.interpolate(x, full, mode="bilinear", align_corners=align_corners)
+    options = dict(dtypes=("fp32",), orders=(0,))
+    check_kernel(lambda logits: ops.upsample_cross_entropy(logits, y, align_corners=align_corners), lambda logits: plain(logits, y, align_corners),
+                 {"logits": z}, expect=QUADS, **options)
+    hit = F.one_hot(y.where(y != 255, 5), 6)[..., :5].permute(0, 3, 1, 2)
+    for exclude in (False, True):
+        seen = (y != 255)[:, None] if exclude else torch.ones_like(y, dtype=torch.bool)[:, None]
+        ref = lambda logits: torch.stack([(up(logits).sigmoid()*hit).sum((2, 3)), (up(logits).sigmoid()*seen).sum((2, 3))])
+        sums = lambda logits: torch.stack(ops.upsample_dice_sums(logits, y, align_corners=align_corners, exclude=exclude)[:2])
+        check_kernel(sums, ref, {"logits": z}, expect=DICE, **options)
+
+
+def test_patches_cover_every_output_once():
+    "Corners aligned: quads of S and S + 1 outputs, up to large maps; counted by the rule that the kernels use."
+    from segkern.ops.head_quads import patch_count
+    for S, P, n in ((2, 2, 3), (2, 2, 100), (4, 4, 5), (4, 4, 129), (8, 4, 9), (8, 8, 128), (16, 4, 17), (32, 4, 40)):
+        N = S*n
+        first = [-(-q*(N - 1)//(n - 1)) for q in range(n)] + [N]
+        assert patch_count(n, N, S, P, True) == sum(-(-(b - a)//P) for a, b in zip(first, first[1:])), (S, P, n)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed", "expanded"])
+def test_quads_in_layouts(layout):
+    "Any strides; three types; the gradient comes back in the layout of the logits."
+    z, y = make_input([2, 4, 5, 7], 1), labels((2, 20, 28), 4)
+    x = z[:1].expand(2, -1, -1, -1) if layout == "expanded" else layouts(z)[layout]
+    check_kernel(lambda logits: ops.upsample_cross_entropy(logits, y), lambda logits: plain(logits, y), {"logits": x}, orders=(0,), expect=QUADS)
+    leaf = x.clone().requires_grad_()
+    got, = torch.autograd.grad(ops.upsample_cross_entropy(leaf, y, impl="triton"), leaf)
+    assert got.stride() == leaf.stride()
+
+
+@pytest.mark.parametrize("kind", ["none", "weighted none", "ohem", "ohem nothing", "smooth", "smooth weighted", "int64", "negative void"])
+def test_quads_of_the_family(kind):
+    z, y, weight = 3*make_input([2, 7, 3, 5], 1), labels((2, 12, 20), 7), torch.linspace(.5, 2, 7)
+    kw = {"none": dict(reduction="none"), "weighted none": dict(reduction="none", weight=weight), "ohem": dict(ohem=(.3, 50), weight=weight),
+          "ohem nothing": dict(ohem=(0.0, 0)), "smooth": dict(label_smoothing=.3, reduction="sum"), "int64": {},
+          "smooth weighted": dict(label_smoothing=.1, weight=weight), "negative void": dict(ignore_index=-1)}[kind]
+    if kind == "negative void": y = y.where(y != 255, -1)
+    if kind != "int64": y = y.to(torch.int32)
+    check_kernel(lambda logits: ops.upsample_cross_entropy(logits, y, **kw), lambda logits: ops.upsample_cross_entropy(logits, y, impl="ref", **kw),
+                 {"logits": z}, dtypes=("fp32",), orders=(1,), expect=QUADS)
+
+
+@pytest.mark.parametrize("k", [1, 2, 33, 150, 300])
+def test_quads_of_many_classes(k, monkeypatch):
+    "One class to 300, in groups of eight classes."
+    import segkern.ops.head_quads as quads
+    monkeypatch.setattr(quads, "PARTIALS", 0)
+    z, y = make_input([1, k, 2, 3], 1), labels((1, 8, 12), k)
+    y[0, 1, 1] = k - 1
+    y = torch.where(y == 255, -1, y)
+    loss = lambda logits: ops.upsample_cross_entropy(logits, y, -1) + 1e-9
+    ref = lambda logits: F.cross_entropy(F.interpolate(logits, (8, 12), mode="bilinear"), y, ignore_index=-1) + 1e-9
+    check_kernel(loss, ref, {"logits": z}, dtypes=("fp32",), orders=(0,), expect=QUADS[:1] if k == 1 else QUADS,
+                 grads=() if k == 1 else None)
+    hit = F.one_hot(y.where(y >= 0, k), k + 1)[..., :k].permute(0, 3, 1, 2)
+    check_kernel(lambda logits: ops.upsample_dice_sums(logits, y, -1)[0], lambda logits: (F.interpolate(logits, (8, 12), mode="bilinear").sigmoid()*hit).sum((2, 3)),
+                 {"logits": z}, dtypes=("fp32",), orders=(0,), expect=DICE)
+
+
+def test_quads_give_the_same_bits_in_any_order():
+    from segkern.testing.kernels import shuffled
+    y = labels((2, 40, 72), 5)
+    results = []
+    for seed in (0, 1, 2):
+        z = make_input([2, 5, 5, 9], 1).requires_grad_()
+        with shuffled(seed):
+            loss = ops.upsample_cross_entropy(z, y, impl="triton") + ops.upsample_dice(z, y, impl="triton")
+            results.append((loss.detach(), torch.autograd.grad(loss, z)[0]))
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r))
+
+
+def test_quads_at_extremes():
+    "Infinities and NaN as in PyTorch, the cell beyond the border included; logits of 1e4 stay finite; only void."
+    y = torch.zeros(1, 12, 12, dtype=torch.int32)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        z = make_input([1, 3, 3, 3])
+        z[0, 1, 1, 1] = bad
+        want = F.cross_entropy(F.interpolate(z, (12, 12), mode="bilinear"), y.long(), reduction="none")
+        got = ops.upsample_cross_entropy(z, y, reduction="none", impl="triton")
+        assert torch.equal(want.isnan(), got.isnan()) and want.isnan().any()
+        assert_close("finite pixels", want[~want.isnan()] + 1e-9, got[~want.isnan()] + 1e-9, 2e-6)
+    z = (1e4*make_input([1, 4, 3, 3], 3).clamp(-1, 1)).half()
+    t = torch.randint(0, 4, (1, 12, 12))
+    assert_close("1e4", plain(z.double(), t), ops.upsample_cross_entropy(z, t, impl="triton"), 6e-4)
+    void = torch.full((2, 8, 8), 255, dtype=torch.uint8)
+    for kw, value in ((dict(empty="zero"), 0.0), (dict(ohem=(.9, 5)), 0.0), (dict(reduction="sum"), 0.0), ({}, float("nan"))):
+        z = make_input([2, 3, 2, 2]).requires_grad_()
+        loss = ops.upsample_cross_entropy(z, void, impl="triton", **kw)
+        loss.backward()
+        assert loss.item() == value or (value != value and loss.isnan())
+        assert value != value or z.grad.abs().max() == 0, kw
+
+
+@pytest.mark.parametrize("impl", ["ref", "triton"])
+@pytest.mark.parametrize("size", [(8, 12), (7, 9)], ids=["quads", "any scale"])
+@pytest.mark.parametrize("loss", ["mean", "none", "ohem", "dice"])
+def test_second_derivatives(loss, size, impl):
+    "Right or refused, never zero by accident; forward mode likewise."
+    y, z = labels((1, *size), 3), make_input([1, 3, 2, 3]).double() if impl == "ref" else make_input([1, 3, 2, 3])
+    y[0, 0, :2] = 1
+    kw = dict(impl=impl) | {"mean": {}, "none": dict(reduction="none"), "ohem": dict(ohem=(.9, 5)), "dice": {}}[loss]
+    fn = lambda x: (ops.upsample_dice if loss == "dice" else ops.upsample_cross_entropy)(x, y, **kw).sum()
+    x = z.clone().requires_grad_()
+    g, = torch.autograd.grad(fn(x), x, create_graph=True)
+    step = make_input(z.shape, 5).to(z.dtype)
+    far, near = z + 1e-5*step, z - 1e-5*step
+    try: second = torch.autograd.grad((g*step).sum(), x)[0]
+    except RuntimeError as e: assert "once" in str(e)
+    else:
+        assert impl == "ref"
+        slopes = [torch.autograd.grad(fn(p.requires_grad_()), p)[0] for p in (far, near)]
+        assert_close("second derivative", (slopes[0] - slopes[1])/2e-5, second, 1e-6)
+    try: slope = torch.func.jvp(fn, (z,), (step,))[1]
+    except (NotImplementedError, RuntimeError) as e: assert "forward" in str(e).lower(), e
+    else: assert_close("forward mode", (g*step).sum().detach(), slope, 1e-9 if impl == "ref" else 1e-5)
 
 
 @pytest.mark.gpu

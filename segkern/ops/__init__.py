@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['AttentionMaps', 'affinity', 'use_impl', 'which', 'check_target', 'confusion', 'upsample_argmax', 'upsample_confusion',
-           'upsample_cross_entropy', 'upsample_dice', 'upsample_dice_sums', 'upsample_kl', 'msca', 'pack_taps',
-           'class_sums', 'cosine_logits', 'prototypes', 'rca_gate', 'strip_means', 'sr_attention', 'fold_values',
-           'strip_attention', 'strip_attention_ref', 'strip_pool', 'axial_add', 'axial_attention', 'squeeze_axial']
+           'upsample_cross_entropy', 'upsample_dice', 'upsample_dice_sums', 'msca', 'pack_taps', 'class_sums',
+           'cosine_logits', 'prototypes', 'rca_gate', 'strip_means', 'sr_attention', 'fold_values', 'strip_attention',
+           'strip_attention_ref', 'strip_pool', 'axial_add', 'axial_attention', 'squeeze_axial']
 
 # %% ../../nbs/19_ops.ipynb #0fbf3770
 from .affinity import AttentionMaps, affinity
 from .dispatch import use_impl, which
 from .head import check_target, confusion, upsample_argmax, upsample_confusion, upsample_cross_entropy
-from .head_soft import upsample_dice, upsample_dice_sums, upsample_kl
+from .head_soft import upsample_dice, upsample_dice_sums
 from .msca import msca, pack_taps
 from .prototype import class_sums, cosine_logits, prototypes
 from .rca_gate import rca_gate, strip_means
@@ -23,6 +23,6 @@ from .strip_pool import strip_pool
 
 # %% ../../nbs/19_ops.ipynb #17039a92
 _all_ = ["AttentionMaps", "affinity", "use_impl", "which", "check_target", "confusion", "upsample_argmax", "upsample_confusion", "upsample_cross_entropy",
-         "upsample_dice", "upsample_dice_sums", "upsample_kl", "msca", "pack_taps", "class_sums", "cosine_logits", "prototypes",
+         "upsample_dice", "upsample_dice_sums", "msca", "pack_taps", "class_sums", "cosine_logits", "prototypes",
          "rca_gate", "strip_means", "sr_attention", "fold_values", "strip_attention", "strip_attention_ref", "strip_pool",
          "axial_add", "axial_attention", "squeeze_axial"]

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import IGNORE
-from .dispatch import KERNELS, choose, operator, unsupported, without_autocast
+from .dispatch import choose, kernels_of, operator, unsupported, without_autocast
 from .head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample_ce_fwd, upsample_confusion_fwd
+from .head_quads import ce_bwd, ce_fwd
 
 # %% ../../nbs/17_ops.head.ipynb #27c85c6f
 def _source_rows(h, height, align_corners, device, dtype):
@@ -110,7 +111,11 @@ def upsample_argmax_ref(
     return out
 
 # %% ../../nbs/17_ops.head.ipynb #9cc4ea0d
-for _op in ("upsample_argmax", "upsample_confusion", "upsample_cross_entropy"): KERNELS[_op] = lambda logits, *_: unsupported(logits)
+def _head_kernels(logits, *_): return unsupported(logits)
+
+kernels_of("upsample_argmax", _head_kernels, upsample_argmax_fwd)
+kernels_of("upsample_confusion", _head_kernels, upsample_confusion_fwd)
+kernels_of("upsample_cross_entropy", _head_kernels, ce_fwd, ce_bwd, upsample_ce_fwd, upsample_ce_bwd, select)
 
 @operator("segkern::upsample_argmax")
 def _upsample_argmax_op(logits:torch.Tensor, height:int, width:int, align_corners:bool) -> torch.Tensor:
@@ -262,13 +267,13 @@ def _(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohe
     return logits.new_empty((), dtype=dtype), torch.empty(logits.shape if grad else (0,), dtype=dtype, device=logits.device)
 
 def _upsample_ce_setup(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0]) # the logits are there for a second derivative to be noticed
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 def _upsample_ce_backward(ctx, g, _):
-    dz, = ctx.saved_tensors
+    dz, _ = ctx.saved_tensors
     if g is not None and dz.numel() == 0: raise RuntimeError("upsample_cross_entropy was called without gradients and cannot be differentiated now")
     return (None if g is None else (dz*g).to(ctx.dtype), *[None]*10)
 
@@ -276,49 +281,54 @@ _upsample_ce.register_autograd(_upsample_ce_backward, setup_context=_upsample_ce
 
 # %% ../../nbs/17_ops.head.ipynb #6ee6582b
 @operator("segkern::upsample_nll")
-def _upsample_nll_op(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool, smoothing:float,
-                     total_weight:float, pixels:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _upsample_nll_op(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool,
+                     smoothing:float, pixels:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The kernel as an operator: sums of losses and weights, loss of each pixel, log-sum-exp in base 2."
-    return upsample_ce_fwd(logits, target, weight, ignore_index, align_corners, smoothing, total_weight, pixels)
+    return ce_fwd(logits, target, weight, ignore_index, align_corners, smoothing, pixels)
 
 @_upsample_nll_op.register_fake
-def _(logits, target, weight, ignore_index, align_corners, smoothing, total_weight, pixels):
+def _(logits, target, weight, ignore_index, align_corners, smoothing, pixels):
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=logits.device)
     return new(2), new(*target.shape) if pixels else new(0), new(*target.shape)
 
 @operator("segkern::upsample_nll_backward")
-def _upsample_nll_backward_op(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, lse:torch.Tensor, pixel:torch.Tensor|None, scale:torch.Tensor,
-                              ignore_index:int, align_corners:bool, smoothing:float, total_weight:float) -> torch.Tensor:
+def _upsample_nll_backward_op(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, lse:torch.Tensor,
+                              pixel:torch.Tensor|None, scale:torch.Tensor, ignore_index:int, align_corners:bool,
+                              smoothing:float) -> torch.Tensor:
     "The backward kernel as an operator."
-    return upsample_ce_bwd(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing, total_weight)
+    return ce_bwd(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing)
 
 @_upsample_nll_backward_op.register_fake
-def _(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing, total_weight): return torch.empty_like(logits)
+def _(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing): return torch.empty_like(logits)
+
 
 # %% ../../nbs/17_ops.head.ipynb #8fe107d0
 def _nll_setup(ctx, inputs, output):
-    logits, target, weight, ctx.ignore_index, ctx.align_corners, ctx.smoothing, ctx.total_weight, ctx.pixels = inputs
+    logits, target, weight, ctx.ignore_index, ctx.align_corners, ctx.smoothing, ctx.pixels = inputs
     ctx.save_for_backward(logits, target, weight, output[2])
     ctx.mark_non_differentiable(output[2], *([] if ctx.pixels else [output[1]]))
     ctx.set_materialize_grads(False)
 
 def _nll_backward(ctx, g_sums, g_nll, _):
     logits, target, weight, lse = ctx.saved_tensors
-    rest = (ctx.ignore_index, ctx.align_corners, ctx.smoothing, ctx.total_weight)
-    parts = []
-    if g_sums is not None: parts.append(_upsample_nll_backward_op(logits, target, weight, lse, None, g_sums[0].float().contiguous(), *rest))
-    if g_nll is not None: parts.append(_upsample_nll_backward_op(logits, target, None, lse, g_nll.float().contiguous(), g_nll.new_ones((), dtype=torch.float32), *rest[:2], 0.0, 0.0))
-    return sum(parts[1:], parts[0]) if parts else None, *[None]*7
+    rest, parts = (ctx.ignore_index, ctx.align_corners), []
+    if g_sums is not None:
+        scale = g_sums[0].float().contiguous()
+        parts.append(_upsample_nll_backward_op(logits, target, weight, lse, None, scale, *rest, ctx.smoothing))
+    if g_nll is not None:
+        one = g_nll.new_ones((), dtype=torch.float32)
+        parts.append(_upsample_nll_backward_op(logits, target, None, lse, g_nll.float().contiguous(), one, *rest, 0.0))
+    return sum(parts[1:], parts[0]) if parts else None, *[None]*6
 
 _upsample_nll_op.register_autograd(_nll_backward, setup_context=_nll_setup)
+
 
 # %% ../../nbs/17_ops.head.ipynb #fd4938ff
 def _ce_kernel(logits, target, weight, ignore_index, align_corners, reduction, ohem, zero, smoothing):
     "The loss through the kernels."
     w = None if weight is None else weight.detach().to(logits.device, torch.float32).contiguous()
-    total = 0.0 if not smoothing else float(logits.shape[1]) if w is None else float(w.sum())
     maps = ohem is not None or reduction == "none"
-    sums, nll, _ = _upsample_nll_op(logits, target, w, ignore_index, align_corners, smoothing, total, maps)
+    sums, nll, _ = _upsample_nll_op(logits, target, w, ignore_index, align_corners, smoothing, maps)
     divide = lambda a, n: a/(torch.where(n != 0, n, 1) if zero else n)
     if not maps: return sums[0] if reduction == "sum" else divide(sums[0], sums[1].detach())
     valid = target != ignore_index

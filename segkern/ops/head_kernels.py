@@ -136,7 +136,7 @@ def upsample_confusion_fwd(
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #a639fc0b
 @triton.jit
-def _upsample_ce_fwd_kernel(z, target, weight, lse, nll, sums, ignore, K, smooth, total_weight, h, w, H, W, sb, sc, sh, sw, step_h, step_w,
+def _upsample_ce_fwd_kernel(z, target, weight, total, lse, nll, sums, ignore, K, smooth, h, w, H, W, sb, sc, sh, sw, step_h, step_w,
                             WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, NLL: tl.constexpr, ALIGN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     "lse_k (U z)_k in base 2, the loss of each pixel where `NLL`, and the tile's sums of losses and weights."
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -167,7 +167,9 @@ def _upsample_ce_fwd_kernel(z, target, weight, lse, nll, sums, ignore, K, smooth
     if NLL: tl.store(nll + at, tl.where(valid, loss, 0.0), mask=inside)
     wy = tl.load(weight + y, mask=valid, other=0.0) if WEIGHT else valid.to(tl.float32)
     part = wy*loss
-    if SMOOTH: part = (1.0 - smooth)*part + smooth/K*(total_weight*l2 - smoothed)*LN2
+    if SMOOTH:
+        whole = tl.load(total) if WEIGHT else K.to(tl.float32)
+        part = (1.0 - smooth)*part + smooth/K*(whole*l2 - smoothed)*LN2
     tl.store(sums + 2*tl.program_id(0), tl.sum(tl.sum(tl.where(valid, part, 0.0), 1), 0))
     tl.store(sums + 2*tl.program_id(0) + 1, tl.sum(tl.sum(tl.where(valid, wy, 0.0), 1), 0))
 
@@ -179,7 +181,6 @@ def upsample_ce_fwd(
     ignore_index:int, # target id that does not count
     align_corners:bool, # convention of the resize
     smoothing:float=0.0, # label smoothing
-    total_weight:float=0.0, # sum of the weights, for smoothing
     pixels:bool=False, # also the loss of every pixel
 )->tuple: # sums [2] = (losses, weights) float32, nll [b, H, W] or empty, lse in base 2 [b, H, W]
     "Launch the forward kernel of the cross-entropy."
@@ -189,10 +190,11 @@ def upsample_ce_fwd(
     lse = torch.empty((b, *size), dtype=torch.float32, device=device)
     nll = torch.empty((b, *size) if pixels else (0,), dtype=torch.float32, device=device)
     sums = torch.empty((grid, 2), dtype=torch.float32, device=device)
+    total = weight.sum() if smoothing and weight is not None else None
     with on_device(logits):
         _upsample_ce_fwd_kernel[(grid,)](
-            logits, target, weight, lse, nll, sums, ignore_index, k, smoothing, total_weight, h, w, *size, *logits.stride(), scales(h, size[0], align_corners)[0],
-            scales(w, size[1], align_corners)[0], WEIGHT=weight is not None, SMOOTH=smoothing > 0, NLL=pixels, ALIGN=align_corners, **opts)
+            logits, target, weight, total, lse, nll, sums, ignore_index, k, smoothing, h, w, *size, *logits.stride(),
+            scales(h, size[0], align_corners)[0], scales(w, size[1], align_corners)[0], WEIGHT=weight is not None, SMOOTH=smoothing > 0, NLL=pixels, ALIGN=align_corners, **opts)
     return sums.double().sum(0).float(), nll, lse
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #863dc8b4
@@ -211,7 +213,7 @@ def _last(i, inv, n, N, ALIGN: tl.constexpr):
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #1b3bd696
 @triton.jit
-def _upsample_ce_bwd_kernel(z, target, weight, lse, pixel, scale, dz, ignore, K, smooth, total_weight, h, w, H, W, sb, sc, sh, sw, gb, gc, gh, gw,
+def _upsample_ce_bwd_kernel(z, target, weight, total, lse, pixel, scale, dz, ignore, K, smooth, h, w, H, W, sb, sc, sh, sw, gb, gc, gh, gw,
                             step_h, step_w, inv_h, inv_w, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, PIXEL: tl.constexpr, ALIGN: tl.constexpr,
                             T: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr):
     "dz = U^T [c (softmax(U z) - onehot)] for a tile of cells of one class plane that the program owns."
@@ -223,6 +225,7 @@ def _upsample_ce_bwd_kernel(z, target, weight, lse, pixel, scale, dz, ignore, K,
     i, j = i0 + tl.arange(0, T), j0 + tl.arange(0, T)
     plane = z + b*sb + k.to(tl.int64)*sc
     wk = tl.load(weight + k) if WEIGHT else 1.0
+    whole = tl.load(total) if WEIGHT and SMOOTH else K.to(tl.float32)
     acc = tl.zeros([T, T], tl.float32)
     for r in range(_first(i0, inv_h, ALIGN), _last(i0 + T, inv_h, h, H, ALIGN), BO):
         oh = r + tl.arange(0, BO)
@@ -239,7 +242,7 @@ def _upsample_ce_bwd_kernel(z, target, weight, lse, pixel, scale, dz, ignore, K,
             elif WEIGHT: coefficient = tl.load(weight + y, mask=valid, other=0.0)
             else: coefficient = 1.0
             d = coefficient*tl.where(y == k, p - 1.0, p)
-            if SMOOTH: d = (1.0 - smooth)*d + smooth/K*(total_weight*p - wk)
+            if SMOOTH: d = (1.0 - smooth)*d + smooth/K*(whole*p - wk)
             d = tl.where(valid, d, 0.0)
             acc += tl.dot(tl.dot(wy, d, input_precision=PRECISION), tl.trans(wx), input_precision=PRECISION)
     acc *= tl.load(scale)
@@ -256,17 +259,16 @@ def upsample_ce_bwd(
     ignore_index:int, # target id that does not count
     align_corners:bool, # convention of the resize
     smoothing:float=0.0, # label smoothing
-    total_weight:float=0.0, # sum of the weights, for smoothing
 )->torch.Tensor: # gradient, like the logits
     "Launch the backward kernel of the cross-entropy."
     (b, k, h, w), size = logits.shape, tuple(target.shape[1:])
-    dz = torch.empty_like(logits)
+    dz, total = torch.empty_like(logits), weight.sum() if smoothing and weight is not None else None
     opts = blocks("upsample_cross_entropy_bwd", T=16, BO=32, num_warps=4)
     (step_h, inv_h), (step_w, inv_w) = scales(h, size[0], align_corners), scales(w, size[1], align_corners)
     grid = (b*triton.cdiv(h, opts["T"])*triton.cdiv(w, opts["T"]), k)
     with on_device(logits):
         _upsample_ce_bwd_kernel[grid](
-            logits, target, weight, lse, pixel, scale, dz, ignore_index, k, smoothing, total_weight, h, w, *size, *logits.stride(), *dz.stride(),
+            logits, target, weight, total, lse, pixel, scale, dz, ignore_index, k, smoothing, h, w, *size, *logits.stride(), *dz.stride(),
             step_h, step_w, inv_h, inv_w, WEIGHT=weight is not None, SMOOTH=smoothing > 0, PIXEL=pixel is not None, ALIGN=align_corners,
             PRECISION="ieee" if logits.dtype == torch.float32 else "tf32", **opts)
     return dz

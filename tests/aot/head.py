@@ -1,10 +1,11 @@
-"Production launches of upsample_argmax, upsample_confusion, upsample_cross_entropy, upsample_dice, upsample_kl."
+"Production launches of upsample_argmax, upsample_confusion, upsample_cross_entropy, upsample_dice."
 import torch
 
-from segkern.ops.head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample_ce_fwd, upsample_confusion_fwd
-from segkern.ops.head_soft import dice_bwd, dice_fwd, kl_bwd, kl_fwd
+from segkern.ops.head_kernels import select, upsample_argmax_fwd, upsample_confusion_fwd
+from segkern.ops.head_quads import ce_bwd, ce_fwd
+from segkern.ops.head_soft import dice_bwd, dice_fwd
 
-MMA = {"_upsample_ce_bwd_kernel", "_dice_bwd_kernel", "_kl_bwd_kernel"} # 16-bit logits; float32 ones use exact products
+MMA = {"_upsample_ce_bwd_kernel", "_dice_bwd_kernel"} # 16-bit logits; float32 ones use exact products
 WIDE = {"_digit_histogram_kernel"}
 
 
@@ -16,17 +17,15 @@ def train(b, k, h, w, H, W, dtype, align=False, **options):
     z, y, weight = new(b, k, h, w, dtype=dtype), new(b, H, W, dtype=torch.int32), new(k)
     weight = weight if options.pop("weight", False) else None
     pixel = new(b, H, W) if options.pop("pixel", False) else None
-    _, _, lse = upsample_ce_fwd(z, y, weight, 255, align, pixels=pixel is not None, **options)
-    upsample_ce_bwd(z, y, weight, lse, pixel, new(), 255, align, **options)
+    _, _, lse = ce_fwd(z, y, weight, 255, align, pixels=pixel is not None, **options)
+    ce_bwd(z, y, weight, lse, pixel, new(), 255, align, **options)
 
 
-def soft(b, k, h, w, H, W, dtype):
-    "Dice and divergence, forward and backward."
-    z, t, y = new(b, k, h, w, dtype=dtype), new(b, k, h, w, dtype=dtype), new(b, H, W, dtype=torch.int32)
-    dice_fwd(z, y, 255, False, False)
-    dice_bwd(z, y, new(b, k, 2), 255, False, False)
-    _, a, c = kl_fwd(z, t, H, W, None, 1.0, False)
-    kl_bwd(z, t, a, c, None, new(), 1.0, False)
+def dice(b, k, h, w, H, W, dtype, align=False):
+    "Dice, forward and backward."
+    z, y = new(b, k, h, w, dtype=dtype), new(b, H, W, dtype=torch.int32)
+    dice_fwd(z, y, 255, align, False)
+    dice_bwd(z, y, new(b, k, 2), 255, align, False)
 
 
 def decide(b, k, h, w, H, W, dtype):
@@ -39,8 +38,14 @@ def decide(b, k, h, w, H, W, dtype):
 def cases():
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         yield f"Cityscapes {name}", lambda dtype=dtype: train(8, 19, 128, 128, 1024, 1024, dtype)
-        yield f"ADE20K {name}", lambda dtype=dtype: (soft(16, 150, 128, 128, 512, 512, dtype), decide(1, 150, 128, 128, 512, 512, dtype))
+        yield f"ADE20K {name}", lambda dtype=dtype: (train(16, 150, 128, 128, 512, 512, dtype), dice(16, 150, 128, 128, 512, 512, dtype),
+                                                     decide(1, 150, 128, 128, 512, 512, dtype))
         yield f"whole picture {name}", lambda dtype=dtype: decide(1, 19, 128, 256, 1024, 2048, dtype)
-    yield "weights, smoothing, corners bf16", lambda: train(8, 19, 128, 128, 1024, 1024, torch.bfloat16, True, weight=True, smoothing=.1, total_weight=19.0)
+        yield f"any scale {name}", lambda dtype=dtype: (train(8, 19, 128, 128, 1000, 1000, dtype), dice(8, 19, 128, 128, 1000, 1000, dtype))
+        yield f"by 2 and by 16 {name}", lambda dtype=dtype: (train(8, 19, 256, 256, 512, 512, dtype), train(8, 19, 32, 32, 512, 512, dtype))
+    for dtype in (torch.bfloat16, torch.float32):
+        yield f"weights, smoothing, corners {dtype}", lambda dtype=dtype: train(8, 19, 128, 128, 1024, 1024, dtype, True, weight=True, smoothing=.1)
+    yield "weights, smoothing, corners, any scale bf16", lambda: train(8, 19, 128, 128, 1001, 1024, torch.bfloat16, True, weight=True, smoothing=.1)
+    yield "dice, corners bf16", lambda: dice(8, 19, 128, 128, 1024, 1024, torch.bfloat16, True)
     yield "mining bf16", lambda: (train(8, 19, 128, 128, 1024, 1024, torch.bfloat16, True, pixel=True), select(new(8*1024*1024), new(dtype=torch.int64)))
     yield "more than 2**31 logits fp32", lambda: train(64, 171, 512, 512, 512, 512, torch.float32)
