@@ -295,9 +295,13 @@ def _whole_labels(model, images, size=None):
 
 def _labels(model, x, size):
     "Labels of `x` at `size`; a picture that the network cannot take is a ValueError that says so."
+    return _answer(model, x, size, lambda x: model.predict(x, size))
+
+def _answer(model, x, size, ask):
+    "What `ask` gives for pictures `x` in a size that the network takes."
     small = min(x.shape[-2:]) < 64
     x = resize(x, legal_size(model, x.shape[-2:]))
-    try: return model.predict(x, size)
+    try: return ask(x)
     except RuntimeError as e:
         if not small: raise
         name = getattr(model, "name", type(model).__name__)
@@ -411,6 +415,28 @@ def _fit_classes(model, names, classes, restrict):
     try: return model, class_lookup(ours or names, names)
     except ValueError as e: raise ValueError(f"{e}{hint}") from None
 
+# %% ../nbs/62_infer.ipynb #d68d34b7
+def _one_bilinear_step(model):
+    "Whether a model's labels are the argmax of its logits after one bilinear resize, as its base class has it."
+    if isinstance(model, FirstClasses): return hasattr(model.net, "align_corners")
+    predict = getattr(type(model), "predict", None)
+    return getattr(predict, "__module__", None) == "segkern.models.base"
+
+def _count(confusion, model, protocol, predict, lookup, images, targets):
+    "Count one batch: from small logits where that is the same, else from labels."
+    device = _device_of(model)
+    targets = targets.to(device)
+    if protocol == "whole" and images.shape[-2:] == targets.shape[-2:] and _one_bilinear_step(model):
+        x = model.preprocess(images.to(device))
+        with torch.inference_mode(): logits = _answer(model, x, tuple(x.shape[-2:]), model)
+        order = None if lookup is None else lookup[:confusion.num_classes]
+        confusion.update_logits(logits, targets, model.align_corners, order)
+        return
+    labels = predict(model, images)
+    if lookup is not None: labels = lookup.to(labels.device)[labels.long()]
+    confusion.update(labels, targets)
+
+
 # %% ../nbs/62_infer.ipynb #2d38e9a7
 def evaluate(
     model:nn.Module, # a segmentation model; mode and device stay as they are
@@ -447,9 +473,7 @@ def evaluate(
     try:
         with evaluating(model), progress(desc=desc, total=count, unit="image") as bar:
             for items in _batches(dataset, count, batch, workers):
-                labels = predict(model, torch.stack([i for i, _ in items]))
-                if lookup is not None: labels = lookup.to(labels.device)[labels.long()]
-                confusion.update(labels, torch.stack([t for _, t in items]).to(target_device))
+                _count(confusion, model, protocol, predict, lookup, *(torch.stack(part) for part in zip(*items)))
                 bar.update(len(items))
     finally:
         if target_device != home: model.to(home)

@@ -9,6 +9,7 @@ __all__ = ['MIOU', 'Confusion', 'iou_table']
 import torch
 
 from .core import IGNORE, Table
+from .ops.head import upsample_confusion
 
 # %% ../nbs/60_metrics.ipynb #4b5263d0
 MIOU = ("present", "all", "s2fpn") # the rules that `Confusion.result` knows
@@ -32,6 +33,15 @@ def _mean(
     known = [v for v in values if v is not None]
     return sum(known)/len(known) if known else None
 
+# %% ../nbs/60_metrics.ipynb #6816153a
+def _joined(
+    a:torch.Tensor, # [3]: a number, a minimum, a maximum
+    b:torch.Tensor, # the same of others
+)->torch.Tensor: # of both
+    "Two notes about illegal ids as one."
+    return torch.stack([a[0] + b[0], torch.minimum(a[1], b[1]), torch.maximum(a[2], b[2])])
+
+
 # %% ../nbs/60_metrics.ipynb #a4cdb777
 class Confusion:
     "Counts of (true class, predicted class) over all pixels that are not void."
@@ -43,6 +53,7 @@ class Confusion:
         if 0 <= ignore_index < num_classes: raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64) # [K, K], rows are the target
+        self.illegal = None # of `update_logits`, on its device: how many ids were none, the lowest and the highest of them
 
     def update(self,
         pred, # predicted ids, any shape and integer type
@@ -58,6 +69,39 @@ class Confusion:
         counts = torch.bincount(target*self.num_classes + pred, minlength=self.num_classes**2)
         self.matrix = self.matrix.to(counts.device) + counts.view(self.num_classes, self.num_classes)
         return self
+
+    def update_logits(self,
+        logits:torch.Tensor, # [b, K, h, w], of any size
+        target:torch.Tensor, # [b, H, W], true ids
+        align_corners:bool=False, # convention of the resize to [H, W]
+        lookup:torch.Tensor|None=None, # [K]: the class of each channel; default: its number
+    )->"Confusion": # itself
+        "Count the labels that the resized logits give; nothing waits for the device. `result` raises where an id was illegal."
+        if logits.shape[1] != self.num_classes: raise ValueError(f"the logits have {logits.shape[1]} classes, not {self.num_classes}")
+        target = target.to(logits.device)
+        if target.is_floating_point(): raise ValueError(f"target must hold integer class ids, got {target.dtype}")
+        ids = target.to(torch.int32) if target.dtype.itemsize <= 2 else target
+        wrong = (ids != self.ignore_index) & ((ids < 0) | (ids >= self.num_classes))
+        self._note(ids, wrong)
+        counts = upsample_confusion(logits, ids.masked_fill(wrong, self.ignore_index), self.ignore_index, align_corners)
+        if lookup is not None: counts = torch.zeros_like(counts).index_add_(1, lookup.to(counts.device).long(), counts)
+        self.matrix = self.matrix.to(counts.device) + counts
+        return self
+
+    def _note(self, ids, wrong):
+        "Keep the number and the range of illegal ids, on the device."
+        if not ids.numel(): return
+        ids = ids.long()
+        low, high = (ids.masked_fill(~wrong, fill) for fill in (2**62, -2**62))
+        seen = torch.stack([wrong.sum(), low.amin(), high.amax()])
+        self.illegal = seen if self.illegal is None else _joined(self.illegal.to(seen.device), seen)
+
+    def _check_noted(self):
+        "Raise where `update_logits` met an illegal id."
+        count, low, high = (0, 0, 0) if self.illegal is None else self.illegal.tolist()
+        if count == 0: return
+        which = f"the id {low}" if low == high else f"ids from {low} to {high}"
+        raise ValueError(f"target holds {which} ({count} pixels); expected 0 to {self.num_classes - 1} or {self.ignore_index} (void)")
 
     def _check(self, name, t):
         "Raise where an id is not a class, naming it."
@@ -77,6 +121,8 @@ class Confusion:
                              f"to counts over {self.num_classes} (void {self.ignore_index})")
         total = Confusion(self.num_classes, self.ignore_index)
         total.matrix = self.matrix + other.matrix.to(self.matrix.device)
+        noted = [c.illegal.to(self.matrix.device) for c in (self, other) if c.illegal is not None]
+        total.illegal = _joined(*noted) if len(noted) == 2 else noted[0] if noted else None
         return total
 
     def result(self,
@@ -84,6 +130,7 @@ class Confusion:
     )->dict: # miou, iou (list, None where undefined), pixel_acc, mean_acc, n_pixels; fractions of one
         "The usual numbers. A mean over nothing is None."
         if miou not in MIOU: raise ValueError(f"unknown mIoU rule '{miou}'; there are {MIOU}")
+        self._check_noted()
         m = self.matrix.cpu()
         hit, true, said = (v.tolist() for v in (m.diagonal(), m.sum(1), m.sum(0)))
         iou = [h/(t + s - h) if t + s else None for h, t, s in zip(hit, true, said)]

@@ -562,3 +562,25 @@ def test_camvid_in_both_orders_scores_the_same():
     assert r["segnet"]["permuted"] and not r["sanet"]["permuted"] and r["segnet"]["n_pixels"] > 100_000
     iou = {o: dict(zip(r[o]["classes"], r[o]["iou"])) for o in orders}
     assert iou["segnet"] == iou["sanet"] and r["segnet"]["miou"] == pytest.approx(r["sanet"]["miou"]) and r["sanet"]["miou"] > 0
+
+
+@pytest.mark.parametrize("restrict", [False, True])
+def test_whole_pictures_are_counted_from_small_logits(restrict, monkeypatch):
+    "With the same counts as from labels, classes in another order, batches and a model with more outputs than classes."
+    from segkern import create_model, infer
+    with seeded(0): m = create_model("s2fpn_r18", num_classes=5 if restrict else 4).eval()
+    m.classes = None if restrict else list("abcd")
+    order = [0, 1, 2, 3] if restrict else [2, 0, 3, 1]
+    targets = [torch.randint(0, 5, (70, 90), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    items = [(picture(70, 90, seed=i), t.where(t < 4, 255).to(torch.uint8)) for i, t in enumerate(targets)]
+    data, calls = Images([list("abcd")[o] for o in order], items), []
+    counted = infer.Confusion.update_logits
+    monkeypatch.setattr(infer.Confusion, "update_logits", lambda self, *a: calls.append(1) or counted(self, *a))
+    got = evaluate(m, data, batch=2, restrict=restrict)
+    assert len(calls) == 2
+    monkeypatch.setattr(infer, "_one_bilinear_step", lambda model: False)
+    want = evaluate(m, data, batch=2, restrict=restrict)
+    assert len(calls) == 2 and {k: v for k, v in got.items() if k != "seconds"} == {k: v for k, v in want.items() if k != "seconds"}
+    items[1][1][3, 3] = 200
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="id 200"): evaluate(m, data, restrict=restrict)

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from segkern.metrics import MIOU, Confusion, iou_table
 from segkern.testing import assert_close, fixture
@@ -94,3 +95,29 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="at least 1"): Confusion(0)
     with pytest.raises(ValueError, match="one of the 11 classes"): Confusion(11, ignore_index=3)
     with pytest.raises(ValueError, match="2 class names for 3"): iou_table(Confusion(3).result(), ["a", "b"])
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_counts_from_small_logits(align_corners):
+    "As from labels, with the classes of the channels in another order, over several batches, parts and integer types."
+    order, g = torch.tensor([3, 0, 4, 1, 2]), torch.Generator().manual_seed(0)
+    whole, parts = Confusion(5), [Confusion(5), Confusion(5)]
+    for n, dtype in enumerate((torch.uint8, torch.int16, torch.int64)):
+        z, y = torch.randn(2, 5, 3, 4, generator=g), torch.randint(0, 5, (2, 13, 17), generator=g)
+        y[:, :3] = 255
+        labels = F.interpolate(z.double(), (13, 17), mode="bilinear", align_corners=align_corners).argmax(1)
+        whole.update(order[labels], y)
+        parts[n % 2].update_logits(z, y.to(dtype), align_corners, order)
+    assert (parts[0] + parts[1]).matrix.equal(whole.matrix) and (parts[0] + parts[1]).result() == whole.result()
+
+
+def test_illegal_ids_in_small_logits_are_raised_with_the_result():
+    z, y = torch.zeros(1, 3, 2, 2), torch.full((1, 4, 4), 255)
+    y[0, 0, 0], y[0, 0, 1], y[0, 1] = -1, 9, 2
+    c = Confusion(3).update_logits(z, y)
+    assert c.matrix.sum() == 4
+    with pytest.raises(ValueError, match=r"ids from -1 to 9 \(2 pixels\); expected 0 to 2 or 255"): c.result()
+    with pytest.raises(ValueError, match="-1 to 9"): (Confusion(3).update_logits(z, y.clamp(min=0)) + c).result()
+    with pytest.raises(ValueError, match="3 classes, not 4"): Confusion(4).update_logits(z, y)
+    with pytest.raises(ValueError, match="integer"): Confusion(3).update_logits(z, y.float())
+    assert Confusion(3).update_logits(z[:0], y[:0]).result()["miou"] is None

@@ -151,8 +151,15 @@ def confusion(
     "Count pairs of true and predicted class."
     target = _ids(target)
     keep = target != ignore_index
+    if target.is_cuda: return _tally(target, pred, keep, num_classes)
     pair = target[keep].long()*num_classes + pred[keep].long()
     return torch.bincount(pair, minlength=num_classes**2).view(num_classes, num_classes)
+
+def _tally(target, pred, keep, k):
+    "The same without waiting for the device, which `bincount` and masks do: what does not count has a bin of its own."
+    pair = torch.where(keep, target.long()*k + pred.long(), k*k).flatten()
+    bins = torch.zeros(k*k + 1, dtype=torch.int64, device=pair.device)
+    return bins.scatter_add_(0, pair, torch.ones_like(pair))[:-1].view(k, k)
 
 # %% ../../nbs/17_ops.head.ipynb #82319ac6
 @operator("segkern::upsample_confusion")
