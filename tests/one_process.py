@@ -63,21 +63,10 @@ def smallest_cases():
 def other_calls():
     "What the benchmark has no case for."
     target = torch.from_numpy(make_input([1, 9, 7], 5).numpy() > 0).long()
-<<<<<<< HEAD
-    z, teacher = leaf([1, 3, 4, 5], 1), make_input([1, 3, 4, 5], 2)
-    per_pixel = lambda z, impl=None: ops.upsample_cross_entropy(z, target, reduction="none", impl=impl)
-    return [("loss of each pixel", per_pixel, (z,)),
-            ("dice", lambda z, impl=None: ops.upsample_dice(z, target, impl=impl), (z,)),
-            ("kl", lambda z, impl=None: ops.upsample_kl(z, teacher, (9, 7), impl=impl), (z,))]
-=======
     z = leaf([1, 3, 4, 5], 1)
-    shapes = [1, 6, 32], [1, 2, 4, 16], [1, 2, 4, 16], [32], [32], [32, 32], [32], [32, 32], [32]
-    block = [make_input(s, i) for i, s in enumerate(shapes)]
     per_pixel = lambda z, impl=None: ops.upsample_cross_entropy(z, target, reduction="none", impl=impl)
     return [("loss of each pixel", per_pixel, (z,)),
-            ("dice", lambda z, impl=None: ops.upsample_dice(z, target, impl=impl), (z,)),
-            ("attention block", ops.attention_block, tuple(block))]
->>>>>>> 68a113d (ops: cross-entropy and dice own quads of logits; no upsample_kl)
+            ("dice", lambda z, impl=None: ops.upsample_dice(z, target, impl=impl), (z,))]
 
 
 def results(fn, args, impl):

@@ -6,13 +6,8 @@ import torch.nn.functional as F
 from segkern import ops
 from segkern.ops.dispatch import interpreting
 from segkern.ops.head import _upsample_argmax_op, _upsample_confusion_op, _upsample_nll_op
-<<<<<<< HEAD
-from segkern.ops.head_soft import _dice_op, _kl_op
-from segkern.testing import assert_close, layouts, make_input, make_labels
-=======
 from segkern.ops.head_soft import _dice_op
-from segkern.testing import assert_close, layouts, make_input
->>>>>>> 68a113d (ops: cross-entropy and dice own quads of logits; no upsample_kl)
+from segkern.testing import assert_close, layouts, make_input, make_labels
 from segkern.testing.kernels import check_kernel, exact_interpreter, launches
 
 pytestmark = pytest.mark.skipif(not interpreting() and not torch.cuda.is_available(), reason="kernels need the interpreter (TRITON_INTERPRET=1) or a GPU")

@@ -222,6 +222,7 @@ def _log_likelihood(band, target, ignore_index):
 # %% ../../nbs/17_ops.head.ipynb #5d83b155
 def _ohem_keep(nll, valid, thres, min_kept):
     "Mask of the pixels whose true class has a probability below the threshold of online hard example mining."
+    if nll.is_cuda: return _ohem_keep_fast(nll, valid, thres, min_kept, _by_sorting)
     p = torch.exp(-nll)
     n = valid.sum()
     if n == 0: return valid
@@ -229,6 +230,11 @@ def _ohem_keep(nll, valid, thres, min_kept):
     pv = p[valid]
     t = torch.as_tensor(thres, dtype=p.dtype, device=p.device) if (pv <= thres).sum() > rank else pv.kthvalue(rank + 1).values
     return valid & (p < torch.maximum(t, torch.as_tensor(thres, dtype=p.dtype, device=p.device)))
+
+def _by_sorting(p, rank):
+    "The value of that rank, without waiting for the device."
+    return p.flatten().sort().values.gather(0, rank.reshape(1))[0]
+
 
 # %% ../../nbs/17_ops.head.ipynb #777489a7
 @operator("segkern::upsample_cross_entropy")
@@ -347,7 +353,7 @@ def _ce_kernel(logits, target, weight, ignore_index, align_corners, reduction, o
     if reduction != "mean": return loss if reduction == "none" else loss.sum()
     return divide(loss.sum(), keep.sum().float())
 
-def _ohem_keep_fast(nll, valid, thres, min_kept):
+def _ohem_keep_fast(nll, valid, thres, min_kept, select=select):
     "The mask of online hard example mining; the device is never waited for."
     p, n = torch.exp(-nll), valid.sum()
     rank = torch.clamp(n - 1, 0, int(min_kept))
