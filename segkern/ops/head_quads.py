@@ -272,14 +272,14 @@ def _touching(i, SIDE: tl.constexpr, n, N, S: tl.constexpr, P: tl.constexpr, ALI
     q = i + 1 - SIDE
     return q*(S//P), (q + 1)*(S//P)
 
-@triton.jit(do_not_specialize=["total", "h", "w", "H", "W", "rows", "cols", "cells", "gb", "gc"])
-def _quad_gather_kernel(part, scale, dz, total, h, w, H, W, rows, cols, cells, gb, gc, ALIGN: tl.constexpr, S: tl.constexpr,
+@triton.jit(do_not_specialize=["total", "h", "w", "H", "W", "rows", "cols", "gb", "gc"])
+def _quad_gather_kernel(part, scale, dz, total, h, w, H, W, rows, cols, gb, gc, ALIGN: tl.constexpr, S: tl.constexpr,
                         PH: tl.constexpr, PW: tl.constexpr, BLOCK: tl.constexpr):
     "Each cell adds what its quads hold for it, times the incoming gradient."
     LN2: tl.constexpr = 0.6931471805599453
-    n = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
-    b, cell, k = n//(h*w), (n % (h*w)).to(tl.int32), tl.program_id(1).to(tl.int64)
-    i, j = cell//w, cell % w
+    cell, k, b = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    inside, i = cell < h*w, cell//w
+    j = cell - i*w
     acc = tl.zeros([BLOCK], tl.float32)
     for side_h in tl.static_range(2):
         row, row_end = _touching(i, side_h, h, H, S, PH, ALIGN)
@@ -288,10 +288,11 @@ def _quad_gather_kernel(part, scale, dz, total, h, w, H, W, rows, cols, cells, g
             plane = part + (k*4 + 2*side_h + side_w)*total + b*rows*cols
             for down in tl.static_range(S//PH + ALIGN):
                 for along in tl.static_range(S//PW + ALIGN):
-                    there = (n < cells) & (row + down < row_end) & (col + along < col_end)
-                    acc += tl.load(plane + (row + down)*cols + col + along, mask=there, other=0.0)
+                    there = inside
+                    if ALIGN: there = inside & (row + down < row_end) & (col + along < col_end)
+                    acc += tl.load(plane + ((row + down)*cols + col + along), mask=there, other=0.0)
     acc *= tl.load(scale)*LN2
-    tl.store(dz + b*gb + k*gc + cell, acc.to(dz.dtype.element_ty), mask=n < cells)
+    tl.store(dz + b*gb + k*gc + cell, acc.to(dz.dtype.element_ty), mask=inside)
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #545e7b40
 PARTIALS = 48 << 20 # bytes of partial sums at a time; 8 classes at least
@@ -316,8 +317,8 @@ def through_corners(
         share = triton.cdiv(triton.cdiv(n, triton.cdiv(n, 16)), opts["KB"])*opts["KB"]
         with on_device(logits):
             launch(z, part, k0, n, share, total, (b*triton.cdiv(patches, opts["NQ"]), triton.cdiv(n, share)), sizes, steps)
-            _quad_gather_kernel[(triton.cdiv(b*h*w, 256), n)](
-                part, scale, dz[:, k0:], total, *sizes, b*h*w, *dz.stride()[:2], ALIGN=align_corners, S=S, PH=PH, PW=PW, BLOCK=256,
+            _quad_gather_kernel[(triton.cdiv(h*w, 256), n, b)](
+                part, scale, dz[:, k0:], total, *sizes, *dz.stride()[:2], ALIGN=align_corners, S=S, PH=PH, PW=PW, BLOCK=256,
                 num_warps=4)
     return dz if logits.is_contiguous() else torch.empty_like(logits).copy_(dz)
 
