@@ -253,7 +253,8 @@ def describe(
     device = torch.cuda.get_device_name(x.device) if x.is_cuda else env_info()["cpu"]
     given, dtype = facts.get("dtype", "as input"), next(model.parameters(), x).dtype
     return dict(device=device, dtype=str(dtype).replace("torch.", "") if given == "as input" else given, layout=layout, aux_heads=heads,
-                bn_folded=facts.get("bn_folded", 0), compiled=facts.get("compiled", False), threads=torch.get_num_threads(),
+                bn_folded=facts.get("bn_folded", 0), compiled=facts.get("compiled", False),
+                graphs=facts.get("graphs", 0), threads=torch.get_num_threads(),
                 height=x.shape[-2], width=x.shape[-1], batch=len(x))
 
 # %% ../nbs/70_bench.ipynb #4a03ff71
@@ -273,15 +274,25 @@ def latency(
 
 # %% ../nbs/70_bench.ipynb #5e1a9db9
 def _forms(model, dtypes, compiled):
-    "name -> (module, from normalised picture to labels)."
-    forms = {"paper": (_form(model, "paper"), lambda m, x: paper_outputs(m, x)["logits"].argmax(1).to(torch.uint8)),
-             "plain": (model, lambda m, x: m.upsample(m(x), x.shape[-2:]).argmax(1).to(torch.uint8))}
+    "name -> (module, function of it and a picture's bytes that gives labels)."
+    best = lambda logits: logits.argmax(1).to(torch.uint8)
+    forms = {"paper": (_form(model, "paper"), lambda m, image: best(paper_outputs(m, m.preprocess(image))["logits"])),
+             "plain": (model, lambda m, image: best(m.upsample(m(m.preprocess(image)), image.shape[-2:])))}
     on_cpu = next(model.parameters()).device.type == "cpu"
     for compile in (False, True)[:1 + bool(compiled)]:
         for dtype in (None, *(() if compile and on_cpu else dtypes)):
             name = "optimized" + (" " + str(dtype).replace("torch.", "") if dtype else "") + (" compiled" if compile else "")
-            forms[name] = optimize(model, dtype=dtype, compile=compile), lambda m, x: m.predict(x)
+            forms[name] = optimize(model, dtype=dtype, compile=compile), lambda m, image: m.pictures(image)
+            if not compile and not on_cpu: forms |= _graph_peers(model, dtype, name)
     return forms
+
+def _graph_peers(model, dtype, name):
+    "The same network without graphs, and with those of torch.compile."
+    bare = optimize(model, channels_last=True, dtype=dtype, graphs=0)
+    def labels(image): return bare.predict(bare.preprocess(image))
+    peer = torch.compile(labels, mode="reduce-overhead", dynamic=False)
+    return {f"{name} without graphs": (bare, lambda m, image: labels(image)),
+            f"{name} reduce-overhead": (bare, lambda m, image: peer(image))}
 
 # %% ../nbs/70_bench.ipynb #95e2f1ce
 def image_to_labels(
@@ -298,7 +309,8 @@ def image_to_labels(
     if not torch.is_tensor(image):
         with seeded(0): image = torch.randint(0, 256, (1, 3, *image), dtype=torch.uint8)
     image = image.to(device)
-    run = lambda m, f: lambda: f(m, m.preprocess(image))
+    if image.is_cuda: warmup = max(warmup, 3) # graphs are made at a third call
+    run = lambda m, f: lambda: f(m, image)
     with evaluating(model):
         forms = _forms(model, dtypes, compiled)
         fns = {n: run(m, f) for n, (m, f) in forms.items()}

@@ -24,7 +24,7 @@ from .core import logger, pick_device, progress
 from .data import permutation
 from .data.augment import cubic_window, fitted_size
 from .data.transforms import resize_window
-from .graphs import Replays
+from .graphs import Replays, first_line
 from .layers import resize
 from .metrics import Confusion
 from .ops.head import upsample_argmax
@@ -325,7 +325,8 @@ def segment(
             labels = _predictor(protocol, None, None, None, True, "softmax", 0, size and _pair(size, "size"))(model, images)
             return labels if batched else labels[0]
         seen = None if size is None else _pair(size, "size")
-        whole = model.pictures if isinstance(model, Optimized) else functools.partial(_whole_labels, model)
+        own = hasattr(type(model), "pictures") # not what a wrapper hands through
+        whole = model.pictures if own else functools.partial(_whole_labels, model)
         labels = whole(images.to(_device_of(model)), seen)
     return labels if batched else labels[0]
 
@@ -675,7 +676,7 @@ class Optimized(nn.Module):
                     self._set_layout(channels_last)
                     _, replay = replays.recorded(lambda t: fn(t, *settings), x)
                     times[channels_last] = replays.recorder.milliseconds(replay)
-            except Exception as e: logger.warning("layouts were not compared: %s", (str(e) or repr(e)).splitlines()[0])
+            except Exception as e: logger.warning("layouts were not compared: %s", first_line(e))
             self._set_layout(min(times, key=times.get) if len(times) == 2 else True)
             replays.clear()
         logger.info("channels_last is %s; milliseconds by layout: %s", self.channels_last, times)
@@ -717,7 +718,7 @@ def _packs(dtype):
 # %% ../nbs/62_infer.ipynb #aa173d38
 def optimize(
     model:nn.Module, # any model of segkern; stays as it is
-    channels_last:bool|str="auto", # layout of activations; "auto": True, but on a CUDA device what is faster at its first call
+    channels_last:bool|str="auto", # layout of activations; "auto": True, but on a CUDA device the faster one
     fold_bn:bool=True, # batch norms move into the convolutions before them
     prepack:bool|None=None, # oneDNN weight layout and ReLU in the same pass (CPU only); default: on a CPU, unless compiled
     dtype:torch.dtype|None=None, # compute in this type, e.g. torch.bfloat16; logits come back as float32
@@ -744,7 +745,8 @@ def optimize(
     if compile and cpu and dtype in (torch.bfloat16, torch.float16):
         raise ValueError(f"compile=True wants float32 on a CPU, got {dtype}: Inductor's half precision is slower there and changes labels")
     if compile and cpu: _check_compiler()
-    if channels_last not in (True, False, "auto"): raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
+    if channels_last not in (True, False, "auto"):
+        raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
     if channels_last == "auto": channels_last = None if device == "cuda" and graphs and not compile else True
     if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16():
         logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
@@ -761,4 +763,5 @@ def optimize(
         if relu is not None: _replace(net, relu, nn.Identity())
     name = str(dtype or "as input").replace("torch.", "")
     facts = dict(bn_folded=len(folded) + own, channels_last=channels_last, prepacked=bool(prepack), dtype=name, compiled=compile)
-    return Optimized(net, channels_last, dtype, compile, facts | dict(graphs=0 if cpu else graphs), Replays(graphs, copies))
+    facts["graphs"] = graphs if device == "cuda" else 0
+    return Optimized(net, channels_last, dtype, compile, facts, Replays(graphs, copies))

@@ -536,7 +536,7 @@ def forward_backward(
 def settle(
     run:Run,
 ):
-    "Ask for the noted numbers: losses go to the sums; one that is not finite is an error, and the model is that of the step before."
+    "Ask for the noted numbers: losses go to the sums; one that is not finite is an error as of the step before."
     state, watch = run.state, run.watch
     seen, watch.seen = watch.seen, []
     numbers = iter(torch.cat([s.values for s in seen]).tolist() if seen else [])
@@ -562,7 +562,7 @@ def _not_finite(run, seen, values):
 def optimizer_step(
     run:Run,
 ):
-    "Clip the gradients, move the weights and their average; nothing moves where a loss or the clipped norm was not finite."
+    "Clip the gradients, move the weights and their average; after a number that was not finite nothing moves."
     acc, watch, step = run.accelerator, run.watch, run.state["step"] + 1
     if run.recipe.clip:
         norm = acc.clip_grad_norm_(run.net.parameters(), run.recipe.clip)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from segkern import bench
 from segkern.bench import (Comparison, Timing, bench_models, compare, cost, describe, image_to_labels, latency, measure, paper_outputs,
                            paper_speed, quantile, read_csv, write_csv)
 from segkern.core import IMAGENET, seeded
@@ -99,6 +100,28 @@ def test_describe_and_latency(net):
     assert fast["layout"] == "channels_last" and fast["bn_folded"] == 1 and fast["aux_heads"] == "dropped"
     r = latency(net, (8, 12), batch=2, repeats=3)
     assert r["n"] == 3 and r["fps"] == pytest.approx(2e3/r["ms_50"]) and (r["height"], r["width"], r["batch"]) == (8, 12, 2)
+
+
+def test_peers_of_the_graphs_give_the_same_labels(net, monkeypatch):
+    compiler = torch.compile
+    asked = []
+    def eager(f, **kw):
+        asked.append(kw)
+        return compiler(f, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", eager)
+    image = torch.randint(0, 256, (1, 3, 24, 40), dtype=torch.uint8)
+    forms = bench._graph_peers(net, None, "optimized")
+    assert list(forms) == ["optimized without graphs", "optimized reduce-overhead"]
+    assert asked == [dict(mode="reduce-overhead", dynamic=False)]
+    want = net.predict(net.preprocess(image))
+    for m, f in forms.values(): assert (f(m, image) == want).float().mean() > .999 and m.replays.limit == 0
+
+
+@pytest.mark.gpu
+def test_graphs_and_their_peers_on_a_gpu(net):
+    rows = {r["form"]: r for r in image_to_labels(net.cuda(), (96, 160), rounds=5, dtypes=())}
+    assert list(rows)[2:] == ["optimized", "optimized without graphs", "optimized reduce-overhead"]
+    assert all(r["agreement"] > .99 for r in rows.values()) and rows["optimized"]["graphs"] == 4
 
 
 def test_image_to_labels(net):

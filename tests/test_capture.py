@@ -1,4 +1,4 @@
-"""What a CUDA graph cannot hold: numbers that the host asks for, tensors that come from the host. Found without a GPU, on fake tensors."""
+"""What a CUDA graph cannot hold: numbers that the host asks for, tensors that come from it. Found on fake tensors."""
 import collections
 import traceback
 
@@ -47,7 +47,8 @@ def on_fake_gpu(net):
             for name, t in held.items():
                 if t is not None: held[name] = nn.Parameter(moved(t), False) if held is m._parameters else moved(t)
         tables = [n for n, t in vars(m).items() if torch.is_tensor(t)]
-        assert not tables or type(m)._apply is not nn.Module._apply, f"{tables} of {type(m).__name__} stay behind in a move"
+        follows = not tables or type(m)._apply is not nn.Module._apply
+        assert follows, f"{tables} of {type(m).__name__} stay behind in a move"
         for name in tables: setattr(m, name, moved(getattr(m, name)))
     return net
 
@@ -99,7 +100,8 @@ class Asks(nn.Module):
         return torch.zeros(len(x), *size, dtype=torch.uint8, device=x.device)
 
 
-QUESTIONS = {"item": lambda x: x.sum().item(), "bool": lambda x: bool((x > 0).all()), "list": lambda x: x[0, 0, 0].tolist(),
+QUESTIONS = {"item": lambda x: x.sum().item(), "bool": lambda x: bool((x > 0).all()),
+             "list": lambda x: x[0, 0, 0].tolist(),
              "mask": lambda x: x[x > 0], "nonzero": lambda x: (x > 0).nonzero(), "host": lambda x: x.cpu(),
              "table": lambda x: torch.tensor([1., 2.], device=x.device), "index": lambda x: x[:, [0, 2]],
              "copy": lambda x: torch.ones(3).to(x.device), "mixed": lambda x: x[:, torch.tensor([0, 2])]}
@@ -118,5 +120,8 @@ def test_a_table_that_stays_behind_is_found():
 
 
 def test_plain_numbers_are_no_questions():
-    found, error = asked(Asks(lambda x: (x*2 + torch.arange(128, device=x.device)).masked_fill(x > 0, 1.5) + constants((1, 2, 3), x).sum()))
+    def nothing(x):
+        ramp = torch.arange(128, device=x.device) + constants((1, 2, 3), x).sum()
+        return (x*2 + ramp).masked_fill(x > 0, 1.5)
+    found, error = asked(Asks(nothing))
     assert not found and error is None

@@ -2,6 +2,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from segkern.core import IMAGENET, load_table, seeded
 from segkern.data import open_dataset
-from segkern.graphs import Replays, Rerun
+from segkern.graphs import CudaRecorder, Replays, Rerun
 from segkern.infer import PackedConv
 from segkern.infer import (class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment,
                            sliding_logits, whole_logits, window_starts)
@@ -220,9 +221,12 @@ def graphed(m=None, after=1, recorder=None, **kw):
     return fast
 
 
-CALLS = {"forward": lambda m, x: m(x), "outputs": lambda m, x: m.outputs(x)["logits"], "predict": lambda m, x: m.predict(x, (33, 44)),
-         "segment": lambda m, x: segment(m, (x*40 + 128).clamp(0, 255).to(torch.uint8)),
-         "resized": lambda m, x: segment(m, (x*40 + 128).clamp(0, 255).to(torch.uint8), size=(24, 40)),
+def as_bytes(x): return (x*40 + 128).clamp(0, 255).to(torch.uint8)
+
+
+CALLS = {"forward": lambda m, x: m(x), "outputs": lambda m, x: m.outputs(x)["logits"],
+         "predict": lambda m, x: m.predict(x, (33, 44)), "segment": lambda m, x: segment(m, as_bytes(x)),
+         "resized": lambda m, x: segment(m, as_bytes(x), size=(24, 40)),
          "evaluate": lambda m, x: torch.tensor(evaluate(m, answers(net()))["miou"]),
          "sliding": lambda m, x: sliding_logits(m, x, 16, 8)}
 
@@ -316,7 +320,8 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog):
     fast, x = graphed(recorder=Refusing()), torch.randn(1, 3, 32, 32)
     assert all(torch.equal(fast(x), optimize(net())(x)) for _ in range(3))
     said = "no graph of _forward for (1, 3, 32, 32): operation not permitted when stream is capturing"
-    assert [r.getMessage() for r in caplog.records if "graph" in r.message] == [said] and len(fast.replays.recorder.recorded) == 1
+    assert [r.getMessage() for r in caplog.records if "graph" in r.message] == [said]
+    assert len(fast.replays.recorder.recorded) == 1
 
 
 def test_an_error_of_the_network_stays_its_error():
@@ -360,17 +365,58 @@ def test_the_faster_layout_stays(times):
     fast.replays.recorder.model, fast.channels_last = fast, None
     want, chosen = net().predict(x), times[1] < times[0]
     labels = [fast.predict(x) for _ in range(3)]
-    assert fast.channels_last == fast.facts["channels_last"] == chosen and all((y == want).float().mean() > .999 for y in labels)
-    weight = fast.net.stem.conv.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last if chosen else torch.contiguous_format) and not weight.is_inference()
+    assert fast.channels_last == fast.facts["channels_last"] == chosen
+    assert all((y == want).float().mean() > .999 for y in labels)
+    weight, layout = fast.net.stem.conv.weight, torch.channels_last if chosen else torch.contiguous_format
+    assert weight.is_contiguous(memory_format=layout) and not weight.is_inference()
     assert len(fast.replays.recorder.recorded) == 3, "two for the times, one to stay"
 
 
 def test_a_layout_that_cannot_be_measured(caplog):
     fast, x = graphed(recorder=Refusing(), prepack=False), torch.randn(1, 3, 32, 48)
     fast.channels_last = None
-    assert relative_l2(net()(x), fast(x)) < 2e-6 and fast.channels_last is True and "layouts were not compared" in caplog.text
+    assert relative_l2(net()(x), fast(x)) < 2e-6 and fast.channels_last is True
+    assert "layouts were not compared" in caplog.text
     with pytest.raises(ValueError, match="True, False or 'auto', got 'nhwc'"): optimize(net(), channels_last="nhwc")
+
+
+def test_the_order_of_a_capture(monkeypatch):
+    "Calls of CUDA's interface, without a GPU: warm-up beside, one pool for all graphs, turns that wait for each other."
+    cuda = MagicMock()
+    cuda.is_current_stream_capturing.return_value = False
+    monkeypatch.setattr(torch, "cuda", cuda)
+    recorder, calls = CudaRecorder(), []
+    recorder.takes = lambda x: True
+    r, x = Replays(after=1, recorder=recorder), torch.ones(3)
+    def double(x):
+        calls.append(cuda.graph.return_value.__enter__.call_count - cuda.graph.return_value.__exit__.call_count)
+        return 2*x
+    with torch.no_grad():
+        for size in (3, 3, 4): r(double, torch.ones(size))
+    assert calls == [0, 0, 0, 1]*2, "three times beside the stream, once in the capture"
+    assert cuda.CUDAGraph.return_value.replay.call_count == 3 and cuda.graph_pool_handle.call_count == 1
+    assert {c.kwargs["pool"] for c in cuda.graph.call_args_list} == {cuda.graph_pool_handle.return_value}
+    # five turns: two captures and three replays
+    assert cuda.Event.call_count == 1 and cuda.Event.return_value.record.call_count == 5
+    assert cuda.current_stream.return_value.wait_event.call_count == 4
+    r.clear()
+    with torch.no_grad(): r(double, x)
+    assert cuda.graph_pool_handle.call_count == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [True, False, "auto"], ids=str)
+def test_graphs_on_a_gpu(channels_last):
+    m = net().cuda()
+    fast, bare = optimize(m, channels_last=channels_last), optimize(m, channels_last=bool(channels_last), graphs=0)
+    x = [torch.randn(1, 3, 64 + 32*(i % 2), 96, device="cuda") for i in range(12)]
+    got = [(fast.predict(t), segment(fast, picture(40, 56, i))) for i, t in enumerate(x)]
+    for i, (t, (labels, whole)) in enumerate(zip(x, got)):
+        assert (labels == bare.predict(t)).float().mean() > .999
+        assert (whole == segment(bare, picture(40, 56, i))).float().mean() > .999
+    assert not fast.replays.failed and len(fast.replays.graphs) == 3 and fast.channels_last in (True, False)
+    with ThreadPoolExecutor(4) as pool: again = list(pool.map(fast.predict, x))
+    assert all(torch.equal(a, labels) for a, (labels, _) in zip(again, got))
 
 
 # ---- logits

@@ -403,8 +403,8 @@ def recorded(monkeypatch, scaler=None):
     return steps, lambda: snapshot(runs[0])
 
 
-RULES = {"sgd": dict(optimizer="sgd", momentum=0.9, lr=1e-3), "adam": dict(optimizer="adam"), "adamw": dict(optimizer="adamw"),
-         "unclipped": dict(clip=0.0)}
+RULES = {"sgd": dict(optimizer="sgd", momentum=0.9, lr=1e-3), "adam": dict(optimizer="adam"),
+         "adamw": dict(optimizer="adamw"), "unclipped": dict(clip=0.0)}
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaler"])
@@ -446,7 +446,7 @@ def test_an_optimizer_that_cannot_skip_is_asked_first(tmp_path, monkeypatch):
 
 class Questions(TorchFunctionMode):
     "Counts what would make the host wait for a GPU: numbers, truth values and lists taken from tensors, copies to the host."
-    asked = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
+    asked = {"item", "tolist", "numpy", "cpu", "nonzero", *(f"__{n}__" for n in ("bool", "float", "int", "index", "contains"))}
 
     def __init__(self):
         super().__init__()
@@ -498,7 +498,8 @@ def test_numbers_do_not_pile_up(tmp_path, monkeypatch):
     "A run that writes no line asks after 256 steps."
     lengths, settle = [], train.settle
     monkeypatch.setattr(train, "settle", lambda r: (lengths.append(len(r.watch.seen)), settle(r)))
-    run(tmp_path/"run", toy(width=2), RECIPE.replace(iterations=260, clip=0.0, ema=0.0), save_every=0, eval_every=0, log_every=0)
+    recipe = RECIPE.replace(iterations=260, clip=0.0, ema=0.0)
+    run(tmp_path/"run", toy(width=2), recipe, save_every=0, eval_every=0, log_every=0)
     assert lengths == [256, 4] and history(tmp_path/"run")[0]["loss"] > 0
 
 

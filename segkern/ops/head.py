@@ -31,7 +31,7 @@ def _source(o, h, height, align_corners):
     return (o + 0.5)*(h/height) - 0.5
 
 def _first_rows(h, height, align_corners, dtype):
-    "The first input row of each output row as a list, with the roundings of `_source_rows` but without asking the device."
+    "The first input row of each output row, with the roundings of `_source_rows`; no device is asked."
     o = np.arange(height, dtype=np.float64 if dtype == torch.float64 else np.float32)
     return np.clip(np.floor(_source(o, h, height, align_corners)), 0, h - 1).astype(int).tolist()
 
