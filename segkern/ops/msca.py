@@ -82,8 +82,8 @@ def _task(i, H, W, TR, TC, PH: tl.constexpr, PW: tl.constexpr, RH: tl.constexpr,
 @triton.jit
 def _rows(x, row, col, H, W, sh, sw):
     "A tile of a map, zero beyond its borders."
-    at = row.to(tl.int64)[:, None]*sh + col.to(tl.int64)[None, :]*sw
-    return tl.load(x + at, mask=((row >= 0) & (row < H))[:, None] & (col < W)[None, :], other=0.0)
+    at = x + row.to(tl.int64)[:, None]*sh # [RH, 1]
+    return tl.load(at + col.to(tl.int64)[None, :]*sw, mask=((row >= 0) & (row < H))[:, None] & (col < W)[None, :], other=0.0)
 
 @triton.jit
 def _square(x, bands, bias, row, col, H, W, sh, sw, EDGES: tl.constexpr, PRECISION: tl.constexpr):
@@ -145,25 +145,6 @@ def _msca_strips_kernel(x, taps, g, t, dt, TASKS, EACH, C, H, W, TR, TC, sb, sc,
             acc = tl.dot(u, across[k], acc, input_precision=PRECISION)
         tl.store(dt + at, acc.to(T), mask=own)
 
-# %% ../../nbs/13_ops.msca.ipynb #f61d2265
-@triton.jit
-def _own_dot(a, b, own, EDGES: tl.constexpr, PRECISION: tl.constexpr):
-    "A product, zero where a tile's pixels are not its own."
-    u = tl.dot(a, b, input_precision=PRECISION)
-    if EDGES: u = tl.where(own, u, 0.0)
-    return u
-
-@triton.jit
-def _keep(part, TAPS: tl.constexpr, BIAS: tl.constexpr, d0, d1, d2, s0, s1, s2, R: tl.constexpr):
-    "Store the gradients of three strips, from those of their band matrices, and of three biases."
-    s = tl.arange(0, 32)
-    tl.store(part + TAPS + s, _diagonals(d0, 7, R, 32), mask=s < 7)
-    tl.store(part + TAPS + 7 + s, _diagonals(d1, 11, R, 32), mask=s < 11)
-    tl.store(part + TAPS + 18 + s, _diagonals(d2, 21, R, 32), mask=s < 21)
-    tl.store(part + BIAS, tl.sum(s0, 0))
-    tl.store(part + BIAS + 1, tl.sum(s1, 0))
-    tl.store(part + BIAS + 2, tl.sum(s2, 0))
-
 # %% ../../nbs/13_ops.msca.ipynb #d6e5e497
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
 def _msca_rows_kernel(t, taps, g, part, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
@@ -171,21 +152,21 @@ def _msca_rows_kernel(t, taps, g, part, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh
     "The sums of the tiles' own pixels for the strips along rows, sum u_k t, and for their biases."
     T: tl.constexpr = t.dtype.element_ty
     c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    taps += c*110
-    down = _three(taps + 64, RH, False, T)
-    d0, d1, d2 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
-    s0, s1, s2 = tl.zeros([RH], tl.float32), tl.zeros([RH], tl.float32), tl.zeros([RH], tl.float32)
-    for i in range(first, tl.minimum(first + EACH, TASKS)):
-        b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-        turned = tl.trans(_rows(t + (b*C + c)*H*W, row, col, H, W, W, 1)) # [RW, RH]
-        gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T) # [RH, RW]
-        u = _own_dot(down[0], gt, own, EDGES, PRECISION)
-        s0, d0 = s0 + tl.sum(u, 1), tl.dot(turned, u.to(T), d0, input_precision=PRECISION)
-        u = _own_dot(down[1], gt, own, EDGES, PRECISION)
-        s1, d1 = s1 + tl.sum(u, 1), tl.dot(turned, u.to(T), d1, input_precision=PRECISION)
-        u = _own_dot(down[2], gt, own, EDGES, PRECISION)
-        s2, d2 = s2 + tl.sum(u, 1), tl.dot(turned, u.to(T), d2, input_precision=PRECISION)
-    _keep(part + tl.program_id(0).to(tl.int64)*110, 25, 104, d0, d1, d2, s0, s1, s2, RW)
+    part, s = part + tl.program_id(0).to(tl.int64)*110, tl.arange(0, 32)
+    for k in range(3):
+        size, at = 7 + 4*k + 3*k*(k - 1), 7*k + 2*k*(k - 1)
+        down = _band(taps + c*110 + 64 + at, size, RH, False, T)
+        d, total = tl.zeros([RW, RW], tl.float32), tl.zeros([RH], tl.float32)
+        for i in range(first, tl.minimum(first + EACH, TASKS)):
+            b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
+            turned = tl.trans(_rows(t + (b*C + c)*H*W, row, col, H, W, W, 1)) # [RW, RH]
+            gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T) # [RH, RW]
+            u = tl.dot(down, gt, input_precision=PRECISION)
+            if EDGES: u = tl.where(own, u, 0.0)
+            total += tl.sum(u, 1)
+            d = tl.dot(turned, u.to(T), d, input_precision=PRECISION)
+        tl.store(part + 25 + at + s, _diagonals(d, size, RW, 32), mask=s < size)
+        tl.store(part + 104 + k, tl.sum(total, 0))
 
 # %% ../../nbs/13_ops.msca.ipynb #8a5d3dd6
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
@@ -194,21 +175,21 @@ def _msca_columns_kernel(t, taps, g, part, TASKS, EACH, C, H, W, TR, TC, gb, gc,
     "The sums of the tiles' own pixels for the strips along columns, sum g a_k, and for their biases."
     T: tl.constexpr = t.dtype.element_ty
     c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    taps += c*110
-    across = _three(taps + 25, RW, False, T)
-    d0, d1, d2 = tl.zeros([RH, RH], tl.float32), tl.zeros([RH, RH], tl.float32), tl.zeros([RH, RH], tl.float32)
-    total = tl.zeros([RH], tl.float32)
-    for i in range(first, tl.minimum(first + EACH, TASKS)):
-        b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-        made = _rows(t + (b*C + c)*H*W, row, col, H, W, W, 1) # [RH, RW]
-        gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw)
-        if EDGES: gt = tl.where(own, gt, 0.0)
-        total += tl.sum(gt.to(tl.float32), 1)
-        turned, on_map = tl.trans(gt.to(T)), (row < H)[:, None]
-        d0 = tl.dot(_along(made, across[0], taps + 104, on_map, EDGES, PRECISION), turned, d0, input_precision=PRECISION)
-        d1 = tl.dot(_along(made, across[1], taps + 105, on_map, EDGES, PRECISION), turned, d1, input_precision=PRECISION)
-        d2 = tl.dot(_along(made, across[2], taps + 106, on_map, EDGES, PRECISION), turned, d2, input_precision=PRECISION)
-    _keep(part + tl.program_id(0).to(tl.int64)*110, 64, 107, d0, d1, d2, total, total, total, RH)
+    part, s = part + tl.program_id(0).to(tl.int64)*110, tl.arange(0, 32)
+    for k in range(3):
+        size, at = 7 + 4*k + 3*k*(k - 1), 7*k + 2*k*(k - 1)
+        across = _band(taps + c*110 + 25 + at, size, RW, False, T)
+        d, total = tl.zeros([RH, RH], tl.float32), tl.zeros([RH], tl.float32)
+        for i in range(first, tl.minimum(first + EACH, TASKS)):
+            b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
+            made = _rows(t + (b*C + c)*H*W, row, col, H, W, W, 1) # [RH, RW]
+            gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw)
+            if EDGES: gt = tl.where(own, gt, 0.0)
+            total += tl.sum(gt.to(tl.float32), 1)
+            a = _along(made, across, taps + c*110 + 104 + k, (row < H)[:, None], EDGES, PRECISION)
+            d = tl.dot(a, tl.trans(gt.to(T)), d, input_precision=PRECISION)
+        tl.store(part + 64 + at + s, _diagonals(d, size, RH, 32), mask=s < size)
+        tl.store(part + 107 + k, tl.sum(total, 0))
 
 # %% ../../nbs/13_ops.msca.ipynb #715802c9
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
@@ -229,11 +210,11 @@ def _msca_square_kernel(taps, dt, dx, TASKS, EACH, C, H, W, TR, TC, PW: tl.const
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
 def _msca_taps_kernel(x, dt, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, PW: tl.constexpr,
                       RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
-    "The sums of the tiles' own pixels for the 25 taps and their bias: three rows of taps, then the other two."
+    "The sums of the tiles' own pixels for the 25 taps and their bias: two rows of taps at a time."
     c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
     part += tl.program_id(0).to(tl.int64)*110
-    for dy in range(0, 6, 3):
-        d0, d1, d2 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
+    for dy in range(0, 6, 2):
+        d0, d1 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
         total, s = tl.zeros([RH], tl.float32), tl.arange(0, 8)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = _task(i, H, W, TR, TC, 0, PW, RH, RW)
@@ -242,10 +223,8 @@ def _msca_taps_kernel(x, dt, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw,
             total += tl.sum(mine.to(tl.float32), 1)
             d0 = tl.dot(tl.trans(_rows(at, row + dy - 2, col, H, W, sh, sw)), mine, d0, input_precision=PRECISION)
             d1 = tl.dot(tl.trans(_rows(at, row + dy - 1, col, H, W, sh, sw)), mine, d1, input_precision=PRECISION)
-            d2 = tl.dot(tl.trans(_rows(at, row + dy, col, H, W, sh, sw)), mine, d2, input_precision=PRECISION)
         tl.store(part + 5*dy + s, _diagonals(d0, 5, RW, 8), mask=s < 5)
-        tl.store(part + 5*dy + 5 + s, _diagonals(d1, 5, RW, 8), mask=s < 5)
-        tl.store(part + 5*dy + 10 + s, _diagonals(d2, 5, RW, 8), mask=(s < 5) & (dy == 0))
+        tl.store(part + 5*dy + 5 + s, _diagonals(d1, 5, RW, 8), mask=(s < 5) & (dy < 4))
         tl.store(part + 103, tl.sum(total, 0))
 
 # %% ../../nbs/13_ops.msca.ipynb #0828172e
@@ -258,7 +237,7 @@ def _cut(size, r, margin):
 def _options(op, x):
     "Launch options: tile sizes, and warps by the size of a channel; more where loads are narrow and need an address per number."
     h, w = pow2(x.shape[2], 16, 64), pow2(x.shape[3], 16, 64)
-    many = x.shape[3] % 8 or op in ("msca_sums", "msca_taps")
+    many = x.shape[3] % 8 or op == "msca_taps"
     warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 8 if many else 4)
     return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1)
 
