@@ -216,6 +216,27 @@ def test_empty_twice_and_refusals(impl):
 
 
 @kernels
+def test_pictures_share_a_program():
+    "Several pictures per program, and a last program with fewer; channels last goes in and comes out."
+    args = data(5, 2, 5, 6)
+    args["x"] = args["x"].to(memory_format=torch.channels_last)
+    with use_blocks("msca", SHARE=2), use_blocks("msca_strips", SHARE=2), use_blocks("msca_square", SHARE=3), use_blocks("msca_sums", SHARE=2):
+        out, got = run(args, impl="triton")
+    assert out.stride() == got["x"].stride() == args["x"].stride()
+    ref, wide = truth(args)
+    assert_close("out", ref, out, 2e-6)
+    for n in got: assert_close(n, wide[n], got[n], 5e-6)
+
+
+@kernels
+def test_no_forward_mode():
+    "A derivative in forward mode is refused, not wrong."
+    args = data()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: ops.msca(x, args["taps"], impl="triton"), (args["x"],), (args["x"],))
+
+
+@kernels
 def test_operator_and_compile():
     "What the dispatcher asks of an operator; graphs with sizes that change; export takes the reference."
     args = data()

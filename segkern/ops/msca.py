@@ -239,7 +239,7 @@ def _options(op, x):
     h, w = pow2(x.shape[2], 16, 64), pow2(x.shape[3], 16, 64)
     many = x.shape[3] % 8 or op == "msca_taps"
     warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 8 if many else 4)
-    return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1)
+    return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1, SHARE=0)
 
 def _edges(x, opts):
     "Whether a tile reaches beyond the map, or has neighbours."
@@ -251,7 +251,8 @@ def _plan(op, x, n=None):
     near = op in ("msca_square", "msca_taps")
     (tr, ph), (tc, pw) = _cut(h, o["RH"], 0 if near else 10), _cut(w, o["RW"], 2 if near else 16 if o["RW"] > 32 else 12)
     tasks = b*tr*tc
-    if n is None: n = min(tasks, max(1, (264 if o["RH"]*o["RW"] > 2048 else 1056)//c))
+    share = o.pop("SHARE") or max(1, (264 if o["RH"]*o["RW"] > 2048 else 1056)//c)
+    if n is None: n = min(tasks, share)
     return o, n, (tasks, triton.cdiv(tasks, n), c, h, w, tr, tc), dict(PH=ph, PW=pw)
 
 def _lasts(x):
