@@ -129,7 +129,7 @@ class Operator:
         "Forward mode has no formula here."
         tensors = [a for a in _flat(args)[0] if isinstance(a, torch.Tensor)]
         if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise NotImplementedError(f"{self.name} has no forward-mode derivative (jvp); use reverse mode, or impl='ref' "
+            raise RuntimeError(f"{self.name} has no forward-mode derivative (jvp); use reverse mode, or impl='ref' "
                                       "where the reference is plain PyTorch")
 
     def keep(self, ctx, inputs, output): pass
