@@ -595,6 +595,28 @@ class PackedConv(nn.Module):
 
     def extra_repr(self): return f"{self.text}, {self.post}"
 
+# %% ../nbs/62_infer.ipynb #40ab69f1
+def _set_layout(model, channels_last):
+    "Bring the weights into a layout; activations follow."
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    with torch.inference_mode(False): model.net.to(memory_format=layout)
+    model.channels_last = model.facts["channels_last"] = channels_last
+
+def _choose_layout(model, fn, x, settings):
+    "Time a call in both layouts and keep the faster one."
+    replays, times = model.replays, {}
+    with replays.outermost() as free:
+        if not free or model.channels_last is not None: return
+        try:
+            for channels_last in (False, True):
+                _set_layout(model, channels_last)
+                _, replay = replays.recorded(lambda t: fn(t, *settings), x)
+                times[channels_last] = replays.recorder.milliseconds(replay)
+        except Exception as e: logger.warning("layouts were not compared: %s", first_line(e))
+        _set_layout(model, min(times, key=times.get) if len(times) == 2 else True)
+        replays.clear()
+    logger.info("channels_last is %s; milliseconds by layout: %s", model.channels_last, times)
+
 # %% ../nbs/62_infer.ipynb #f522e5d6
 class Optimized(nn.Module):
     "An inference-only copy of a model; made by `optimize`."
@@ -638,7 +660,7 @@ class Optimized(nn.Module):
 
     def _replayed(self, fn, x, *settings):
         "`fn(x, *settings)`, from a graph where there is one."
-        if self.channels_last is None and self.replays.takes(x): self._choose_layout(fn, x, settings)
+        if self.channels_last is None and self.replays.takes(x): _choose_layout(self, fn, x, settings)
         return self.replays(fn, x, *settings)
 
     @torch.inference_mode()
@@ -646,9 +668,7 @@ class Optimized(nn.Module):
         "Logits at the network's stride, at least float32."
         return self._replayed(self._forward, x)
 
-    def outputs(self, x:torch.Tensor)->dict:
-        "The logits by name; auxiliary heads are gone."
-        return {"logits": self(x)}
+    def outputs(self, x:torch.Tensor)->dict: return {"logits": self(x)} # auxiliary heads are gone
 
     @torch.inference_mode()
     def predict(self, x:torch.Tensor, size:tuple|None=None)->torch.Tensor:
@@ -659,27 +679,6 @@ class Optimized(nn.Module):
     def pictures(self, images:torch.Tensor, size:tuple|None=None)->torch.Tensor:
         "uint8 labels of uint8 pictures on the device, [b, 3, h, w] -> [b, h, w]; the network sees them at `size`."
         return self._replayed(self._pictures, images, size)
-
-    def _set_layout(self, channels_last):
-        "Bring the weights into a layout; activations follow."
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        with torch.inference_mode(False): self.net.to(memory_format=layout)
-        self.channels_last = self.facts["channels_last"] = channels_last
-
-    def _choose_layout(self, fn, x, settings):
-        "Time a call in both layouts and keep the faster one."
-        replays, times = self.replays, {}
-        with replays.outermost() as free:
-            if not free or self.channels_last is not None: return
-            try:
-                for channels_last in (False, True):
-                    self._set_layout(channels_last)
-                    _, replay = replays.recorded(lambda t: fn(t, *settings), x)
-                    times[channels_last] = replays.recorder.milliseconds(replay)
-            except Exception as e: logger.warning("layouts were not compared: %s", first_line(e))
-            self._set_layout(min(times, key=times.get) if len(times) == 2 else True)
-            replays.clear()
-        logger.info("channels_last is %s; milliseconds by layout: %s", self.channels_last, times)
 
     def _apply(self, fn, recurse=True):
         self.replays.clear()
