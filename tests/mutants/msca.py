@@ -17,7 +17,7 @@ MUTANTS = [
     ("_task", "no margin to the sides", "right*(RW - 2*PW) + w", "right*RW + w"),
     ("_task", "the first tile without its border", "((h >= PH) | (down == 0))", "(h >= PH)"),
     ("_task", "the last tile without its border", "((w < RW - PW) | (right == TC - 1))", "(w < RW - PW)"),
-    ("_task", "always the first picture", "(i // (TR*TC)).to(tl.int64)", "(0*i).to(tl.int64)"),
+    ("_task", "always the first picture", "(i // (TR*TC)).to(tl.int64)", "(0*(i // (TR*TC))).to(tl.int64)"),
     ("_rows", "beyond the right border", "& (col < W)[None, :], other=0.0)", "& (col < W + 1)[None, :], other=0.0)"),
     ("_square", "not cut at the border", "if EDGES: acc = tl.where((row < H)[:, None] & (col < W)[None, :], acc, 0.0)", "acc = acc + 0.0"),
     ("_square", "rows one off", "row + dy - 2", "row + dy - 1"),
