@@ -44,10 +44,23 @@ def caches():
 
 def environment(a, cores):
     "What every child sees."
-    path = [str(ROOT), str(GPU), *filter(None, [os.environ.get("SEGKERN_GATE_PATH")])] # the last: what a test puts in the way
-    env = dict(PYTHONPATH=os.pathsep.join(path), PYTHONUNBUFFERED="1", MPLBACKEND="Agg", OMP_NUM_THREADS=str(max(1, cores//8)),
-               TRITON_CACHE_DIR=str(caches()/"triton"), TORCHINDUCTOR_CACHE_DIR=str(caches()/"inductor"), TORCHINDUCTOR_COMPILE_THREADS="2",
-               SEGKERN_TEST_DEVICE=a.device, SEGKERN_IMPL="auto", TOKENIZERS_PARALLELISM="false")
+    path = [
+        str(ROOT),
+        str(GPU),
+        *filter(None, [os.environ.get("SEGKERN_GATE_PATH")]),
+    ]  # the last: what a test puts in the way
+    env = dict(
+        PYTHONPATH=os.pathsep.join(path),
+        PYTHONUNBUFFERED="1",
+        MPLBACKEND="Agg",
+        OMP_NUM_THREADS=str(max(1, cores // 8)),
+        TRITON_CACHE_DIR=str(caches() / "triton"),
+        TORCHINDUCTOR_CACHE_DIR=str(caches() / "inductor"),
+        TORCHINDUCTOR_COMPILE_THREADS="2",
+        SEGKERN_TEST_DEVICE=a.device,
+        SEGKERN_IMPL="auto",
+        TOKENIZERS_PARALLELISM="false",
+    )
     if a.device == "cpu": env |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     return env
 
@@ -87,8 +100,22 @@ class Gate:
         "A job that runs tests/gpu/child.py."
         rows = self.work/f"{number}_{name}.jsonl"
         tiny = ["--tiny"] if self.a.tiny else []
-        command = [sys.executable, str(GPU/"child.py"), phase, "--family", family, "--number", str(number), "--rows", str(rows),
-                   "--device", self.a.device, "--facts", json.dumps(facts or {}), *tiny]
+        command = [
+            sys.executable,
+            str(GPU / "child.py"),
+            phase,
+            "--family",
+            family,
+            "--number",
+            str(number),
+            "--rows",
+            str(rows),
+            "--device",
+            self.a.device,
+            "--facts",
+            json.dumps(facts or {}),
+            *tiny,
+        ]
         return Job(number, name, family, command, rows, self.env | (env or {}), **options)
 
     def run(self, phase, jobs, seconds, parallel):
@@ -104,8 +131,17 @@ class Gate:
     def write(self):
         "gate.json and the two tables."
         found = verdict.verdicts(self.rows, self.a.families)
-        state = dict(gpu=self.gpu, versions=self.versions, ceilings=self.ceilings, codes=self.codes, seconds=round(time.monotonic() - self.start, 1),
-                     counts=verdict.counts(self.rows), verdicts=found, problems=self.problems, rows=self.rows)
+        state = dict(
+            gpu=self.gpu,
+            versions=self.versions,
+            ceilings=self.ceilings,
+            codes=self.codes,
+            seconds=round(time.monotonic() - self.start, 1),
+            counts=verdict.counts(self.rows),
+            verdicts=found,
+            problems=self.problems,
+            rows=self.rows,
+        )
         verdict.save(self.out/"gate.json", state)
         verdict.write_tables(self.out, self.rows, self.gpu, self.versions)
         return found
@@ -118,9 +154,12 @@ class Gate:
         machine = by.get("machine", {})
         self.gpu = machine.get("gpu", self.gpu)
         self.versions, self.codes = machine.get("versions", {}), machine.get("codes", {})
-        if by.get("ceilings", {}).get("status") == "ok": self.ceilings = {k: by["ceilings"][k] for k in ("copy_gbs", "matmul_tflops")}
-        if by.get("exponentials", {}).get("status") == "ok": self.ceilings["exp_per_second"] = by["exponentials"]["exp_per_second"]
-        if machine.get("interpreted") and not self.cpu: self.problems.append("TRITON_INTERPRET is set: nothing of this ran on the GPU")
+        if by.get("ceilings", {}).get("status") == "ok":
+            self.ceilings = {k: by["ceilings"][k] for k in ("copy_gbs", "matmul_tflops")}
+        if by.get("exponentials", {}).get("status") == "ok":
+            self.ceilings["exp_per_second"] = by["exponentials"]["exp_per_second"]
+        if machine.get("interpreted") and not self.cpu:
+            self.problems.append("TRITON_INTERPRET is set: nothing of this ran on the GPU")
         if machine.get("status") != "ok": raise SystemExit("the first child found no usable device: see log.txt")
         jobs = [self.child(p, f"{p} {f}", f, 0) for p in ("warm", "launch") for f in self.a.families]
         if self.cpu: jobs = jobs[:1] # the interpreter compiles nothing
@@ -131,8 +170,22 @@ class Gate:
         rows = self.work/f"1_tests {family}.jsonl"
         each = 1 if self.a.tiny else max(1, min(8, round(1.5*self.cores/len(self.a.families))))
         spread = ["-n", str(each), "--dist", "load"] if each > 1 and self.xdist() else []
-        command = [sys.executable, "-m", "pytest", "-p", "gate_rows", "-p", "no:cacheprovider", "-q", "--tb=short", *spread, *map(str, test_files(family))]
-        env = self.env | dict(SEGKERN_GATE_ROWS=str(rows), SEGKERN_GATE_FAMILY=family, SEGKERN_GATE_SHARD="0/25" if self.a.tiny else "0/1")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "gate_rows",
+            "-p",
+            "no:cacheprovider",
+            "-q",
+            "--tb=short",
+            *spread,
+            *map(str, test_files(family)),
+        ]
+        env = self.env | dict(
+            SEGKERN_GATE_ROWS=str(rows), SEGKERN_GATE_FAMILY=family, SEGKERN_GATE_SHARD="0/25" if self.a.tiny else "0/1"
+        )
         return Job(1, f"tests {family}", family, command, rows, env, weight=len(FAMILIES[family][0]), restarts=0)
 
     def xdist(self):
@@ -143,12 +196,20 @@ class Gate:
     def right(self):
         "Phase 1: the tests, and what right.py checks."
         count = lambda f: len(FAMILIES[f][0])
-        jobs = [self.child("right", f"right {f}", f, weight=count(f)) for f in self.a.families] + [self.pytest(f) for f in self.a.families]
+        jobs = [self.child("right", f"right {f}", f, weight=count(f)) for f in self.a.families] + [
+            self.pytest(f) for f in self.a.families
+        ]
         second = [f for f in SECOND_PTXAS if f in self.a.families]
         reason = "no GPU" if self.cpu else "" if self.a.ptxas else "no file was given with --ptxas"
-        if reason: self.rows += [dict(phase=1, family=f, op="", label="second ptxas", status=f"not run: {reason}") for f in second]
+        if reason:
+            self.rows += [
+                dict(phase=1, family=f, op="", label="second ptxas", status=f"not run: {reason}") for f in second
+            ]
         else:
-            other = dict(TRITON_PTXAS_PATH=str(Path(self.a.ptxas).resolve()), TRITON_CACHE_DIR=str(caches()/"triton_second_ptxas"))
+            other = dict(
+                TRITON_PTXAS_PATH=str(Path(self.a.ptxas).resolve()),
+                TRITON_CACHE_DIR=str(caches() / "triton_second_ptxas"),
+            )
             facts = dict(only="double", prefix="second ptxas: ")
             jobs += [self.child("right", f"second ptxas {f}", f, facts=facts, env=other) for f in second]
         self.run("right", jobs, self.seconds("right"), min(12, self.cores))
@@ -158,15 +219,24 @@ class Gate:
         program, seconds = sanitizer.find(), self.seconds("sanitizer")
         if self.cpu or not program:
             why = "not run: no GPU" if self.cpu else "not run: compute-sanitizer is not installed"
-            self.rows += [dict(phase=2, family=f, op="*", label=f"{t} of {f}", status=why) for t in sanitizer.TOOLS for f in self.a.families]
+            self.rows += [
+                dict(phase=2, family=f, op="*", label=f"{t} of {f}", status=why)
+                for t in sanitizer.TOOLS
+                for f in self.a.families
+            ]
             (self.out/"sanitizer.txt").write_text(why + "\n", encoding="utf-8")
             return
         jobs = []
         for tool in sanitizer.TOOLS:
             for f in self.a.families:
-                job = self.child("launch", f"{tool} {f}", f, 2, restarts=0, env=dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+                job = self.child(
+                    "launch", f"{tool} {f}", f, 2, restarts=0, env=dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+                )
                 job.command = sanitizer.command(program, tool, f, job.command)
-                job.rows, job.read = self.work/f"2_{tool}_{f}.found.jsonl", sanitizer.reader(tool, f, self.out/"sanitizer.txt")
+                job.rows, job.read = (
+                    self.work / f"2_{tool}_{f}.found.jsonl",
+                    sanitizer.reader(tool, f, self.out / "sanitizer.txt"),
+                )
                 jobs.append(job)
         self.run("sanitizer", jobs, seconds, 4)
 
@@ -176,7 +246,10 @@ class Gate:
             self.problems.append("ops were not timed: the ceilings are missing")
             return
         count = lambda f: sum(p["op"] in FAMILIES[f][0] for p in verdict.predicted())
-        jobs = [self.child("speed", f"ops {f}", f, 3, dict(ceilings=self.ceilings), weight=count(f)) for f in self.a.families]
+        jobs = [
+            self.child("speed", f"ops {f}", f, 3, dict(ceilings=self.ceilings), weight=count(f))
+            for f in self.a.families
+        ]
         self.run("ops", jobs, self.seconds("ops"), self.cores if self.cpu else 1)
 
     def networks(self):
@@ -224,8 +297,10 @@ def arguments(argv=None):
     p.add_argument("--tiny", action="store_true", help="small shapes, few tests: a dry run")
     a = p.parse_args(argv)
     a.families = [f for f in a.families.split(",") if f] or list(FAMILIES)
-    if unknown := sorted(set(a.families) - set(FAMILIES)): p.error(f"unknown family '{unknown[0]}'; known: {', '.join(FAMILIES)}")
-    if a.device == "cpu" and not a.tiny: p.error("--device cpu needs --tiny: production shapes would take days in the interpreter")
+    if unknown := sorted(set(a.families) - set(FAMILIES)):
+        p.error(f"unknown family '{unknown[0]}'; known: {', '.join(FAMILIES)}")
+    if a.device == "cpu" and not a.tiny:
+        p.error("--device cpu needs --tiny: production shapes would take days in the interpreter")
     if a.ptxas and not Path(a.ptxas).is_file(): p.error(f"--ptxas: {a.ptxas} is no file")
     return a
 

@@ -41,8 +41,20 @@ def recipe_of(name, tiny):
     from segkern.recipes import recipe_for
     own = recipe_for(name, "camvid")
     frame = dict(base_size=SIZE[1]) if own.base_size else dict(fit_size=(SIZE[1], SIZE[0])) if own.fit_size else {}
-    small = dict(batch=2, crop=(64, 64), mixed_precision="no") if tiny else dict(batch=16, crop=SIZE, mixed_precision="bf16")
-    return own.replace(init="scratch", split="train", val_split="val", lr=RATES.get(name, own.lr), source="ours: from scratch", **frame, **small)
+    small = (
+        dict(batch=2, crop=(64, 64), mixed_precision="no")
+        if tiny
+        else dict(batch=16, crop=SIZE, mixed_precision="bf16")
+    )
+    return own.replace(
+        init="scratch",
+        split="train",
+        val_split="val",
+        lr=RATES.get(name, own.lr),
+        source="ours: from scratch",
+        **frame,
+        **small,
+    )
 
 
 def seconds_per_step(model, recipe, train_set, device, workers, out):
@@ -52,7 +64,17 @@ def seconds_per_step(model, recipe, train_set, device, workers, out):
     for steps in (10, 40):
         start = time.perf_counter()
         trial = recipe.replace(iterations=steps, warmup=0)
-        fit(model, trial, train_set, None, out/f"trial{steps}", device=device, workers=workers, eval_every=0, save_every=0)
+        fit(
+            model,
+            trial,
+            train_set,
+            None,
+            out / f"trial{steps}",
+            device=device,
+            workers=workers,
+            eval_every=0,
+            save_every=0,
+        )
         times.append(time.perf_counter() - start)
     return times[1]/40 # an upper bound: it starts loaders too
 
@@ -65,8 +87,12 @@ def train(name, data, out, seconds, device, tiny):
     from segkern.train import fit
     if device == "cuda": torch.backends.cudnn.benchmark = True
     recipe, workers = recipe_of(name, tiny), 0 if tiny else min(8, os.cpu_count() or 1)
-    sets = [Held(segkern.open_dataset("camvid", root=data, split=split), 4 if tiny else None) for split in ("train", "val")]
-    new = lambda: segkern.create_model(name, num_classes=11, dataset="camvid").to(device=device, memory_format=torch.channels_last)
+    sets = [
+        Held(segkern.open_dataset("camvid", root=data, split=split), 4 if tiny else None) for split in ("train", "val")
+    ]
+    new = lambda: segkern.create_model(name, num_classes=11, dataset="camvid").to(
+        device=device, memory_format=torch.channels_last
+    )
     steps = 4
     if not tiny:
         each = seconds_per_step(new(), recipe, sets[0], device, workers, out)
@@ -74,8 +100,18 @@ def train(name, data, out, seconds, device, tiny):
     recipe = recipe.replace(iterations=steps, warmup=min(recipe.warmup, steps//20))
     print(f"{name}: {steps} steps of {recipe.batch}", flush=True)
     model, every = new(), max(1, steps//5)
-    found = fit(model, recipe, *sets, out/"run", device=device, workers=workers, eval_every=every, save_every=0, log_every=max(1, steps//50),
-                eval_args=dict(batch=1 if tiny else 8))
+    found = fit(
+        model,
+        recipe,
+        *sets,
+        out / "run",
+        device=device,
+        workers=workers,
+        eval_every=every,
+        save_every=0,
+        log_every=max(1, steps // 50),
+        eval_args=dict(batch=1 if tiny else 8),
+    )
     print(json.dumps(dict(found=str(found)[:500])), flush=True)
 
 
@@ -92,38 +128,71 @@ def collect(name, out, folder):
     values = [dict(step=r["step"], miou=r["val"]["miou"], pixel_acc=r["val"]["pixel_acc"]) for r in lines if "val" in r]
     last = next((r for r in reversed(lines) if "val" in r), {}).get("val", {})
     best = max((v["miou"] or 0.0 for v in values), default=None)
-    facts = dict(network=name, steps=lines[-1]["step"] if lines else 0, planned=config["recipe"]["iterations"], batch=config["recipe"]["batch"],
-                 best_miou=best, last=last, curve=lines, evaluations=values, finished=(run/"results.json").exists())
+    facts = dict(
+        network=name,
+        steps=lines[-1]["step"] if lines else 0,
+        planned=config["recipe"]["iterations"],
+        batch=config["recipe"]["batch"],
+        best_miou=best,
+        last=last,
+        curve=lines,
+        evaluations=values,
+        finished=(run / "results.json").exists(),
+    )
     (out/"facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def child(a, *options, seconds):
     "This program in another process; returns how it ended."
-    command = [sys.executable, str(Path(__file__).resolve()), "--data", str(a.data), "--out", str(a.out), "--device", a.device, *options]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--data",
+        str(a.data),
+        "--out",
+        str(a.out),
+        "--device",
+        a.device,
+        *options,
+    ]
     if a.tiny: command.append("--tiny")
     env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", MPLBACKEND="Agg")
     with open(Path(a.out)/"log.txt", "ab") as log:
-        try: code = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=max(1.0, seconds)).returncode
-        except subprocess.TimeoutExpired: return "killed at its budget"
+        try:
+            code = subprocess.run(
+                command, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=max(1.0, seconds)
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return "killed at its budget"
     return "finished" if code == 0 else f"failed with code {code}"
 
 
 def write(out, rows):
     "train.json, curves.csv and the report."
     (out/"train.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    lines = [dict(network=r["network"], **{k: v for k, v in line.items() if k != "val"}, miou=line.get("val", {}).get("miou"))
-             for r in rows for line in r.get("curve", ())]
+    lines = [
+        dict(
+            network=r["network"], **{k: v for k, v in line.items() if k != "val"}, miou=line.get("val", {}).get("miou")
+        )
+        for r in rows
+        for line in r.get("curve", ())
+    ]
     names = list(dict.fromkeys(n for line in lines for n in line))
     with open(out/"curves.csv", "w", encoding="utf-8", newline="") as f:
         table = csv.DictWriter(f, names, lineterminator="\n")
         table.writeheader()
         table.writerows(lines)
-    text = ["# CamVid from scratch, 480x360, validation split", "|network|status|steps|best mIoU|last mIoU|pixel accuracy|seconds|", "|---|---|---|---|---|---|---|"]
+    text = [
+        "# CamVid from scratch, 480x360, validation split",
+        "|network|status|steps|best mIoU|last mIoU|pixel accuracy|seconds|",
+        "|---|---|---|---|---|---|---|",
+    ]
     number = lambda v: "-" if v is None else f"{v:.4f}"
     for r in rows:
         last = r.get("last", {})
-        text.append(f"|{r['network']}|{r['status']}|{r.get('steps', 0)} of {r.get('planned', '?')}|{number(r.get('best_miou'))}|"
-                    f"{number(last.get('miou'))}|{number(last.get('pixel_acc'))}|{r['seconds']:.0f}|")
+        steps = f"{r.get('steps', 0)} of {r.get('planned', '?')}"
+        scores = [number(v) for v in (r.get("best_miou"), last.get("miou"), last.get("pixel_acc"))]
+        text.append("|" + "|".join([r["network"], r["status"], steps, *scores, f"{r['seconds']:.0f}"]) + "|")
     (out/"report.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     return "\n".join(text)
 

@@ -28,8 +28,19 @@ def gate(out, *options):
     for name in ("nbdev", "fastcore", "papermill", "execnb"):
         (blocked/f"{name}.py").write_text(f"raise ImportError('{name} is not installed on a GPU machine')\n")
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    command = [sys.executable, str(ROOT/"tests"/"gpu_gate.py"), "--device", "cpu", "--tiny", "--out", str(out/"gate"), *options]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env | dict(SEGKERN_GATE_PATH=str(blocked)))
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "gpu_gate.py"),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--out",
+        str(out / "gate"),
+        *options,
+    ]
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=env | dict(SEGKERN_GATE_PATH=str(blocked))
+    )
     return run, json.loads((out/"gate"/"gate.json").read_text())
 
 
@@ -41,7 +52,11 @@ def check(run, state, out, ops):
     assert len(report) <= verdict.LIMIT and report in run.stdout
     assert {op for op, (ok, _) in state["verdicts"].items() if ok} == set(ops), state["verdicts"]
     assert all(r["status"] == "not run: no GPU" for r in state["rows"] if r["phase"] == 2)
-    graphs = [r for r in state["rows"] if "captured" in r["label"] or "side stream" in r["label"] or r.get("form") in ("graph", "compile")]
+    graphs = [
+        r
+        for r in state["rows"]
+        if "captured" in r["label"] or "side stream" in r["label"] or r.get("form") in ("graph", "compile")
+    ]
     assert graphs and all(r["status"] == "not run: no GPU" for r in graphs)
     table = json.loads((out/"gate"/"dispatch.json").read_text())["cpu"]
     assert set(table) == set(ops) and all(v["passed"] and v["code"] for v in table.values())
@@ -68,7 +83,11 @@ def test_dry_run_of_all_families(tmp_path):
 def test_families_cover_kernels_tests_and_predictions():
     "Every module with kernels, every file of kernel tests and every predicted op belongs to one family."
     modules = {m for _, names in families.FAMILIES.values() for m in names}
-    with_kernels = {p.stem for p in (ROOT/"segkern"/"ops").glob("*.py") if re.search(r"@triton\.jit.*\ndef _\w+_kernel\(", p.read_text())}
+    with_kernels = {
+        p.stem
+        for p in (ROOT / "segkern" / "ops").glob("*.py")
+        if re.search(r"@triton\.jit.*\ndef _\w+_kernel\(", p.read_text())
+    }
     assert with_kernels <= modules and all(families.kernel_names(f) for f in families.FAMILIES)
     files = [p for f in families.FAMILIES for p in families.test_files(f)]
     assert sorted(files) == sorted((ROOT/"tests").glob("test_kernels_*.py"))
@@ -103,7 +122,10 @@ def test_a_crash_loses_one_row_and_a_hang_the_rest(tmp_path):
     start = time.monotonic()
     rows = jobs.run_all([job], 4, 1, lambda text: None)
     found = {r["label"]: r["status"] for r in rows if r["op"] == "msca"}
-    assert sorted((r["label"], r["status"][:11]) for r in rows if r["op"] == "rca_gate") == [("good", "ok"), ("never", "out of time")]
+    assert sorted((r["label"], r["status"][:11]) for r in rows if r["op"] == "rca_gate") == [
+        ("good", "ok"),
+        ("never", "out of time"),
+    ]
     assert time.monotonic() - start < 15
     assert found["good"] == found["after"] == "ok" and found["raises"].startswith("failed: ZeroDivisionError")
     assert found["crashes"].startswith("failed: the process died with code 11")
@@ -118,15 +140,23 @@ def test_jobs_that_never_start_are_named(tmp_path):
 
 
 SOUND = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
-BROKEN = "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 2 bytes\n========= ERROR SUMMARY: 3 errors\n"
-RACES = "========= Error: Potential {} hazard detected at __shared__ 0x0\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error)\n"
+BROKEN = "========= Invalid __global__ read of size 2 bytes\n========= ERROR SUMMARY: 3 errors\n"
+RACES = "========= Error: Potential {} hazard detected at __shared__ 0x0\n========= RACECHECK SUMMARY: 1 hazard displayed\n"
 
 
-@pytest.mark.parametrize("tool,text,code,want", [
-    ("memcheck", SOUND, 0, "ok"), ("memcheck", BROKEN, 0, "failed: 3 errors: Invalid __global__ read"), ("memcheck", SOUND, 1, "failed: the launches"),
-    ("synccheck", "========= Error: Device not supported\n", 255, "not run: no summary"), ("memcheck", "", None, "out of time"),
-    ("racecheck", RACES.format("RAW"), 0, "failed: 1 hazards"), ("racecheck", RACES.format("WAW"), 0, "ok"),
-    ("racecheck", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "ok")])
+@pytest.mark.parametrize(
+    "tool,text,code,want",
+    [
+        ("memcheck", SOUND, 0, "ok"),
+        ("memcheck", BROKEN, 0, "failed: 3 errors: Invalid __global__ read"),
+        ("memcheck", SOUND, 1, "failed: the launches"),
+        ("synccheck", "========= Error: Device not supported\n", 255, "not run: no summary"),
+        ("memcheck", "", None, "out of time"),
+        ("racecheck", RACES.format("RAW"), 0, "failed: 1 hazards"),
+        ("racecheck", RACES.format("WAW"), 0, "ok"),
+        ("racecheck", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "ok"),
+    ],
+)
 def test_the_sanitizer_is_understood(tool, text, code, want):
     assert sanitizer.judge(tool, text, code)[0].startswith(want)
 
@@ -137,7 +167,8 @@ def test_the_sanitizer_looks_at_our_kernels_only():
     assert [c for c in command if c.startswith("--kernel-name=kns=_msca_")] and "--racecheck-report" in command
 
 
-def row(phase, op, label, status, **facts): return dict(phase=phase, family="strip", op=op, label=label, status=status) | facts
+def row(phase, op, label, status, **facts):
+    return dict(phase=phase, family="strip", op=op, label=label, status=status) | facts
 
 
 def test_verdicts():
@@ -148,18 +179,32 @@ def test_verdicts():
     assert passed([row(1, "*", "test_kernels_strip.py::test_pool_sizes", "failed: wrong")]) == {"strip_attention"}
     assert passed([row(2, "*", "memcheck of strip", "failed: 3 errors")]) == set()
     assert passed([row(1, "strip_attention", "races", "out of time: killed after 3 s")]) == {"strip_pool"}
-    assert passed([row(2, "*", "memcheck of strip", "not run: no summary"), row(0, "strip_pool", "warm", "failed: x")]) == {"strip_pool", "strip_attention"}
+    assert passed(
+        [row(2, "*", "memcheck of strip", "not run: no summary"), row(0, "strip_pool", "warm", "failed: x")]
+    ) == {"strip_pool", "strip_attention"}
 
 
 def test_the_report_fits():
     "However much goes wrong, it stays below its limit and says where the rest is."
     rows = [row(1, "strip_pool", f"{'a long label '*20}{i}", "failed: " + "because "*50) for i in range(300)]
     text = verdict.report(rows, "GPU", {}, {}, verdict.verdicts(rows, ["strip"]), 1.0, ["a phase broke"]*400)
-    assert len(text) <= verdict.LIMIT and "cut; all rows are in gate.json" in text and "| **no** |".replace(" ", "") in text
+    assert (
+        len(text) <= verdict.LIMIT
+        and "cut; all rows are in gate.json" in text
+        and "| **no** |".replace(" ", "") in text
+    )
 
 
 def test_refusals(tmp_path):
     "What the command does not take, in one line."
-    for options, word in ((["--families", "conv"], "unknown family"), (["--device", "cpu"], "--tiny"), (["--ptxas", "nowhere"], "no file")):
-        run = subprocess.run([sys.executable, str(ROOT/"tests"/"gpu_gate.py"), "--out", str(tmp_path), *options], capture_output=True, text=True)
+    for options, word in (
+        (["--families", "conv"], "unknown family"),
+        (["--device", "cpu"], "--tiny"),
+        (["--ptxas", "nowhere"], "no file"),
+    ):
+        run = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "gpu_gate.py"), "--out", str(tmp_path), *options],
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 2 and word in run.stderr

@@ -24,8 +24,14 @@ def main(rows, family, device, tiny, facts):
     from segkern.ops.dispatch import KERNELS, code_hash, interpreting, triton
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else "cpu"
-    versions = dict(segkern=segkern.__version__, torch=torch.__version__, triton=getattr(triton, "__version__", ""),
-                    cuda=torch.version.cuda or "", python=platform.python_version(), ptxas=os.environ.get("TRITON_PTXAS_PATH", ""))
+    versions = dict(
+        segkern=segkern.__version__,
+        torch=torch.__version__,
+        triton=getattr(triton, "__version__", ""),
+        cuda=torch.version.cuda or "",
+        python=platform.python_version(),
+        ptxas=os.environ.get("TRITON_PTXAS_PATH", ""),
+    )
     import segkern.ops  # noqa: F401  (registers the kernels)
     codes = {op: code_hash(op) for op in KERNELS}
     rows.run("", "machine", lambda: dict(gpu=name, versions=versions, codes=codes, interpreted=interpreting()))

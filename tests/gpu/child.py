@@ -1,4 +1,7 @@
-"""One child of the gate: `python child.py PHASE --family F --rows FILE --device cuda [--tiny]`; the parent reads its rows."""
+"""One child of the gate, whose rows the parent reads.
+
+    python child.py PHASE --family F --rows FILE --device cuda [--tiny]
+"""
 import argparse
 import json
 import os

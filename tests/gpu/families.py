@@ -6,7 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 # family -> ops of the benchmark and modules that hold kernels; its tests are tests/test_kernels_FAMILY*.py
 FAMILIES = {
-    "head": (("upsample_cross_entropy", "upsample_argmax", "upsample_confusion", "upsample_dice"), ("head_kernels", "head_soft")),
+    "head": (
+        ("upsample_cross_entropy", "upsample_argmax", "upsample_confusion", "upsample_dice"),
+        ("head_kernels", "head_soft"),
+    ),
     "sr_attention": (("sr_attention",), ("sr_attention",)),
     "strip": (("strip_pool", "strip_attention"), ("strip_pool", "strip_attention")),
     "prototype": (("prototypes", "cosine_logits", "class_sums"), ("prototype",)),

@@ -1,4 +1,7 @@
-"A pytest plugin: every test's outcome as a JSON line in $SEGKERN_GATE_ROWS, at once; $SEGKERN_GATE_SHARD=i/n keeps every n-th test."
+"""A pytest plugin: every test's outcome as a JSON line in $SEGKERN_GATE_ROWS, at once.
+
+$SEGKERN_GATE_SHARD=i/n keeps every n-th test.
+"""
 import json
 import os
 
@@ -31,8 +34,15 @@ def pytest_runtest_logreport(report):
 
 def _row(report):
     status, reason = dict(passed="ok", failed="failed", skipped="not run")[report.outcome], ""
-    if report.outcome == "failed": reason = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
+    if report.outcome == "failed":
+        reason = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
     if report.outcome == "skipped" and isinstance(report.longrepr, tuple): reason = report.longrepr[2]
     text = " ".join(reason.split())[:300]
-    return dict(phase=1, family=FAMILY, op="*", label=_label(report.nodeid), status=f"{status}: {text}" if text else status,
-                seconds=round(report.duration, 3))
+    return dict(
+        phase=1,
+        family=FAMILY,
+        op="*",
+        label=_label(report.nodeid),
+        status=f"{status}: {text}" if text else status,
+        seconds=round(report.duration, 3),
+    )

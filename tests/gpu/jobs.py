@@ -84,7 +84,11 @@ def ended(running, out_of_time):
         for row in job.read(text, None if out_of_time else code): append(job.rows, row)
         return False
     if code == 0 and not out_of_time: return False
-    why = f"out of time: killed after {running.seconds:.0f} s" if out_of_time else f"failed: the process died with code {code}"
+    why = (
+        f"out of time: killed after {running.seconds:.0f} s"
+        if out_of_time
+        else f"failed: the process died with code {code}"
+    )
     before = read_lines(job.rows)
     facts, planned = close(job, why)
     if not out_of_time and job.restarts > 0 and unfinished(before)[0]:
@@ -111,7 +115,8 @@ def run_all(jobs, seconds, parallel, note=print):
             if out_of_time: r.kill()
             running.remove(r)
             again = ended(r, out_of_time)
-            note(f"{r.job.name}: {'killed' if out_of_time else f'code {r.process.returncode}'}{', once more' if again else ''}")
+            how = "killed" if out_of_time else f"code {r.process.returncode}"
+            note(f"{r.job.name}: {how}{', once more' if again else ''}")
             if again: waiting.insert(0, r.job)
         if now >= end:
             for j in waiting:

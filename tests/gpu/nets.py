@@ -8,12 +8,24 @@ from child import synchronise
 
 CITY, ADE, VOC = ("cityscapes", 19), ("ade20k", 150), ("voc2012", 21)
 # network -> dataset, classes, picture, size of a dry run
-LATENCY = {"s2fpn_r18": (*CITY, (1024, 2048), (64, 128)), "segformer_b0": (*ADE, (512, 512), (64, 64)), "segformer_b5": (*ADE, (512, 512), (64, 64)),
-           "segnext_l": (*ADE, (512, 512), (64, 64)), "seaformer_l": (*ADE, (512, 512), (64, 64)), "cgrseg_l": (*ADE, (512, 512), (64, 64))}
+LATENCY = {
+    "s2fpn_r18": (*CITY, (1024, 2048), (64, 128)),
+    "segformer_b0": (*ADE, (512, 512), (64, 64)),
+    "segformer_b5": (*ADE, (512, 512), (64, 64)),
+    "segnext_l": (*ADE, (512, 512), (64, 64)),
+    "seaformer_l": (*ADE, (512, 512), (64, 64)),
+    "cgrseg_l": (*ADE, (512, 512), (64, 64)),
+}
 COMPILED = ("s2fpn_r18", "segformer_b0")
 # network -> dataset, classes, pictures, crop
-TRAINING = {"segformer_b0": (*ADE, 16, (512, 512)), "s2fpn_r18": (*CITY, 8, (1024, 1024)), "segformer_b5": (*ADE, 8, (512, 512)),
-            "segnext_l": (*ADE, 8, (512, 512)), "sasformer_sparse_b4": (*VOC, 4, (512, 512)), "ocrnet_hr48_ssa": (*ADE, 8, (512, 512))}
+TRAINING = {
+    "segformer_b0": (*ADE, 16, (512, 512)),
+    "s2fpn_r18": (*CITY, 8, (1024, 1024)),
+    "segformer_b5": (*ADE, 8, (512, 512)),
+    "segnext_l": (*ADE, 8, (512, 512)),
+    "sasformer_sparse_b4": (*VOC, 4, (512, 512)),
+    "ocrnet_hr48_ssa": (*ADE, 8, (512, 512)),
+}
 
 
 def network(name, dataset, classes):
@@ -103,8 +115,18 @@ def training(name, impl, device, tiny):
         if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
         ms = median_ms(step, device, 2 if tiny else 8)
     peak = torch.cuda.max_memory_allocated(device)/2**20 if device.type == "cuda" else None
-    return dict(network=name, what="training", impl=impl, layout="nchw", form="eager", size="x".join(map(str, size)), batch=batch, dtype="bfloat16 autocast",
-                ms_50=ms, peak_mb=peak)
+    return dict(
+        network=name,
+        what="training",
+        impl=impl,
+        layout="nchw",
+        form="eager",
+        size="x".join(map(str, size)),
+        batch=batch,
+        dtype="bfloat16 autocast",
+        ms_50=ms,
+        peak_mb=peak,
+    )
 
 
 def main(rows, family, device, tiny, facts):

@@ -1,11 +1,16 @@
 """Phase 1: production shapes against double precision, and what only a GPU can show: races, streams, graphs, alignment.
 
-Sizes of one, odd ones, expanded gradients and layouts are in the ordinary tests of the kernels, which run beside this."""
+Sizes of one, odd ones, expanded gradients and layouts are in the ordinary tests of the kernels, which run beside this.
+"""
 import torch
 from child import selected, synchronise
 from rows import NotRun
 
-LIMITS = {torch.float32: (5e-6, 2e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 1e-2)} # relative L2: forward, backward
+LIMITS = {
+    torch.float32: (5e-6, 2e-5),
+    torch.float16: (1e-3, 2e-3),
+    torch.bfloat16: (4e-3, 1e-2),
+}  # relative L2: forward, backward
 LOOSER = dict(msca=4) # gradients of taps are sums over all pixels of products of two rounded maps
 COUNTS = dict(upsample_argmax=1e-3, upsample_confusion=2e-3) # share of pixels that may differ: ties of rounded logits
 
@@ -18,7 +23,7 @@ def kernel_of(case):
 
 
 def varied(o):
-    "A gradient without a pattern (multiples of the golden ratio), made without random numbers, which graphs do not like."
+    "A gradient without a pattern: multiples of the golden ratio; a captured graph takes no random numbers of ours."
     steps = torch.arange(1, max(1, o.numel()) + 1, device=o.device, dtype=torch.float64)
     return (3.4*(steps*0.6180339887498949 % 1 - 0.5)).to(o.dtype).view(o.shape)
 
@@ -57,7 +62,8 @@ def agree(case, dtype, got, outs, want):
     "The worst distances of outputs and gradients; raises above the limit."
     if case.op in COUNTS:
         wrong, total = (got[0].long() - want[0].long()).abs(), want[0].numel()
-        if case.op == "upsample_confusion": wrong, total = wrong/2, int(want[0].sum()) # a pixel in the wrong cell counts in two
+        if case.op == "upsample_confusion":
+            wrong, total = wrong / 2, int(want[0].sum())  # a pixel in the wrong cell counts in two
         else: wrong = wrong.clamp(max=1)
         share = float(wrong.double().sum())/total
         if not share < COUNTS[case.op]: raise ArithmeticError(f"{share:.2e} of the pixels differ")
@@ -66,7 +72,8 @@ def agree(case, dtype, got, outs, want):
     worst = dict(forward=max(errors[:outs]), backward=max(errors[outs:], default=0.0))
     for way, limit in zip(worst, LIMITS[dtype]):
         if way == "backward": limit *= LOOSER.get(case.op, 1)
-        if not worst[way] <= limit: raise ArithmeticError(f"{way}: relative L2 distance {worst[way]:.2e} is above {limit:.0e}")
+        if not worst[way] <= limit:
+            raise ArithmeticError(f"{way}: relative L2 distance {worst[way]:.2e} is above {limit:.0e}")
     return worst
 
 
@@ -205,7 +212,8 @@ def all_ignored(device, tiny):
     for empty, fine in (("nan", torch.isnan), ("zero", lambda t: t == 0)):
         loss = ops.upsample_cross_entropy(z, y, empty=empty, impl="triton")
         g, = torch.autograd.grad(loss, z)
-        if not bool(fine(loss)) or bool((g != 0).any()): raise ArithmeticError(f"empty={empty}: loss {loss.item()}, gradient {g.abs().max().item()}")
+        if not bool(fine(loss)) or bool((g != 0).any()):
+            raise ArithmeticError(f"empty={empty}: loss {loss.item()}, gradient {g.abs().max().item()}")
 
 
 def many_sums(device, tiny):
@@ -220,8 +228,14 @@ def many_sums(device, tiny):
     return dict(forward=error)
 
 
-EXTRAS = dict(head=(("upsample_cross_entropy", "300 classes", many_classes), ("upsample_cross_entropy", "hard examples", hard_examples),
-                    ("upsample_cross_entropy", "all ignored", all_ignored)), prototype=(("class_sums", "300 classes", many_sums),))
+EXTRAS = dict(
+    head=(
+        ("upsample_cross_entropy", "300 classes", many_classes),
+        ("upsample_cross_entropy", "hard examples", hard_examples),
+        ("upsample_cross_entropy", "all ignored", all_ignored),
+    ),
+    prototype=(("class_sums", "300 classes", many_sums),),
+)
 
 
 def checks(family, device, tiny, only):
@@ -235,10 +249,18 @@ def checks(family, device, tiny, only):
         for dtype in dtypes:
             kind = str(dtype).split(".")[1]
             for layout in ("nchw", "last") if maps else ("nchw",):
-                out.append((case.op, f"{way}, {kind}, {layout}", lambda c=case, d=dtype, y=layout: against_double(c, d, y, device)))
+                out.append(
+                    (
+                        case.op,
+                        f"{way}, {kind}, {layout}",
+                        lambda c=case, d=dtype, y=layout: against_double(c, d, y, device),
+                    )
+                )
         if only == "double": continue
         kind = torch.float32 if tiny else torch.bfloat16
-        out.append((case.op, f"{way}, repeated beside a product", lambda c=case: repeated(c, kind, device, 2 if tiny else 30)))
+        out.append(
+            (case.op, f"{way}, repeated beside a product", lambda c=case: repeated(c, kind, device, 2 if tiny else 30))
+        )
         if case.op in seen: continue
         seen.add(case.op)
         out.append((case.op, f"{way}, misaligned", lambda c=case: against_double(c, kind, "misaligned", device)))

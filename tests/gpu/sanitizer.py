@@ -51,6 +51,7 @@ def reader(tool, family, keep):
     "A function (text, code) -> rows that also appends to the file of findings."
     def read(text, code):
         status, lines = judge(tool, text, code)
-        with open(keep, "a", encoding="utf-8") as f: f.write(f"--- {tool} {family}: {status}\n" + "\n".join(lines) + "\n")
+        with open(keep, "a", encoding="utf-8") as f:
+            f.write(f"--- {tool} {family}: {status}\n" + "\n".join(lines) + "\n")
         return [dict(phase=2, family=family, op="*", label=f"{tool} of {family}", status=status)]
     return read

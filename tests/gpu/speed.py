@@ -3,8 +3,17 @@ import torch
 from child import selected
 
 FIRST = ("kernel", "reference", "kernel in a CUDA graph", "reference in a CUDA graph")
-THEN = ("eager", "eager in a CUDA graph", "sdpa flash", "sdpa cudnn", "sdpa with copies", "sdpa with padded copies", "channels last, with copies",
-        "compile", "compile in a CUDA graph")
+THEN = (
+    "eager",
+    "eager in a CUDA graph",
+    "sdpa flash",
+    "sdpa cudnn",
+    "sdpa with copies",
+    "sdpa with padded copies",
+    "channels last, with copies",
+    "compile",
+    "compile in a CUDA graph",
+)
 
 
 def main(rows, family, device, tiny, facts):
@@ -22,7 +31,12 @@ def main(rows, family, device, tiny, facts):
                 for row in run_case(case, device, dtype, best, 40 if cuda else 1, wanted):
                     status = row.pop("status")
                     facts_of = {k: v for k, v in row.items() if k != "op"}
-                    rows.add(case.op, label(case, row["provider"]), status if status == "ok" else f"not run: {status}", **facts_of)
+                    rows.add(
+                        case.op,
+                        label(case, row["provider"]),
+                        status if status == "ok" else f"not run: {status}",
+                        **facts_of,
+                    )
                     if status != "ok": rows.alive()
             rows.run(case.op, label(case, f"group {i}"), timed)
             if cuda: torch.cuda.empty_cache()

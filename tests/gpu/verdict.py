@@ -29,7 +29,11 @@ def verdicts(rows, families):
         mine = [r for r in rows if r["phase"] in (1, 2) and op in concerns(r)]
         bad = [r for r in mine if failed(r)]
         open_ = [r for r in mine if r["phase"] == 1 and late(r)]
-        proven = [r for r in mine if r["phase"] == 1 and r["status"] == "ok" and r["op"] == op and r.get("forward") is not None]
+        proven = [
+            r
+            for r in mine
+            if r["phase"] == 1 and r["status"] == "ok" and r["op"] == op and r.get("forward") is not None
+        ]
         if bad: out[op] = False, f"{len(bad)} failed, first: {bad[0]['label']}: {bad[0]['status'][8:140]}"
         elif open_: out[op] = False, f"{len(open_)} checks were not reached"
         elif not proven: out[op] = False, "nothing was compared with double precision"
@@ -88,14 +92,19 @@ def table(header, lines):
     "A Markdown table; nothing for no lines."
     if not lines: return ["not run"]
     text = lambda v: "-" if v in (None, "") else f"{v:.3g}" if isinstance(v, float) else str(v)
-    return ["|" + "|".join(header) + "|", "|" + "---|"*len(header), *("|" + "|".join(map(text, line)) + "|" for line in lines)]
+    return [
+        "|" + "|".join(header) + "|",
+        "|" + "---|" * len(header),
+        *("|" + "|".join(map(text, line)) + "|" for line in lines),
+    ]
 
 
 def op_lines(rows):
     "Microseconds by contender beside what was predicted."
     by = {}
     for r in rows:
-        if r["phase"] == 3 and r.get("provider"): by.setdefault((r["op"], r["case"], r["direction"]), {})[r["provider"]] = r
+        if r["phase"] == 3 and r.get("provider"):
+            by.setdefault((r["op"], r["case"], r["direction"]), {})[r["provider"]] = r
     out = []
     for p in predicted():
         found = by.get((p["op"], p["case"], p["direction"]))
@@ -105,8 +114,16 @@ def op_lines(rows):
         best = min(peers, key=peers.get, default=None)
         names = ("kernel", "kernel" + GRAPH, "reference", "reference" + GRAPH)
         way = " +bwd" if "backward" in p["direction"] else ""
-        out.append((f"{p['op']}: {p['case']}{way}", *(us(n) for n in names), f"{best} {peers[best]:.3g}" if best else "-",
-                    p["bandwidth_us"], p["issue_us"], p["expected_us"]))
+        out.append(
+            (
+                f"{p['op']}: {p['case']}{way}",
+                *(us(n) for n in names),
+                f"{best} {peers[best]:.3g}" if best else "-",
+                p["bandwidth_us"],
+                p["issue_us"],
+                p["expected_us"],
+            )
+        )
     return out
 
 
@@ -114,7 +131,8 @@ def net_lines(rows, what):
     "One line per network and form: reference and kernels."
     by = {}
     for r in rows:
-        if r["phase"] == 4 and r.get("what") == what: by.setdefault((r["network"], r["layout"], r["form"]), {})[r["impl"]] = r
+        if r["phase"] == 4 and r.get("what") == what:
+            by.setdefault((r["network"], r["layout"], r["form"]), {})[r["impl"]] = r
     ms = lambda found, impl: found.get(impl, {}).get("ms_50")
     mb = lambda found, impl: found.get(impl, {}).get("peak_mb")
     pick = lambda found, fn: [fn(found, "ref"), fn(found, "triton") if "triton" in found else fn(found, "auto")]
@@ -127,14 +145,28 @@ def report(rows, gpu, versions, ceilings, found, seconds, problems):
              "ceilings: " + (", ".join(f"{k} {v:.4g}" for k, v in ceilings.items()) or "not run"), ""]
     kinds = ("ok", "failed", "not run", "out of time")
     lines += table(("phase", *kinds), [(phase, *(c.get(k, 0) for k in kinds)) for phase, c in counts(rows).items()])
-    lines += ["", "## Ops", *table(("op", "passed", "why"), [(op, "yes" if ok else "**no**", why[:150]) for op, (ok, why) in found.items()])]
+    lines += [
+        "",
+        "## Ops",
+        *table(
+            ("op", "passed", "why"), [(op, "yes" if ok else "**no**", why[:150]) for op, (ok, why) in found.items()]
+        ),
+    ]
     bad = [r for r in rows if failed(r)]
-    lines += ["", f"## Failures: {len(bad)}", *(f"* {PHASE[r['phase']]} {r['family']}: {r['label'][:90]}: {r['status'][8:130]}" for r in bad[:25])]
+    lines += [
+        "",
+        f"## Failures: {len(bad)}",
+        *(f"* {PHASE[r['phase']]} {r['family']}: {r['label'][:90]}: {r['status'][8:130]}" for r in bad[:25]),
+    ]
     if len(bad) > 25: lines.append(f"* and {len(bad) - 25} more in gate.json")
     lines += [f"* {p}" for p in problems]
     head = ("op", "kernel us", "captured", "reference", "captured", "best peer", "bandwidth", "issue", "predicted")
     lines += ["", "## Times of ops", *table(head, op_lines(rows))]
-    lines += ["", "## Latency, ms", *table(("network", "layout", "form", "reference", "kernels"), net_lines(rows, "latency"))]
+    lines += [
+        "",
+        "## Latency, ms",
+        *table(("network", "layout", "form", "reference", "kernels"), net_lines(rows, "latency")),
+    ]
     head = ("network", "layout", "form", "reference ms", "kernels ms", "reference MB", "kernels MB")
     lines += ["", "## Training steps", *table(head, net_lines(rows, "training"))]
     text = "\n".join(lines) + "\n"
