@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FAMILIES = {
     "head": (
         ("upsample_cross_entropy", "upsample_argmax", "upsample_confusion", "upsample_dice"),
-        ("head_kernels", "head_soft"),
+        ("head_kernels", "head_quads", "head_soft"),
     ),
     "sr_attention": (("sr_attention",), ("sr_attention",)),
     "strip": (("strip_pool", "strip_attention"), ("strip_pool", "strip_attention")),
