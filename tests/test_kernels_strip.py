@@ -29,14 +29,14 @@ def placed(x, layout): return x[:1].expand(len(x), -1, -1, -1) if layout == "exp
 def qkv(b=1, c=19, h=5, w=7, m=11, cv=2): return dict(q=make_input([b, c, h, w], 1), k=make_input([b, c, m], 2), v=make_input([b, cv, m], 3))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (13, 1), (5, 17), (37, 131), (67, 3)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (13, 1), (5, 17), (37, 131), (67, 3), (64, 32)], ids=str)
 def test_pool_sizes(size):
-    "One pixel, one row, one column, primes, more than one block of columns."
+    "One pixel, one row, one column, primes, more than one block of columns; blocks that fit exactly."
     check_kernel(both, both_ref, {"x": make_input([2, 3, *size])}, dtypes=("fp32",), orders=(0,), expect=POOL)
 
 
 def test_pool_types_orders_and_blocks():
-    check_kernel(both, both_ref, {"x": make_input([1, 2, 19, 131])}, blocks=("strip_pool", [dict(BH=4, BW=16), dict(BH=64, BW=64)]),
+    check_kernel(both, both_ref, {"x": make_input([1, 2, 19, 261])}, blocks=("strip_pool", [dict(BH=4, BW=16), dict(BH=64, BW=64)]),
                  expect=(*POOL, "_strip_pool_join_kernel"))
 
 
@@ -74,6 +74,11 @@ def test_pool_ties_infinities_and_nan():
         y[0, 0, 1, 2], y[0, 0, 2, 0], y[0, 0, 0, 1] = float("nan"), float("inf"), float("-inf")
         with use_blocks("strip_pool", **block):
             for a, b in zip(strip_pool_ref(y, "mean_max"), strip_pool(y, "mean_max", impl="triton")): torch.testing.assert_close(b, a, equal_nan=True)
+    lone = make_input([1, 2, 19, 37])
+    lone[0, 1, 9, 20], lone[0, 1, 3, 20], lone[0, 1, 9, 4] = float("nan"), float("inf"), float("inf")
+    lone.requires_grad_()
+    got, want = (torch.autograd.grad(sum(t.sum() for t in strip_pool(lone, "max", impl=impl)), lone)[0] for impl in ("triton", "ref"))
+    assert torch.equal(got, want) # a NaN, not the infinity before it
     low = torch.full([1, 1, 5, 6], float("-inf"))
     assert all((t == float("-inf")).all() for t in strip_pool(low, "mean_max", impl="triton"))
 

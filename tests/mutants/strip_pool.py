@@ -8,9 +8,9 @@ from segkern.testing.kernels import check_kernel
 MODULE = "segkern.ops.strip_pool"
 MUTANTS = [
     ("_strip_pool_fwd_kernel", "padding counts as a maximum", 'low = tl.where(inside, v, float("-inf"))', "low = tl.where(inside, v, 9.0)"),
-    ("_strip_pool_fwd_kernel", "only the last block of rows", "total += tl.sum(v, 1)", "total = tl.sum(v, 1)"),
-    ("_strip_pool_fwd_kernel", "maximum not carried over", "top, where = tl.where(new, m, top), tl.where(new, i, where)", "top, where = m, i"),
-    ("_strip_pool_fwd_kernel", "column mask missing", "(c < C)[:, None, None] & (w < W)[None, None, :]", "(c < C)[:, None, None] & (w < W + 1)[None, None, :]"),
+    ("_strip_pool_fwd_kernel", "only the last block of rows", "total += v", "total = v"),
+    ("_strip_pool_fwd_kernel", "maximum not carried over", "tl.where(new, low, top), tl.where(new, h[None, :, None], where)", "low, tl.where(new, h[None, :, None], where)"),
+    ("_strip_pool_fwd_kernel", "column mask missing", "columns = (c < C)[:, None, None] & (w < W)", "columns = (c < C)[:, None, None] & (w < W + 1)"),
     ("_strip_pool_join_kernel", "first part only", "range(0, N)", "range(0, 1)"),
     ("_strip_pool_join_kernel", "sum instead of mean", "(total/n).to", "total.to"),
     ("_strip_pool_join_kernel", "the last part wins", "new = _better(best, m) | (p == 0)", "new = (m == m)"),
