@@ -42,34 +42,9 @@ def _joined(
     return torch.stack([a[0] + b[0], torch.minimum(a[1], b[1]), torch.maximum(a[2], b[2])])
 
 
-# %% ../nbs/60_metrics.ipynb #a4cdb777
-class Confusion:
-    "Counts of (true class, predicted class) over all pixels that are not void."
-    def __init__(self,
-        num_classes:int, # K
-        ignore_index:int=IGNORE, # target id that is left out
-    ):
-        if num_classes < 1: raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if 0 <= ignore_index < num_classes: raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
-        self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64) # [K, K], rows are the target
-        self.illegal = None # of `update_logits`, on its device: how many ids were none, the lowest and the highest of them
-
-    def update(self,
-        pred, # predicted ids, any shape and integer type
-        target, # true ids, same shape
-    )->"Confusion": # itself
-        "Count one batch. An id outside the classes is an error; predictions on void pixels are not looked at."
-        if tuple(pred.shape) != tuple(target.shape): raise ValueError(f"pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}")
-        pred, target = _ids(pred, "pred"), _ids(target, "target")
-        target = target.to(pred.device)
-        keep = target != self.ignore_index
-        pred, target = pred[keep], target[keep]
-        for name, t in (("pred", pred), ("target", target)): self._check(name, t)
-        counts = torch.bincount(target*self.num_classes + pred, minlength=self.num_classes**2)
-        self.matrix = self.matrix.to(counts.device) + counts.view(self.num_classes, self.num_classes)
-        return self
-
+# %% ../nbs/60_metrics.ipynb #7a0ddfdf
+class _CountsLogits:
+    "Counting from logits of any size, where labels need not exist."
     def update_logits(self,
         logits:torch.Tensor, # [b, K, h, w], of any size
         target:torch.Tensor, # [b, H, W], true ids
@@ -102,6 +77,35 @@ class Confusion:
         if count == 0: return
         which = f"the id {low}" if low == high else f"ids from {low} to {high}"
         raise ValueError(f"target holds {which} ({count} pixels); expected 0 to {self.num_classes - 1} or {self.ignore_index} (void)")
+
+
+# %% ../nbs/60_metrics.ipynb #a4cdb777
+class Confusion(_CountsLogits):
+    "Counts of (true class, predicted class) over all pixels that are not void."
+    def __init__(self,
+        num_classes:int, # K
+        ignore_index:int=IGNORE, # target id that is left out
+    ):
+        if num_classes < 1: raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if 0 <= ignore_index < num_classes: raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64) # [K, K], rows are the target
+        self.illegal = None # of `update_logits`, on its device: how many ids were none, the lowest and the highest of them
+
+    def update(self,
+        pred, # predicted ids, any shape and integer type
+        target, # true ids, same shape
+    )->"Confusion": # itself
+        "Count one batch. An id outside the classes is an error; predictions on void pixels are not looked at."
+        if tuple(pred.shape) != tuple(target.shape): raise ValueError(f"pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}")
+        pred, target = _ids(pred, "pred"), _ids(target, "target")
+        target = target.to(pred.device)
+        keep = target != self.ignore_index
+        pred, target = pred[keep], target[keep]
+        for name, t in (("pred", pred), ("target", target)): self._check(name, t)
+        counts = torch.bincount(target*self.num_classes + pred, minlength=self.num_classes**2)
+        self.matrix = self.matrix.to(counts.device) + counts.view(self.num_classes, self.num_classes)
+        return self
 
     def _check(self, name, t):
         "Raise where an id is not a class, naming it."

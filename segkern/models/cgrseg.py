@@ -21,8 +21,39 @@ from ..ops.dispatch import which, without_autocast
 from ..ops.rca_gate import rca_gate, strip_means
 from ..weights import Rule
 
+# %% ../../nbs/37_models.cgrseg.ipynb #13be4c8f
+class _NormOfLines(nn.Module):
+    "A batch norm of the map `rows*s + u`, which is not made; its parameters are those of `bn`."
+    def affine(self, rows, s, u): # [b, c, h], [c, w], [b, c, w] -> two vectors [c]
+        "Scale and shift of the norm, without the map that it normalises."
+        bn, live = self.bn, self.bn.training or self.bn.running_mean is None
+        mean, var = self.moments(rows, s, u) if live else (bn.running_mean.to(s.dtype), bn.running_var.to(s.dtype))
+        gain = torch.rsqrt(var + bn.eps)
+        gain = gain*bn.weight.to(s.dtype)
+        return gain, bn.bias.to(s.dtype) - gain*mean
+
+    def moments(self, rows, s, u): # -> mean [c], variance [c]
+        "Moments over pictures and pixels; in training also the norm's running ones."
+        n = len(rows)*rows.shape[2]*u.shape[2]
+        if n < 2: raise ValueError(f"{type(self).__name__} normalises one value per channel: training needs more pixels or pictures, got 1 picture of 1 pixel")
+        m = rows.mean(2, keepdim=True)
+        line = m*s + u # [b, c, w]
+        mean = line.mean((0, 2))
+        var = (line - mean[:, None]).square().mean((0, 2)) + (rows - m).square().mean((0, 2))*s.square().mean(1)
+        if self.bn.training and self.bn.track_running_stats: self.remember(mean.detach(), var.detach()*(n/(n - 1)))
+        return mean, var
+
+    def remember(self, mean, var):
+        "What `BatchNorm2d` does with its running statistics."
+        bn = self.bn
+        bn.num_batches_tracked.add_(1)
+        rate = bn.momentum if bn.momentum is not None else 1/bn.num_batches_tracked.to(mean.dtype)
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), rate)
+        bn.running_var.lerp_(var.to(bn.running_var.dtype), rate)
+
+
 # %% ../../nbs/37_models.cgrseg.ipynb #16067b67
-class RectangularGate(nn.Module):
+class RectangularGate(_NormOfLines):
     "Rectangular self-calibration attention (RCA)."
     literal = False # pool, broadcast and convolve the map, as written in the paper
     small = 1 << 17 # numbers in a map from which on the rewrite is faster on a processor
@@ -71,33 +102,6 @@ class RectangularGate(nn.Module):
         self.register_buffer("strip", (gain[:, None, None]*wide.weight[:, :, 0].double()).to(wide.weight.dtype))
         self.register_buffer("shift", shift[:, None].to(wide.weight.dtype))
         return 0
-
-    def affine(self, rows, s, u): # [b, c, h], [c, w], [b, c, w] -> two vectors [c]
-        "Scale and shift of the norm, without the map that it normalises."
-        bn, live = self.bn, self.bn.training or self.bn.running_mean is None
-        mean, var = self.moments(rows, s, u) if live else (bn.running_mean.to(s.dtype), bn.running_var.to(s.dtype))
-        gain = torch.rsqrt(var + bn.eps)
-        gain = gain*bn.weight.to(s.dtype)
-        return gain, bn.bias.to(s.dtype) - gain*mean
-
-    def moments(self, rows, s, u): # -> mean [c], variance [c]
-        "Moments over pictures and pixels; in training also the norm's running ones."
-        n = len(rows)*rows.shape[2]*u.shape[2]
-        if n < 2: raise ValueError(f"{type(self).__name__} normalises one value per channel: training needs more pixels or pictures, got 1 picture of 1 pixel")
-        m = rows.mean(2, keepdim=True)
-        line = m*s + u # [b, c, w]
-        mean = line.mean((0, 2))
-        var = (line - mean[:, None]).square().mean((0, 2)) + (rows - m).square().mean((0, 2))*s.square().mean(1)
-        if self.bn.training and self.bn.track_running_stats: self.remember(mean.detach(), var.detach()*(n/(n - 1)))
-        return mean, var
-
-    def remember(self, mean, var):
-        "What `BatchNorm2d` does with its running statistics."
-        bn = self.bn
-        bn.num_batches_tracked.add_(1)
-        rate = bn.momentum if bn.momentum is not None else 1/bn.num_batches_tracked.to(mean.dtype)
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), rate)
-        bn.running_var.lerp_(var.to(bn.running_var.dtype), rate)
 
     def forward(self, x): # [b, c, h, w] -> [b, c, h, w]
         if self.literal or type(self.bn) is not nn.BatchNorm2d or (x.numel() < self.small and which("rca_gate", x)[0] == "ref" and not x.is_cuda):
