@@ -115,7 +115,7 @@ def which(
     mode:str="", # variant of the op
 )->tuple: # (implementation, reason)
     "The implementation that a call with these tensors takes, and why."
-    want, cuda = wanted_impl(impl), bool(tensors) and all(t.is_cuda for t in tensors)
+    want, cuda = wanted_impl(impl), len(tensors) > 0 and all(t.is_cuda for t in tensors)
     if op not in KERNELS: raise ValueError(f"unknown op '{op}'; ops with kernels: {', '.join(sorted(KERNELS))}")
     if want == "ref": return "ref", "asked for"
     if torch.compiler.is_exporting(): return "ref", "exported graphs hold plain PyTorch"
