@@ -13,7 +13,6 @@ import contextlib, importlib.util, os
 import torch
 
 from ..core import logger
-from .operator import operator # noqa: F401
 from .verdicts import UNMEASURED, call_facts, hash_of, measured, objection
 
 # %% ../../nbs/10_ops.dispatch.ipynb #50cec070

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import IGNORE
-from .dispatch import choose, kernels_of, operator, unsupported, without_autocast
+from .dispatch import choose, kernels_of, unsupported, without_autocast
 from .head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample_ce_fwd, upsample_confusion_fwd
 from .head_quads import ce_bwd, ce_fwd
+from .operator import operator
 
 # %% ../../nbs/17_ops.head.ipynb #27c85c6f
 def _source_rows(h, height, align_corners, device, dtype):
@@ -137,7 +138,7 @@ def upsample_argmax(
     "Labels at full size from small logits: the argmax of their bilinear resize."
     size = tuple(int(s) for s in size)
     _check_head(logits, size)
-    if len(logits) and choose("upsample_argmax", logits, impl=impl): return _upsample_argmax_op(logits, *size, bool(align_corners))
+    if len(logits) and choose("upsample_argmax", logits, impl=impl, sizes=size): return _upsample_argmax_op(logits, *size, bool(align_corners))
     return upsample_argmax_ref(logits, size, align_corners)
 
 # %% ../../nbs/17_ops.head.ipynb #9f75652c
@@ -188,7 +189,7 @@ def upsample_confusion(
     "Confusion matrix of the labels that the resized logits give."
     _check_pair(logits, target)
     check_target(target, logits.shape[1], ignore_index)
-    if len(logits) and choose("upsample_confusion", logits, impl=impl):
+    if len(logits) and choose("upsample_confusion", logits, impl=impl, sizes=tuple(target.shape[1:])):
         return _upsample_confusion_op(logits.detach(), _ids(target).contiguous(), ignore_index, bool(align_corners))
     return confusion(upsample_argmax(logits, target.shape[-2:], align_corners, "ref"), target, logits.shape[1], ignore_index)
 
@@ -379,7 +380,7 @@ def upsample_cross_entropy(
     check_target(target, logits.shape[1], ignore_index)
     target = _ids(target)
     zero, align_corners = empty == "zero" or ohem is not None, bool(align_corners)
-    if len(logits) and choose("upsample_cross_entropy", logits, impl=impl):
+    if len(logits) and choose("upsample_cross_entropy", logits, impl=impl, sizes=tuple(target.shape[1:])):
         return _ce_kernel(logits, target.contiguous(), weight, ignore_index, align_corners, reduction, ohem, zero, float(label_smoothing))
     if reduction == "none": return _unreduced(logits, target, ignore_index, weight, align_corners, ohem)
     thres, kept = (0.0, -1) if ohem is None else (float(ohem[0]), int(ohem[1]))

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from ..core import IGNORE
-from .dispatch import blocks, choose, kernels_of, on_device, operator, tl, triton, unsupported
+from .dispatch import blocks, choose, kernels_of, on_device, tl, triton, unsupported
 from .head import _check_pair, _ids, banded, check_target
 from .head_kernels import _bilinear, _corners, _first, _hat, _last, _tiles, scales
 from .head_quads import (_between, _corner_values, _geometry, _onto_corners, _quads, _store_corners, bwd_options, loads_well,
                                     quad_scale, through_corners)
-
+from .operator import operator
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #640abf72
 def dice_sums_ref(
@@ -235,7 +235,7 @@ def upsample_dice_sums(
     y, k = _ids(target).contiguous(), logits.shape[1]
     ids = torch.where(y != ignore_index, y, k).long().flatten(1)
     count = torch.zeros(len(y), k + 1, dtype=torch.float32, device=y.device).scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))[:, :k]
-    if len(logits) and choose("upsample_dice", logits, impl=impl): inter, total = _dice_op(logits, y, ignore_index, bool(align_corners), exclude).unbind(-1)
+    if len(logits) and choose("upsample_dice", logits, impl=impl, sizes=tuple(y.shape[1:])): inter, total = _dice_op(logits, y, ignore_index, bool(align_corners), exclude).unbind(-1)
     else: inter, total = dice_sums_ref(logits, y, ignore_index, bool(align_corners), exclude)
     return inter, total, count
 

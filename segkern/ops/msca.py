@@ -9,8 +9,9 @@ __all__ = ['STRIPS', 'TAPS', 'PARTS', 'pack_taps', 'msca_ref', 'msca_fwd', 'msca
 import torch
 import torch.nn.functional as F
 
-from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, operator, pow2
+from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported, without_autocast
+from .operator import operator
 
 # %% ../../nbs/13_ops.msca.ipynb #02b2a8b0
 STRIPS = (7, 11, 21) # lengths of the strips

@@ -9,8 +9,9 @@ __all__ = ['rca_gate_ref', 'rca_gate_fwd', 'rca_gate_bwd', 'rca_gate', 'strip_me
 import torch
 import torch.nn.functional as F
 
-from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, operator, pow2
+from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported, which, without_autocast
+from .operator import operator
 from .strip_pool import strip_pool
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #9b6618fa
@@ -256,7 +257,7 @@ def rca_gate(
     if k % 2 == 0: raise ValueError(f"rca_gate wants an odd number of taps, got {k}")
     if kind := autocast_type(x): x = x.to(kind)
     if not x.numel(): return torch.empty_like(x)
-    if choose("rca_gate", x, *lines, impl=impl): return _rca_gate_op(x, [t.contiguous() for t in lines])
+    if choose("rca_gate", x, *lines, impl=impl, sizes=(taps.shape[1],)): return _rca_gate_op(x, [t.contiguous() for t in lines])
     with without_autocast(x): return rca_gate_ref(x, *lines)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #742ea57b

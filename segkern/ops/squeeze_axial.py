@@ -10,8 +10,9 @@ __all__ = ['positions', 'axial_attention_ref', 'axial_add_ref', 'axial_attention
 import torch
 import torch.nn.functional as F
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported
+from .operator import operator
 from .strip_pool import strip_pool
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #fc4a2ff8
@@ -245,7 +246,8 @@ def _cannot_attend(rows, columns, *tables):
     "Why the kernel cannot run these tensors; the tables may have a type of their own."
     return unsupported(rows, columns) or unsupported(*tables)
 
-KERNELS.update(axial_attention=_cannot_attend, axial_add=unsupported)
+kernels_of("axial_attention", _cannot_attend, axial_attention_fwd)
+kernels_of("axial_add", unsupported, axial_add_fwd, axial_add_bwd)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #1aa8baeb
 def _check_tables(op, channels, tables, heads):
@@ -271,7 +273,9 @@ def axial_attention(
         raise ValueError(f"axial_attention wants rows [b, c, h] and columns [b, c, w] with h, w > 0, got {tuple(rows.shape)} and {tuple(columns.shape)}")
     _check_tables("axial_attention", rows.shape[1], tables, heads)
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, columns, *tables))
-    if grads or not rows.numel() or not choose("axial_attention", rows, columns, *tables, impl=impl): return axial_attention_ref(rows, columns, *tables, heads)
+    sizes = columns.shape[2], tables[0].shape[1]
+    ours = not grads and rows.numel() and choose("axial_attention", rows, columns, *tables, impl=impl, sizes=sizes)
+    if not ours: return axial_attention_ref(rows, columns, *tables, heads)
     return _axial_attention_op(rows, columns, *tables, heads)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #192a0603
@@ -286,7 +290,7 @@ def squeeze_axial(
 )->tuple: # [b, c_v, h], [b, c_v, w]
     "Average queries, keys and values over both axes in one read, and attend along each axis."
     if qkv.ndim != 4 or 0 in qkv.shape[2:]: raise ValueError(f"squeeze_axial wants [b, c, h, w] with h, w > 0, got {tuple(qkv.shape)}")
-    if qkv.numel() and choose("strip_pool", qkv, impl=impl): columns, rows = strip_pool(qkv, "mean", impl=impl)
+    if qkv.numel() and choose("strip_pool", qkv, impl=impl, mode="mean hw"): columns, rows = strip_pool(qkv, "mean", impl=impl)
     else: rows, columns = qkv.mean(3), qkv.mean(2)
     return axial_attention(rows, columns, row_q, row_k, column_q, column_k, heads, impl)
 

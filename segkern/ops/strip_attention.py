@@ -10,8 +10,9 @@ __all__ = ['PROGRAMS', 'MAX_VALUES', 'MAX_SCORES', 'strip_attention_ref', 'fold_
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import KERNELS, autocast_type, blocks, choose, on_device, operator, pow2
+from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported
+from .operator import operator
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6c1fddac
 def strip_attention_ref(
@@ -36,100 +37,104 @@ def fold_values(
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #a25c51cc
 @triton.jit
-def _scores(q, k, n, m, C, N, M, sqc, sqn, skc, skm, BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    "Scores of a tile in base 2, -inf for keys that are not there."
-    s = tl.zeros([BN, BM], tl.float32)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        some, at = (c < C)[:, None], c.to(tl.int64)[:, None]
-        qt = tl.load(q + at*sqc + n[None, :]*sqn, mask=some & (n < N)[None, :], other=0.0) # [BC, BN]
-        kt = tl.load(k + at*skc + m[None, :]*skm, mask=some & (m < M)[None, :], other=0.0) # [BC, BM]
-        s += tl.dot(tl.trans(qt), kt, input_precision=PRECISION)
-    return tl.where((m < M)[None, :], s*1.4426950408889634, float("-inf"))
+def _rows(x, c, n, C, N, sc, sn):
+    "A tile [c, n] of a map [C, N]."
+    at = x + c.to(tl.int64)[:, None]*sc + n.to(tl.int64)[None, :]*sn
+    return tl.load(at, mask=(c < C)[:, None] & (n < N)[None, :], other=0.0)
+
+@triton.jit
+def _product(kt, qt, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    "K^T Q [keys, pixels], or its transpose."
+    if KEYS_FIRST: return tl.dot(tl.trans(kt), qt, input_precision=PRECISION)
+    else: return tl.dot(tl.trans(qt), kt, input_precision=PRECISION)
+
+@triton.jit
+def _scores(qt, q, k, n, m, C, N, M, sqc, sqn, skc, skm,
+            BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    "Scores of a tile, base e; `qt`: the pixels' queries, where all channels fit into one tile."
+    if ONE: s = _product(_rows(k, tl.arange(0, BC), m, C, M, skc, skm), qt, KEYS_FIRST, PRECISION)
+    else:
+        s = tl.zeros([BM, BN] if KEYS_FIRST else [BN, BM], tl.float32)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            s += _product(_rows(k, c, m, C, M, skc, skm), _rows(q, c, n, C, N, sqc, sqn), KEYS_FIRST, PRECISION)
+    return s
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #1cf8dd8e
 @triton.jit
 def _strip_attention_fwd_kernel(q, k, v, out, lse, C, N, M, CV, sqb, sqc, sqn, skb, skc, skm, svb, svc, svm,
-                                BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    "o_j = sum_i v_i softmax_i(k_i . q_j) for a tile of pixels and two value channels."
+                                BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr, FULL: tl.constexpr,
+                                PRECISION: tl.constexpr):
+    "o_j = sum_i v_i softmax_i(k_i . q_j) for a tile of pixels."
     tiles = tl.cdiv(N, BN)
-    b, first = (tl.program_id(0) // tiles).to(tl.int64), 2*tl.program_id(1)
-    n = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN)
-    m1, n1 = tl.where(first + 1 < CV, M, 0), tl.where(first + 1 < CV, N, 0) # nothing, where the second channel does not exist
-    v += b*svb + first.to(tl.int64)*svc
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n, e = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN), tl.arange(0, BV)
+    qt = _rows(q + b*sqb, tl.arange(0, BC), n, C, N, sqc, sqn)
     top, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
-    o0, o1 = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    acc = tl.zeros([BN, BV], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        s = _scores(q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, PRECISION)
-        new = tl.maximum(top, tl.max(s, 1))
+        s = _scores(qt, q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, ONE, False, PRECISION)
+        if not FULL: s = tl.where((m < M)[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1)*1.4426950408889634)
         least = tl.where(new == float("-inf"), 0.0, new) # so far no key that counts
-        p, keep = tl.exp2(s - least[:, None]), tl.exp2(top - least)
-        v0 = tl.load(v + m*svm, mask=m < M, other=0.0).to(tl.float32)
-        v1 = tl.load(v + svc + m*svm, mask=m < m1, other=0.0).to(tl.float32)
+        p, keep = tl.exp2(s*1.4426950408889634 - least[:, None]), tl.exp2(top - least)
+        vt = _rows(v + b*svb, e, m, CV, M, svc, svm)
         total = total*keep + tl.sum(p, 1)
-        o0, o1 = o0*keep + tl.sum(p*v0[None, :], 1), o1*keep + tl.sum(p*v1[None, :], 1)
+        acc = acc*keep[:, None] + tl.dot(p.to(vt.dtype), tl.trans(vt), input_precision=PRECISION)
         top = new
-    at = out + (b*CV + first)*N + n
-    tl.store(at, (o0/total).to(out.dtype.element_ty), mask=n < N)
-    tl.store(at + N, (o1/total).to(out.dtype.element_ty), mask=n < n1)
-    if first == 0: tl.store(lse + b*N + n, top + tl.log2(total), mask=n < N)
-
-# %% ../../nbs/16_ops.strip_attention.ipynb #7f51f70a
-@triton.jit
-def _dscores(s, lse, g, out, v, b, n, m, N, M, CV, sgb, sgc, sgn, svb, svc, svm, BN: tl.constexpr, BM: tl.constexpr):
-    "Attention of a tile and the gradient of its scores."
-    p = tl.exp2(s - tl.load(lse + b*N + n, mask=n < N, other=0.0)[:, None])
-    da, delta = tl.zeros([BN, BM], tl.float32), tl.zeros([BN], tl.float32)
-    for j in range(0, CV):
-        gj = tl.load(g + b*sgb + j*sgc + n*sgn, mask=n < N, other=0.0).to(tl.float32)
-        delta += gj*tl.load(out + (b*CV + j)*N + n, mask=n < N, other=0.0).to(tl.float32)
-        da += gj[:, None]*tl.load(v + b*svb + j*svc + m*svm, mask=m < M, other=0.0).to(tl.float32)[None, :]
-    p = tl.where((n < N)[:, None], p, 0.0)
-    return p, p*(da - delta[:, None])
+    at = out + (b*CV + e[None, :])*N + n[:, None]
+    tl.store(at, (acc/total[:, None]).to(out.dtype.element_ty), mask=(n < N)[:, None] & (e < CV)[None, :])
+    tl.store(lse + b*N + n, top + tl.log2(total), mask=n < N)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #042bca0e
 @triton.jit
 def _strip_attention_dq_kernel(q, k, v, out, lse, g, dq, C, N, M, CV, sqb, sqc, sqn, skb, skc, skm, svb, svc, svm, sgb, sgc, sgn,
-                               BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
+                               BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr):
     "dQ = K dS for a tile of pixels and a chunk of channels; dq is [b, C, N]."
     tiles = tl.cdiv(N, BN)
     b, c = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)*BC + tl.arange(0, BC)
-    n = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN)
+    n, e = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN), tl.arange(0, BV)
+    qt = _rows(q + b*sqb, c, n, C, N, sqc, sqn)
+    gt, ot = _rows(g + b*sgb, e, n, CV, N, sgc, sgn), _rows(out + b*CV*N, e, n, CV, N, N, 1)
+    delta = tl.sum(gt.to(tl.float32)*ot.to(tl.float32), 0)
+    l2 = tl.load(lse + b*N + n, mask=n < N, other=float("inf"))
     acc = tl.zeros([BC, BN], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        s = _scores(q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, PRECISION)
-        p, ds = _dscores(s, lse, g, out, v, b, n, m, N, M, CV, sgb, sgc, sgn, svb, svc, svm, BN, BM)
-        kt = tl.load(k + b*skb + c.to(tl.int64)[:, None]*skc + m[None, :]*skm, mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
-        acc += tl.dot(kt, tl.trans(ds.to(kt.dtype)), input_precision=PRECISION)
+        kt, vt = _rows(k + b*skb, c, m, C, M, skc, skm), _rows(v + b*svb, e, m, CV, M, svc, svm)
+        s = _scores(qt, q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, ONE, True, PRECISION)
+        p = tl.exp2(s*1.4426950408889634 - l2[None, :])
+        ds = p*(tl.dot(tl.trans(vt), gt, input_precision=PRECISION) - delta[None, :]) # keys that are not there meet zeros of K
+        acc += tl.dot(kt, ds.to(kt.dtype), input_precision=PRECISION)
     tl.store(dq + (b*C + c[:, None])*N + n[None, :], acc.to(dq.dtype.element_ty), mask=(c < C)[:, None] & (n < N)[None, :])
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #76cd17b0
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS", "PER"])
 def _strip_attention_dkv_kernel(q, k, v, out, lse, g, dk, dv, C, N, M, CV, sqb, sqc, sqn, skb, skc, skm, svb, svc, svm, sgb, sgc, sgn, SPLITS, PER,
-                                BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    "Partial dK = Q dS^T of a chunk of channels and partial dv of two value channels, over one split of the pixels."
+                                BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr):
+    "Partial dK = Q dS^T of a chunk of channels and, by the first chunk, partial dv, over one split of the pixels."
     pid, y = tl.program_id(0), tl.program_id(1)
     split, tile = pid % SPLITS, (pid // SPLITS) % tl.cdiv(M, BM)
     b = (pid // (SPLITS*tl.cdiv(M, BM))).to(tl.int64)
-    c, m = y*BC + tl.arange(0, BC), tile*BM + tl.arange(0, BM)
-    first, second = tl.where(2*y < CV, N, 0), tl.where(2*y + 1 < CV, N, 0)
-    acc, a0, a1 = tl.zeros([BC, BM], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    c, m, e = y*BC + tl.arange(0, BC), tile*BM + tl.arange(0, BM), tl.arange(0, BV)
+    vt = _rows(v + b*svb, e, m, CV, M, svc, svm)
+    ak, av = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BV], tl.float32)
     for n0 in range(split*PER, tl.minimum(split*PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        s = _scores(q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, PRECISION)
-        p, ds = _dscores(s, lse, g, out, v, b, n, m, N, M, CV, sgb, sgc, sgn, svb, svc, svm, BN, BM)
-        qt = tl.load(q + b*sqb + c.to(tl.int64)[:, None]*sqc + n[None, :]*sqn, mask=(c < C)[:, None] & (n < N)[None, :], other=0.0)
-        acc += tl.dot(qt, ds.to(qt.dtype), input_precision=PRECISION)
-        g0 = tl.load(g + b*sgb + 2*y*sgc + n*sgn, mask=n < first, other=0.0).to(tl.float32)
-        g1 = tl.load(g + b*sgb + (2*y + 1)*sgc + n*sgn, mask=n < second, other=0.0).to(tl.float32)
-        a0 += tl.sum(p*g0[:, None], 0)
-        a1 += tl.sum(p*g1[:, None], 0)
+        qt = _rows(q + b*sqb, c, n, C, N, sqc, sqn)
+        gt, ot = _rows(g + b*sgb, e, n, CV, N, sgc, sgn), _rows(out + b*CV*N, e, n, CV, N, N, 1)
+        delta = tl.sum(gt.to(tl.float32)*ot.to(tl.float32), 0)
+        l2 = tl.load(lse + b*N + n, mask=n < N, other=float("inf")) # no weight for pixels that are not there
+        s = _scores(qt, q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, ONE, True, PRECISION)
+        p = tl.exp2(s*1.4426950408889634 - l2[None, :])
+        ds = p*(tl.dot(tl.trans(vt), gt, input_precision=PRECISION) - delta[None, :])
+        av += tl.dot(p.to(gt.dtype), tl.trans(gt), input_precision=PRECISION)
+        ak += tl.dot(ds.to(qt.dtype), tl.trans(qt), input_precision=PRECISION)
     at = b*SPLITS + split
-    tl.store(dk + (at*C + c[:, None])*M + m[None, :], acc, mask=(c < C)[:, None] & (m < M)[None, :])
-    tl.store(dv + (at*CV + 2*y)*M + m, a0, mask=m < tl.where(2*y < CV, M, 0))
-    tl.store(dv + (at*CV + 2*y + 1)*M + m, a1, mask=m < tl.where(2*y + 1 < CV, M, 0))
+    tl.store(dk + (at*C + c[None, :])*M + m[:, None], ak, mask=(c < C)[None, :] & (m < M)[:, None])
+    wanted = tl.where(y == 0, CV, 0)
+    tl.store(dv + (at*CV + e[None, :])*M + m[:, None], av, mask=(e < wanted)[None, :] & (m < M)[:, None])
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #7b5db163
 PROGRAMS = 264 # two per multiprocessor of an H100
@@ -139,9 +144,12 @@ def _pixels(t):
     return t.flatten(2) if t.stride(2) == t.shape[3]*t.stride(3) or 1 in t.shape[2:] else t.contiguous().flatten(2)
 
 def _options(op, q):
-    "Block sizes by direction and type: the largest ones that compile without spills for every target."
-    exact, back = q.dtype == torch.float32, op.endswith("bwd")
-    return blocks(op, BN=64 if exact or back else 128, BM=32 if exact or back else 64, BC=pow2(q.shape[1], 16, 32 if exact else 64), num_warps=4 if back and not exact else 8)
+    "Block sizes by direction, type and width: the largest ones that compile without spills for every target."
+    exact, back, c = q.dtype == torch.float32, op.endswith("bwd"), q.shape[1]
+    BN, BM, num_warps = 128, 64, 8
+    if back: BN, BM, num_warps = 32 if c > 64 else 64, 32, 4
+    if exact: BN, BM, num_warps = 32 if back else 64, 32, 8
+    return blocks(op, BN=BN, BM=BM, BC=pow2(c, 16, 32 if exact else 64), BV=16, num_warps=num_warps)
 
 def _common(q, k, v):
     "Arguments that all kernels share."
@@ -159,7 +167,8 @@ def strip_attention_fwd(
     out = torch.empty((b, v.shape[1], h, w), dtype=q.dtype, device=q.device)
     lse, opts = torch.empty((b, h*w), dtype=torch.float32, device=q.device), _options("strip_attention", flat)
     with on_device(q):
-        _strip_attention_fwd_kernel[(b*triton.cdiv(h*w, opts["BN"]), triton.cdiv(v.shape[1], 2))](flat, k, v, out, lse, *sizes, *strides, PRECISION=precision, **opts)
+        _strip_attention_fwd_kernel[(b*triton.cdiv(h*w, opts["BN"]),)](
+            flat, k, v, out, lse, *sizes, *strides, ONE=q.shape[1] <= opts["BC"], FULL=k.shape[2] % opts["BM"] == 0, PRECISION=precision, **opts)
     return out, lse
 
 def strip_attention_bwd(
@@ -177,15 +186,16 @@ def strip_attention_bwd(
     sizes, strides, precision = _common(flat, k, v)
     opts, strides = _options("strip_attention_bwd", flat), (*strides, *gf.stride())
     chunks, tiles, keys = triton.cdiv(c, opts["BC"]), triton.cdiv(h*w, opts["BN"]), triton.cdiv(m, opts["BM"])
-    ys = max(chunks, triton.cdiv(cv, 2))
-    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b*keys*ys)))*opts["BN"]
+    one = chunks == 1
+    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b*keys*chunks)))*opts["BN"]
     splits = triton.cdiv(h*w, per)
     dq = torch.empty((b, c, h, w) if want_q else (0,), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((b, splits, n, m) if want_kv else (0, 0), dtype=torch.float32, device=q.device) for n in (c, cv))
     with on_device(q):
-        if want_q: _strip_attention_dq_kernel[(b*tiles, chunks)](flat, k, v, out, lse, gf, dq, *sizes, *strides, PRECISION=precision, **opts)
+        if want_q: _strip_attention_dq_kernel[(b*tiles, chunks)](flat, k, v, out, lse, gf, dq, *sizes, *strides, ONE=one, PRECISION=precision, **opts)
         if want_kv:
-            _strip_attention_dkv_kernel[(b*keys*splits, ys)](flat, k, v, out, lse, gf, dk, dv, *sizes, *strides, splits, per, PRECISION=precision, **opts)
+            _strip_attention_dkv_kernel[(b*keys*splits, chunks)](
+                flat, k, v, out, lse, gf, dk, dv, *sizes, *strides, splits, per, ONE=one, PRECISION=precision, **opts)
     return dq, dk.sum(1).to(k.dtype), dv.sum(1).to(v.dtype)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #c8de4c22
@@ -227,7 +237,7 @@ def _cannot(q, k=None, v=None):
     if v is not None and v.shape[1] > MAX_VALUES: return f"{v.shape[1]} value channels; the kernels take at most {MAX_VALUES}"
     return unsupported(q, *([] if k is None else [k])) or (None if v is None else unsupported(v))
 
-KERNELS["strip_attention"] = _cannot
+kernels_of("strip_attention", _cannot, strip_attention_fwd, strip_attention_bwd)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #68f8315f
 MAX_SCORES = 1 << 22 # entries of the attention matrix held at a time, over the batch
@@ -245,7 +255,7 @@ def strip_attention(
     if k.shape[2] == 0: raise ValueError("strip_attention needs at least one key")
     kind = autocast_type(q)
     qa, ka = (t.to(kind) if kind else t for t in (q, k)) # values may keep a wider type
-    if q.numel() and v.numel() and choose("strip_attention", qa, ka, v, impl=impl): return _strip_attention_op(qa, ka, v)[0]
+    if q.numel() and v.numel() and choose("strip_attention", qa, ka, v, impl=impl, sizes=(v.shape[1],)): return _strip_attention_op(qa, ka, v)[0]
     b, c, h, w = q.shape
     rows = max(1, MAX_SCORES // max(1, b*w*k.shape[2]))
     if rows >= h: return strip_attention_ref(q, k, v)

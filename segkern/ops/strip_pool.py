@@ -9,8 +9,9 @@ __all__ = ['WARPS', 'strip_pool_ref', 'strip_pool_fwd', 'strip_pool_bwd', 'strip
 import torch
 import torch.nn.functional as F
 
-from .dispatch import blocks, choose, kernels_of, on_device, operator, pow2
+from .dispatch import blocks, choose, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported
+from .operator import operator
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #57ddc9fa
 def _strip(x, axis, pool):
@@ -265,7 +266,7 @@ def strip_pool(
     if x.ndim != 4 or 0 in x.shape[2:]: raise ValueError(f"strip_pool wants [b, c, h, w] with h, w > 0, got {tuple(x.shape)}")
     if mode not in ("mean", "max", "mean_max"): raise ValueError(f"unknown mode '{mode}'; known: mean, max, mean_max")
     if dim not in ("h", "w", "hw"): raise ValueError(f"unknown dim '{dim}'; known: h, w, hw")
-    if x.numel() and choose("strip_pool", x, impl=impl):
+    if x.numel() and choose("strip_pool", x, impl=impl, mode=f"{mode} {dim}"):
         o = _strip_pool_op(x, "mean" in mode, "max" in mode, "h" in dim, "w" in dim)
         out = [o[i + 3*(d == "w")] for d in dim for i, kind in enumerate(("mean", "max")) if kind in mode]
     else: out = strip_pool_ref(x, mode, dim)

@@ -6,16 +6,16 @@ from segkern.testing.kernels import check_kernel
 MODULE = "segkern.ops.strip_attention"
 MUTANTS = [
     ("_strip_attention_fwd_kernel", "sum not rescaled", "total = total*keep + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
-    ("_strip_attention_fwd_kernel", "second value channel is the first", "tl.load(v + svc + m*svm", "tl.load(v + m*svm"),
+    ("_strip_attention_fwd_kernel", "products not rescaled", "acc = acc*keep[:, None] + tl.dot", "acc = acc + tl.dot"),
     ("_strip_attention_fwd_kernel", "log-sum-exp without the maximum", "top + tl.log2(total)", "tl.log2(total)"),
-    ("_strip_attention_fwd_kernel", "pixel mask missing", "tl.store(at, (o0/total).to(out.dtype.element_ty), mask=n < N)", "tl.store(at, (o0/total).to(out.dtype.element_ty), mask=n < N + 1)"),
+    ("_strip_attention_fwd_kernel", "pixel mask missing", "mask=(n < N)[:, None] & (e < CV)[None, :])", "mask=(n < N + 1)[:, None] & (e < CV)[None, :])"),
     ("_strip_attention_dq_kernel", "the last block of keys only", "acc += tl.dot", "acc = tl.dot"),
-    ("_strip_attention_dq_kernel", "probabilities for gradients", "tl.trans(ds.to(kt.dtype))", "tl.trans(p.to(kt.dtype))"),
+    ("_strip_attention_dq_kernel", "probabilities for gradients", "ds.to(kt.dtype)", "p.to(kt.dtype)"),
     ("_strip_attention_dq_kernel", "next key", "m = m0 + tl.arange(0, BM)", "m = m0 + 1 + tl.arange(0, BM)"),
     ("_strip_attention_dkv_kernel", "first split only", "n0 in range(split*PER,", "n0 in range(0,"),
-    ("_strip_attention_dkv_kernel", "the last block of pixels only", "acc += tl.dot", "acc = tl.dot"),
-    ("_strip_attention_dkv_kernel", "second value channel dropped", "a1 += tl.sum", "a1 = 0.0*tl.sum"),
-    ("_strip_attention_dkv_kernel", "wrong channels", "c, m = y*BC + tl.arange(0, BC), tile*BM", "c, m = tl.arange(0, BC), tile*BM"),
+    ("_strip_attention_dkv_kernel", "the last block of pixels only", "ak += tl.dot", "ak = tl.dot"),
+    ("_strip_attention_dkv_kernel", "values of the last block only", "av += tl.dot", "av = tl.dot"),
+    ("_strip_attention_dkv_kernel", "wrong channels", "c, m, e = y*BC + tl.arange(0, BC)", "c, m, e = tl.arange(0, BC)"),
 ]
 
 
