@@ -8,7 +8,7 @@ __all__ = ['PROGRAMS', 'PIECE', 'affinity_ref', 'affinity_fwd', 'affinity_bwd', 
 
 # %% ../../nbs/14_ops.affinity.ipynb #5bb2cc6d
 import torch
-from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
+from .dispatch import autocast_type, blocks, choose, exporting, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported, without_autocast
 from .operator import operator
 
@@ -345,7 +345,7 @@ def affinity(
     scale = float(qs[0].shape[3]**-0.5 if scale is None else scale)
     if not qs[0].numel() or not p.numel(): return affinity_ref(qs, ks, p, scale)
     if choose("affinity", *qs, *ks, p, impl=impl, sizes=(*p.shape[1:], len(qs))): return _affinity_op(qs, ks, p, scale)[0]
-    return affinity_ref(qs, ks, p, scale) if torch.compiler.is_exporting() else _affinity_pieces_op(qs, ks, p, scale)
+    return affinity_ref(qs, ks, p, scale) if exporting() else _affinity_pieces_op(qs, ks, p, scale)
 
 # %% ../../nbs/14_ops.affinity.ipynb #b93125b3
 class AttentionMaps:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core import IGNORE
-from .dispatch import choose, kernels_of, unsupported, without_autocast
+from .dispatch import choose, exporting, kernels_of, unsupported, without_autocast
 from .head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample_ce_fwd, upsample_confusion_fwd
 from .head_quads import ce_bwd, ce_fwd
 from .operator import operator
@@ -384,7 +384,7 @@ def upsample_cross_entropy(
         return _ce_kernel(logits, target.contiguous(), weight, ignore_index, align_corners, reduction, ohem, zero, float(label_smoothing))
     if reduction == "none": return _unreduced(logits, target, ignore_index, weight, align_corners, ohem)
     thres, kept = (0.0, -1) if ohem is None else (float(ohem[0]), int(ohem[1]))
-    if torch.compiler.is_exporting() and ohem is None: # an exported graph holds plain PyTorch
+    if exporting() and ohem is None: # an exported graph holds plain PyTorch
         full = F.interpolate(logits.to(_compute_dtype(logits)), tuple(target.shape[1:]), mode="bilinear", align_corners=align_corners)
         return F.cross_entropy(full, target.long(), weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
     grad = torch.is_grad_enabled() and logits.requires_grad

@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 
-from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
+from .dispatch import autocast_type, blocks, choose, exporting, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported, without_autocast
 from .operator import operator
 
@@ -671,7 +671,7 @@ def prototypes(
     b, c, h, w = _four("prototypes", feat)
     _check_maps("prototypes", feat, logits=(logits, (b, None, h, w)), pos=(pos, (b, c, h, w)))
     if kind := autocast_type(feat): feat, pos = feat.to(kind), pos.to(kind)
-    if not feat.numel() or not logits.numel() or torch.compiler.is_exporting(): return prototypes_ref(logits, feat, pos)
+    if not feat.numel() or not logits.numel() or exporting(): return prototypes_ref(logits, feat, pos)
     semantic, spatial, *_ = _prototypes_op(logits, feat, pos, choose("prototypes", logits, feat, pos, impl=impl, sizes=(feat.shape[1],)))
     return semantic.to(feat.dtype), spatial.to(feat.dtype)
 
@@ -687,7 +687,7 @@ def cosine_logits(
     b, c, h, w = _four("cosine_logits", feat)
     _check_maps("cosine_logits", feat, z=(z, (b, None, c)), pos=(pos, (b, c, h, w)))
     if kind := autocast_type(feat): feat, pos = feat.to(kind), None if pos is None else pos.to(kind)
-    if not feat.numel() or not z.numel() or torch.compiler.is_exporting(): return cosine_logits_ref(z, feat, pos, scale)
+    if not feat.numel() or not z.numel() or exporting(): return cosine_logits_ref(z, feat, pos, scale)
     wide = z.to(_kind(z, feat, pos))
     u = wide*(scale/(wide.norm(dim=2, keepdim=True) + EPS))
     return _cosine_op(u, feat, pos, choose("cosine_logits", *(t for t in (u, feat, pos) if t is not None), impl=impl, sizes=tuple(feat.shape[2:])))[0]
