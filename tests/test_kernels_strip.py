@@ -205,6 +205,14 @@ def test_gradcheck(op):
     assert torch.autograd.gradcheck(op, make_input([1, 3, 3, 4]).double().requires_grad_())
 
 
+@pytest.mark.parametrize("name", ["pool", "attention"])
+def test_forward_mode_is_refused(name):
+    def pool(x): return strip_pool(x, impl="triton")[0]
+    def attention(x): return strip_attention(x, x[:, :, 0], x[:, :2, 0], impl="triton")
+    x, op = make_input([1, 3, 3, 4]), dict(pool=pool, attention=attention)[name]
+    with pytest.raises(RuntimeError, match="forward-mode"): torch.func.jvp(op, (x,), (torch.ones_like(x),))
+
+
 @pytest.mark.parametrize("name", ["s2fpn_r18", "s2fpn_v1_r18"])
 def test_network(name):
     "S2-FPN with the strip kernels: outputs, losses and the gradient of the picture as without."

@@ -110,7 +110,7 @@ def _strip_attention_dq_kernel(q, k, v, out, lse, g, dq, C, N, M, CV, sqb, sqc, 
     tl.store(dq + (b*C + c[:, None])*N + n[None, :], acc.to(dq.dtype.element_ty), mask=(c < C)[:, None] & (n < N)[None, :])
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #76cd17b0
-@triton.jit(do_not_specialize=["SPLITS", "PER"])
+@triton.jit(do_not_specialize=["SPLITS"]) # PER is always a multiple of BN
 def _strip_attention_dkv_kernel(q, k, v, out, lse, g, dk, dv, C, N, M, CV, sqb, sqc, sqn, skb, skc, skm, svb, svc, svm, sgb, sgc, sgn, SPLITS, PER,
                                 BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr):
     "Partial dK = Q dS^T of a chunk of channels and, by the first chunk, partial dv, over one split of the pixels."

@@ -6,6 +6,11 @@ from segkern.ops.strip_attention import strip_attention_bwd, strip_attention_fwd
 KERNELS = {"_strip_attention_fwd_kernel", "_strip_attention_dq_kernel", "_strip_attention_dkv_kernel"}
 MMA = KERNELS
 
+# instructions per score on an H100: (kernel, part of the case's name) -> (what is counted per, limit)
+MOST = {("_strip_attention_fwd_kernel", "1/4 C32 bf16"): ("MUFU.EX2", 8.2),
+        ("_strip_attention_dq_kernel", "1/4 C32 bf16"): ("MUFU.EX2", 12.9),
+        ("_strip_attention_dkv_kernel", "1/4 C32 bf16"): ("MUFU.EX2", 14.5)}
+
 
 def launch(b, c, h, w, dtype, cv=2):
     q, k, v = (torch.empty(s, dtype=dtype, device="meta") for s in ((b, c, h, w), (b, c, w), (b, cv, w)))
