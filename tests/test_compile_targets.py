@@ -25,12 +25,17 @@ def compiled(op, *options, path=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def allowed(spill, row):
+    "Bytes of spills that are known: {(kernel, arch, part of the case's name): bytes}."
+    return max((n for (name, arch, case), n in spill.items() if (name, arch) == (row["name"], row["arch"]) and case in row["case"]), default=0)
+
+
 def check(rows, module, spill):
     "No spills but named ones, shared memory that fits, and no tensor core instruction that is serialized or loses its factor."
     for r in rows:
         what = f"{r['name']} {r['case']} on {r['target']}: {r}"
         assert r["fits"], what
-        assert r["spill"] <= spill.get((r["name"], r["arch"]), 0), what
+        assert r["spill"] <= allowed(spill, r), what
         assert not r.get("overwritten"), f"registers that a WGMMA still reads are overwritten: {what}"
         assert not r.get("serialized") or r["name"] in getattr(module, "SERIAL", ()), f"ptxas serializes WGMMAs: {what}"
 

@@ -6,8 +6,8 @@ from segkern.ops.msca import TAPS, msca_bwd, msca_fwd
 MMA = {f"_msca_{name}_kernel" for name in ("fwd", "strips", "square", "rows", "columns", "taps")}
 WIDE = MMA
 # bytes, all at widths that are no multiple of 8, where every number of a tile has an address of its own
-SPILL = {("_msca_fwd_kernel", 80): 12, ("_msca_fwd_kernel", 90): 150, ("_msca_fwd_kernel", "gfx942"): 134,
-         ("_msca_strips_kernel", 80): 36, ("_msca_strips_kernel", 90): 332, ("_msca_strips_kernel", "gfx942"): 128}
+SPILL = {("_msca_fwd_kernel", 80, "480²"): 12, ("_msca_fwd_kernel", 90, "480²"): 150, ("_msca_fwd_kernel", "gfx942", "480²"): 134,
+         ("_msca_strips_kernel", 80, "480²"): 36, ("_msca_strips_kernel", 90, "480²"): 332, ("_msca_strips_kernel", "gfx942", "480²"): 128}
 
 
 def both(b, c, h, w, dtype, wanted=(True, True), last=False):
