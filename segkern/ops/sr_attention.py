@@ -82,7 +82,7 @@ def _sr_attention_dq_kernel(q, k, v, out, lse, g, dq, delta, scale, H, N, M, D, 
     tl.store(dq + b*tqb + h*tqh + n64*tqn + d[None, :]*tqd, (acc*scale).to(dq.dtype.element_ty), mask=in_d)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #1b75ab6d
-@triton.jit(do_not_specialize=["N", "M", "SPLITS", "PER"])
+@triton.jit(do_not_specialize=["N", "M", "SPLITS"]) # PER is a multiple of BN: knowing that keeps loads wide
 def _sr_attention_dkv_kernel(q, k, v, lse, delta, g, dk, dv, scale, H, N, M, D, DV, sqb, sqh, sqn, sqd, skb, skh, skm, skd, svb, svh, svm, svd,
                              sgb, sgh, sgn, sgd, SPLITS, PER, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
     "Partial dK = scale dS^T Q and dV = P^T dO of a block of keys, over one split of the queries; rows behind the last query are zero and add nothing."
