@@ -8,7 +8,7 @@ __all__ = ['CLOCKS', 'quantile', 'Timing', 'measure', 'Comparison', 'compare', '
            'bench_models']
 
 # %% ../nbs/70_bench.ipynb #21009787
-import contextlib, copy, csv, datetime, io, time
+import contextlib, copy, csv, datetime, functools, io, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,8 +253,7 @@ def describe(
     device = torch.cuda.get_device_name(x.device) if x.is_cuda else env_info()["cpu"]
     given, dtype = facts.get("dtype", "as input"), next(model.parameters(), x).dtype
     return dict(device=device, dtype=str(dtype).replace("torch.", "") if given == "as input" else given, layout=layout, aux_heads=heads,
-                bn_folded=facts.get("bn_folded", 0), compiled=facts.get("compiled", False),
-                graphs=facts.get("graphs", 0), threads=torch.get_num_threads(),
+                bn_folded=facts.get("bn_folded", 0), compiled=facts.get("compiled", False), graphs=facts.get("graphs", 0), threads=torch.get_num_threads(),
                 height=x.shape[-2], width=x.shape[-1], batch=len(x))
 
 # %% ../nbs/70_bench.ipynb #4a03ff71
@@ -289,7 +288,7 @@ def _forms(model, dtypes, compiled):
 def _graph_peers(model, dtype, name):
     "The same network without graphs, and with those of torch.compile."
     bare = optimize(model, channels_last=True, dtype=dtype, graphs=0)
-    def labels(image): return bare.predict(bare.preprocess(image))
+    labels = lambda image: bare.predict(bare.preprocess(image))
     peer = torch.compile(labels, mode="reduce-overhead", dynamic=False)
     return {f"{name} without graphs": (bare, lambda m, image: labels(image)),
             f"{name} reduce-overhead": (bare, lambda m, image: peer(image))}
@@ -310,10 +309,9 @@ def image_to_labels(
         with seeded(0): image = torch.randint(0, 256, (1, 3, *image), dtype=torch.uint8)
     image = image.to(device)
     if image.is_cuda: warmup = max(warmup, 3) # graphs are made at a third call
-    run = lambda m, f: lambda: f(m, image)
     with evaluating(model):
         forms = _forms(model, dtypes, compiled)
-        fns = {n: run(m, f) for n, (m, f) in forms.items()}
+        fns = {n: functools.partial(f, m, image) for n, (m, f) in forms.items()}
         truth = fns["plain"]()
         agree = {n: (fn() == truth).float().mean().item() for n, fn in fns.items()}
         result = compare(fns, rounds, warmup, _sync(device), "picture to labels", clock)

@@ -219,13 +219,19 @@ def _kernel_lines():
     "Which implementation of each op runs on the best device, as (op, implementation, why)."
     import segkern.ops # noqa: F401  (registers the kernels)
     from segkern.core import pick_device
-    from segkern.ops.dispatch import HAS_TRITON, KERNELS, on_gpu, wanted_impl
+    from segkern.ops.dispatch import HAS_TRITON, KERNELS, wanted_impl
     if wanted_impl() == "ref": choice = "ref", "asked for"
     elif not HAS_TRITON: choice = "ref", "triton is not installed"
     elif pick_device().type != "cuda": choice = "ref", "there is no CUDA device"
     elif wanted_impl() == "triton": choice = "triton", "asked for"
-    else: return [(n, "ref", why) if (why := on_gpu(n, 0)) else (n, "triton", "passed the gate on this GPU") for n in sorted(KERNELS)]
-    return [(n, *choice) for n in sorted(KERNELS)]
+    else: choice = None
+    return [(op, *(choice or _on_gpu_line(op))) for op in sorted(KERNELS)]
+
+def _on_gpu_line(op):
+    "What `auto` takes on the first GPU, and why."
+    from segkern.ops.dispatch import on_gpu
+    why = on_gpu(op, 0)
+    return ("ref", why) if why else ("triton", "passed the gate on this GPU")
 
 # %% ../nbs/76_cli.ipynb #efd9ba5f
 @_command("segkern doctor")
@@ -619,7 +625,8 @@ def bench_ops(
     from segkern.testing.kernels import DTYPES
     if unknown := sorted(set(dtypes) - set(DTYPES)): raise ValueError(f"unknown type '{unknown[0]}'; known: {', '.join(DTYPES)}")
     if out is None and not tiny and Path("settings.ini").exists() and Path("data").is_dir(): out = Path("data/bench")
-    rows = run(out, names, tuple(DTYPES[d] for d in dtypes), tiny, device, 1 if tiny else None, case, tuple(contenders or ()), budget)
+    kinds, repeats = tuple(DTYPES[d] for d in dtypes), 1 if tiny else None
+    rows = run(out, names, kinds, tiny, device, repeats, case, tuple(contenders or ()), budget)
     _show([{"op": r["op"], "case": r["case"], "direction": r["direction"], "dtype": r["dtype"], "contender": r["provider"], "ms": r.get("ms_50"), "over the kernel": r.get("ratio"),
             "% of copy": r.get("copy_percent"), "status": r["status"]} for r in rows])
 

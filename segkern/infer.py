@@ -24,7 +24,7 @@ from .core import logger, pick_device, progress
 from .data import permutation
 from .data.augment import cubic_window, fitted_size
 from .data.transforms import resize_window
-from .graphs import Replays, first_line
+from .ops.graphs import Replays, first_line
 from .layers import resize
 from .metrics import Confusion
 from .ops.head import upsample_argmax
@@ -660,7 +660,8 @@ class Optimized(nn.Module):
 
     def _replayed(self, fn, x, *settings):
         "`fn(x, *settings)`, from a graph where there is one."
-        if self.channels_last is None and self.replays.takes(x): _choose_layout(self, fn, x, settings)
+        undecided = self.channels_last is None
+        if undecided and self.replays.takes(x): _choose_layout(self, fn, x, settings)
         return self.replays(fn, x, *settings)
 
     @torch.inference_mode()
@@ -746,7 +747,8 @@ def optimize(
     if compile and cpu: _check_compiler()
     if channels_last not in (True, False, "auto"):
         raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-    if channels_last == "auto": channels_last = None if device == "cuda" and graphs and not compile else True
+    measured = device == "cuda" and graphs and not compile
+    if channels_last == "auto": channels_last = None if measured else True
     if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16():
         logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
     own = sum(m.fold() for m in list(net.modules()) if hasattr(m, "fold")) if fold_bn else 0

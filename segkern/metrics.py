@@ -51,15 +51,18 @@ class _CountsLogits:
         align_corners:bool=False, # convention of the resize to [H, W]
         lookup:torch.Tensor|None=None, # [K]: the class of each channel; default: its number
     )->"Confusion": # itself
-        "Count the labels that the resized logits give; nothing waits for the device. `result` raises where an id was illegal."
-        if logits.shape[1] != self.num_classes: raise ValueError(f"the logits have {logits.shape[1]} classes, not {self.num_classes}")
+        "Count the labels that the resized logits give, without waiting for the device; `result` raises for illegal ids."
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"the logits have {logits.shape[1]} classes, not {self.num_classes}")
         target = target.to(logits.device)
-        if target.is_floating_point(): raise ValueError(f"target must hold integer class ids, got {target.dtype}")
+        if target.is_floating_point():
+            raise ValueError(f"target must hold integer class ids, got {target.dtype}")
         ids = target.to(torch.int32) if target.dtype.itemsize <= 2 else target
         wrong = (ids != self.ignore_index) & ((ids < 0) | (ids >= self.num_classes))
         self._note(ids, wrong)
         counts = upsample_confusion(logits, ids.masked_fill(wrong, self.ignore_index), self.ignore_index, align_corners)
-        if lookup is not None: counts = torch.zeros_like(counts).index_add_(1, lookup.to(counts.device).long(), counts)
+        if lookup is not None:
+            counts = torch.zeros_like(counts).index_add_(1, lookup.to(counts.device).long(), counts)
         self.matrix = self.matrix.to(counts.device) + counts
         return self
 
@@ -76,7 +79,8 @@ class _CountsLogits:
         count, low, high = (0, 0, 0) if self.illegal is None else self.illegal.tolist()
         if count == 0: return
         which = f"the id {low}" if low == high else f"ids from {low} to {high}"
-        raise ValueError(f"target holds {which} ({count} pixels); expected 0 to {self.num_classes - 1} or {self.ignore_index} (void)")
+        legal = f"0 to {self.num_classes - 1} or {self.ignore_index} (void)"
+        raise ValueError(f"target holds {which} ({count} pixels); expected {legal}")
 
 
 # %% ../nbs/60_metrics.ipynb #a4cdb777
@@ -90,7 +94,7 @@ class Confusion(_CountsLogits):
         if 0 <= ignore_index < num_classes: raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64) # [K, K], rows are the target
-        self.illegal = None # of `update_logits`, on its device: how many ids were none, the lowest and the highest of them
+        self.illegal = None # of `update_logits`, on its device: number, lowest and highest of the illegal ids
 
     def update(self,
         pred, # predicted ids, any shape and integer type

@@ -568,7 +568,8 @@ def optimizer_step(
         norm = acc.clip_grad_norm_(run.net.parameters(), run.recipe.clip)
         pictures = torch.cat([s.indices for s in watch.seen if s.step == step])
         # a scaler expects gradients that overflow now and then
-        if acc.scaler is None: watch.note(step, pictures, ("gradient norm",), norm.float().reshape(1), summed=False)
+        if acc.scaler is None:
+            watch.note(step, pictures, ("gradient norm",), norm.float().reshape(1), summed=False)
     if not watch.can_skip: settle(run)
     run.optimizer.step()
     run.optimizer.zero_grad()

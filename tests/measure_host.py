@@ -1,8 +1,8 @@
-"""What a call of each operator costs on the host: processor time of one thread, with bodies that only make empty results.
+"""What a call of each operator costs on the host: processor time of one thread, with bodies that make empty results.
 
     OMP_NUM_THREADS=1 python tests/measure_host.py [--out FILE.csv]
 
-The body's own time is subtracted; what is left are PyTorch's dispatcher, autograd's node and our two functions around them."""
+The body's own time is subtracted: what is left are PyTorch's dispatcher, autograd's node and our functions around them."""
 import argparse
 import contextlib
 import time
@@ -57,9 +57,11 @@ def operator_calls():
     return calls
 
 
-def leaves(args):
-    "The arguments as leaves that want a gradient where they are floats."
-    one = lambda a: a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+def leaves(args, wanted=True):
+    "The arguments as leaves; those of floats want a gradient."
+    def one(a):
+        if not isinstance(a, torch.Tensor): return a
+        return a.detach().requires_grad_(wanted and a.is_floating_point())
     return [[one(t) for t in a] if isinstance(a, (list, tuple)) else one(a) for a in args]
 
 
@@ -74,14 +76,15 @@ def as_custom_op(operator):
 
 def measure(operator, args):
     "A row: microseconds above the body in training, without gradients, in inference mode, and what `custom_op` takes."
-    plain = [[t.detach() for t in a] if isinstance(a, (list, tuple)) else a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-    trained, run, old = leaves(plain), operator.fake, as_custom_op(operator)
+    trained, run, old = leaves(args), operator.fake, as_custom_op(operator)
+    plain = leaves(args, wanted=False)
     with patch.object(operator, "body", run):
-        row = microseconds({"body": lambda: run(*plain), "training": lambda: operator(*trained), "custom_op, training": lambda: old(*trained)})
+        calls = {"body": lambda: run(*plain), "training": lambda: operator(*trained)}
+        row = microseconds(calls | {"custom_op, training": lambda: old(*trained)})
         with torch.no_grad(): row |= microseconds({"no gradient": lambda: operator(*plain)})
         with torch.inference_mode():
-            calls = {"body there": lambda: run(*plain), "inference": lambda: operator(*plain), "custom_op, inference": lambda: old(*plain)}
-            row |= microseconds(calls)
+            calls = {"body there": lambda: run(*plain), "inference": lambda: operator(*plain)}
+            row |= microseconds(calls | {"custom_op, inference": lambda: old(*plain)})
     body, there = row.pop("body"), row.pop("body there")
     return dict(operator=operator.name) | {k: t - (there if "inference" in k else body) for k, t in row.items()}
 
@@ -93,7 +96,8 @@ def main():
     torch.set_num_threads(1)
     rows = [measure(o, args) for o, args in operator_calls().items()]
     x = torch.zeros(2, 8, 16, 16)
-    rows.append({"operator": "dispatch, CPU tensor", "no gradient": microseconds({0: lambda: dispatch.choose("strip_pool", x)})[0]})
+    look = lambda: dispatch.choose("strip_pool", x)
+    rows.append({"operator": "dispatch, CPU tensor", "no gradient": microseconds({0: look})[0]})
     with patch.object(dispatch, "which", lambda *a, **k: ("triton", "")):
         look = lambda: dispatch.choose("strip_pool", x, impl="triton", mode="mean hw")
         rows.append({"operator": "dispatch, remembered", "no gradient": microseconds({0: look})[0]})

@@ -13,7 +13,7 @@ from torch import nn
 
 from segkern.core import IMAGENET, load_table, seeded
 from segkern.data import open_dataset
-from segkern.graphs import CudaRecorder, Replays, Rerun
+from segkern.ops.graphs import CudaRecorder, Replays, Rerun
 from segkern.infer import PackedConv
 from segkern.infer import (class_lookup, conv_chains, evaluate, evaluating, fold_norm, legal_size, multiscale_probs, optimize, segment,
                            sliding_logits, whole_logits, window_starts)

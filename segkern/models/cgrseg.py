@@ -94,7 +94,8 @@ class RectangularGate(_NormOfLines):
     @torch.no_grad()
     def fold(self)->int: # number of norms that are gone: none, the form as written keeps its own
         "Put the norm into a copy of the strip, for inference only."
-        if self.strip is not None or type(self.bn) is not nn.BatchNorm2d or self.bn.running_mean is None: return 0
+        plain = type(self.bn) is nn.BatchNorm2d and self.bn.running_mean is not None
+        if self.strip is not None or not plain: return 0
         bn, wide = self.bn, self.wide
         gain = bn.weight.double()*(bn.running_var.double() + bn.eps).rsqrt()
         shift = bn.bias.double() + gain*(wide.bias.double() - bn.running_mean.double())

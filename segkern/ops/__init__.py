@@ -11,7 +11,8 @@ __all__ = ['AttentionMaps', 'affinity', 'use_impl', 'which', 'check_target', 'co
 # %% ../../nbs/19_ops.ipynb #0fbf3770
 from .affinity import AttentionMaps, affinity
 from .dispatch import use_impl, which
-from .head import check_target, confusion, upsample_argmax, upsample_confusion, upsample_cross_entropy
+from .head import confusion, upsample_argmax, upsample_confusion, upsample_cross_entropy
+from .head_checks import check_target
 from .head_soft import upsample_dice, upsample_dice_sums
 from .msca import msca, pack_taps
 from .prototype import class_sums, cosine_logits, prototypes

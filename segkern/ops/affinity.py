@@ -289,7 +289,6 @@ def _(qs, ks, p, lse, g, scale, queries, keys, values): return _fake_grads(qs, k
 @_affinity_pieces_backward_op.register_fake
 def _(qs, ks, p, g, scale, queries, keys, values): return _fake_grads(qs, ks, p, queries, keys, values)
 
-# %% ../../nbs/14_ops.affinity.ipynb #61592eb5
 def _affinity_setup(ctx, inputs, output):
     qs, ks, p, ctx.scale = inputs
     ctx.blocks, kept = len(qs), [output[1]] if isinstance(output, tuple) else []
@@ -343,9 +342,9 @@ def affinity(
     kind = autocast_type(p)
     if kind: qs, ks = [q.to(kind) for q in qs], [k.to(kind) for k in ks]
     scale = float(qs[0].shape[3]**-0.5 if scale is None else scale)
-    if not qs[0].numel() or not p.numel(): return affinity_ref(qs, ks, p, scale)
-    if choose("affinity", *qs, *ks, p, impl=impl, sizes=(*p.shape[1:], len(qs))): return _affinity_op(qs, ks, p, scale)[0]
-    return affinity_ref(qs, ks, p, scale) if exporting() else _affinity_pieces_op(qs, ks, p, scale)
+    if exporting() or not qs[0].numel() or not p.numel(): return affinity_ref(qs, ks, p, scale)
+    ours = choose("affinity", *qs, *ks, p, impl=impl, sizes=(*p.shape[1:], len(qs)))
+    return _affinity_op(qs, ks, p, scale)[0] if ours else _affinity_pieces_op(qs, ks, p, scale)
 
 # %% ../../nbs/14_ops.affinity.ipynb #b93125b3
 class AttentionMaps:

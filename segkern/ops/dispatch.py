@@ -48,7 +48,7 @@ IMPLS = ("auto", "ref", "triton")
 KERNELS = {} # name of an op -> function(*tensors) that returns why its kernels cannot run them, or None
 LAUNCHERS = {} # name of an op -> the functions that launch its kernels
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_forced = [os.environ.get("SEGKERN_IMPL", "auto")] # read at import: asking the system at every call costs as much as all the rest
+_forced = [os.environ.get("SEGKERN_IMPL", "auto")] # read at import: at every call it would cost as much as the rest
 _blocks, _asked, _told, _choices = [], [], set(), {}
 
 # %% ../../nbs/10_ops.dispatch.ipynb #251a79cc
@@ -99,6 +99,7 @@ def code_hash(
     if launchers not in _hashes: _hashes[launchers] = hash_of(launchers)
     return _hashes[launchers]
 
+# %% ../../nbs/10_ops.dispatch.ipynb #d2fa2bf8
 def on_gpu(
     op:str, # its name
     index:int, # of the GPU
@@ -135,7 +136,8 @@ def which(
     if reason: return "ref", reason
     if want == "triton": return "triton", "asked for"
     index = tensors[0].device.index
-    if torch.compiler.is_compiling(): reason = _while_compiling(op, index) # a look at sizes would freeze them in the graph
+    if torch.compiler.is_compiling():
+        reason = _while_compiling(op, index) # a look at sizes would freeze them in the graph
     else: reason = on_gpu(op, index, call_facts(*tensors, sizes=sizes, mode=mode))
     return ("ref", reason) if reason else ("triton", "it passed the gate on this GPU and wins at such sizes")
 
@@ -150,11 +152,13 @@ def choose(
     "Whether the kernel runs; says once where one was asked for and cannot run, or none can be trusted."
     want, first = impl or _forced[-1], tensors[0]
     if want == "auto" and not first.is_cuda: return False
-    if torch.compiler.is_compiling(): return which(op, *tensors, impl=impl, sizes=sizes, mode=mode)[0] == "triton"
+    if torch.compiler.is_compiling():
+        return which(op, *tensors, impl=impl, sizes=sizes, mode=mode)[0] == "triton"
     if _asked: _asked[-1].append((op, call_facts(*tensors, sizes=sizes, mode=mode)))
     grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
     lies = first.is_contiguous() or first.stride()
-    key = op, want, grad, lies, sizes, mode, first.get_device(), first.dtype, first.shape, *[(t.shape, t.dtype) for t in tensors[1:]]
+    others = [(t.shape, t.dtype) for t in tensors[1:]]
+    key = op, want, grad, lies, sizes, mode, first.get_device(), first.dtype, first.shape, *others
     known = _choices.get(key)
     if known is None: known = _choices[key] = _decide(op, tensors, want, sizes, mode)
     return known
@@ -166,7 +170,8 @@ def _decide(op, tensors, want, sizes, mode):
     said = why if why == UNMEASURED else (op, why)
     if got == "ref" and why != "asked for" and said not in _told:
         _told.add(said)
-        if why == UNMEASURED: logger.warning("kernels are off: %s; SEGKERN_IMPL=triton runs them all the same", why)
+        if why == UNMEASURED:
+            logger.warning("kernels are off: %s; SEGKERN_IMPL=triton runs them all the same", why)
         else: logger.log(30 if want == "triton" else 20, "%s runs its reference implementation: %s", op, why)
     return got == "triton"
 
@@ -225,7 +230,7 @@ def pow2(
     return p if high is None else min(p, high)
 
 # asked once: torch.compile of PyTorch 2.11 cannot trace the question
-AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 
 def autocast_type(
     x:torch.Tensor, # a tensor of the call

@@ -75,8 +75,8 @@ def _axis(p, n, N, step, S: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr, 
     return lo, hi, t, o, plain == o
 
 @triton.jit
-def _quads(h, w, H, W, rows, cols, sh, step_h, step_w, S: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, NQ: tl.constexpr,
-           ALIGN: tl.constexpr, OWN: tl.constexpr):
+def _quads(h, w, H, W, rows, cols, sh, step_h, step_w, S: tl.constexpr,
+           PH: tl.constexpr, PW: tl.constexpr, NQ: tl.constexpr, ALIGN: tl.constexpr, OWN: tl.constexpr):
     "A program's picture, patches, offsets of the four corners, weights, pixels [PH, PW, NQ] and whether they exist."
     tiles = tl.cdiv(rows*cols, NQ)
     b = (tl.program_id(0)//tiles).to(tl.int64)
@@ -191,7 +191,8 @@ def ce_fwd(
     "Launch the forward kernel of the cross-entropy: with quads where they fit."
     size = tuple(target.shape[1:])
     S = quad_scale(logits.shape, size, align_corners)
-    if not S: return upsample_ce_fwd(logits, target, weight, ignore_index, align_corners, smoothing, pixels)
+    if not S:
+        return upsample_ce_fwd(logits, target, weight, ignore_index, align_corners, smoothing, pixels)
     (b, k), z, device = logits.shape[:2], loads_well(logits), logits.device
     opts = blocks("quad_cross_entropy", PH=min(S, 4), PW=min(S, 4), NQ=128, KB=2 if align_corners else 4, num_warps=4)
     sizes, steps, patches = _geometry(logits.shape, size, align_corners, S, opts["PH"], opts["PW"])
@@ -345,7 +346,8 @@ def ce_bwd(
     "Launch the backward kernels of the cross-entropy: with quads where they fit."
     size = tuple(target.shape[1:])
     S = quad_scale(logits.shape, size, align_corners)
-    if not S: return upsample_ce_bwd(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing)
+    if not S:
+        return upsample_ce_bwd(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing)
     opts, k = bwd_options("quad_cross_entropy_bwd", S), logits.shape[1]
     weights = weight.sum() if smoothing and weight is not None else None
     def launch(z, part, k0, n, share, total, grid, sizes, steps):

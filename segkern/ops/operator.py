@@ -54,6 +54,7 @@ def _wanting(ctx, needs):
     try: yield
     finally: ctx.needs_input_grad = own
 
+# %% ../../nbs/09_ops.operator.ipynb #f3a619ee
 class _Node(torch.autograd.Function):
     "What autograd remembers of one call."
     @staticmethod
@@ -65,7 +66,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        with torch.no_grad(), _wanting(ctx, ctx.needs_input_grad[2:]): got = ctx.operator.differentiate(ctx, *grads)
+        with torch.no_grad(), _wanting(ctx, ctx.needs_input_grad[2:]):
+            got = ctx.operator.differentiate(ctx, *grads)
         got = got if isinstance(got, tuple) else (got,)
         return None, None, *_once(ctx.operator, got, (*grads, *ctx.saved_tensors))
 
@@ -159,8 +161,8 @@ def operator(
         schema = torch.library.infer_schema(body, mutates_args=())
         op = once(f"operator {name}", lambda: Operator(name, schema))
         if schema != op.schema:
-            raise ValueError(f"operator '{name}' takes {op.schema} in this process, not {schema}: its arguments are fixed, "
-                             "restart the kernel to change them")
+            raise ValueError(f"operator '{name}' takes {op.schema} in this process, not {schema}: "
+                             "its arguments are fixed, restart the kernel to change them")
         op.body = body
         return op
     return register

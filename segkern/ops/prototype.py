@@ -316,7 +316,7 @@ def prototypes_fwd(
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=feat.device)
     o = blocks("prototypes_stats", BN=128, BK=pow2(k, 16, 32), num_warps=4)
     small = k <= 32 or n % 8
-    # one stage: with more, Triton leaves products pending over the loop's end whose factor the next turn overwrites (01b_testing.sass)
+    # one stage: with more, Triton leaves products pending over the loop's end whose factor the next turn overwrites
     opts = _options("prototypes", feat, k, c, *((32, 32, 64, 8) if small else (64, 64, 128, 8)), (32, 32, 64, 4), num_stages=1)
     tiles, cells = triton.cdiv(n, o["BN"]), triton.cdiv(k, opts["BK"])*triton.cdiv(c, opts["BC"])
     splits, per = _splits(n, opts["BN"], b*cells)
@@ -382,7 +382,7 @@ def cosine_bwd(
     "Launch the backward kernels, one per gradient."
     (b, c, h, w), k, p, (out, norm) = feat.shape, u.shape[1], feat if pos is None else pos, kept
     n, wide = h*w, feat.dtype == torch.float32
-    a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None, num_stages=1) # more: ptxas serializes the products
+    a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None, num_stages=1) # as above
     small = k <= 32 or n % 8
     o = _options("cosine_du", feat, k, c, *((32, 64, 64, 8) if small else (64, 64, 64, 4)), (32, 32, 64, 8) if wide else None)
     cells = triton.cdiv(k, o["BK"])*triton.cdiv(c, o["BC"])
@@ -672,7 +672,8 @@ def prototypes(
     _check_maps("prototypes", feat, logits=(logits, (b, None, h, w)), pos=(pos, (b, c, h, w)))
     if kind := autocast_type(feat): feat, pos = feat.to(kind), pos.to(kind)
     if not feat.numel() or not logits.numel() or exporting(): return prototypes_ref(logits, feat, pos)
-    semantic, spatial, *_ = _prototypes_op(logits, feat, pos, choose("prototypes", logits, feat, pos, impl=impl, sizes=(feat.shape[1],)))
+    kernel = choose("prototypes", logits, feat, pos, impl=impl, sizes=(feat.shape[1],))
+    semantic, spatial, *_ = _prototypes_op(logits, feat, pos, kernel)
     return semantic.to(feat.dtype), spatial.to(feat.dtype)
 
 # %% ../../nbs/15_ops.prototype.ipynb #c953f6b8
@@ -690,7 +691,9 @@ def cosine_logits(
     if not feat.numel() or not z.numel() or exporting(): return cosine_logits_ref(z, feat, pos, scale)
     wide = z.to(_kind(z, feat, pos))
     u = wide*(scale/(wide.norm(dim=2, keepdim=True) + EPS))
-    return _cosine_op(u, feat, pos, choose("cosine_logits", *(t for t in (u, feat, pos) if t is not None), impl=impl, sizes=tuple(feat.shape[2:])))[0]
+    given = [t for t in (u, feat, pos) if t is not None]
+    kernel = choose("cosine_logits", *given, impl=impl, sizes=tuple(feat.shape[2:]))
+    return _cosine_op(u, feat, pos, kernel)[0]
 
 # %% ../../nbs/15_ops.prototype.ipynb #b86d13bb
 def class_sums(
@@ -705,6 +708,7 @@ def class_sums(
     _check_maps("class_sums", x, labels=(labels, (b, h, w)))
     if labels.is_floating_point() or labels.dtype == torch.bool: raise ValueError(f"class_sums wants integer labels, got {labels.dtype}")
     if num_classes < 1: raise ValueError(f"class_sums wants at least one class, got {num_classes}")
-    if not x.numel() or not choose("class_sums", x, impl=impl, sizes=(num_classes,)): return class_sums_ref(x, labels, num_classes, per_image)
+    kernel = x.numel() and choose("class_sums", x, impl=impl, sizes=(num_classes,))
+    if not kernel: return class_sums_ref(x, labels, num_classes, per_image)
     sums, counts = _class_sums_op(x, labels, num_classes)
     return (sums, counts) if per_image else (sums.sum(0), counts.sum(0))

@@ -226,6 +226,7 @@ def _prepared(q, k, v, scale):
     scale = float(q.shape[3]**-0.5 if scale is None else scale)
     return (q, k, v, scale) if scale > 0 else (-q, k, v, -scale) # the kernel takes maxima before it scales
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #12c14b69
 def sr_attention(
     q:torch.Tensor, # [b, h, n, d]
     k:torch.Tensor, # [b, h, m, d]

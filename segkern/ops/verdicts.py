@@ -29,7 +29,8 @@ def _text(function):
     "The source of a function without comments, docstring and layout."
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     first = tree.body[0]
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant): tree.body = tree.body[1:]
+    described = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    if described: tree.body = tree.body[1:]
     return ast.unparse(tree)
 
 def _names(code):
@@ -53,7 +54,8 @@ def sources(
         for used in sorted(_names(function.__code__)):
             value = function.__globals__.get(used)
             inner = _function(value)
-            if inner is not None and inner.__module__.rpartition(".")[0] in package: todo.append((inner.__module__, inner.__qualname__, value))
+            ours = inner is not None and inner.__module__.rpartition(".")[0] in package
+            if ours: todo.append((inner.__module__, inner.__qualname__, value))
             elif isinstance(value, (int, float, str, tuple)): todo.append((module, used, value))
     return found
 
@@ -86,7 +88,8 @@ def call_facts(
 )->dict: # dtype, layout, grad, sizes, mode
     "What a measurement is filed under."
     first, grad = tensors[0], torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return dict(dtype=str(first.dtype).split(".")[1], layout=layout(first), grad=grad, sizes=[*first.shape, *sizes], mode=mode)
+    kind = str(first.dtype).split(".")[1]
+    return dict(dtype=kind, layout=layout(first), grad=grad, sizes=[*first.shape, *sizes], mode=mode)
 
 # %% ../../nbs/09a_ops.verdicts.ipynb #8d741435
 def nearest(
@@ -95,7 +98,8 @@ def nearest(
 )->dict|None: # the row of the same kind with the nearest sizes
     "The measurement that says most about a call; sizes are compared by their logarithms."
     kind = ("dtype", "layout", "grad", "mode")
-    same = [r for r in rows if all(r[k] == facts[k] for k in kind) and len(r["sizes"]) == len(facts["sizes"])]
+    alike = lambda r: all(r[k] == facts[k] for k in kind) and len(r["sizes"]) == len(facts["sizes"])
+    same = list(filter(alike, rows))
     away = lambda r: sum(abs(math.log2(max(1, a)/max(1, b))) for a, b in zip(r["sizes"], facts["sizes"]))
     return min(same, key=away, default=None)
 
@@ -109,11 +113,16 @@ def objection(
 )->str|None: # None: the kernel runs
     "Why a kernel is not taken."
     if verdict is None: return "the op was not measured on this GPU"
-    if not verdict["passed"]: return f"the op did not pass the gate on this GPU: {verdict['why'] or 'no reason is on record'}"
-    if verdict["code"] != code: return "the kernels or their compiler changed since they passed the gate on this GPU"
+    if not verdict["passed"]:
+        return f"the op did not pass the gate on this GPU: {verdict['why'] or 'no reason is on record'}"
+    if verdict["code"] != code:
+        return "the kernels or their compiler changed since they passed the gate on this GPU"
     if facts is None:
         wins = sorted(r["ratio"] for r in verdict["rows"])
         return None if wins and wins[len(wins)//2] >= 1 else "the kernel loses to PyTorch at half of the measured sizes"
     row = nearest(verdict["rows"], facts)
-    if row is None: return f"no call like this was measured: {facts['dtype']}, {facts['layout']}, {facts['mode'] or 'one mode'}"
-    if row["ratio"] < 1: return f"PyTorch takes {row['ratio']:.2f} of the kernel's time at {'×'.join(map(str, row['sizes']))}"
+    if row is None:
+        return f"no call like this was measured: {facts['dtype']}, {facts['layout']}, {facts['mode'] or 'one mode'}"
+    if row["ratio"] < 1:
+        sizes = "×".join(map(str, row["sizes"]))
+        return f"PyTorch takes {row['ratio']:.2f} of the kernel's time at {sizes}"

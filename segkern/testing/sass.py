@@ -54,7 +54,8 @@ def innermost(
     all_loops = loops(code)
     spans = [(body[0].at, body[-1].at) for body in all_loops]
     holds = lambda a, b: a != b and a[0] <= b[0] and b[1] <= a[1]
-    return [body for body, span in zip(all_loops, spans) if not any(holds(span, other) for other in spans)]
+    outer = [any(holds(span, other) for other in spans) for span in spans]
+    return [body for body, is_outer in zip(all_loops, outer) if not is_outer]
 
 # %% ../../nbs/01b_testing.sass.ipynb #0b5d0d50
 def loaded_bytes(
@@ -65,6 +66,7 @@ def loaded_bytes(
     width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", i.op)
     return {None: 4, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width and width[1]]
 
+# %% ../../nbs/01b_testing.sass.ipynb #887ccfc8
 def units(
     code:list, # instructions
     unit:str, # beginning of an opcode, e.g. "MUFU.EX2", or "load" with the bytes of an element, e.g. "load2"
@@ -77,7 +79,7 @@ def per_unit(
     code:list, # of `parse`
     unit:str, # as in `units`
 )->float: # instructions
-    "Instructions of the loop that does most of the work, for each unit of it; of the whole kernel where no loop does any."
+    "Instructions for each unit of work, of the loop that does most of it; of the whole kernel where none does any."
     body = max(innermost(code), key=lambda b: units(b, unit), default=code)
     if not units(body, unit): body = code
     if not units(body, unit): raise ValueError(f"the kernel has no '{unit}'")
@@ -87,10 +89,11 @@ def per_unit(
 # %% ../../nbs/01b_testing.sass.ipynb #55dea33e
 def executed(
     code:list, # of `parse`
-    *trips:int, # turns of each loop, in the order of their first instructions; an inner loop's count is per turn of the outer one
+    *trips:int, # turns of each loop, in the order of their first instructions; of an inner one per turn of the outer
 )->int: # instructions of one warp, every branch taken
     "What a warp executes."
-    bodies = sorted((body for body in loops(code) if body[0].at != body[-1].at), key=lambda body: body[0].at)
+    bodies = [body for body in loops(code) if body[0].at != body[-1].at]
+    bodies.sort(key=lambda body: body[0].at)
     if len(bodies) != len(trips): raise ValueError(f"{len(bodies)} loops, {len(trips)} counts")
     turns = dict.fromkeys([i.at for i in code], 1)
     for body, n in zip(bodies, trips): turns |= {i.at: turns[i.at]*n for i in body}
@@ -111,6 +114,7 @@ def _first_register(args):
     hit = re.match(r"(?:U?P\w+, )*R(\d+)\b", args)
     return int(hit[1]) if hit else None
 
+# %% ../../nbs/01b_testing.sass.ipynb #3b74d823
 def written(
     i:Instruction,
 )->range: # register numbers
@@ -188,6 +192,7 @@ def code_report(
 )->dict: # instructions, wgmma, overwritten, serialized, and with a unit: per_unit
     "What the machine code tells about a kernel."
     code = parse(disassembled(kernel))
-    row = dict(instructions=len(code), wgmma=sum(i.op.startswith("HGMMA") for i in code), overwritten=overwritten(code), serialized=serialized(kernel))
+    wgmma = sum(i.op.startswith("HGMMA") for i in code)
+    row = dict(instructions=len(code), wgmma=wgmma, overwritten=overwritten(code), serialized=serialized(kernel))
     if unit: row["per_unit"] = round(per_unit(code, unit), 2)
     return row

@@ -9,9 +9,12 @@ MMA = {"_upsample_ce_bwd_kernel", "_dice_bwd_kernel"} # 16-bit logits; float32 o
 WIDE = {"_digit_histogram_kernel"}
 
 # instructions per exponential on an H100; forward has 5 exponentials for 4 pixels and classes, backward one each
-MOST = {("_quad_ce_fwd_kernel", "Cityscapes bf16"): ("MUFU.EX2", 7.6), ("_quad_ce_fwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 7.6),
-        ("_quad_ce_bwd_kernel", "Cityscapes bf16"): ("MUFU.EX2", 12), ("_quad_ce_bwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 13.5),
-        ("_quad_dice_fwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 16.5), ("_quad_dice_bwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 22.5)}
+MOST = {("_quad_ce_fwd_kernel", "Cityscapes bf16"): ("MUFU.EX2", 7.6),
+        ("_quad_ce_fwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 7.6),
+        ("_quad_ce_bwd_kernel", "Cityscapes bf16"): ("MUFU.EX2", 12),
+        ("_quad_ce_bwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 13.5),
+        ("_quad_dice_fwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 16.5),
+        ("_quad_dice_bwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 22.5)}
 
 
 def new(*shape, dtype=torch.float32): return torch.empty(shape, dtype=dtype, device="meta")

@@ -160,7 +160,8 @@ def report(rows, gpu, versions, ceilings, found, seconds, problems):
     ]
     if len(bad) > 25: lines.append(f"* and {len(bad) - 25} more in gate.json")
     lines += [f"* {p}" for p in problems]
-    head = ("op", "kernel us", "captured", "reference", "captured", "best peer", "H200: bandwidth", "H200: issue", "H200: predicted")
+    measured, known = ("kernel us", "captured", "reference", "captured", "best peer"), ("bandwidth", "issue", "predicted")
+    head = ("op", *measured, *(f"H200: {k}" for k in known))
     lines += ["", "## Times of ops", *table(head, op_lines(rows))]
     lines += [
         "",
