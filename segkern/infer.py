@@ -660,8 +660,7 @@ class Optimized(nn.Module):
 
     def _replayed(self, fn, x, *settings):
         "`fn(x, *settings)`, from a graph where there is one."
-        undecided = self.channels_last is None
-        if undecided and self.replays.takes(x): _choose_layout(self, fn, x, settings)
+        if self.channels_last is None and self.replays.takes(x): _choose_layout(self, fn, x, settings)
         return self.replays(fn, x, *settings)
 
     @torch.inference_mode()
