@@ -39,6 +39,7 @@ MUTANTS = [
     ("_msca_columns_kernel", "bias of the rows of the first strip", "taps + c*110 + 104 + k", "taps + c*110 + 104"),
     ("_msca_columns_kernel", "taps at the place of the next strip", "part + 64 + at + s", "part + 64 + at + 4*k + s"),
     ("_msca_square_kernel", "rows moved the other way", "row + 2 - dy", "row + dy - 2"),
+    ("_msca_square_kernel", "the last row of taps only", "square[dy], acc, input_precision", "square[dy], 0*acc, input_precision"),
     ("_msca_square_kernel", "not turned", "_five(taps + c*110, RW, True, T)", "_five(taps + c*110, RW, False, T)"),
     ("_msca_taps_kernel", "margins counted twice", "if EDGES: mine = tl.where(own, mine, 0.0).to(mine.dtype)", "mine = mine + 0.0"),
     ("_msca_taps_kernel", "map not moved", "row + dy - 1", "row + dy - 2"),
