@@ -7,8 +7,7 @@ __all__ = ['MARGIN', 'DTYPES', 'TOLERANCE', 'SMEM', 'exact_interpreter', 'Guarde
            'check_kernel', 'targets', 'captured', 'binary_report', 'compile_elsewhere']
 
 # %% ../../nbs/01a_testing.kernels.ipynb #05085463
-import contextlib, functools, os, random, re, subprocess, sys, tempfile, types
-from pathlib import Path
+import contextlib, functools, os, random, re, subprocess, sys, types
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch
 from ..core import Table, once
 from ..ops.dispatch import interpreting, use_blocks, use_impl
 from . import assert_close, make_input
+from .sass import disassembled, resources
 
 # %% ../../nbs/01a_testing.kernels.ipynb #6af6fe16
 def _patch_once(I):
@@ -312,12 +312,7 @@ def binary_report(
         text = kernel.asm["amdgcn"]
         find = lambda field: int((re.search(rf"\.{field}:\s*(\d+)", text) or [0, 0])[1])
         return row | dict(regs=find("vgpr_count"), spill=find("vgpr_spill_count"), mma=text.count("v_mfma"))
-    import triton.backends.nvidia as nvidia
-    tools = Path(nvidia.__file__).parent/"bin"
-    with tempfile.TemporaryDirectory() as d:
-        (Path(d)/"k.cubin").write_bytes(kernel.asm["cubin"])
-        usage, sass = (subprocess.run([tools/tool, *flags, f"{d}/k.cubin"], capture_output=True, text=True, check=True).stdout
-                       for tool, *flags in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c")))
+    usage, sass = resources(kernel), disassembled(kernel)
     regs, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return row | dict(regs=regs, spill=stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)), mma=len(re.findall(r"HGMMA|\bHMMA", sass)),
                       wide=len(re.findall(r"\bLDG\.E\.[\w.]*128|\bLDGSTS\.E\.[\w.]*128", sass)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Instruction', 'parse', 'loops', 'innermost', 'loaded_bytes', 'units', 'per_unit', 'executed', 'issue_floor',
-           'written', 'read_by_tensor_core', 'overwritten', 'disassembled', 'serialized', 'code_report']
+           'written', 'read_by_tensor_core', 'overwritten', 'disassembled', 'resources', 'serialized', 'code_report']
 
 # %% ../../nbs/01b_testing.sass.ipynb #1ce1faf3
 import re, subprocess, tempfile
@@ -164,14 +164,24 @@ def _tool(name, *arguments):
     if done.returncode: raise RuntimeError(f"{name} failed: {done.stderr[-500:]}")
     return done.stdout + done.stderr
 
+def _of_binary(kernel, name, flag):
+    "What a tool says about a compiled kernel."
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/"kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        return _tool(name, flag, path)
+
 def disassembled(
     kernel, # of `captured`, for an NVIDIA GPU
 )->str: # SASS
     "The machine code of a kernel."
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/"kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        return _tool("nvdisasm", "-c", path)
+    return _of_binary(kernel, "nvdisasm", "-c")
+
+def resources(
+    kernel, # of `captured`, for an NVIDIA GPU
+)->str: # with "REG:…" and "STACK:…"
+    "Registers and memory that a kernel takes, as the tool words it."
+    return _of_binary(kernel, "cuobjdump", "--dump-resource-usage")
 
 def serialized(
     kernel, # of `captured`, for an NVIDIA GPU
