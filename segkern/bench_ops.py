@@ -159,7 +159,7 @@ def loss_case(label, b, k, h, w, H, W):
 
 def _plain_dice(z, y):
     "Mean dice loss over the classes present in a picture, from stored probabilities."
-    p, k = F.interpolate(z, y.shape[1:], mode="bilinear").softmax(1).flatten(2), z.shape[1]
+    p, k = F.interpolate(z, y.shape[1:], mode="bilinear").sigmoid().flatten(2), z.shape[1]
     hit = F.one_hot(y.flatten(1).long(), k).transpose(1, 2).to(p.dtype)
     inter, total, count = (p*hit).sum(2), p.sum(2), hit.sum(2)
     loss = 1 - (2*inter + 1)/(total + count + 1)

@@ -29,6 +29,7 @@ from families import FAMILIES, test_files  # noqa: E402
 from jobs import Job, run_all  # noqa: E402
 
 SHARES = {"warm": 60, "right": 100, "sanitizer": 75, "ops": 110, "networks": 110, "learn": 10} # seconds of 465
+DRY_SHARES = SHARES | {"right": 280, "sanitizer": 1} # the interpreter spends its time on the checks
 LATENCY = ("s2fpn_r18", "segformer_b0", "segnext_l", "segformer_b5", "seaformer_l", "cgrseg_l")
 TRAINING = ("segformer_b0", "s2fpn_r18", "segnext_l", "segformer_b5", "sasformer_sparse_b4", "ocrnet_hr48_ssa")
 DRY_NETWORKS = (("latency", "segformer_b0"), ("training", "s2fpn_r18"))
@@ -69,9 +70,9 @@ class Gate:
     "The phases, their time, and everything they found."
     def __init__(self, a):
         self.a, self.start, self.rows = a, time.monotonic(), []
-        self.left = dict(SHARES)
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.env, self.cpu = environment(a, self.cores), a.device == "cpu"
+        self.left = dict(DRY_SHARES if self.cpu else SHARES)
         self.work = Path(tempfile.mkdtemp(prefix="segkern_gate_rows_"))
         self.out = Path(a.out).resolve()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -93,8 +94,8 @@ class Gate:
     def seconds(self, phase):
         "This phase's share of the time that is left."
         remaining = max(1.0, self.a.budget - (time.monotonic() - self.start))
-        share = remaining*self.left.pop(phase)/max(1, sum(self.left.values()) + SHARES[phase])
-        return share
+        shares = sum(self.left.values())
+        return remaining*self.left.pop(phase)/shares
 
     def child(self, phase, name, family="", number=1, facts=None, env=None, **options):
         "A job that runs tests/gpu/child.py."

@@ -31,6 +31,22 @@ def test_a_wrong_result_is_not_timed():
     assert wrong and all(r["status"].startswith("wrong: relative error") and "ms_50" not in r for r in wrong)
 
 
+def doubled(t): return t.detach().double() if t.is_floating_point() else t
+
+
+def as_list(found): return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+@pytest.mark.parametrize("op", sorted({c.op for c in bench_ops.cases(tiny=True)}))
+def test_the_composition_computes_the_same(op):
+    "What a kernel is timed against is the same function, in double precision."
+    for case in bench_ops.cases([op], tiny=True):
+        args = [doubled(t) for t in case.make(torch.device("cpu"), torch.float32)]
+        pairs = zip(as_list(case.plain(*args)), as_list(case.fn(*args, impl="ref")), strict=True)
+        for i, (want, got) in enumerate(pairs):
+            torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6, msg=lambda m: f"{case.label}, result {i}: {m}")
+
+
 def timed(case, sizes, provider, ms, **more):
     "A row as `run_case` gives it; the kernel's knows what the op asked."
     facts = dict(op="strip_pool", dtype="bfloat16", layout="nchw", grad=False, sizes=sizes, mode="mean_max hw")

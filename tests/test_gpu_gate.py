@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT/"tests"/"gpu"))
 import families  # noqa: E402
 import jobs  # noqa: E402
 import sanitizer  # noqa: E402
+import speed  # noqa: E402
 import verdict  # noqa: E402
 
 FILES = {"gate.json", "ops_cpu.csv", "nets_cpu.csv", "dispatch.json", "sanitizer.txt", "report.md", "log.txt"}
@@ -182,6 +183,22 @@ def test_verdicts():
     assert passed(
         [row(2, "*", "memcheck of strip", "not run: no summary"), row(0, "strip_pool", "warm", "failed: x")]
     ) == {"strip_pool", "strip_attention"}
+
+
+@pytest.mark.parametrize(
+    "provider,status,want",
+    [
+        ("kernel", "ok", "ok"),
+        ("kernel", "wrong: relative error 1.0", "failed"),
+        ("kernel in a CUDA graph", "unavailable: RuntimeError: x", "failed"),
+        ("reference in a CUDA graph", "unavailable: RuntimeError: x", "not run"),
+        ("kernel", "out of memory", "not run"),
+        ("compile", "wrong: labels differ", "not run"),
+    ],
+)
+def test_a_kernel_that_differs_from_the_composition_fails(provider, status, want):
+    "A peer may be missing; our kernel and our reference may not."
+    assert speed.status_of(dict(provider=provider, status=status)).startswith(want)
 
 
 def test_the_report_fits():

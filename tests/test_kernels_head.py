@@ -101,7 +101,7 @@ def test_only_void_and_empty_batches():
         loss = ops.upsample_cross_entropy(z, y, impl="triton", **kw)
         assert loss.item() == value or (value != value and loss.isnan())
         loss.backward()
-        assert value != value or z.grad.abs().max() == 0, kw
+        assert z.grad.abs().max() == 0, kw
     assert ops.upsample_confusion(z, y, impl="triton").sum() == 0
     with launches() as seen:
         none = make_input([2, 3, 2, 2])[:0]
@@ -291,7 +291,7 @@ def test_quads_at_extremes():
         loss = ops.upsample_cross_entropy(z, void, impl="triton", **kw)
         loss.backward()
         assert loss.item() == value or (value != value and loss.isnan())
-        assert value != value or z.grad.abs().max() == 0, kw
+        assert z.grad.abs().max() == 0, kw
 
 
 @pytest.mark.parametrize("impl", ["ref", "triton"])

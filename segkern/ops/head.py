@@ -307,13 +307,18 @@ _upsample_nll_op.register_autograd(_nll_backward, setup_context=_nll_setup)
 
 
 # %% ../../nbs/17_ops.head.ipynb #fd4938ff
+def _mean(losses, weights, zero):
+    "Losses over weights; without weights it is zero, or what PyTorch has (NaN), and the gradient zero."
+    some = weights != 0
+    mean = losses/torch.where(some, weights, 1)
+    return mean if zero else torch.where(some, mean, (losses/weights).detach())
+
 def _ce_kernel(logits, target, weight, ignore_index, align_corners, reduction, ohem, zero, smoothing):
     "The loss through the kernels."
     w = None if weight is None else weight.detach().to(logits.device, torch.float32).contiguous()
     maps = ohem is not None or reduction == "none"
     sums, nll, _ = _upsample_nll_op(logits, target, w, ignore_index, align_corners, smoothing, maps)
-    divide = lambda a, n: a/(torch.where(n != 0, n, 1) if zero else n)
-    if not maps: return sums[0] if reduction == "sum" else divide(sums[0], sums[1].detach())
+    if not maps: return sums[0] if reduction == "sum" else _mean(sums[0], sums[1].detach(), zero)
     valid = target != ignore_index
     pixel = valid.float() if w is None else torch.where(valid, w[target.long().where(valid, 0)], 0)
     if ohem is not None:
@@ -321,7 +326,7 @@ def _ce_kernel(logits, target, weight, ignore_index, align_corners, reduction, o
         pixel = pixel*keep
     loss = torch.where(pixel != 0, nll*pixel, 0*nll)
     if reduction != "mean": return loss if reduction == "none" else loss.sum()
-    return divide(loss.sum(), keep.sum().float())
+    return _mean(loss.sum(), keep.sum().float(), zero)
 
 def _ohem_keep_fast(nll, valid, thres, min_kept, select=select):
     "The mask of online hard example mining; the device is never waited for."

@@ -158,12 +158,12 @@ def in_a_graph(case, dtype, device):
 
 
 def spoilt(case, dtype, device, value):
-    "One NaN or infinity in the first tensor: not a number comes out where the reference has it."
+    "One NaN or infinity in the first tensor: not a number comes out where PyTorch's own composition has it."
     args = case.make(device, dtype)
     with torch.no_grad(): args[0][tuple(n//2 for n in args[0].shape)] = value
     args = tuple(a.detach() for a in args)
     got = kernel_of(case)(*args)
-    want = case.fn(*(a.double() if a.is_floating_point() else a for a in args), impl="ref")
+    want = case.plain(*(a.double() if a.is_floating_point() else a for a in args))
     pairs = list(zip(*(t if isinstance(t, (tuple, list)) else (t,) for t in (want, got))))
     for i, (r, g) in enumerate(pairs):
         if not g.is_floating_point(): continue
