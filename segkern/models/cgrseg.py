@@ -18,7 +18,8 @@ from ..layers import ConvNormAct, resize as resized
 from .base import Segmentor, describe_file, find_tensor
 from .upernet import classifier_of
 from ..ops.dispatch import which, without_autocast
-from ..ops.rca_gate import rca_gate, strip_means
+from ..ops.rca_gate import rca_gate
+from ..ops.strip_pool import strip_means
 from ..weights import Rule
 
 # %% ../../nbs/37_models.cgrseg.ipynb #13be4c8f
@@ -105,7 +106,7 @@ class RectangularGate(_NormOfLines):
         return 0
 
     def forward(self, x): # [b, c, h, w] -> [b, c, h, w]
-        if self.literal or type(self.bn) is not nn.BatchNorm2d or (x.numel() < self.small and which("rca_gate", x)[0] == "ref" and not x.is_cuda):
+        if self.literal or type(self.bn) is not nn.BatchNorm2d or (x.numel() < self.small and not x.is_cuda and which("rca_gate", x)[0] == "ref"):
             return self.gate(x)*self.local(x)
         return rca_gate(x, *self.vectors(x), self.tall.weight[:, 0, :, 0], self.tall.bias, self.local.weight, self.local.bias)
 

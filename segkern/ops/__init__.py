@@ -16,11 +16,11 @@ from .head_checks import check_target
 from .head_soft import upsample_dice, upsample_dice_sums
 from .msca import msca, pack_taps
 from .prototype import class_sums, cosine_logits, prototypes
-from .rca_gate import rca_gate, strip_means
+from .rca_gate import rca_gate
 from .squeeze_axial import axial_add, axial_attention, squeeze_axial
 from .sr_attention import sr_attention
 from .strip_attention import fold_values, strip_attention, strip_attention_ref
-from .strip_pool import strip_pool
+from .strip_pool import strip_means, strip_pool
 
 # %% ../../nbs/19_ops.ipynb #17039a92
 _all_ = ["AttentionMaps", "affinity", "use_impl", "which", "check_target", "confusion", "upsample_argmax", "upsample_confusion", "upsample_cross_entropy",

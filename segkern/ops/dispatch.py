@@ -157,8 +157,8 @@ def choose(
     if _asked: _asked[-1].append((op, call_facts(*tensors, sizes=sizes, mode=mode)))
     grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
     lies = first.is_contiguous() or first.stride()
-    others = [(t.shape, t.dtype) for t in tensors[1:]]
-    key = op, want, grad, lies, sizes, mode, first.get_device(), first.dtype, first.shape, *others
+    key = op, want, grad, lies, sizes, mode, first.get_device(), first.dtype, first.shape
+    for other in tensors[1:]: key += other.shape, other.dtype
     known = _choices.get(key)
     if known is None: known = _choices[key] = _decide(op, tensors, want, sizes, mode)
     return known

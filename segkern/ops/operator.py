@@ -9,6 +9,7 @@ __all__ = ['Operator', 'operator']
 import contextlib
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import forward_ad
 
 from ..core import once
@@ -27,6 +28,28 @@ def _folded(flat, lengths):
     "The opposite of `_flat`."
     rest = iter(flat)
     return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
+
+# %% ../../nbs/09_ops.operator.ipynb #7253d853
+def _watched():
+    "Whether a compiler, a trace, a transform, a mode or a profiler wants to hear of operators."
+    if torch.compiler.is_compiling() or get_eval_frame_callback() is not None: return True
+    if torch._C._is_tracing() or torch._C._functorch.maybe_current_level() is not None: return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack(): return True
+    return torch._C._autograd._profiler_enabled()
+
+# %% ../../nbs/09_ops.operator.ipynb #beaece20
+_TENSORS = torch.Tensor, torch.nn.Parameter
+_VALUES = frozenset((int, float, bool, str, type(None)))
+
+def _ordinary(args):
+    "Whether a body can take the arguments as they are."
+    for arg in args:
+        kind = type(arg)
+        if kind in _VALUES: continue
+        if kind in (list, tuple): known = _ordinary(arg)
+        else: known = kind in _TENSORS and not arg.is_meta and not arg.is_neg()
+        if not known: return False
+    return True
 
 # %% ../../nbs/09_ops.operator.ipynb #b58c211a
 class _Refuse(torch.autograd.Function):
@@ -106,9 +129,8 @@ class Operator:
         self.library.impl(short, self._autograd, "Autograd", with_keyset=True)
 
     def __call__(self, *args):
-        "Call it; traces and transforms must see one operator, everyone else goes straight to autograd's node."
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled(): return self.op(*args)
-        if torch._C._functorch.maybe_current_level() is not None: return self.op(*args)
+        "Call it: through the dispatcher for those who listen, else straight to autograd's node and the body."
+        if _watched() or not _ordinary(args): return self.op(*args)
         return self._autograd(None, *args)
 
     def __repr__(self): return f"{self.name}{self.schema}"
@@ -123,9 +145,10 @@ class Operator:
         return self.below(keys, *args)
 
     def below(self, keys, *args):
-        "What lies below autograd; `keys`: what the dispatcher was about, None outside of it."
+        "What lies below autograd: the body, or the rest of what the dispatcher was about."
         with torch._C._AutoDispatchBelowAutograd():
-            return self.op(*args) if keys is None else self.op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+            if keys is None: return self.body(*args)
+            return self.op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def _refuse_tangents(self, args):
         "Forward mode has no formula here."

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
 from .dispatch import tl, triton, unsupported
 from .operator import operator
-from .strip_pool import strip_pool
+from .strip_pool import strip_means
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #fc4a2ff8
 def _kind(*tensors):
@@ -290,8 +290,7 @@ def squeeze_axial(
 )->tuple: # [b, c_v, h], [b, c_v, w]
     "Average queries, keys and values over both axes in one read, and attend along each axis."
     if qkv.ndim != 4 or 0 in qkv.shape[2:]: raise ValueError(f"squeeze_axial wants [b, c, h, w] with h, w > 0, got {tuple(qkv.shape)}")
-    if qkv.numel() and choose("strip_pool", qkv, impl=impl, mode="mean hw"): columns, rows = strip_pool(qkv, "mean", impl=impl)
-    else: rows, columns = qkv.mean(3), qkv.mean(2)
+    columns, rows = strip_means(qkv, impl)
     return axial_attention(rows, columns, row_q, row_k, column_q, column_k, heads, impl)
 
 def axial_add(
