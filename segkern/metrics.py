@@ -10,6 +10,7 @@ import torch
 
 from .core import IGNORE, Table
 from .ops.head import upsample_confusion
+from .ops.head_checks import wide_ids
 
 # %% ../nbs/60_metrics.ipynb #4b5263d0
 MIOU = ("present", "all", "s2fpn") # the rules that `Confusion.result` knows
@@ -57,7 +58,7 @@ class _CountsLogits:
         target = target.to(logits.device)
         if target.is_floating_point():
             raise ValueError(f"target must hold integer class ids, got {target.dtype}")
-        ids = target.to(torch.int32) if target.dtype.itemsize <= 2 else target
+        ids = wide_ids(target)
         wrong = (ids != self.ignore_index) & ((ids < 0) | (ids >= self.num_classes))
         self._note(ids, wrong)
         counts = upsample_confusion(logits, ids.masked_fill(wrong, self.ignore_index), self.ignore_index, align_corners)

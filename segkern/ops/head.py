@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import IGNORE
 from .dispatch import choose, exporting, kernels_of, unsupported, without_autocast
-from .head_checks import _check_head, _check_options, _check_pair, _ids, check_target
+from .head_checks import _check_head, _check_options, _check_pair, check_target, wide_ids
 from .head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample_ce_fwd, upsample_confusion_fwd
 from .head_quads import ce_bwd, ce_fwd
 from .operator import operator
@@ -145,7 +145,7 @@ def confusion(
     ignore_index:int=IGNORE, # target id that does not count
 )->torch.Tensor: # int64 [k, k], rows = target
     "Count pairs of true and predicted class."
-    target = _ids(target)
+    target = wide_ids(target)
     keep = target != ignore_index
     if target.is_cuda: return _tally(target, pred, keep, num_classes)
     pair = target[keep].long()*num_classes + pred[keep].long()
@@ -179,7 +179,7 @@ def upsample_confusion(
     _check_pair(logits, target)
     check_target(target, logits.shape[1], ignore_index)
     if len(logits) and choose("upsample_confusion", logits, impl=impl, sizes=tuple(target.shape[1:])):
-        return _upsample_confusion_op(logits.detach(), _ids(target).contiguous(), ignore_index, bool(align_corners))
+        return _upsample_confusion_op(logits.detach(), wide_ids(target).contiguous(), ignore_index, bool(align_corners))
     return confusion(upsample_argmax(logits, target.shape[-2:], align_corners, "ref"), target, logits.shape[1], ignore_index)
 
 # %% ../../nbs/17_ops.head.ipynb #4392bb9d
@@ -352,7 +352,7 @@ def upsample_cross_entropy(
     _check_pair(logits, target)
     _check_options(logits, weight, reduction, ohem, empty, label_smoothing)
     check_target(target, logits.shape[1], ignore_index)
-    target = _ids(target)
+    target = wide_ids(target)
     zero, align_corners = empty == "zero" or ohem is not None, bool(align_corners)
     if len(logits) and choose("upsample_cross_entropy", logits, impl=impl, sizes=tuple(target.shape[1:])):
         return _ce_kernel(logits, target.contiguous(), weight, ignore_index, align_corners, reduction, ohem, zero, float(label_smoothing))

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from ..core import IGNORE
 from .dispatch import blocks, choose, kernels_of, on_device, tl, triton, unsupported
-from .head import _check_pair, _ids, banded, check_target
+from .head import banded
+from .head_checks import _check_pair, check_target, wide_ids
 from .head_kernels import _bilinear, _corners, _first, _hat, _last, _tiles, scales
-from .head_quads import (_between, _corner_values, _geometry, _onto_corners, _quads, _store_corners, bwd_options, loads_well,
-                                    quad_scale, through_corners)
+from .head_quads import _between, _corner_values, _geometry, _onto_corners, _quads, _store_corners
+from .head_quads import bwd_options, classes_each, loads_well, quad_scale, through_corners
 from .operator import operator
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #640abf72
@@ -174,7 +175,7 @@ def dice_fwd(logits, target, ignore_index, align_corners, exclude):
     opts = blocks("quad_dice", PH=min(S, 4), PW=min(S, 4), NQ=128, KB=2, num_warps=4)
     sizes, steps, patches = _geometry(logits.shape, size, align_corners, S, opts["PH"], opts["PW"])
     n = triton.cdiv(patches, opts["NQ"])
-    share = triton.cdiv(triton.cdiv(k, triton.cdiv(k, 16)), opts["KB"])*opts["KB"]
+    share = classes_each(k, opts["KB"])
     out = torch.empty((b*n, k, 2), dtype=torch.float32, device=logits.device)
     with on_device(logits):
         _quad_dice_fwd_kernel[(b*n, triton.cdiv(k, share))](
@@ -232,7 +233,7 @@ def upsample_dice_sums(
     "Per image and class: sum of the probabilities on its pixels, sum of its probabilities, number of its pixels."
     _check_pair(logits, target)
     check_target(target, logits.shape[1], ignore_index)
-    y, k = _ids(target).contiguous(), logits.shape[1]
+    y, k = wide_ids(target).contiguous(), logits.shape[1]
     ids = torch.where(y != ignore_index, y, k).long().flatten(1)
     count = torch.zeros(len(y), k + 1, dtype=torch.float32, device=y.device).scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))[:, :k]
     if len(logits) and choose("upsample_dice", logits, impl=impl, sizes=tuple(y.shape[1:])): inter, total = _dice_op(logits, y, ignore_index, bool(align_corners), exclude).unbind(-1)
