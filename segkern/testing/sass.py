@@ -7,7 +7,7 @@ __all__ = ['Instruction', 'parse', 'loops', 'innermost', 'loaded_bytes', 'units'
            'written', 'read_by_tensor_core', 'overwritten', 'disassembled', 'resources', 'serialized', 'code_report']
 
 # %% ../../nbs/01b_testing.sass.ipynb #1ce1faf3
-import re, subprocess, tempfile
+import functools, re, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,24 +164,25 @@ def _tool(name, *arguments):
     if done.returncode: raise RuntimeError(f"{name} failed: {done.stderr[-500:]}")
     return done.stdout + done.stderr
 
-def _of_binary(kernel, name, flag):
-    "What a tool says about a compiled kernel."
+@functools.lru_cache(maxsize=4)
+def _of_binary(cubin, name, flag):
+    "What a tool says about a compiled kernel; it is asked once."
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/"kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
+        path.write_bytes(cubin)
         return _tool(name, flag, path)
 
 def disassembled(
     kernel, # of `captured`, for an NVIDIA GPU
 )->str: # SASS
     "The machine code of a kernel."
-    return _of_binary(kernel, "nvdisasm", "-c")
+    return _of_binary(kernel.asm["cubin"], "nvdisasm", "-c")
 
 def resources(
     kernel, # of `captured`, for an NVIDIA GPU
 )->str: # with "REG:…" and "STACK:…"
     "Registers and memory that a kernel takes, as the tool words it."
-    return _of_binary(kernel, "cuobjdump", "--dump-resource-usage")
+    return _of_binary(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage")
 
 def serialized(
     kernel, # of `captured`, for an NVIDIA GPU

@@ -5,6 +5,11 @@ from segkern.ops.affinity import affinity_bwd, affinity_fwd
 
 MMA = {"_affinity_fwd_kernel", "_affinity_dq_kernel", "_affinity_dkp_kernel"}
 
+# instructions per score on an H100: (kernel, part of the case's name) -> (what is counted per, limit)
+MOST = {("_affinity_fwd_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 11.6),
+        ("_affinity_dq_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 8.6), # the first of two loops
+        ("_affinity_dkp_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 20.5)}
+
 
 def launch(b, h, n, m, d, dtype, blocks=2, c=21, values=None, wanted=(True, True, True)):
     "As the encoder and the loss call it: views of [b, n, h, d] and [b, m, 2, h, d], probabilities of a map in NCHW, under autocast float32."

@@ -8,13 +8,16 @@ from segkern.ops.head_soft import dice_bwd, dice_fwd
 MMA = {"_upsample_ce_bwd_kernel", "_dice_bwd_kernel"} # 16-bit logits; float32 ones use exact products
 WIDE = {"_digit_histogram_kernel"}
 
-# instructions per exponential on an H100; forward has 5 exponentials for 4 pixels and classes, backward one each
+# instructions per exponential on an H100; forward has 5 exponentials for 4 pixels and classes, backward one each;
+# labels and counts: per load, of which a pixel and class take four
 MOST = {("_quad_ce_fwd_kernel", "Cityscapes bf16"): ("MUFU.EX2", 7.6),
         ("_quad_ce_fwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 7.6),
         ("_quad_ce_bwd_kernel", "Cityscapes bf16"): ("MUFU.EX2", 12),
         ("_quad_ce_bwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 13.5),
         ("_quad_dice_fwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 16.5),
-        ("_quad_dice_bwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 22.5)}
+        ("_quad_dice_bwd_kernel", "ADE20K bf16"): ("MUFU.EX2", 22.5),
+        ("_upsample_argmax_kernel", "whole picture bf16"): ("LDG", 7.4),
+        ("_upsample_confusion_kernel", "whole picture bf16"): ("LDG", 7.4)}
 
 
 def new(*shape, dtype=torch.float32): return torch.empty(shape, dtype=dtype, device="meta")

@@ -5,6 +5,11 @@ from segkern.ops.rca_gate import rca_gate_bwd, rca_gate_fwd
 
 WIDE = {"_rca_gate_fwd_kernel", "_rca_gate_bwd_kernel", "_rca_gate_dx_kernel"}
 
+# instructions per multiplication of the loop over taps, on an H100: (kernel, part of the case's name) -> (what is counted per, limit)
+MOST = {("_rca_gate_fwd_kernel", "1/8 bf16"): ("FFMA", 7.4),
+        ("_rca_gate_bwd_kernel", "1/8 bf16"): ("FFMA", 7.8),
+        ("_rca_gate_dx_kernel", "1/8 bf16"): ("FFMA", 5.4)}
+
 
 def gate(b, c, h, w, k, dtype, last=False):
     x = torch.empty((b, c, h, w), dtype=dtype, device="meta", memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -6,6 +6,11 @@ from segkern.ops.squeeze_axial import axial_add_bwd, axial_add_fwd, axial_attent
 MMA = {"_axial_attention_kernel"}
 WIDE = {"_axial_add_fwd_kernel", "_axial_add_bwd_kernel"}
 
+# instructions on an H100: (kernel, part of the case's name) -> (what is counted per, limit)
+MOST = {("_axial_attention_kernel", "SeaFormer-L 32² bf16"): ("MUFU.EX2", 29),
+        ("_axial_add_fwd_kernel", "SeaFormer-L 32² bf16"): ("load2", 18),
+        ("_axial_add_bwd_kernel", "SeaFormer-L 32² bf16"): ("load2", 13.2)}
+
 
 def new(*shape, dtype, last=False):
     "A map on the meta device."
