@@ -9,6 +9,9 @@ MMA = {"_sr_attention_fwd_kernel", "_sr_attention_dq_kernel", "_sr_attention_dkv
 MOST = {("_sr_attention_fwd_kernel", "B5 stage 1 bf16"): ("MUFU.EX2", 8.5), ("_sr_attention_dq_kernel", "B5 stage 1 bf16"): ("MUFU.EX2", 8.7),
         ("_sr_attention_dkv_kernel", "B5 stage 1 bf16"): ("MUFU.EX2", 11.5)}
 
+# bytes that Triton 3.6 spills and newer ones do not: (kernel, arch, part of the case's name) -> bytes
+SPILL_36 = {("_sr_attention_dkv_kernel", 80, "heads of 128"): 12}
+
 
 def launch(b, h, n, m, d, dtype):
     "As the encoder calls it: views of [b, n, h, d] and [b, m, 2, h, d]."
