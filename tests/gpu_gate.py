@@ -150,7 +150,8 @@ class Gate:
     def warm(self):
         "Phase 0: the machine, its ceilings, and compiled kernels."
         seconds, began = self.seconds("warm"), time.monotonic()
-        self.run("about", [self.child("about", "about", number=0)], seconds/2, 1)
+        # it needs a few seconds; on a machine whose disk has not seen PyTorch yet a minute, and nothing goes on without it
+        self.run("about", [self.child("about", "about", number=0)], max(120.0, seconds/2), 1)
         by = {r["label"]: r for r in self.rows}
         machine = by.get("machine", {})
         self.gpu = machine.get("gpu", self.gpu)
@@ -266,7 +267,7 @@ class Gate:
         rows = [r for r in self.rows if r["phase"] == 3]
         verdict.save(file, dict(rows=rows, gpu=self.gpu, codes=self.codes, versions=self.versions, verdicts=found))
         job = self.child("learn", "learn", number=5, facts=dict(found=str(file), out=str(self.out)))
-        self.run("learn", [job], max(20.0, self.seconds("learn")), 1)
+        self.run("learn", [job], max(60.0, self.seconds("learn")), 1)
         if not (self.out/"dispatch.json").exists(): self.problems.append("dispatch.json was not written: see log.txt")
         found, seconds = self.write(), time.monotonic() - self.start
         text = verdict.report(self.rows, self.gpu, self.versions, self.ceilings, found, seconds, self.problems)
