@@ -150,7 +150,7 @@ class Gate:
     def warm(self):
         "Phase 0: the machine, its ceilings, and compiled kernels."
         seconds, began = self.seconds("warm"), time.monotonic()
-        # it needs a few seconds; on a machine whose disk has not seen PyTorch yet a minute, and nothing goes on without it
+        # a few seconds; a minute where the disk has not seen PyTorch yet, and nothing goes on without it
         self.run("about", [self.child("about", "about", number=0)], max(120.0, seconds/2), 1)
         by = {r["label"]: r for r in self.rows}
         machine = by.get("machine", {})

@@ -44,7 +44,8 @@ def test_the_composition_computes_the_same(op):
         args = [doubled(t) for t in case.make(torch.device("cpu"), torch.float32)]
         pairs = zip(as_list(case.plain(*args)), as_list(case.fn(*args, impl="ref")), strict=True)
         for i, (want, got) in enumerate(pairs):
-            torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6, msg=lambda m: f"{case.label}, result {i}: {m}")
+            where = f"{case.label}, result {i}"
+            torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6, msg=lambda m: f"{where}: {m}")
 
 
 def timed(case, sizes, provider, ms, **more):

@@ -106,8 +106,9 @@ class RectangularGate(_NormOfLines):
         return 0
 
     def forward(self, x): # [b, c, h, w] -> [b, c, h, w]
-        if self.literal or type(self.bn) is not nn.BatchNorm2d or (x.numel() < self.small and not x.is_cuda and which("rca_gate", x)[0] == "ref"):
-            return self.gate(x)*self.local(x)
+        written = self.literal or type(self.bn) is not nn.BatchNorm2d
+        small = x.numel() < self.small and not x.is_cuda
+        if written or small and which("rca_gate", x)[0] == "ref": return self.gate(x)*self.local(x)
         return rca_gate(x, *self.vectors(x), self.tall.weight[:, 0, :, 0], self.tall.bias, self.local.weight, self.local.bias)
 
 # %% ../../nbs/37_models.cgrseg.ipynb #ed879cbf

@@ -5,7 +5,8 @@ from segkern.ops.rca_gate import rca_gate_bwd, rca_gate_fwd
 
 WIDE = {"_rca_gate_fwd_kernel", "_rca_gate_bwd_kernel", "_rca_gate_dx_kernel"}
 
-# instructions per multiplication of the loop over taps, on an H100: (kernel, part of the case's name) -> (what is counted per, limit)
+# instructions per multiplication of the loop over taps, on an H100:
+# (kernel, part of the case's name) -> (what is counted per, limit)
 MOST = {("_rca_gate_fwd_kernel", "1/8 bf16"): ("FFMA", 7.4),
         ("_rca_gate_bwd_kernel", "1/8 bf16"): ("FFMA", 7.8),
         ("_rca_gate_dx_kernel", "1/8 bf16"): ("FFMA", 5.4)}

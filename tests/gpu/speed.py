@@ -17,7 +17,7 @@ THEN = (
 
 
 def status_of(row):
-    "What a row of the benchmark means here: a peer may be missing or rounded away, the kernel and its reference may not."
+    "What a row of the benchmark means here: a peer may be missing, the kernel and its reference may not."
     status = row["status"]
     ours = row["provider"] in ("kernel", "kernel in a CUDA graph", "reference")
     if status == "ok": return status
