@@ -5,6 +5,7 @@
 The body's own time is subtracted: what is left are PyTorch's dispatcher, autograd's node and our functions around them."""
 import argparse
 import contextlib
+import functools
 import time
 from unittest.mock import patch
 
@@ -74,17 +75,18 @@ def as_custom_op(operator):
     return old
 
 
-def measure(operator, args):
+def measure(operator, args, repeats=200, rounds=25):
     "A row: microseconds above the body in training, without gradients, in inference mode, and what `custom_op` takes."
     trained, run, old = leaves(args), operator.fake, as_custom_op(operator)
+    timed = functools.partial(microseconds, repeats=repeats, rounds=rounds)
     plain = leaves(args, wanted=False)
     with patch.object(operator, "body", run):
         calls = {"body": lambda: run(*plain), "training": lambda: operator(*trained)}
-        row = microseconds(calls | {"custom_op, training": lambda: old(*trained)})
-        with torch.no_grad(): row |= microseconds({"no gradient": lambda: operator(*plain)})
+        row = timed(calls | {"custom_op, training": lambda: old(*trained)})
+        with torch.no_grad(): row |= timed({"no gradient": lambda: operator(*plain)})
         with torch.inference_mode():
             calls = {"body there": lambda: run(*plain), "inference": lambda: operator(*plain)}
-            row |= microseconds(calls | {"custom_op, inference": lambda: old(*plain)})
+            row |= timed(calls | {"custom_op, inference": lambda: old(*plain)})
     body, there = row.pop("body"), row.pop("body there")
     return dict(operator=operator.name) | {k: t - (there if "inference" in k else body) for k, t in row.items()}
 
