@@ -102,10 +102,13 @@ CHILD = """
 import os, sys, time
 from rows import Rows
 rows = Rows(sys.argv[1], 1, "msca")
-rows.plan([("rca_gate", "never")] + [("msca", n) for n in ("good", "raises", "crashes", "after", "hangs", "never")])
+rows.plan([("rca_gate", "never")] + [("msca", n) for n in ("good", "raises", "too large", "crashes", "after", "hangs", "never")])
 rows.run("msca", "good", lambda: dict(forward=1e-7))
 rows.run("rca_gate", "good", lambda: None)
 rows.run("msca", "raises", lambda: 1/0)
+class OutOfMemoryError(RuntimeError): pass
+def too_large(): raise OutOfMemoryError("80 GiB")
+rows.run("msca", "too large", too_large)
 rows.run("msca", "crashes", lambda: os._exit(11))
 rows.run("msca", "after", lambda: None)
 rows.run("msca", "hangs", lambda: time.sleep(60))
@@ -129,6 +132,7 @@ def test_a_crash_loses_one_row_and_a_hang_the_rest(tmp_path):
     ]
     assert time.monotonic() - start < 15
     assert found["good"] == found["after"] == "ok" and found["raises"].startswith("failed: ZeroDivisionError")
+    assert found["too large"] == "not run: OutOfMemoryError: 80 GiB"
     assert found["crashes"].startswith("failed: the process died with code 11")
     assert found["hangs"].startswith("out of time") and found["never"].startswith("out of time")
 
