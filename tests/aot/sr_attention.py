@@ -9,6 +9,7 @@ MMA = {"_sr_attention_fwd_kernel", "_sr_attention_dq_kernel", "_sr_attention_dkv
 MOST = {("_sr_attention_fwd_kernel", "B5 stage 1 bf16"): ("MUFU.EX2", 8.5), ("_sr_attention_dq_kernel", "B5 stage 1 bf16"): ("MUFU.EX2", 8.7),
         ("_sr_attention_dkv_kernel", "B5 stage 1 bf16"): ("MUFU.EX2", 11.5)}
 
+SPILL = {("_sr_attention_dkv_kernel", 80, "B0 stage 1 fp32"): 10} # bytes, in single precision
 # bytes that Triton 3.6 spills and newer ones do not: (kernel, arch, part of the case's name) -> bytes
 SPILL_36 = {("_sr_attention_dkv_kernel", 80, "heads of 128"): 12}
 
