@@ -206,6 +206,13 @@ def _by_sorting(p, rank):
     return p.flatten().sort().values.gather(0, rank.reshape(1))[0]
 
 
+# %% ../../nbs/17_ops.head.ipynb #855d79bd
+def _mean(losses, weights, zero):
+    "Losses over weights; without weights it is zero, or what PyTorch has (NaN), and the gradient zero."
+    some = weights != 0
+    mean = losses/torch.where(some, weights, 1)
+    return mean if zero else torch.where(some, mean, (losses/weights).detach())
+
 # %% ../../nbs/17_ops.head.ipynb #777489a7
 @operator("segkern::upsample_cross_entropy")
 def _upsample_ce(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool, mean:bool,
@@ -241,7 +248,7 @@ def _upsample_ce_body(logits, target, weight, ignore_index, align_corners, mean,
             if smoothing: d = (1 - smoothing)*d + smoothing/len(w)*even
             dz[:, :, rows] += _band_backward(d, dz[:, :, rows].shape, r, geometry, align_corners)
     # 0/0 is PyTorch's answer for ignore-only targets: NaN, with a zero gradient
-    return loss/(total.where(total != 0, 1) if zero else total), dz/total.clamp(min=torch.finfo(dtype).tiny)
+    return _mean(loss, total, zero), dz/total.clamp(min=torch.finfo(dtype).tiny)
 
 # %% ../../nbs/17_ops.head.ipynb #3500dc35
 @_upsample_ce.register_fake
@@ -307,12 +314,6 @@ _upsample_nll_op.register_autograd(_nll_backward, setup_context=_nll_setup)
 
 
 # %% ../../nbs/17_ops.head.ipynb #fd4938ff
-def _mean(losses, weights, zero):
-    "Losses over weights; without weights it is zero, or what PyTorch has (NaN), and the gradient zero."
-    some = weights != 0
-    mean = losses/torch.where(some, weights, 1)
-    return mean if zero else torch.where(some, mean, (losses/weights).detach())
-
 def _ce_kernel(logits, target, weight, ignore_index, align_corners, reduction, ohem, zero, smoothing):
     "The loss through the kernels."
     w = None if weight is None else weight.detach().to(logits.device, torch.float32).contiguous()
