@@ -10,17 +10,51 @@ __all__ = []
 import importlib
 
 _LAZY = dict(
-    create_model="models", list_models="models", create_encoder="backbones", list_encoders="backbones",
-    load_official="weights", transfer="weights", load="models", save="models", segment="infer", optimize="infer", evaluate="infer", open_dataset="data"
+    create_model="models",
+    list_models="models",
+    create_encoder="backbones",
+    list_encoders="backbones",
+    load_official="weights",
+    transfer="weights",
+    load="models",
+    save="models",
+    segment="infer",
+    optimize="infer",
+    evaluate="infer",
+    open_dataset="data",
 )
-_MODULES = ("backbones", "bench", "cli", "core", "data", "edges", "explain", "infer", "layers", "losses", "metrics", "models", "ops", "pretrain", "recipes", "reproduce",
-            "testing", "train", "viz", "weights")
+_MODULES = (
+    "backbones",
+    "bench",
+    "cli",
+    "core",
+    "data",
+    "edges",
+    "explain",
+    "infer",
+    "layers",
+    "losses",
+    "metrics",
+    "models",
+    "ops",
+    "pretrain",
+    "recipes",
+    "reproduce",
+    "testing",
+    "train",
+    "viz",
+    "weights",
+)
 
 # %% ../nbs/00a_init.ipynb #366cbd9a
 def __getattr__(name):
     "Look `name` up in the module that holds it."
-    if name in _MODULES: return importlib.import_module(f"segkern.{name}")
-    if name in _LAZY: return getattr(importlib.import_module(f"segkern.{_LAZY[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"segkern.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"segkern.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'segkern' has no attribute '{name}'")
 
-def __dir__(): return sorted({*globals(), *_LAZY, *_MODULES})
+
+def __dir__():
+    return sorted({*globals(), *_LAZY, *_MODULES})

@@ -22,43 +22,56 @@ from .recipes import input_rule
 
 # %% ../nbs/70_bench.ipynb #cec7b1fa
 def quantile(
-    values:list, # numbers
-    q:float, # in 0..1
-)->float: # linear interpolation between the neighbours
+    values: list,  # numbers
+    q: float,  # in 0..1
+) -> float:  # linear interpolation between the neighbours
     "A quantile of a short list."
     v = sorted(values)
-    if not v: raise ValueError("no values")
-    at = q*(len(v) - 1)
+    if not v:
+        raise ValueError("no values")
+    at = q * (len(v) - 1)
     low = int(at)
-    return v[low] + (at - low)*(v[min(low + 1, len(v) - 1)] - v[low])
+    return v[low] + (at - low) * (v[min(low + 1, len(v) - 1)] - v[low])
 
 # %% ../nbs/70_bench.ipynb #516717bb
 @dataclass(frozen=True)
 class Timing:
     "Seconds of each call."
-    seconds:tuple
+
+    seconds: tuple
 
     @property
-    def n(self): return len(self.seconds)
-    @property
-    def median(self): return quantile(self.seconds, 0.5)
+    def n(self):
+        return len(self.seconds)
 
-    def to_dict(self)->dict: # milliseconds: 20, 50 and 80 % quantiles, and the number of calls
+    @property
+    def median(self):
+        return quantile(self.seconds, 0.5)
+
+    def to_dict(self) -> dict:  # milliseconds: 20, 50 and 80 % quantiles, and the number of calls
         "The numbers of a table row."
-        return {f"ms_{int(100*q)}": 1e3*quantile(self.seconds, q) for q in (0.2, 0.5, 0.8)} | {"n": self.n}
+        return {f"ms_{int(100 * q)}": 1e3 * quantile(self.seconds, q) for q in (0.2, 0.5, 0.8)} | {
+            "n": self.n
+        }
 
 # %% ../nbs/70_bench.ipynb #49a545b5
 def _sync(device=None):
     "The function that waits for the accelerator."
-    if device is not None and torch.device(device).type == "cpu": return lambda: None
-    if torch.cuda.is_available(): return torch.cuda.synchronize
+    if device is not None and torch.device(device).type == "cpu":
+        return lambda: None
+    if torch.cuda.is_available():
+        return torch.cuda.synchronize
     return torch.mps.synchronize if torch.backends.mps.is_available() else lambda: None
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time} # "cpu": processor time, for one thread on a machine that others use
 
+# "cpu": processor time, for one thread on a machine that others use
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+# %% ../nbs/70_bench.ipynb #9fdb63c3
 def _once(fn, sync, clock="wall"):
     "Seconds of one call."
-    if clock not in CLOCKS: raise ValueError(f"unknown clock '{clock}'; known: {', '.join(CLOCKS)}")
+    if clock not in CLOCKS:
+        raise ValueError(f"unknown clock '{clock}'; known: {', '.join(CLOCKS)}")
     sync()
     start = CLOCKS[clock]()
     fn()
@@ -67,167 +80,226 @@ def _once(fn, sync, clock="wall"):
 
 # %% ../nbs/70_bench.ipynb #efbd718f
 def measure(
-    fn, # called without arguments
-    warmup:int=3, # calls that do not count
-    repeats:int|None=None, # calls that count; default: until `min_time`
-    min_time:float=1.0, # seconds, where `repeats` is not given; at least five calls
-    sync=None, # waits for the device; default: for the accelerator, where there is one
-    clock:str="wall", # "wall" | "cpu"
-)->Timing: # of the calls that count
+    fn,  # called without arguments
+    warmup: int = 3,  # calls that do not count
+    repeats: int | None = None,  # calls that count; default: until `min_time`
+    min_time: float = 1.0,  # seconds, where `repeats` is not given; at least five calls
+    sync=None,  # waits for the device; default: for the accelerator, where there is one
+    clock: str = "wall",  # "wall" | "cpu"
+) -> Timing:  # of the calls that count
     "Time a function."
-    if repeats is not None and repeats < 1: raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if repeats is not None and repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
     sync = sync or _sync()
-    for _ in range(warmup): fn()
+    for _ in range(warmup):
+        fn()
     seconds = []
-    enough = lambda: len(seconds) >= repeats if repeats is not None else len(seconds) >= 5 and sum(seconds) >= min_time
-    while not enough(): seconds.append(_once(fn, sync, clock))
+
+    def enough():
+        return (
+            len(seconds) >= repeats
+            if repeats is not None
+            else len(seconds) >= 5 and sum(seconds) >= min_time
+        )
+
+    while not enough():
+        seconds.append(_once(fn, sync, clock))
     return Timing(tuple(seconds))
 
 # %% ../nbs/70_bench.ipynb #2592a509
 class Comparison:
     "Timings of contenders that took turns; the first one is the baseline."
-    def __init__(self,
-        timings:dict, # name -> `Timing`, rounds in the same order
+
+    def __init__(
+        self,
+        timings: dict,  # name -> `Timing`, rounds in the same order
     ):
-        self.timings, self.baseline = timings, next(iter(timings))
+        self.timings = timings
+        self.baseline = next(iter(timings))
 
-    def ratio(self,
-        name:str, # contender
-        q:float=0.5, # quantile over the rounds
-    )->float: # how many times faster than the baseline
+    def ratio(
+        self,
+        name: str,  # contender
+        q: float = 0.5,  # quantile over the rounds
+    ) -> float:  # how many times faster than the baseline
         "Speed-up within a round."
-        return quantile([b/t for b, t in zip(self.timings[self.baseline].seconds, self.timings[name].seconds)], q)
+        return quantile(
+            [
+                b / t
+                for b, t in zip(self.timings[self.baseline].seconds, self.timings[name].seconds)
+            ],
+            q,
+        )
 
-    def ratio_of_medians(self, name:str)->float: # how many times faster than the baseline
+    def ratio_of_medians(self, name: str) -> float:  # how many times faster than the baseline
         "Speed-up of the medians."
-        return self.timings[self.baseline].median/self.timings[name].median
+        return self.timings[self.baseline].median / self.timings[name].median
 
-    def rows(self)->list: # one dict per contender
+    def rows(self) -> list:  # one dict per contender
         "Everything as plain numbers."
-        spread = lambda n: {f"ratio_{int(100*q)}": self.ratio(n, q) for q in (0.2, 0.5, 0.8)}
-        return [dict(name=n, **t.to_dict(), ratio=self.ratio_of_medians(n), **spread(n))
-                for n, t in self.timings.items()]
 
-    def table(self): return Table(self.rows())
+        def spread(n):
+            return {f"ratio_{int(100 * q)}": self.ratio(n, q) for q in (0.2, 0.5, 0.8)}
 
-    def _repr_markdown_(self): return self.table()._repr_markdown_()
+        return [
+            dict(name=n, **t.to_dict(), ratio=self.ratio_of_medians(n), **spread(n))
+            for n, t in self.timings.items()
+        ]
 
-    def __repr__(self): return str(self.table())
+    def table(self):
+        return Table(self.rows())
+
+    def _repr_markdown_(self):
+        return self.table()._repr_markdown_()
+
+    def __repr__(self):
+        return str(self.table())
 
 # %% ../nbs/70_bench.ipynb #88f286fe
 def compare(
-    contenders:dict, # name -> function without arguments; the first is the baseline
-    rounds:int=10, # turns of each
-    warmup:int=2, # turns that do not count
-    sync=None, # waits for the device
-    desc:str="", # text of the progress bar
-    clock:str="wall", # "wall" | "cpu"
-)->Comparison: # timings and ratios
+    contenders: dict,  # name -> function without arguments; the first is the baseline
+    rounds: int = 10,  # turns of each
+    warmup: int = 2,  # turns that do not count
+    sync=None,  # waits for the device
+    desc: str = "",  # text of the progress bar
+    clock: str = "wall",  # "wall" | "cpu"
+) -> Comparison:  # timings and ratios
     "Time functions that take turns in one process."
     if not contenders or rounds < 1:
-        raise ValueError(f"compare wants contenders and at least one round, got {len(contenders)} and {rounds}")
-    sync, seconds = sync or _sync(), {n: [] for n in contenders}
+        raise ValueError(
+            f"compare wants contenders and at least one round, got {len(contenders)} and {rounds}"
+        )
+    sync = sync or _sync()
+    seconds = {n: [] for n in contenders}
     for r in progress(range(warmup + rounds), desc or "comparing"):
         for n, fn in contenders.items():
             s = _once(fn, sync, clock)
-            if r >= warmup: seconds[n].append(s)
+            if r >= warmup:
+                seconds[n].append(s)
     return Comparison({n: Timing(tuple(s)) for n, s in seconds.items()})
 
 # %% ../nbs/70_bench.ipynb #d2ac3876
 def _form(model, form):
     "A copy of the model in the form that is counted."
-    if form not in ("paper", "ours"): raise ValueError(f"unknown form '{form}'; known: paper, ours")
+    if form not in ("paper", "ours"):
+        raise ValueError(f"unknown form '{form}'; known: paper, ours")
     net = copy.deepcopy(model).eval()
-    if form == "ours": return net.deploy() if hasattr(net, "deploy") else net
+    if form == "ours":
+        return net.deploy() if hasattr(net, "deploy") else net
     return set_literal(net)
 
 # %% ../nbs/70_bench.ipynb #000c940d
 @torch.no_grad()
 def cost(
-    model:nn.Module, # any model
-    size:tuple=(512, 1024), # (height, width) of the picture
-    form:str="ours", # "paper": literal blocks, all heads | "ours": what runs in inference
-    batch:int=1, # pictures
-)->dict: # macs and params of that form, size, batch
+    model: nn.Module,  # any model
+    size: tuple = (512, 1024),  # (height, width) of the picture
+    form: str = "ours",  # "paper": literal blocks, all heads | "ours": what runs in inference
+    batch: int = 1,  # pictures
+) -> dict:  # macs and params of that form, size, batch
     "Multiply-adds and parameters."
     net = _form(model, form).to("meta")
     run = net.outputs if form == "paper" and hasattr(net, "outputs") else net
-    return dict(form=form, macs=macs(run, legal_size(model, size), batch), params=num_params(net), size=f"{size[0]}x{size[1]}", batch=batch)
+    return dict(
+        form=form,
+        macs=macs(run, legal_size(model, size), batch),
+        params=num_params(net),
+        size=f"{size[0]}x{size[1]}",
+        batch=batch,
+    )
 
 # %% ../nbs/70_bench.ipynb #c609fcaa
 def paper_outputs(
-    model:nn.Module, # any model
-    x:torch.Tensor, # [b, 3, h, w]
-)->dict: # full-size maps of all heads
+    model: nn.Module,  # any model
+    x: torch.Tensor,  # [b, 3, h, w]
+) -> dict:  # full-size maps of all heads
     "What the official networks compute in evaluation: all heads at full size."
     outputs = model.outputs(x) if hasattr(model, "outputs") else {"logits": model(x)}
     return {n: model.upsample(z, x.shape[-2:]) for n, z in outputs.items()}
 
 # %% ../nbs/70_bench.ipynb #2cc0f32f
 def paper_speed(
-    model:nn.Module, # any model, on its device
-    size:tuple=(512, 1024), # (height, width)
-    warmup:int=50, # passes before the clock starts
-    iterations:int=100, # passes on the clock
-)->dict: # fps, ms, iterations
+    model: nn.Module,  # any model, on its device
+    size: tuple = (512, 1024),  # (height, width)
+    warmup: int = 50,  # passes before the clock starts
+    iterations: int = 100,  # passes on the clock
+) -> dict:  # fps, ms, iterations
     "Frames per second by the S2-FPN paper's own protocol; autograd on, auxiliary heads computed, logits at full size."
-    device, was = next(model.parameters()).device, torch.backends.cudnn.benchmark
-    net, sync = _form(model, "paper"), _sync(device)
+    device = next(model.parameters()).device
+    was = torch.backends.cudnn.benchmark
+    net = _form(model, "paper")
+    sync = _sync(device)
     torch.backends.cudnn.benchmark = True
     try:
         with torch.enable_grad():
             x = torch.randn(1, 3, *size, device=device)
-            for _ in range(warmup): paper_outputs(net, x)
+            for _ in range(warmup):
+                paper_outputs(net, x)
             sync()
             start = time.perf_counter()
-            for _ in range(iterations): paper_outputs(net, x)
+            for _ in range(iterations):
+                paper_outputs(net, x)
             sync()
             seconds = time.perf_counter() - start
-    finally: torch.backends.cudnn.benchmark = was
-    return dict(fps=iterations/seconds, ms=1e3*seconds/iterations, warmup=warmup, iterations=iterations)
+    finally:
+        torch.backends.cudnn.benchmark = was
+    return dict(
+        fps=iterations / seconds,
+        ms=1e3 * seconds / iterations,
+        warmup=warmup,
+        iterations=iterations,
+    )
 
 # %% ../nbs/70_bench.ipynb #d0c3f044
 def network_speed(
-    model:nn.Module, # any model, on its device
-    size:tuple=(1024, 2048), # (height, width)
-    warmup:int=10, # passes before the clock starts
-    first:int=100, # passes of the first round; doubled until a round lasts `round_time`
-    round_time:float=1.0, # seconds
-    total:float=6.0, # seconds of the timed round
-)->dict: # fps, ms, iterations
+    model: nn.Module,  # any model, on its device
+    size: tuple = (1024, 2048),  # (height, width)
+    warmup: int = 10,  # passes before the clock starts
+    first: int = 100,  # passes of the first round; doubled until a round lasts `round_time`
+    round_time: float = 1.0,  # seconds
+    total: float = 6.0,  # seconds of the timed round
+) -> dict:  # fps, ms, iterations
     "Frames per second by the DDRNet line's protocol."
-    device, was = next(model.parameters()).device, torch.backends.cudnn.benchmark
+    device = next(model.parameters()).device
+    was = torch.backends.cudnn.benchmark
     sync = _sync(device)
+
     def run(n):
         sync()
         start = time.perf_counter()
-        for _ in range(n): model(x)
+        for _ in range(n):
+            model(x)
         sync()
         return time.perf_counter() - start
+
     torch.backends.cudnn.benchmark = True
     try:
         with evaluating(model):
             x = torch.randn(1, 3, *size, device=device)
             run(warmup)
             n = max(1, first)
-            while (seconds := run(n)) < round_time: n *= 2
-            n = max(1, int(total*n/seconds))
+            while (seconds := run(n)) < round_time:
+                n *= 2
+            n = max(1, int(total * n / seconds))
             seconds = run(n)
-    finally: torch.backends.cudnn.benchmark = was
-    return dict(fps=n/seconds, ms=1e3*seconds/n, warmup=warmup, iterations=n)
+    finally:
+        torch.backends.cudnn.benchmark = was
+    return dict(fps=n / seconds, ms=1e3 * seconds / n, warmup=warmup, iterations=n)
 
 # %% ../nbs/70_bench.ipynb #70ca5141
 def picture_speed(
-    model:nn.Module, # any model, on its device
-    dataset, # `ds[i]` -> (uint8 image [3, h, w], …)
-    recipe=None, # protocol and sizes of the test; None: `picture_rule`
-    warmup:int=5, # pictures before the clock starts
-    n:int=195, # pictures on the clock; a smaller dataset starts again
-    repeats:int=5, # whole rounds
-)->dict: # fps (mean of the rounds), fps_variance, ms, rounds
+    model: nn.Module,  # any model, on its device
+    dataset,  # `ds[i]` -> (uint8 image [3, h, w], …)
+    recipe=None,  # protocol and sizes of the test; None: `picture_rule`
+    warmup: int = 5,  # pictures before the clock starts
+    n: int = 195,  # pictures on the clock; a smaller dataset starts again
+    repeats: int = 5,  # whole rounds
+) -> dict:  # fps (mean of the rounds), fps_variance, ms, rounds
     "Frames per second over validation pictures by OpenMMLab's protocol: no benchmark mode, no folding."
-    device, was = next(model.parameters()).device, torch.backends.cudnn.benchmark
-    sync, rule = _sync(device), input_rule(recipe) if recipe else picture_rule(model)
+    device = next(model.parameters()).device
+    was = torch.backends.cudnn.benchmark
+    sync = _sync(device)
+    rule = input_rule(recipe) if recipe else picture_rule(model)
+
     def one(i):
         image = dataset[i % len(dataset)][0]
         sync()
@@ -235,141 +307,218 @@ def picture_speed(
         segment(model, image, size=rule["size"], protocol=rule["protocol"]).cpu()
         sync()
         return time.perf_counter() - start
+
     torch.backends.cudnn.benchmark = False
-    try: rounds = [n/sum([one(i) for i in range(warmup + n)][warmup:]) for _ in range(repeats)]
-    finally: torch.backends.cudnn.benchmark = was
-    mean = sum(rounds)/repeats
-    return dict(fps=mean, fps_variance=sum((r - mean)**2 for r in rounds)/repeats, ms=1e3/mean, warmup=warmup, pictures=n, rounds=rounds)
+    try:
+        rounds = [n / sum([one(i) for i in range(warmup + n)][warmup:]) for _ in range(repeats)]
+    finally:
+        torch.backends.cudnn.benchmark = was
+    mean = sum(rounds) / repeats
+    return dict(
+        fps=mean,
+        fps_variance=sum((r - mean) ** 2 for r in rounds) / repeats,
+        ms=1e3 / mean,
+        warmup=warmup,
+        pictures=n,
+        rounds=rounds,
+    )
 
 # %% ../nbs/70_bench.ipynb #c59e3ec4
 def describe(
-    model:nn.Module, # what was timed
-    x:torch.Tensor, # its input
-)->dict: # the facts that belong beside a time
+    model: nn.Module,  # what was timed
+    x: torch.Tensor,  # its input
+) -> dict:  # the facts that belong beside a time
     "Device, types, layout and what was folded or left out."
     facts = getattr(model, "facts", {})
     layout = "channels_last" if facts.get("channels_last") else "NCHW"
-    heads = "dropped" if isinstance(model, Optimized) or getattr(model, "deployed", False) else "not computed"
+    heads = (
+        "dropped"
+        if isinstance(model, Optimized) or getattr(model, "deployed", False)
+        else "not computed"
+    )
     device = torch.cuda.get_device_name(x.device) if x.is_cuda else env_info()["cpu"]
-    given, dtype = facts.get("dtype", "as input"), next(model.parameters(), x).dtype
-    return dict(device=device, dtype=str(dtype).replace("torch.", "") if given == "as input" else given, layout=layout, aux_heads=heads,
-                bn_folded=facts.get("bn_folded", 0), compiled=facts.get("compiled", False), graphs=facts.get("graphs", 0), threads=torch.get_num_threads(),
-                height=x.shape[-2], width=x.shape[-1], batch=len(x))
+    given = facts.get("dtype", "as input")
+    dtype = next(model.parameters(), x).dtype
+    return dict(
+        device=device,
+        dtype=str(dtype).replace("torch.", "") if given == "as input" else given,
+        layout=layout,
+        aux_heads=heads,
+        bn_folded=facts.get("bn_folded", 0),
+        compiled=facts.get("compiled", False),
+        graphs=facts.get("graphs", 0),
+        threads=torch.get_num_threads(),
+        height=x.shape[-2],
+        width=x.shape[-1],
+        batch=len(x),
+    )
 
 # %% ../nbs/70_bench.ipynb #4a03ff71
 def latency(
-    model:nn.Module, # any model
-    size:tuple=(512, 1024), # (height, width)
-    batch:int=1, # pictures at once
-    warmup:int=3, # calls that do not count
-    repeats:int|None=None, # calls that count
-    min_time:float=1.0, # seconds, where `repeats` is not given
-)->dict: # quantiles in ms, frames per second, and the facts of `describe`
+    model: nn.Module,  # any model
+    size: tuple = (512, 1024),  # (height, width)
+    batch: int = 1,  # pictures at once
+    warmup: int = 3,  # calls that do not count
+    repeats: int | None = None,  # calls that count
+    min_time: float = 1.0,  # seconds, where `repeats` is not given
+) -> dict:  # quantiles in ms, frames per second, and the facts of `describe`
     "Time from the normalised picture to labels, without autograd."
     device = next(model.parameters()).device
     x = torch.randn(batch, 3, *size, device=device)
-    with evaluating(model): t = measure(lambda: model.predict(x), warmup, repeats, min_time, _sync(device))
-    return {**t.to_dict(), "fps": batch/t.median, **describe(model, x)}
+    with evaluating(model):
+        t = measure(lambda: model.predict(x), warmup, repeats, min_time, _sync(device))
+    return {**t.to_dict(), "fps": batch / t.median, **describe(model, x)}
 
 # %% ../nbs/70_bench.ipynb #5e1a9db9
 def _forms(model, dtypes, compiled):
     "name -> (module, function of it and a picture's bytes that gives labels)."
-    best = lambda logits: logits.argmax(1).to(torch.uint8)
-    forms = {"paper": (_form(model, "paper"), lambda m, image: best(paper_outputs(m, m.preprocess(image))["logits"])),
-             "plain": (model, lambda m, image: best(m.upsample(m(m.preprocess(image)), image.shape[-2:])))}
+
+    def best(logits):
+        return logits.argmax(1).to(torch.uint8)
+
+    forms = {
+        "paper": (
+            _form(model, "paper"),
+            lambda m, image: best(paper_outputs(m, m.preprocess(image))["logits"]),
+        ),
+        "plain": (
+            model,
+            lambda m, image: best(m.upsample(m(m.preprocess(image)), image.shape[-2:])),
+        ),
+    }
     on_cpu = next(model.parameters()).device.type == "cpu"
-    for compile in (False, True)[:1 + bool(compiled)]:
+    for compile in (False, True)[: 1 + bool(compiled)]:
         for dtype in (None, *(() if compile and on_cpu else dtypes)):
-            name = "optimized" + (" " + str(dtype).replace("torch.", "") if dtype else "") + (" compiled" if compile else "")
-            forms[name] = optimize(model, dtype=dtype, compile=compile), lambda m, image: m.pictures(image)
-            if not compile and not on_cpu: forms |= _graph_peers(model, dtype, name)
+            name = (
+                "optimized"
+                + (" " + str(dtype).replace("torch.", "") if dtype else "")
+                + (" compiled" if compile else "")
+            )
+            forms[name] = (
+                optimize(model, dtype=dtype, compile=compile),
+                lambda m, image: m.pictures(image),
+            )
+            if not compile and not on_cpu:
+                forms |= _graph_peers(model, dtype, name)
     return forms
 
+# %% ../nbs/70_bench.ipynb #de32e892
 def _graph_peers(model, dtype, name):
     "The same network without graphs, and with those of torch.compile."
     bare = optimize(model, channels_last=True, dtype=dtype, graphs=0)
-    labels = lambda image: bare.predict(bare.preprocess(image))
+
+    def labels(image):
+        return bare.predict(bare.preprocess(image))
+
     peer = torch.compile(labels, mode="reduce-overhead", dynamic=False)
-    return {f"{name} without graphs": (bare, lambda m, image: labels(image)),
-            f"{name} reduce-overhead": (bare, lambda m, image: peer(image))}
+    return {
+        f"{name} without graphs": (bare, lambda m, image: labels(image)),
+        f"{name} reduce-overhead": (bare, lambda m, image: peer(image)),
+    }
 
 # %% ../nbs/70_bench.ipynb #95e2f1ce
 def image_to_labels(
-    model:nn.Module, # any model
-    image:torch.Tensor|tuple=(512, 1024), # uint8 [b, 3, h, w], or the size of a random one
-    rounds:int=10, # turns of each contender
-    warmup:int=2, # turns that do not count
-    dtypes:tuple=(torch.bfloat16,), # also optimized in these types
-    compiled:bool=False, # also compiled (on a CPU float32 only); half a minute to build
-    clock:str="wall", # "wall" | "cpu": processor time of one thread, where others use the machine too
-)->list: # one row per contender: times, ratio to "paper" and to "plain", share of equal labels, facts
+    model: nn.Module,  # any model
+    image: torch.Tensor | tuple = (512, 1024),  # uint8 [b, 3, h, w], or the size of a random one
+    rounds: int = 10,  # turns of each contender
+    warmup: int = 2,  # turns that do not count
+    dtypes: tuple = (torch.bfloat16,),  # also optimized in these types
+    compiled: bool = False,  # also compiled (on a CPU float32 only); half a minute to build
+    # "wall" | "cpu": processor time of one thread, where others use the machine too
+    clock: str = "wall",
+    # one row per contender: times, ratio to "paper" and to "plain", share of equal labels, facts
+) -> list:
     "Labels before and after `optimize`: time and agreement, contenders taking turns in one process."
     device = next(model.parameters()).device
     if not torch.is_tensor(image):
-        with seeded(0): image = torch.randint(0, 256, (1, 3, *image), dtype=torch.uint8)
+        with seeded(0):
+            image = torch.randint(0, 256, (1, 3, *image), dtype=torch.uint8)
     image = image.to(device)
-    if image.is_cuda: warmup = max(warmup, 3) # graphs are made at a third call
+    if image.is_cuda:
+        warmup = max(warmup, 3)  # graphs are made at a third call
     with evaluating(model):
         forms = _forms(model, dtypes, compiled)
         fns = {n: functools.partial(f, m, image) for n, (m, f) in forms.items()}
         truth = fns["plain"]()
         agree = {n: (fn() == truth).float().mean().item() for n, fn in fns.items()}
         result = compare(fns, rounds, warmup, _sync(device), "picture to labels", clock)
-    rows, plain = result.rows(), result.timings["plain"].median
+    rows = result.rows()
+    plain = result.timings["plain"].median
     for r in rows:
         n = r.pop("name")
         facts = describe(forms[n][0], image)
-        if n == "paper": facts["aux_heads"] = "computed"
-        r.update(form=n, ratio_plain=plain/result.timings[n].median, agreement=agree[n], clock=clock, **facts)
+        if n == "paper":
+            facts["aux_heads"] = "computed"
+        r.update(
+            form=n,
+            ratio_plain=plain / result.timings[n].median,
+            agreement=agree[n],
+            clock=clock,
+            **facts,
+        )
     return [{"form": r["form"], **r} for r in rows]
 
 # %% ../nbs/70_bench.ipynb #d88af53e
 def write_csv(
-    path:str|Path, # destination
-    rows:list, # dicts; the union of their keys becomes the header
-)->Path: # the destination
+    path: str | Path,  # destination
+    rows: list,  # dicts; the union of their keys becomes the header
+) -> Path:  # the destination
     "Write rows with date, versions and hardware, atomically."
     info = env_info()
     known = ("segkern", "python", "torch", "triton", "gpu", "cpu", "commit")
     extra = dict(date=datetime.date.today().isoformat(), **{k: info[k] for k in known})
-    rows = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**r, **extra}.items()} for r in rows]
+    rows = [
+        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**r, **extra}.items()}
+        for r in rows
+    ]
     header = list(dict.fromkeys(k for r in rows for k in r))
     text = io.StringIO()
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with atomic_path(path) as tmp: tmp.write_text(text.getvalue(), encoding="utf-8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(text.getvalue(), encoding="utf-8")
     return Path(path)
 
 # %% ../nbs/70_bench.ipynb #208efbc9
 def read_csv(
-    path:str|Path, # a file that `write_csv` wrote
-)->list: # dicts; numbers are numbers again
+    path: str | Path,  # a file that `write_csv` wrote
+) -> list:  # dicts; numbers are numbers again
     "Rows of a benchmark file."
+
     def value(v):
         for kind in (int, float):
-            with contextlib.suppress(ValueError): return kind(v)
+            with contextlib.suppress(ValueError):
+                return kind(v)
         return v or None
-    with open(path, newline="", encoding="utf-8") as f: return [{k: value(v) for k, v in r.items()} for r in csv.DictReader(f)]
+
+    with open(path, newline="", encoding="utf-8") as f:
+        return [{k: value(v) for k, v in r.items()} for r in csv.DictReader(f)]
 
 # %% ../nbs/70_bench.ipynb #4f37b211
 def bench_models(
-    models:list, # modules, or names that `create` understands
-    sizes:list=((512, 1024),), # (height, width) pairs
-    out_csv:str|Path|None=None, # where the rows go; None: nowhere
-    create=None, # name -> module; default: `segkern.create_model`
-    device:str="auto", # where to run
-    optimized:bool=True, # also time the form that `optimize` makes
-    paper:bool=False, # also by the S2-FPN paper's protocol
-    warmup:int=3, # calls that do not count; the paper's protocol takes 50
-    repeats:int|None=None, # calls that count; the paper's protocol takes 100
-    min_time:float=1.0, # seconds per measurement, where `repeats` is not given
-)->list: # rows: model, form, cost, times, facts
+    models: list,  # modules, or names that `create` understands
+    sizes: list = ((512, 1024),),  # (height, width) pairs
+    out_csv: str | Path | None = None,  # where the rows go; None: nowhere
+    create=None,  # name -> module; default: `segkern.create_model`
+    device: str = "auto",  # where to run
+    optimized: bool = True,  # also time the form that `optimize` makes
+    paper: bool = False,  # also by the S2-FPN paper's protocol
+    warmup: int = 3,  # calls that do not count; the paper's protocol takes 50
+    repeats: int | None = None,  # calls that count; the paper's protocol takes 100
+    min_time: float = 1.0,  # seconds per measurement, where `repeats` is not given
+) -> list:  # rows: model, form, cost, times, facts
     "Cost and latency of models at several sizes, one row per model, size and form."
-    create, device, rows = create or _create, pick_device(device), []
-    with progress(desc="benchmark", total=len(models)*len(sizes)) as bar:
+    create = create or _create
+    device = pick_device(device)
+    rows = []
+    with progress(desc="benchmark", total=len(models) * len(sizes)) as bar:
         for entry in models:
-            plain = (create(entry) if isinstance(entry, str) else copy.deepcopy(entry)).eval().to(device)
+            plain = (
+                (create(entry) if isinstance(entry, str) else copy.deepcopy(entry))
+                .eval()
+                .to(device)
+            )
             name = getattr(plain, "name", str(entry))
             forms = {"plain": plain, **({"optimized": optimize(plain)} if optimized else {})}
             for size in sizes:
@@ -377,24 +526,48 @@ def bench_models(
                 written, counted = (_cost_columns(plain, size, form) for form in ("paper", "ours"))
                 costs = {"plain": counted | {"params": written["params"]}, "optimized": counted}
                 for form, m in forms.items():
-                    rows.append(dict(model=name, form=form, **costs[form], **latency(m, size, 1, warmup, repeats, min_time)))
-                if paper: rows.append(_paper_row(name, plain, size, written, warmup, repeats))
+                    rows.append(
+                        dict(
+                            model=name,
+                            form=form,
+                            **costs[form],
+                            **latency(m, size, 1, warmup, repeats, min_time),
+                        )
+                    )
+                if paper:
+                    rows.append(_paper_row(name, plain, size, written, warmup, repeats))
                 bar.update()
-    if out_csv is not None: logger.info("wrote %s", write_csv(out_csv, rows))
+    if out_csv is not None:
+        logger.info("wrote %s", write_csv(out_csv, rows))
     return rows
 
+# %% ../nbs/70_bench.ipynb #dbef3216
 def _create(name):
     "The published model of that name."
     import segkern
+
     return segkern.create_model(name)
+
 
 def _cost_columns(model, size, form):
     "Cost in the units of the table."
     c = cost(model, size, form)
-    return dict(gmacs=c["macs"]/1e9, params=c["params"])
+    return dict(gmacs=c["macs"] / 1e9, params=c["params"])
 
+# %% ../nbs/70_bench.ipynb #beb5c191
 def _paper_row(name, model, size, counted, warmup, repeats):
     "A row by the paper's protocol; the official numbers of passes unless others were asked for."
     speed = paper_speed(model, size, 50 if repeats is None else warmup, repeats or 100)
-    facts = {**describe(model, torch.empty(1, 3, *size, device=next(model.parameters()).device)), "aux_heads": "computed"}
-    return dict(model=name, form="paper protocol", **counted, ms_50=speed["ms"], n=speed["iterations"], fps=speed["fps"], **facts)
+    facts = {
+        **describe(model, torch.empty(1, 3, *size, device=next(model.parameters()).device)),
+        "aux_heads": "computed",
+    }
+    return dict(
+        model=name,
+        form="paper protocol",
+        **counted,
+        ms_50=speed["ms"],
+        n=speed["iterations"],
+        fps=speed["fps"],
+        **facts,
+    )

@@ -27,319 +27,786 @@ from .testing import relative_l2
 @dataclass
 class Case:
     "One op at one shape."
-    op:str # name in `segkern.ops`
-    label:str # where the shape comes from
-    make:object # function(device, dtype) -> tuple of tensors; those that need gradients have them
-    fn:object # function(*tensors, impl=None) -> tensor or tuple
-    plain:object # the composition it replaces: function(*tensors)
-    bytes:float # least traffic of the forward pass with 2-byte floats
-    flops:float=0.0 # of products, forward
-    peers:dict = field(default_factory=dict) # more peers: name -> function(*tensors)
-    grad:bool=False # time forward and backward together
-    learns:bool=True # `auto` learns from it; not from whole modules
 
-def _randn(*shape, device, dtype, grad=False): return torch.randn(shape, device=device, dtype=dtype).requires_grad_(grad)
+    op: str  # name in `segkern.ops`
+    label: str  # where the shape comes from
+    # function(device, dtype) -> tuple of tensors; those that need gradients have them
+    make: object
+    fn: object  # function(*tensors, impl=None) -> tensor or tuple
+    plain: object  # the composition it replaces: function(*tensors)
+    bytes: float  # least traffic of the forward pass with 2-byte floats
+    flops: float = 0.0  # of products, forward
+    peers: dict = field(default_factory=dict)  # more peers: name -> function(*tensors)
+    grad: bool = False  # time forward and backward together
+    learns: bool = True  # `auto` learns from it; not from whole modules
 
-def _labels(b, k, H, W, device): return torch.randint(0, k, (b, H, W), device=device, dtype=torch.int32)
+# %% ../nbs/70a_bench_ops.ipynb #b2eff501
+def _randn(*shape, device, dtype, grad=False):
+    return torch.randn(shape, device=device, dtype=dtype).requires_grad_(grad)
+
+
+def _labels(b, k, H, W, device):
+    return torch.randint(0, k, (b, H, W), device=device, dtype=torch.int32)
 
 # %% ../nbs/70a_bench_ops.ipynb #3d37127d
 def _sdpa(backend):
     "One backend of PyTorch's attention on the same strided views."
+
     def run(q, k, v):
-        with sdpa_kernel(backend): return F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
     return run
 
-BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa math": SDPBackend.MATH}
 
+BACKENDS = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
+
+# %% ../nbs/70a_bench_ops.ipynb #5e63454c
 def attention_case(
-    label:str, # e.g. "MiT-B5 stage 1"
-    b:int, # batch
-    h:int, # heads
-    n:int, # queries
-    m:int, # keys
-    d:int, # head width
-    grad:bool, # time the backward pass too
-)->Case: # the case
+    label: str,  # e.g. "MiT-B5 stage 1"
+    b: int,  # batch
+    h: int,  # heads
+    n: int,  # queries
+    m: int,  # keys
+    d: int,  # head width
+    grad: bool,  # time the backward pass too
+) -> Case:  # the case
     "Attention with few keys, on the views that an encoder has."
+
     def make(device, dtype):
-        q, kv = _randn(b, n, h, d, device=device, dtype=dtype), _randn(b, m, 2, h, d, device=device, dtype=dtype)
-        return tuple(t.requires_grad_(grad) for t in (q.transpose(1, 2), *kv.permute(2, 0, 3, 1, 4)))
-    plain = lambda q, k, v: torch.softmax(q @ k.transpose(2, 3)*d**-0.5, -1) @ v
-    return Case("sr_attention", label, make, ops.sr_attention, plain, 2.0*b*h*d*(2*n + 2*m), 4.0*b*h*n*m*d, {n_: _sdpa(be) for n_, be in BACKENDS.items()}, grad)
+        q = _randn(b, n, h, d, device=device, dtype=dtype)
+        kv = _randn(b, m, 2, h, d, device=device, dtype=dtype)
+        return tuple(
+            t.requires_grad_(grad) for t in (q.transpose(1, 2), *kv.permute(2, 0, 3, 1, 4))
+        )
+
+    def plain(q, k, v):
+        return torch.softmax(q @ k.transpose(2, 3) * d**-0.5, -1) @ v
+
+    return Case(
+        "sr_attention",
+        label,
+        make,
+        ops.sr_attention,
+        plain,
+        2.0 * b * h * d * (2 * n + 2 * m),
+        4.0 * b * h * n * m * d,
+        {n_: _sdpa(be) for n_, be in BACKENDS.items()},
+        grad,
+    )
 
 # %% ../nbs/70a_bench_ops.ipynb #db001420
 def affinity_case(
-    label:str, # e.g. "MiT-B4 stage 1"
-    b:int, # batch
-    h:int, # heads
-    n:int, # queries
-    m:int, # keys
-    maps:int, # blocks of the stage
-    grad:bool, # time the backward pass too
-    d:int=64, # head width
-    c:int=21, # classes
-)->Case: # the case
-    "Class probabilities through the mean of a stage's attention maps; the peers store the maps, or pad the classes to the width of a head."
+    label: str,  # e.g. "MiT-B4 stage 1"
+    b: int,  # batch
+    h: int,  # heads
+    n: int,  # queries
+    m: int,  # keys
+    maps: int,  # blocks of the stage
+    grad: bool,  # time the backward pass too
+    d: int = 64,  # head width
+    c: int = 21,  # classes
+) -> Case:  # the case
+    """Class probabilities through the mean of a stage's attention maps; the peers store the maps,
+    or pad the classes to the width of a head."""
+
     def make(device, dtype):
-        qs, ks = ([_randn(b, r, h, d, device=device, dtype=dtype).transpose(1, 2).requires_grad_(grad) for _ in range(maps)] for r in (n, m))
-        return *qs, *ks, torch.rand(b, m, c, device=device, dtype=dtype).softmax(2).requires_grad_(grad)
-    pairs = lambda t: (t[:maps], t[maps:2*maps])
+        qs, ks = (
+            [
+                _randn(b, r, h, d, device=device, dtype=dtype).transpose(1, 2).requires_grad_(grad)
+                for _ in range(maps)
+            ]
+            for r in (n, m)
+        )
+        return (
+            *qs,
+            *ks,
+            torch.rand(b, m, c, device=device, dtype=dtype).softmax(2).requires_grad_(grad),
+        )
+
+    def pairs(t):
+        return (t[:maps], t[maps : 2 * maps])
+
     def padded(*t):
         v = F.pad(t[-1], (0, d - c))[:, None].expand(-1, h, -1, -1)
-        return sum(F.scaled_dot_product_attention(q, k, v).mean(1) for q, k in zip(*pairs(t)))[..., :c]/maps
-    plain = lambda *t: sum(torch.softmax(q @ k.transpose(2, 3)*d**-0.5, -1).mean(1) for q, k in zip(*pairs(t)))/maps @ t[-1]
-    return Case("affinity", label, make, lambda *t, impl=None: ops.affinity(*pairs(t), t[-1], impl=impl), plain, 2.0*b*(maps*h*d*(n + m) + c*(n + m)), 2.0*b*h*n*m*(d + c)*maps,
-                {"sdpa with padded copies": padded}, grad)
+        return (
+            sum(F.scaled_dot_product_attention(q, k, v).mean(1) for q, k in zip(*pairs(t)))[..., :c]
+            / maps
+        )
+
+    def plain(*t):
+        return (
+            sum(
+                torch.softmax(q @ k.transpose(2, 3) * d**-0.5, -1).mean(1)
+                for q, k in zip(*pairs(t))
+            )
+            / maps
+            @ t[-1]
+        )
+
+    return Case(
+        "affinity",
+        label,
+        make,
+        lambda *t, impl=None: ops.affinity(*pairs(t), t[-1], impl=impl),
+        plain,
+        2.0 * b * (maps * h * d * (n + m) + c * (n + m)),
+        2.0 * b * h * n * m * (d + c) * maps,
+        {"sdpa with padded copies": padded},
+        grad,
+    )
 
 # %% ../nbs/70a_bench_ops.ipynb #3c05b07d
 def _centres(m, f, p):
     "Both class centres with stored probabilities."
-    m, f, p = m.flatten(2), f.flatten(2).transpose(1, 2), p.flatten(2).transpose(1, 2)
-    s, t = m.softmax(1), m.softmax(2)
-    return s @ f/(s.sum(2, keepdim=True) + 1e-12), t @ p
+    m = m.flatten(2)
+    f = f.flatten(2).transpose(1, 2)
+    p = p.flatten(2).transpose(1, 2)
+    s = m.softmax(1)
+    t = m.softmax(2)
+    return s @ f / (s.sum(2, keepdim=True) + 1e-12), t @ p
+
 
 def _cosine(z, f, p):
     "Scaled cosine with stored unit pixels."
-    return (15*F.normalize(z, dim=2) @ F.normalize((f + p).flatten(2), dim=1)).unflatten(2, f.shape[2:])
+    return (15 * F.normalize(z, dim=2) @ F.normalize((f + p).flatten(2), dim=1)).unflatten(
+        2, f.shape[2:]
+    )
 
+# %% ../nbs/70a_bench_ops.ipynb #6abfffa4
 def _one_hot_sums(x, y, k):
     "Sums per class as a product with a stored one-hot matrix."
     hit = F.one_hot(y.flatten().long(), k).to(x.dtype)
     return (hit.t() @ x.movedim(1, 3).flatten(0, 2)).float(), hit.sum(0, dtype=torch.float32)
 
+# %% ../nbs/70a_bench_ops.ipynb #f8d36bf1
 def ssa_cases(label, b, k, c, h, w, grad):
     "The three ops of an adaptive classifier at one shape of its head."
-    new = lambda *s: lambda device, dtype: tuple(_randn(b, *t, device=device, dtype=dtype, grad=grad) for t in s)
-    labelled = lambda device, dtype: (_randn(b, c, h, w, device=device, dtype=dtype, grad=grad), _labels(b, k, h, w, device))
-    m, f, n = (k, h, w), (c, h, w), b*h*w
-    return [Case("prototypes", label, new(m, f, f), ops.prototypes, _centres, 2.0*n*(k + 2*c), 4.0*n*k*c, grad=grad),
-            Case("cosine_logits", label, new((k, c), f, f), lambda z, f, p, impl=None: ops.cosine_logits(z, f, p, impl=impl), _cosine, 2.0*n*(2*c + k), 2.0*n*k*c, grad=grad),
-            Case("class_sums", label, labelled, lambda x, y, impl=None: ops.class_sums(x, y, k, impl=impl), lambda x, y: _one_hot_sums(x, y, k), n*(2.0*c + 4), grad=grad)]
+
+    def new(*s):
+        return lambda device, dtype: tuple(
+            _randn(b, *t, device=device, dtype=dtype, grad=grad) for t in s
+        )
+
+    def labelled(device, dtype):
+        return (
+            _randn(b, c, h, w, device=device, dtype=dtype, grad=grad),
+            _labels(b, k, h, w, device),
+        )
+
+    m = (k, h, w)
+    f = (c, h, w)
+    n = b * h * w
+    return [
+        Case(
+            "prototypes",
+            label,
+            new(m, f, f),
+            ops.prototypes,
+            _centres,
+            2.0 * n * (k + 2 * c),
+            4.0 * n * k * c,
+            grad=grad,
+        ),
+        Case(
+            "cosine_logits",
+            label,
+            new((k, c), f, f),
+            lambda z, f, p, impl=None: ops.cosine_logits(z, f, p, impl=impl),
+            _cosine,
+            2.0 * n * (2 * c + k),
+            2.0 * n * k * c,
+            grad=grad,
+        ),
+        Case(
+            "class_sums",
+            label,
+            labelled,
+            lambda x, y, impl=None: ops.class_sums(x, y, k, impl=impl),
+            lambda x, y: _one_hot_sums(x, y, k),
+            n * (2.0 * c + 4),
+            grad=grad,
+        ),
+    ]
 
 # %% ../nbs/70a_bench_ops.ipynb #2550040e
 def strip_attention_case(label, b, c, h, w, grad):
     "S2-FPN's strip attention, values folded to two channels."
-    make = lambda device, dtype: tuple(_randn(*s, device=device, dtype=dtype, grad=grad) for s in ((b, c, h, w), (b, c, w), (b, 2, w)))
-    def sdpa(q, k, v): # layout copies included: that is what a caller pays
-        o = F.scaled_dot_product_attention(q.flatten(2).transpose(1, 2)[:, None], k.transpose(1, 2)[:, None], F.pad(v, (0, 0, 0, c - 2)).transpose(1, 2)[:, None], scale=1.0)
-        return o[:, 0, :, :2].transpose(1, 2).reshape(b, 2, h, w)
-    return Case("strip_attention", label, make, ops.strip_attention, ops.strip_attention_ref, 2.0*b*(c*h*w + c*w + 2*w + 2*h*w), 2.0*b*h*w*w*(c + 2), {"sdpa with copies": sdpa}, grad)
 
+    def make(device, dtype):
+        return tuple(
+            _randn(*s, device=device, dtype=dtype, grad=grad)
+            for s in ((b, c, h, w), (b, c, w), (b, 2, w))
+        )
+
+    def sdpa(q, k, v):  # layout copies included: that is what a caller pays
+        o = F.scaled_dot_product_attention(
+            q.flatten(2).transpose(1, 2)[:, None],
+            k.transpose(1, 2)[:, None],
+            F.pad(v, (0, 0, 0, c - 2)).transpose(1, 2)[:, None],
+            scale=1.0,
+        )
+        return o[:, 0, :, :2].transpose(1, 2).reshape(b, 2, h, w)
+
+    return Case(
+        "strip_attention",
+        label,
+        make,
+        ops.strip_attention,
+        ops.strip_attention_ref,
+        2.0 * b * (c * h * w + c * w + 2 * w + 2 * h * w),
+        2.0 * b * h * w * w * (c + 2),
+        {"sdpa with copies": sdpa},
+        grad,
+    )
+
+# %% ../nbs/70a_bench_ops.ipynb #b6a8d9fc
 def strip_pool_case(label, b, c, h, w, grad):
     "Mean and maximum over both axes."
-    plain = lambda x: (x.mean(2), x.amax(2), x.mean(3), x.amax(3))
-    return Case("strip_pool", label, lambda device, dtype: (_randn(b, c, h, w, device=device, dtype=dtype, grad=grad),), lambda x, impl=None: ops.strip_pool(x, "mean_max", impl=impl), plain,
-                2.0*b*c*(h*w + 2*(h + w)), grad=grad)
 
+    def plain(x):
+        return (x.mean(2), x.amax(2), x.mean(3), x.amax(3))
+
+    return Case(
+        "strip_pool",
+        label,
+        lambda device, dtype: (_randn(b, c, h, w, device=device, dtype=dtype, grad=grad),),
+        lambda x, impl=None: ops.strip_pool(x, "mean_max", impl=impl),
+        plain,
+        2.0 * b * c * (h * w + 2 * (h + w)),
+        grad=grad,
+    )
+
+# %% ../nbs/70a_bench_ops.ipynb #08df4307
 def rca_gate_case(label, b, c, h, w, k, grad):
     "CGRSeg's gate, from rows and columns on."
     shapes = (b, c, h, w), (b, c, h), (c, w), (b, c, w), (c, k), (c,), (c, 1, 3, 3), (c,)
-    def plain(x, r, s, o, taps, bias, weight, local_bias):
-        gate = F.conv2d(F.relu(r[..., None]*s[:, None] + o[:, :, None]), taps[:, None, :, None], bias, padding=(k//2, 0), groups=c).sigmoid()
-        return gate*F.conv2d(x, weight, local_bias, padding=1, groups=c)
-    return Case("rca_gate", label, lambda device, dtype: tuple(_randn(*s, device=device, dtype=dtype, grad=grad) for s in shapes), ops.rca_gate, plain, 4.0*b*c*h*w, grad=grad)
 
+    def plain(x, r, s, o, taps, bias, weight, local_bias):
+        gate = F.conv2d(
+            F.relu(r[..., None] * s[:, None] + o[:, :, None]),
+            taps[:, None, :, None],
+            bias,
+            padding=(k // 2, 0),
+            groups=c,
+        ).sigmoid()
+        return gate * F.conv2d(x, weight, local_bias, padding=1, groups=c)
+
+    return Case(
+        "rca_gate",
+        label,
+        lambda device, dtype: tuple(
+            _randn(*s, device=device, dtype=dtype, grad=grad) for s in shapes
+        ),
+        ops.rca_gate,
+        plain,
+        4.0 * b * c * h * w,
+        grad=grad,
+    )
+
+# %% ../nbs/70a_bench_ops.ipynb #a930638e
 def msca_case(label, b, c, h, w, grad):
     "MSCAN's large kernel; the peers in both layouts."
+
     def plain(x, taps):
         square, *lines, b0, bh, bv = taps.to(x.dtype).split([25, 7, 11, 21, 7, 11, 21, 1, 3, 3], 1)
         t = F.conv2d(x, square.reshape(c, 1, 5, 5), b0[:, 0], padding=2, groups=c)
-        pair = lambda i, k: F.conv2d(F.conv2d(t, lines[i].reshape(c, 1, 1, k), bh[:, i], padding=(0, k//2), groups=c), lines[i + 3].reshape(c, 1, k, 1), bv[:, i], padding=(k//2, 0), groups=c)
+
+        def pair(i, k):
+            return F.conv2d(
+                F.conv2d(t, lines[i].reshape(c, 1, 1, k), bh[:, i], padding=(0, k // 2), groups=c),
+                lines[i + 3].reshape(c, 1, k, 1),
+                bv[:, i],
+                padding=(k // 2, 0),
+                groups=c,
+            )
+
         return t + pair(0, 7) + pair(1, 11) + pair(2, 21)
-    last = lambda x, taps: plain(x.contiguous(memory_format=torch.channels_last), taps)
-    return Case("msca", label, lambda device, dtype: (_randn(b, c, h, w, device=device, dtype=dtype, grad=grad), (.2*_randn(c, 110, device=device, dtype=torch.float32)).requires_grad_(grad)),
-                ops.msca, plain, 4.0*b*c*h*w, 206.0*b*c*h*w, {"channels last, with copies": last}, grad)
 
-def _head(b, k, h, w, H, W, device, dtype, grad=False): return _randn(b, k, h, w, device=device, dtype=dtype, grad=grad), _labels(b, k, H, W, device)
+    def last(x, taps):
+        return plain(x.contiguous(memory_format=torch.channels_last), taps)
 
+    return Case(
+        "msca",
+        label,
+        lambda device, dtype: (
+            _randn(b, c, h, w, device=device, dtype=dtype, grad=grad),
+            (0.2 * _randn(c, 110, device=device, dtype=torch.float32)).requires_grad_(grad),
+        ),
+        ops.msca,
+        plain,
+        4.0 * b * c * h * w,
+        206.0 * b * c * h * w,
+        {"channels last, with copies": last},
+        grad,
+    )
+
+# %% ../nbs/70a_bench_ops.ipynb #c18db2b3
+def _head(b, k, h, w, H, W, device, dtype, grad=False):
+    return _randn(b, k, h, w, device=device, dtype=dtype, grad=grad), _labels(b, k, H, W, device)
+
+# %% ../nbs/70a_bench_ops.ipynb #871723a4
 def loss_case(label, b, k, h, w, H, W):
     "Upsampled cross-entropy, forward and backward."
-    up = lambda z, y: F.cross_entropy(F.interpolate(z, (H, W), mode="bilinear"), y.long())
-    return Case("upsample_cross_entropy", label, lambda device, dtype: _head(b, k, h, w, H, W, device, dtype, True), ops.upsample_cross_entropy, up, b*(4.0*k*h*w + 8.0*H*W), grad=True)
 
+    def up(z, y):
+        return F.cross_entropy(F.interpolate(z, (H, W), mode="bilinear"), y.long())
+
+    return Case(
+        "upsample_cross_entropy",
+        label,
+        lambda device, dtype: _head(b, k, h, w, H, W, device, dtype, True),
+        ops.upsample_cross_entropy,
+        up,
+        b * (4.0 * k * h * w + 8.0 * H * W),
+        grad=True,
+    )
+
+# %% ../nbs/70a_bench_ops.ipynb #96341de3
 def _plain_dice(z, y):
     "Mean dice loss over the classes present in a picture, from stored probabilities."
-    p, k = F.interpolate(z, y.shape[1:], mode="bilinear").sigmoid().flatten(2), z.shape[1]
+    p = F.interpolate(z, y.shape[1:], mode="bilinear").sigmoid().flatten(2)
+    k = z.shape[1]
     hit = F.one_hot(y.flatten(1).long(), k).transpose(1, 2).to(p.dtype)
-    inter, total, count = (p*hit).sum(2), p.sum(2), hit.sum(2)
-    loss = 1 - (2*inter + 1)/(total + count + 1)
+    inter = (p * hit).sum(2)
+    total = p.sum(2)
+    count = hit.sum(2)
+    loss = 1 - (2 * inter + 1) / (total + count + 1)
     return loss[count > 0].mean()
 
+# %% ../nbs/70a_bench_ops.ipynb #2d6928af
 def dice_case(label, b, k, h, w, H, W):
     "Upsampled dice loss, forward and backward."
-    make = lambda device, dtype: _head(b, k, h, w, H, W, device, dtype, True)
-    return Case("upsample_dice", label, make, ops.upsample_dice, _plain_dice, b*(4.0*k*h*w + 8.0*H*W), grad=True)
 
+    def make(device, dtype):
+        return _head(b, k, h, w, H, W, device, dtype, True)
+
+    return Case(
+        "upsample_dice",
+        label,
+        make,
+        ops.upsample_dice,
+        _plain_dice,
+        b * (4.0 * k * h * w + 8.0 * H * W),
+        grad=True,
+    )
+
+# %% ../nbs/70a_bench_ops.ipynb #270db2b8
 def argmax_case(label, b, k, h, w, H, W):
     "Labels at full size."
-    return Case("upsample_argmax", label, lambda device, dtype: _head(b, k, h, w, H, W, device, dtype), lambda z, y, impl=None: ops.upsample_argmax(z, (H, W), impl=impl),
-                lambda z, y: F.interpolate(z, (H, W), mode="bilinear").argmax(1).to(torch.uint8), b*(2.0*k*h*w + H*W))
+    return Case(
+        "upsample_argmax",
+        label,
+        lambda device, dtype: _head(b, k, h, w, H, W, device, dtype),
+        lambda z, y, impl=None: ops.upsample_argmax(z, (H, W), impl=impl),
+        lambda z, y: F.interpolate(z, (H, W), mode="bilinear").argmax(1).to(torch.uint8),
+        b * (2.0 * k * h * w + H * W),
+    )
 
+# %% ../nbs/70a_bench_ops.ipynb #9981973c
 def confusion_case(label, b, k, h, w, H, W):
     "Counts at full size."
-    plain = lambda z, y: torch.bincount((y.long()*k + F.interpolate(z, (H, W), mode="bilinear").argmax(1)).flatten(), minlength=k*k).view(k, k)
-    return Case("upsample_confusion", label, lambda device, dtype: _head(b, k, h, w, H, W, device, dtype), ops.upsample_confusion, plain, b*(2.0*k*h*w + 4.0*H*W))
+
+    def plain(z, y):
+        return torch.bincount(
+            (y.long() * k + F.interpolate(z, (H, W), mode="bilinear").argmax(1)).flatten(),
+            minlength=k * k,
+        ).view(k, k)
+
+    return Case(
+        "upsample_confusion",
+        label,
+        lambda device, dtype: _head(b, k, h, w, H, W, device, dtype),
+        ops.upsample_confusion,
+        plain,
+        b * (2.0 * k * h * w + 4.0 * H * W),
+    )
 
 # %% ../nbs/70a_bench_ops.ipynb #d244be74
 def _attend(rows, columns, row_q, row_k, column_q, column_k, heads=8):
     "Both attentions of SeaFormer, one step after the other."
-    out, c = [], row_q.shape[1]
+    out = []
+    c = row_q.shape[1]
     for m, tq, tk in ((rows, row_q, row_k), (columns, column_q, column_k)):
-        q, k, v = m.split([c, c, m.shape[1] - 2*c], 1)
-        q, k, v = (t.unflatten(1, (heads, -1)) for t in (*(t + F.interpolate(p, t.shape[2], mode="linear") for t, p in ((q, tq), (k, tk))), v))
-        out.append((v @ torch.softmax(q.transpose(2, 3) @ k*(c//heads)**-0.5, 3).transpose(2, 3)).flatten(1, 2))
+        q, k, v = m.split([c, c, m.shape[1] - 2 * c], 1)
+        q, k, v = (
+            t.unflatten(1, (heads, -1))
+            for t in (
+                *(t + F.interpolate(p, t.shape[2], mode="linear") for t, p in ((q, tq), (k, tk))),
+                v,
+            )
+        )
+        out.append(
+            (
+                v @ torch.softmax(q.transpose(2, 3) @ k * (c // heads) ** -0.5, 3).transpose(2, 3)
+            ).flatten(1, 2)
+        )
     return tuple(out)
 
+# %% ../nbs/70a_bench_ops.ipynb #b803ead9
 def axial_cases(label, b, key, h, w, grad, heads=8):
     "The ops of SeaFormer's attention at one place of the network."
-    c, new = heads*key, lambda *s: lambda device, dtype: tuple(_randn(*t, device=device, dtype=dtype, grad=grad) for t in s)
-    tables, run = [(1, c, 16)]*4, lambda fn: lambda *t, impl=None: fn(*t, heads, impl=impl)
-    out = [Case("squeeze_axial", label, new((b, 4*c, h, w), *tables), run(ops.squeeze_axial), lambda x, *t: _attend(x.mean(3), x.mean(2), *t, heads), 2.0*b*c*(4*h*w + 2*(h + w)), grad=grad),
-           Case("axial_add", label, new((b, 2*c, h, w), (b, 2*c, h), (b, 2*c, w)), ops.axial_add, lambda v, r, k: F.relu6(v + r[..., None] + k[:, :, None]), 2.0*b*2*c*(2*h*w + h + w), grad=grad)]
-    if not grad: out.append(Case("axial_attention", label, new((b, 4*c, h), (b, 4*c, w), *tables), run(ops.axial_attention), lambda *t: _attend(*t, heads), 2.0*b*6*c*(h + w)))
+    c = heads * key
+
+    def new(*s):
+        return lambda device, dtype: tuple(
+            _randn(*t, device=device, dtype=dtype, grad=grad) for t in s
+        )
+
+    tables = [(1, c, 16)] * 4
+
+    def run(fn):
+        return lambda *t, impl=None: fn(*t, heads, impl=impl)
+
+    out = [
+        Case(
+            "squeeze_axial",
+            label,
+            new((b, 4 * c, h, w), *tables),
+            run(ops.squeeze_axial),
+            lambda x, *t: _attend(x.mean(3), x.mean(2), *t, heads),
+            2.0 * b * c * (4 * h * w + 2 * (h + w)),
+            grad=grad,
+        ),
+        Case(
+            "axial_add",
+            label,
+            new((b, 2 * c, h, w), (b, 2 * c, h), (b, 2 * c, w)),
+            ops.axial_add,
+            lambda v, r, k: F.relu6(v + r[..., None] + k[:, :, None]),
+            2.0 * b * 2 * c * (2 * h * w + h + w),
+            grad=grad,
+        ),
+    ]
+    if not grad:
+        out.append(
+            Case(
+                "axial_attention",
+                label,
+                new((b, 4 * c, h), (b, 4 * c, w), *tables),
+                run(ops.axial_attention),
+                lambda *t: _attend(*t, heads),
+                2.0 * b * 6 * c * (h + w),
+            )
+        )
     return out
 
 # %% ../nbs/70a_bench_ops.ipynb #795e84f6
 def channels_last(
-    case:Case, # of an op on maps
-)->Case: # the same with maps in channels_last
+    case: Case,  # of an op on maps
+) -> Case:  # the same with maps in channels_last
     "A case in the other layout."
+
     def turned(t):
-        if t.ndim != 4 or not t.is_floating_point(): return t
-        return t.detach().contiguous(memory_format=torch.channels_last).requires_grad_(t.requires_grad)
-    make = lambda device, dtype: tuple(turned(t) for t in case.make(device, dtype))
+        if t.ndim != 4 or not t.is_floating_point():
+            return t
+        return (
+            t.detach().contiguous(memory_format=torch.channels_last).requires_grad_(t.requires_grad)
+        )
+
+    def make(device, dtype):
+        return tuple(turned(t) for t in case.make(device, dtype))
+
     return replace(case, label=f"{case.label}, channels last", make=make)
 
+# %% ../nbs/70a_bench_ops.ipynb #0332e020
 def module_case(op, label, build, shape):
     "A whole module in evaluation mode; the peer is the module with the reference of its op."
+
     def make(device, dtype):
         state = build().state_dict()
         floats = [t.to(device=device, dtype=dtype) for t in state.values() if t.is_floating_point()]
         return _randn(*shape, device=device, dtype=dtype), *floats
+
     @functools.lru_cache(1)
     def module():
         net = build().eval().requires_grad_(False)
         return net, [n for n, t in net.state_dict().items() if t.is_floating_point()]
+
     def run(x, *floats, impl=None):
         net, names = module()
         with dispatch.use_impl(dispatch.wanted_impl(impl)):
             return torch.func.functional_call(net, dict(zip(names, floats)), (x,))
-    plain = lambda x, *floats: run(x, *floats, impl="ref")
-    return Case(op, label, make, run, plain, 4.0*math.prod(shape), learns=False)
 
+    def plain(x, *floats):
+        return run(x, *floats, impl="ref")
+
+    return Case(op, label, make, run, plain, 4.0 * math.prod(shape), learns=False)
+
+# %% ../nbs/70a_bench_ops.ipynb #5d32f629
 def _block(c):
     "A block of SegNeXt."
     from segkern.backbones.mscan import Block
-    with seeded(0): return Block(c)
+
+    with seeded(0):
+        return Block(c)
+
 
 def _gate(c):
     "CGRSeg's gate."
     from segkern.models.cgrseg import RectangularGate
-    with seeded(0): return RectangularGate(c)
+
+    with seeded(0):
+        return RectangularGate(c)
 
 # %% ../nbs/70a_bench_ops.ipynb #d9c8cee8
-MIT = {"B0": ((1, 32), (2, 32), (5, 32), (8, 32)), "B5": ((1, 64), (2, 64), (5, 64), (8, 64))} # heads and their width by stage
+# heads and their width by stage
+MIT = {"B0": ((1, 32), (2, 32), (5, 32), (8, 32)), "B5": ((1, 64), (2, 64), (5, 64), (8, 64))}
 
+# %% ../nbs/70a_bench_ops.ipynb #f932071b
 def cases(
-    names:list|None=None, # ops; default: all
-    tiny:bool=False, # shapes for a dry run
-)->list: # of `Case`
+    names: list | None = None,  # ops; default: all
+    tiny: bool = False,  # shapes for a dry run
+) -> list:  # of `Case`
     "The table of comparisons."
-    out, shrink = [], 16 if tiny else 1
+    out = []
+    shrink = 16 if tiny else 1
     for model, stages in MIT.items():
         for s, (h, d) in enumerate(stages):
-            for size, b, area, keys in (("512² B1", 1, 512*512, 256), ("512² B16", 16, 512*512, 256), ("1024×2048 B1", 1, 1024*2048, 2048)):
-                for grad in (False, True): out.append(attention_case(f"MiT-{model} stage {s + 1}, {size}", 1 if tiny else b, h, area//16//4**s//shrink//shrink, keys//shrink, d, grad))
-    for s, (n, m, h, maps) in enumerate(((16384, 256, 1, 3), (4096, 256, 2, 8), (1024, 256, 5, 27), (1024, 1024, 8, 3))):
+            for size, b, area, keys in (
+                ("512² B1", 1, 512 * 512, 256),
+                ("512² B16", 16, 512 * 512, 256),
+                ("1024×2048 B1", 1, 1024 * 2048, 2048),
+            ):
+                for grad in (False, True):
+                    out.append(
+                        attention_case(
+                            f"MiT-{model} stage {s + 1}, {size}",
+                            1 if tiny else b,
+                            h,
+                            area // 16 // 4**s // shrink // shrink,
+                            keys // shrink,
+                            d,
+                            grad,
+                        )
+                    )
+    for s, (n, m, h, maps) in enumerate(
+        ((16384, 256, 1, 3), (4096, 256, 2, 8), (1024, 256, 5, 27), (1024, 1024, 8, 3))
+    ):
         b, maps, keys = (1, 2, 16 if s < 3 else 4) if tiny else (4, maps, m)
-        for grad in (False, True): out.append(affinity_case(f"MiT-B4 stage {s + 1}, 512² B4", b, h, n//shrink//shrink, keys, maps, grad))
-    for size, b, H, W in (("1024×2048 B1", 1, 1024, 2048), ("720×960 B1", 1, 720, 960), ("1024² B8", 8, 1024, 1024)):
+        for grad in (False, True):
+            out.append(
+                affinity_case(
+                    f"MiT-B4 stage {s + 1}, 512² B4", b, h, n // shrink // shrink, keys, maps, grad
+                )
+            )
+    for size, b, H, W in (
+        ("1024×2048 B1", 1, 1024, 2048),
+        ("720×960 B1", 1, 720, 960),
+        ("1024² B8", 8, 1024, 1024),
+    ):
         for f, c in ((4, 32), (8, 64), (16, 128), (32, 256)):
-            for grad in (False, True): out.append(strip_attention_case(f"1/{f}, {size}", 1 if tiny else b, c, -(-H//f//shrink), -(-W//f//shrink), grad))
+            for grad in (False, True):
+                out.append(
+                    strip_attention_case(
+                        f"1/{f}, {size}",
+                        1 if tiny else b,
+                        c,
+                        -(-H // f // shrink),
+                        -(-W // f // shrink),
+                        grad,
+                    )
+                )
     for b in (1, 8):
-        for grad in (False, True): out.append(strip_pool_case(f"32×256×512 B{b}", 1 if tiny else b, 32, 256//shrink, 512//shrink, grad))
-    for name, b, c, side, k in (("B 1/8", 1, 64, 64, 11), ("B context", 1, 496, 8, 11), ("L 1/8", 16, 80, 64, 9), ("L 1/16", 16, 192, 32, 9), ("L context", 16, 656, 8, 9)):
-        for grad in (False, True): out.append(rca_gate_case(f"CGRSeg-{name}, 512² B{b}", 1 if tiny else b, c//8 if tiny else c, side//4 if tiny else side, side//4 if tiny else side, k, grad))
+        for grad in (False, True):
+            out.append(
+                strip_pool_case(
+                    f"32×256×512 B{b}", 1 if tiny else b, 32, 256 // shrink, 512 // shrink, grad
+                )
+            )
+    for name, b, c, side, k in (
+        ("B 1/8", 1, 64, 64, 11),
+        ("B context", 1, 496, 8, 11),
+        ("L 1/8", 16, 80, 64, 9),
+        ("L 1/16", 16, 192, 32, 9),
+        ("L context", 16, 656, 8, 9),
+    ):
+        for grad in (False, True):
+            out.append(
+                rca_gate_case(
+                    f"CGRSeg-{name}, 512² B{b}",
+                    1 if tiny else b,
+                    c // 8 if tiny else c,
+                    side // 4 if tiny else side,
+                    side // 4 if tiny else side,
+                    k,
+                    grad,
+                )
+            )
     for b in (1, 16):
         for c, side in ((64, 128), (128, 64), (320, 32), (512, 16)):
-            for grad in (False, True): out.append(msca_case(f"SegNeXt-L {c}×{side}², 512² B{b}", 1 if tiny else b, c//16 if tiny else c, side//4 if tiny else side, side//4 if tiny else side, grad))
-    ssa = (("SegFormer-B5 K150 C256, 512²", 1, 150, 256, 128, 128), ("SegFormer-B5 K150 C256, 512²", 16, 150, 256, 128, 128), ("OCR K171 C512, 512²", 1, 171, 512, 128, 128),
-           ("SegNeXt-L K150 C1024, 512²", 1, 150, 1024, 64, 64), ("SegNeXt-L K59 C1024, 480²", 1, 59, 1024, 60, 60), ("K19 C256 1/4, 1024×2048", 1, 19, 256, 256, 512))
+            for grad in (False, True):
+                out.append(
+                    msca_case(
+                        f"SegNeXt-L {c}×{side}², 512² B{b}",
+                        1 if tiny else b,
+                        c // 16 if tiny else c,
+                        side // 4 if tiny else side,
+                        side // 4 if tiny else side,
+                        grad,
+                    )
+                )
+    ssa = (
+        ("SegFormer-B5 K150 C256, 512²", 1, 150, 256, 128, 128),
+        ("SegFormer-B5 K150 C256, 512²", 16, 150, 256, 128, 128),
+        ("OCR K171 C512, 512²", 1, 171, 512, 128, 128),
+        ("SegNeXt-L K150 C1024, 512²", 1, 150, 1024, 64, 64),
+        ("SegNeXt-L K59 C1024, 480²", 1, 59, 1024, 60, 60),
+        ("K19 C256 1/4, 1024×2048", 1, 19, 256, 256, 512),
+    )
     for label, b, k, c, h, w in ssa:
-        for grad in (False, True): out += ssa_cases(f"{label} B{b}", 1 if tiny else b, k, c//8 if tiny else c, h//shrink, w//shrink, grad)
-    sea = [(f"SeaFormer-L stage {i}, 512² B{b}", b, k, n, n) for b in (1, 16) for i, (k, n) in enumerate(((16, 32), (20, 16), (24, 8)), 1)] + [("SeaFormer-L stage 1, 1024×2048 B1", 1, 16, 64, 128)]
+        for grad in (False, True):
+            out += ssa_cases(
+                f"{label} B{b}",
+                1 if tiny else b,
+                k,
+                c // 8 if tiny else c,
+                h // shrink,
+                w // shrink,
+                grad,
+            )
+    sea = [
+        (f"SeaFormer-L stage {i}, 512² B{b}", b, k, n, n)
+        for b in (1, 16)
+        for i, (k, n) in enumerate(((16, 32), (20, 16), (24, 8)), 1)
+    ] + [("SeaFormer-L stage 1, 1024×2048 B1", 1, 16, 64, 128)]
     for label, b, k, h, w in sea:
-        for grad in (False, True): out += axial_cases(label, 1 if tiny else b, k, h//4 if tiny else h, w//4 if tiny else w, grad)
-    heads = (("Cityscapes K19 1/8", 8, 19, 128, 128, 1024, 1024), ("ADE20K K150 1/4", 16, 150, 128, 128, 512, 512), ("CamVid K11 1/8", 4, 11, 90, 120, 720, 960),
-             ("Context K59 1/4", 8, 59, 120, 120, 480, 480), ("COCO-Stuff K171 1/4", 8, 171, 128, 128, 512, 512))
+        for grad in (False, True):
+            out += axial_cases(
+                label, 1 if tiny else b, k, h // 4 if tiny else h, w // 4 if tiny else w, grad
+            )
+    heads = (
+        ("Cityscapes K19 1/8", 8, 19, 128, 128, 1024, 1024),
+        ("ADE20K K150 1/4", 16, 150, 128, 128, 512, 512),
+        ("CamVid K11 1/8", 4, 11, 90, 120, 720, 960),
+        ("Context K59 1/4", 8, 59, 120, 120, 480, 480),
+        ("COCO-Stuff K171 1/4", 8, 171, 128, 128, 512, 512),
+    )
     for label, b, k, *size in heads:
-        size = [max(2, s//shrink) for s in size]
+        size = [max(2, s // shrink) for s in size]
         out.append(loss_case(f"{label} B{b}", 1 if tiny else b, k, *size))
-        for case in (argmax_case, confusion_case): out.append(case(f"{label} B1", 1, k, *size))
-    whole = [19, *(max(2, s//shrink) for s in (128, 256, 1024, 2048))]
+        for case in (argmax_case, confusion_case):
+            out.append(case(f"{label} B1", 1, k, *size))
+    whole = [19, *(max(2, s // shrink) for s in (128, 256, 1024, 2048))]
     out.append(argmax_case("Cityscapes K19 1/8, 1024×2048 B1", 1, *whole))
-    out.append(dice_case("ADE20K K150 1/4 B16", 1 if tiny else 16, 150, *(max(2, s//shrink) for s in (128, 128, 512, 512))))
+    out.append(
+        dice_case(
+            "ADE20K K150 1/4 B16",
+            1 if tiny else 16,
+            150,
+            *(max(2, s // shrink) for s in (128, 128, 512, 512)),
+        )
+    )
     out += [channels_last(c) for c in out if c.op in ("prototypes", "msca", "strip_pool")]
     side, wide, narrow = (8, 8, 4) if tiny else (64, 128, 64)
-    out.append(module_case("msca", "SegNeXt-L block 128×64², 512² B1", lambda: _block(wide), (1, wide, side, side)))
-    out.append(module_case("rca_gate", "RectangularGate, CGRSeg-B 1/8, 512² B1", lambda: _gate(narrow), (1, narrow, side, side)))
+    out.append(
+        module_case(
+            "msca", "SegNeXt-L block 128×64², 512² B1", lambda: _block(wide), (1, wide, side, side)
+        )
+    )
+    out.append(
+        module_case(
+            "rca_gate",
+            "RectangularGate, CGRSeg-B 1/8, 512² B1",
+            lambda: _gate(narrow),
+            (1, narrow, side, side),
+        )
+    )
     known = {c.op for c in out}
-    if unknown := sorted(set(names or ()) - known): raise ValueError(f"unknown op '{unknown[0]}'; known: {', '.join(sorted(known))}")
+    if unknown := sorted(set(names or ()) - known):
+        raise ValueError(f"unknown op '{unknown[0]}'; known: {', '.join(sorted(known))}")
     return [c for c in out if not names or c.op in names]
 
 # %% ../nbs/70a_bench_ops.ipynb #b02591a4
 def _step(case, fn, args):
     "One call as it is timed: forward, and backward where the case asks for it."
     outs = fn(*args)
-    if not case.grad: return outs
+    if not case.grad:
+        return outs
     outs = [o for o in (outs if isinstance(outs, (tuple, list)) else (outs,)) if o.requires_grad]
-    return torch.autograd.grad(outs, [a for a in args if a.requires_grad], [torch.ones_like(o) for o in outs])
+    return torch.autograd.grad(
+        outs, [a for a in args if a.requires_grad], [torch.ones_like(o) for o in outs]
+    )
 
-def _flat(x): return torch.cat([t.detach().double().flatten() for t in (x if isinstance(x, (tuple, list)) else (x,))])
 
+def _flat(x):
+    return torch.cat(
+        [t.detach().double().flatten() for t in (x if isinstance(x, (tuple, list)) else (x,))]
+    )
+
+# %% ../nbs/70a_bench_ops.ipynb #79af5934
 def _truth(case, args):
     "The result of the plain composition in float32."
-    wide = tuple(a.detach().float().requires_grad_(a.requires_grad) if a.is_floating_point() else a for a in args)
+    wide = tuple(
+        a.detach().float().requires_grad_(a.requires_grad) if a.is_floating_point() else a
+        for a in args
+    )
     return _flat(_step(case, case.plain, wide))
 
+# %% ../nbs/70a_bench_ops.ipynb #03246f30
 def _wrong(case, truth, got, dtype):
     "Why a contender's result cannot be trusted, or None."
-    if case.op == "upsample_argmax": return None if (truth != got).double().mean() < 2e-2 else "labels differ"
-    if case.op == "upsample_confusion": return None if (truth - got).abs().sum() < 4e-2*truth.sum() else "counts differ"
+    if case.op == "upsample_argmax":
+        return None if (truth != got).double().mean() < 2e-2 else "labels differ"
+    if case.op == "upsample_confusion":
+        return None if (truth - got).abs().sum() < 4e-2 * truth.sum() else "counts differ"
     error = relative_l2(truth, got)
-    return None if error < (2e-2 if dtype != torch.float32 else 1e-2) else f"relative error {error:.1e}"
+    return (
+        None
+        if error < (2e-2 if dtype != torch.float32 else 1e-2)
+        else f"relative error {error:.1e}"
+    )
 
 # %% ../nbs/70a_bench_ops.ipynb #e5221361
 def _clock(fn, device, repeats):
     "Milliseconds: quantiles 20, 50, 80 %, and how far two medians are apart."
     if device.type == "cuda":
         from triton.testing import do_bench
-        runs = [do_bench(fn, warmup=25, rep=repeats or 200, quantiles=[0.2, 0.5, 0.8]) for _ in range(2)]
+
+        runs = [
+            do_bench(fn, warmup=25, rep=repeats or 200, quantiles=[0.2, 0.5, 0.8]) for _ in range(2)
+        ]
         best = min(runs, key=lambda r: r[1])
-        return dict(ms_20=best[0], ms_50=best[1], ms_80=best[2], spread=abs(runs[0][1] - runs[1][1])/best[1])
+        return dict(
+            ms_20=best[0],
+            ms_50=best[1],
+            ms_80=best[2],
+            spread=abs(runs[0][1] - runs[1][1]) / best[1],
+        )
     runs = [measure(fn, warmup=1, repeats=repeats or 3).to_dict() for _ in range(2)]
     best = min(runs, key=lambda r: r["ms_50"])
-    return {k: best[k] for k in ("ms_20", "ms_50", "ms_80")} | dict(spread=abs(runs[0]["ms_50"] - runs[1]["ms_50"])/best["ms_50"])
+    return {k: best[k] for k in ("ms_20", "ms_50", "ms_80")} | dict(
+        spread=abs(runs[0]["ms_50"] - runs[1]["ms_50"]) / best["ms_50"]
+    )
 
+# %% ../nbs/70a_bench_ops.ipynb #617d816b
 def _graph(fn):
     "A captured CUDA graph of a call, as a function that replays it."
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3): fn()
+        for _ in range(3):
+            fn()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): fn()
+    with torch.cuda.graph(graph):
+        fn()
     return graph.replay
 
 # %% ../nbs/70a_bench_ops.ipynb #31a2529f
-GRAPH = " in a CUDA graph" # behind the name of a contender that is captured
+GRAPH = " in a CUDA graph"  # behind the name of a contender that is captured
 
+# %% ../nbs/70a_bench_ops.ipynb #f749214b
 def contenders(
-    case:Case, # the comparison
-    device:torch.device, # where it runs
-    wanted:tuple=(), # names; default: all
-)->dict: # name -> function(*tensors)
+    case: Case,  # the comparison
+    device: torch.device,  # where it runs
+    wanted: tuple = (),  # names; default: all
+) -> dict:  # name -> function(*tensors)
     "Everyone who takes part; the kernel comes first where there is one, what has to be compiled last."
     named = {"reference": functools.partial(case.fn, impl="ref"), "eager": case.plain}
     if device.type == "cuda":
@@ -350,109 +817,155 @@ def contenders(
         last = {"compile": compiled, "compile" + GRAPH: compiled, "compile max-autotune": tuned}
         named = named | captured | case.peers | last
     else:
-        if "kernel" in wanted: named["kernel"] = functools.partial(case.fn, impl="triton") # in the interpreter
+        # in the interpreter
+        if "kernel" in wanted:
+            named["kernel"] = functools.partial(case.fn, impl="triton")
         named |= {n: f for n, f in case.peers.items() if "math" in n or "copies" in n}
     return {n: f for n, f in named.items() if not wanted or n in wanted}
 
 # %% ../nbs/70a_bench_ops.ipynb #d07a2dc6
 def _timed(case, fn, args, device, repeats, graph):
     "Times and memory of one contender whose result was found right."
-    call, row = functools.partial(_step, case, fn, args), {}
+    call = functools.partial(_step, case, fn, args)
+    row = {}
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before)/2**20
+        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     return row | _clock(_graph(call) if graph else call, device, repeats)
 
+# %% ../nbs/70a_bench_ops.ipynb #2f503901
 def _rates(row, traffic, work, ceilings):
     "Achieved bandwidth and arithmetic, and their shares of the ceilings."
-    seconds = row["ms_50"]*1e-3
-    rates = dict(gbs=traffic/seconds/1e9, copy_percent=100*traffic/seconds/1e9/ceilings["copy_gbs"])
-    if work: rates |= dict(tflops=work/seconds/1e12, matmul_percent=100*work/seconds/1e12/ceilings["matmul_tflops"])
+    seconds = row["ms_50"] * 1e-3
+    rates = dict(
+        gbs=traffic / seconds / 1e9,
+        copy_percent=100 * traffic / seconds / 1e9 / ceilings["copy_gbs"],
+    )
+    if work:
+        rates |= dict(
+            tflops=work / seconds / 1e12,
+            matmul_percent=100 * work / seconds / 1e12 / ceilings["matmul_tflops"],
+        )
     return rates
 
 # %% ../nbs/70a_bench_ops.ipynb #f93f6e82
 def run_case(
-    case:Case, # the comparison
-    device:torch.device, # where
-    dtype:torch.dtype, # of the floats
-    ceilings:dict, # of `ceilings`
-    repeats:int|None=None, # milliseconds on a GPU, calls on a CPU
-    wanted:tuple=(), # names of contenders; default: all
-): # yields rows, one per contender
+    case: Case,  # the comparison
+    device: torch.device,  # where
+    dtype: torch.dtype,  # of the floats
+    ceilings: dict,  # of `ceilings`
+    repeats: int | None = None,  # milliseconds on a GPU, calls on a CPU
+    wanted: tuple = (),  # names of contenders; default: all
+):  # yields rows, one per contender
     "Check and time the contenders of a case; whatever goes wrong with one of them stands in its row."
     torch.manual_seed(0)
-    args, truth, size = case.make(device, dtype), None, dtype.itemsize/2
-    traffic, work = case.bytes*size*(3 if case.grad else 1), case.flops*(3.5 if case.grad else 1)
-    floor = max(traffic/(ceilings["copy_gbs"]*1e9), work/(ceilings["matmul_tflops"]*1e12))*1e3
-    facts = dict(op=case.op, case=case.label, shape="x".join(map(str, args[0].shape)), learns=case.learns,
-                 direction="forward and backward" if case.grad else "forward", dtype=str(dtype).split(".")[1], floor_ms=floor)
+    args = case.make(device, dtype)
+    truth = None
+    size = dtype.itemsize / 2
+    traffic = case.bytes * size * (3 if case.grad else 1)
+    work = case.flops * (3.5 if case.grad else 1)
+    floor = (
+        max(traffic / (ceilings["copy_gbs"] * 1e9), work / (ceilings["matmul_tflops"] * 1e12)) * 1e3
+    )
+    facts = dict(
+        op=case.op,
+        case=case.label,
+        shape="x".join(map(str, args[0].shape)),
+        learns=case.learns,
+        direction="forward and backward" if case.grad else "forward",
+        dtype=str(dtype).split(".")[1],
+        floor_ms=floor,
+    )
     for name, fn in contenders(case, device, wanted).items():
         row = facts | dict(provider=name, status="ok")
         try:
-            if truth is None: truth = _truth(case, args)
-            with dispatch.asked() as calls: got = _flat(_step(case, fn, args))
-            if wrong := _wrong(case, truth, got, dtype): raise ArithmeticError(wrong)
+            if truth is None:
+                truth = _truth(case, args)
+            with dispatch.asked() as calls:
+                got = _flat(_step(case, fn, args))
+            if wrong := _wrong(case, truth, got, dtype):
+                raise ArithmeticError(wrong)
             del got
             row |= _timed(case, fn, args, device, repeats, name.endswith(GRAPH))
             row |= _rates(row, traffic, work, ceilings)
-            if name == "kernel": row["asked"] = [dict(facts, op=op) for op, facts in calls if op == case.op]
-        except torch.OutOfMemoryError: row["status"] = "out of memory"
-        except ArithmeticError as e: row["status"] = f"wrong: {e}"
-        except Exception as e: row["status"] = f"unavailable: {type(e).__name__}: {str(e).strip()[:160]}".replace("\n", " ")
+            if name == "kernel":
+                row["asked"] = [dict(facts, op=op) for op, facts in calls if op == case.op]
+        except torch.OutOfMemoryError:
+            row["status"] = "out of memory"
+        except ArithmeticError as e:
+            row["status"] = f"wrong: {e}"
+        except Exception as e:
+            row["status"] = f"unavailable: {type(e).__name__}: {str(e).strip()[:160]}".replace(
+                "\n", " "
+            )
         yield row
 
+# %% ../nbs/70a_bench_ops.ipynb #befd738c
 def with_ratios(
-    rows:list, # of `run_case`
-)->list: # with "ratio": time over the kernel's
+    rows: list,  # of `run_case`
+) -> list:  # with "ratio": time over the kernel's
     "Compare the contenders of each case, captured ones with the captured kernel."
-    key = lambda r, name: (r["op"], r["case"], r["direction"], r["dtype"], name)
+
+    def key(r, name):
+        return (r["op"], r["case"], r["direction"], r["dtype"], name)
+
     times = {key(r, r["provider"]): r["ms_50"] for r in rows if "ms_50" in r}
     out = []
     for r in rows:
         base = times.get(key(r, "kernel" + (GRAPH if r["provider"].endswith(GRAPH) else "")))
-        out.append(r | (dict(ratio=r["ms_50"]/base) if base and "ms_50" in r else {}))
+        out.append(r | (dict(ratio=r["ms_50"] / base) if base and "ms_50" in r else {}))
     return out
 
 # %% ../nbs/70a_bench_ops.ipynb #1e27d73e
 def ceilings(
-    device:torch.device, # where
-    dtype:torch.dtype=torch.bfloat16, # of the products
-    tiny:bool=False, # a small matrix and copy
-)->dict: # copy_gbs, matmul_tflops
+    device: torch.device,  # where
+    dtype: torch.dtype = torch.bfloat16,  # of the products
+    tiny: bool = False,  # a small matrix and copy
+) -> dict:  # copy_gbs, matmul_tflops
     "Measured bandwidth and arithmetic."
     n, k = (1 << 22, 256) if tiny or device.type == "cpu" else (1 << 29, 8192)
     a = torch.empty(n, dtype=torch.int16, device=device)
-    b, m = torch.empty_like(a), torch.randn(k, k, device=device, dtype=dtype)
-    copy, product = _clock(lambda: b.copy_(a), device, None)["ms_50"], _clock(lambda: m @ m, device, None)["ms_50"]
-    return dict(copy_gbs=2*a.nbytes/copy/1e6, matmul_tflops=2*k**3/product/1e9)
+    b = torch.empty_like(a)
+    m = torch.randn(k, k, device=device, dtype=dtype)
+    copy = _clock(lambda: b.copy_(a), device, None)["ms_50"]
+    product = _clock(lambda: m @ m, device, None)["ms_50"]
+    return dict(copy_gbs=2 * a.nbytes / copy / 1e6, matmul_tflops=2 * k**3 / product / 1e9)
 
 # %% ../nbs/70a_bench_ops.ipynb #ef3da2fb
 def _ratios(rows):
     "(call facts, reference / kernel) of every case that may teach."
     groups = {}
     for r in rows:
-        if r.get("learns", True): groups.setdefault((r["op"], r["case"], r["direction"], r["dtype"]), {})[r["provider"]] = r
+        if r.get("learns", True):
+            groups.setdefault((r["op"], r["case"], r["direction"], r["dtype"]), {})[
+                r["provider"]
+            ] = r
     for by in groups.values():
-        kernel, found = by.get("kernel", {}), []
+        kernel = by.get("kernel", {})
+        found = []
         for end in ("", GRAPH):
             times = [by.get(n + end, {}).get("ms_50") for n in ("reference", "kernel")]
-            if all(times): found.append(times[0]/times[1])
+            if all(times):
+                found.append(times[0] / times[1])
         for facts in kernel.get("asked", ()):
-            if found: yield facts, round(min(found), 4)
+            if found:
+                yield facts, round(min(found), 4)
 
+# %% ../nbs/70a_bench_ops.ipynb #540818ac
 def learn(
-    rows:list, # of `run_case`
-    gpu:str, # name of the GPU
-    old:dict|None=None, # an earlier table
-    verdicts:dict|None=None, # op -> (passed, why), of the gate
-    codes:dict|None=None, # op -> hash of its kernels' code; default: that of this process
-    versions:dict|None=None, # of torch and triton
-)->dict: # in the form that `ops.dispatch` reads
+    rows: list,  # of `run_case`
+    gpu: str,  # name of the GPU
+    old: dict | None = None,  # an earlier table
+    verdicts: dict | None = None,  # op -> (passed, why), of the gate
+    codes: dict | None = None,  # op -> hash of its kernels' code; default: that of this process
+    versions: dict | None = None,  # of torch and triton
+) -> dict:  # in the form that `ops.dispatch` reads
     "From times and verdicts to the dispatch table."
-    table, learnt = json.loads(json.dumps(old or {})), {}
+    table = json.loads(json.dumps(old or {}))
+    learnt = {}
     for facts, ratio in _ratios(rows):
         facts = dict(facts)
         learnt.setdefault(facts.pop("op"), []).append(facts | dict(ratio=ratio))
@@ -462,25 +975,34 @@ def learn(
         held = before.get("passed", False), before.get("why", "")
         unproven = False, "not through tests/gpu_gate.py with this code"
         passed, why = (verdicts or {}).get(op) or (held if before.get("code") == code else unproven)
-        table[gpu][op] = dict(passed=passed, why=why, code=code, versions=versions or before.get("versions", {}),
-                              rows=learnt.get(op) or before.get("rows", []))
+        table[gpu][op] = dict(
+            passed=passed,
+            why=why,
+            code=code,
+            versions=versions or before.get("versions", {}),
+            rows=learnt.get(op) or before.get("rows", []),
+        )
     return table
 
-def slug(text): return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+# %% ../nbs/70a_bench_ops.ipynb #1f759cd2
+def slug(text):
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
 # %% ../nbs/70a_bench_ops.ipynb #7f62a213
 def select(
-    names:list|None=None, # ops; default: all
-    tiny:bool=False, # shapes for a dry run
-    case:str="", # part of a label
-)->list: # of `Case`
+    names: list | None = None,  # ops; default: all
+    tiny: bool = False,  # shapes for a dry run
+    case: str = "",  # part of a label
+) -> list:  # of `Case`
     "The comparisons that are asked for."
     found = [c for c in cases(names, tiny) if case in c.label]
-    if not found: raise ValueError(f"no case of these ops holds '{case}' in its label")
+    if not found:
+        raise ValueError(f"no case of these ops holds '{case}' in its label")
     return found
 
+# %% ../nbs/70a_bench_ops.ipynb #33147834
 def worker(
-    job:dict, # op, case, dtypes, tiny, device, repeats, wanted, ceilings
+    job: dict,  # op, case, dtypes, tiny, device, repeats, wanted, ceilings
 ):
     "Run one op's cases in this process; a line of JSON per row, and an empty one behind each case."
     device = torch.device(job["device"])
@@ -489,73 +1011,105 @@ def worker(
             best = job["ceilings"][str(dtype).split(".")[1]]
             for row in run_case(case, device, dtype, best, job["repeats"], tuple(job["wanted"])):
                 print(json.dumps(row), flush=True)
-            if device.type == "cuda": torch.cuda.empty_cache()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             torch.compiler.reset()
             print(flush=True)
 
 # %% ../nbs/70a_bench_ops.ipynb #d61b5c55
 def apart(
-    job:dict, # of `worker`
-    seconds:float, # after which the process is killed
-): # yields lists of rows, one per case
+    job: dict,  # of `worker`
+    seconds: float,  # after which the process is killed
+):  # yields lists of rows, one per case
     "Run `worker` in a process of its own; a process that dies leaves a row that says so."
     root = str(Path(ops.__file__).parent.parent.parent)
     code = "import json, sys; from segkern.bench_ops import worker; worker(json.loads(sys.argv[1]))"
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p))
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(job)], stdout=subprocess.PIPE, text=True, env=env)
+    env = os.environ | dict(
+        PYTHONPATH=os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(job)], stdout=subprocess.PIPE, text=True, env=env
+    )
     clock = threading.Timer(max(seconds, 0.1), process.kill)
     clock.start()
     rows = []
     try:
         for line in process.stdout:
-            if line.startswith("{"): rows.append(json.loads(line))
+            if line.startswith("{"):
+                rows.append(json.loads(line))
             elif rows:
                 yield rows
                 rows = []
         status = process.wait()
     finally:
         clock.cancel()
-        if process.poll() is None: process.kill()
+        if process.poll() is None:
+            process.kill()
     if status:
-        facts = dict(op=job["op"], case=rows[-1]["case"] if rows else "", direction="", dtype="", shape="", provider="process")
+        facts = dict(
+            op=job["op"],
+            case=rows[-1]["case"] if rows else "",
+            direction="",
+            dtype="",
+            shape="",
+            provider="process",
+        )
         why = "out of time" if status == -9 else "the process died"
         yield [*rows, facts | dict(status=f"{why}: code {status}")]
 
 # %% ../nbs/70a_bench_ops.ipynb #826f5ae5
 def bench_ops(
-    out:str|Path|None=None, # folder for ops_<gpu>.csv and dispatch.json; None: nothing is written
-    names:list|None=None, # ops; default: all
-    dtypes:tuple=(torch.bfloat16,), # of the floats
-    tiny:bool=False, # dry run with small shapes
-    device:str="auto", # where
-    repeats:int|None=None, # milliseconds per contender on a GPU, calls on a CPU
-    case:str="", # only cases whose label holds this
-    contender:tuple=(), # only these contenders
-    budget:float=float("inf"), # seconds, shared by the ops that are left
-)->list: # rows
+    # folder for ops_<gpu>.csv and dispatch.json; None: nothing is written
+    out: str | Path | None = None,
+    names: list | None = None,  # ops; default: all
+    dtypes: tuple = (torch.bfloat16,),  # of the floats
+    tiny: bool = False,  # dry run with small shapes
+    device: str = "auto",  # where
+    repeats: int | None = None,  # milliseconds per contender on a GPU, calls on a CPU
+    case: str = "",  # only cases whose label holds this
+    contender: tuple = (),  # only these contenders
+    budget: float = float("inf"),  # seconds, shared by the ops that are left
+) -> list:  # rows
     "Compare every op with its peers; the files are written after every case, so an interrupted run keeps what it has."
-    device, rows, start = pick_device(device), [], time.perf_counter()
+    device = pick_device(device)
+    rows = []
+    start = time.perf_counter()
     todo = list(dict.fromkeys(c.op for c in select(names, tiny, case)))
     if device.type != "cuda" and not tiny:
-        raise ValueError("the op benchmark needs a CUDA device; `--tiny` runs small shapes on a CPU to see that everything works")
+        raise ValueError(
+            "the op benchmark needs a CUDA device; `--tiny` runs small shapes on a CPU to see that everything works"
+        )
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     best = {str(t).split(".")[1]: ceilings(device, t, tiny) for t in dtypes}
-    logger.info("ceilings: %s", {t: {k: round(v, 1) for k, v in c.items()} for t, c in best.items()})
+    logger.info(
+        "ceilings: %s", {t: {k: round(v, 1) for k, v in c.items()} for t, c in best.items()}
+    )
     facts = dict(device=gpu, cuda=torch.version.cuda or "")
-    job = dict(case=case, dtypes=list(best), tiny=tiny, device=str(device), repeats=repeats, wanted=list(contender), ceilings=best)
+    job = dict(
+        case=case,
+        dtypes=list(best),
+        tiny=tiny,
+        device=str(device),
+        repeats=repeats,
+        wanted=list(contender),
+        ceilings=best,
+    )
     for i, op in enumerate(progress(todo, "ops")):
         left = budget - (time.perf_counter() - start)
-        for found in apart(job | dict(op=op), min(left/(len(todo) - i), 1e6)):
+        for found in apart(job | dict(op=op), min(left / (len(todo) - i), 1e6)):
             rows = with_ratios(rows + [r | facts | best.get(r["dtype"], {}) for r in found])
-            if out is not None: _write(Path(out), rows, gpu, tiny, device.type == "cuda" and not tiny)
+            if out is not None:
+                _write(Path(out), rows, gpu, tiny, device.type == "cuda" and not tiny)
     return rows
 
+# %% ../nbs/70a_bench_ops.ipynb #c04586fb
 def _write(out, rows, gpu, tiny, learns):
     "The table of times, and what `auto` learns from it."
     plain = [{k: v for k, v in r.items() if k not in ("asked", "learns")} for r in rows]
-    write_csv(out/f"ops_{slug(gpu)}{'_tiny' if tiny else ''}.csv", plain)
-    if not learns: return
-    path = out/"dispatch.json"
+    write_csv(out / f"ops_{slug(gpu)}{'_tiny' if tiny else ''}.csv", plain)
+    if not learns:
+        return
+    path = out / "dispatch.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     versions = dict(torch=torch.__version__, triton=getattr(dispatch.triton, "__version__", ""))
     write_json(path, learn(rows, gpu, old, versions=versions))
@@ -563,19 +1117,28 @@ def _write(out, rows, gpu, tiny, learns):
 
 # %% ../nbs/70a_bench_ops.ipynb #8429c36a
 def speedups(
-    rows:list, # of `bench_ops`, or of its file
-): # figure
+    rows: list,  # of `bench_ops`, or of its file
+):  # figure
     "Time of every contender over the kernel's, per case; right of the line the kernel wins."
     from segkern.viz import figure
+
     done = [r for r in rows if r.get("ratio") and r["provider"] != "kernel"]
     labels = list(dict.fromkeys((r["op"], r["case"], r["direction"]) for r in done))
-    fig, ax = figure(width=7, height=max(2, 0.16*len(labels) + 1))
+    fig, ax = figure(width=7, height=max(2, 0.16 * len(labels) + 1))
     for i, name in enumerate(dict.fromkeys(r["provider"] for r in done)):
         mine = [r for r in done if r["provider"] == name]
-        ax.plot([r["ratio"] for r in mine], [labels.index((r["op"], r["case"], r["direction"])) for r in mine], "os^vDP*Xh"[i % 9], markersize=4, label=name)
+        ax.plot(
+            [r["ratio"] for r in mine],
+            [labels.index((r["op"], r["case"], r["direction"])) for r in mine],
+            "os^vDP*Xh"[i % 9],
+            markersize=4,
+            label=name,
+        )
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set(xscale="log", xlabel="time over the kernel's time", yticks=range(len(labels)))
-    ax.set_yticklabels([f"{o}: {c}{', backward too' if d != 'forward' else ''}" for o, c, d in labels], fontsize=5)
+    ax.set_yticklabels(
+        [f"{o}: {c}{', backward too' if d != 'forward' else ''}" for o, c, d in labels], fontsize=5
+    )
     ax.legend(fontsize=6, frameon=False)
     ax.invert_yaxis()
     return fig

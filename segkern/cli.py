@@ -16,60 +16,92 @@ import typer
 from .cli_explain import app as explain
 
 # %% ../nbs/76_cli.ipynb #5f8991e2
-app = typer.Typer(name="segkern", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Efficient semantic segmentation: models, training, inference, and the papers behind them.")
+app = typer.Typer(
+    name="segkern",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Efficient semantic segmentation: models, training, inference, and the papers behind them.",
+)
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
-_option, _argument = typer.Option, typer.Argument
+_option = typer.Option
+_argument = typer.Argument
 
+# %% ../nbs/76_cli.ipynb #edbdc6b9
 def _command(example, group=None, **kwargs):
     "A command whose help ends with an example."
-    return (group or app).command(epilog=f"Example: {example}", context_settings=_SETTINGS, **kwargs)
+    return (group or app).command(
+        epilog=f"Example: {example}", context_settings=_SETTINGS, **kwargs
+    )
 
-def _show_version(value:bool):
+
+def _show_version(value: bool):
     "Print the version and stop."
-    if not value: return
+    if not value:
+        return
     from segkern import __version__
+
     typer.echo(f"segkern {__version__}")
     raise typer.Exit()
 
+# %% ../nbs/76_cli.ipynb #0e6ae5a0
 @app.callback()
 def _frame(
-    version:bool=_option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
-    debug:bool=_option(False, "--debug", help="Show tracebacks; may stand anywhere on the line."),
-    quiet:bool=_option(False, "--quiet", "-q", help="Only errors and results."),
+    version: bool = _option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+    debug: bool = _option(
+        False, "--debug", help="Show tracebacks; may stand anywhere on the line."
+    ),
+    quiet: bool = _option(False, "--quiet", "-q", help="Only errors and results."),
 ):
     _log_to_terminal(logging.ERROR if quiet else logging.INFO)
 
 # %% ../nbs/76_cli.ipynb #a2a0d871
 class _Lines(logging.Handler):
     "Log lines on stderr that leave a progress bar whole."
+
     def emit(self, record):
         from tqdm import tqdm
-        tqdm.write(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage(), file=sys.stderr)
 
+        tqdm.write(
+            ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage(),
+            file=sys.stderr,
+        )
+
+# %% ../nbs/76_cli.ipynb #bdf03166
 def _log_to_terminal(level):
     "Send segkern's log to the terminal."
     log = logging.getLogger("segkern")
-    if not any(isinstance(h, _Lines) for h in log.handlers): log.addHandler(_Lines())
+    if not any(isinstance(h, _Lines) for h in log.handlers):
+        log.addHandler(_Lines())
     log.setLevel(level)
 
+# %% ../nbs/76_cli.ipynb #73c20cff
 def _explain(e):
     "An exception as one message; a bug says that it is one."
-    if isinstance(e, KeyError): return f"internal: KeyError {e}; call again with --debug for the traceback"
-    if isinstance(e, (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError)): return str(e) or type(e).__name__
+    if isinstance(e, KeyError):
+        return f"internal: KeyError {e}; call again with --debug for the traceback"
+    if isinstance(
+        e, (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError)
+    ):
+        return str(e) or type(e).__name__
     return f"internal: {type(e).__name__}: {e}; call again with --debug for the traceback"
 
 # %% ../nbs/76_cli.ipynb #11027abe
 def main(
-    argv:list|None=None, # arguments; default: those of the process
-)->int: # exit code: 0 fine, 1 an error, 2 wrong usage, 130 interrupted
+    argv: list | None = None,  # arguments; default: those of the process
+) -> int:  # exit code: 0 fine, 1 an error, 2 wrong usage, 130 interrupted
     "The command `segkern`."
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
-    try: return app(argv, standalone_mode=False, prog_name="segkern") or 0
-    except (KeyboardInterrupt, typer.Abort): return 130
+    try:
+        return app(argv, standalone_mode=False, prog_name="segkern") or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
@@ -77,159 +109,251 @@ def main(
         if hasattr(e, "show") and hasattr(e, "exit_code"):
             e.show()
             return e.exit_code
-        if debug: raise
+        if debug:
+            raise
         typer.echo(f"error: {_explain(e)}", err=True)
         return 1
 
 # %% ../nbs/76_cli.ipynb #88a2f93b
 def parse_pairs(
-    items:list, # texts like "lr=1e-3"
-)->dict: # name -> text
+    items: list,  # texts like "lr=1e-3"
+) -> dict:  # name -> text
     "`name=value` arguments."
     pairs = {}
     for item in items or []:
         name, eq, value = item.partition("=")
-        if not eq or not name.strip(): raise ValueError(f"'{item}' is not of the form name=value")
+        if not eq or not name.strip():
+            raise ValueError(f"'{item}' is not of the form name=value")
         pairs[name.strip().replace("-", "_")] = value.strip()
     return pairs
 
+# %% ../nbs/76_cli.ipynb #aaf46e11
 def _tuple(text):
     "A tuple of numbers as typed."
     import ast
-    if text.startswith(("(", "[")): return tuple(ast.literal_eval(text))
-    parts = text.replace("×", "x").split("x") if "x" in text.lower() else [t for t in text.split(",") if t.strip()]
-    number = lambda t: float(t) if any(c in t for c in ".eE") else int(t)
+
+    if text.startswith(("(", "[")):
+        return tuple(ast.literal_eval(text))
+    parts = (
+        text.replace("×", "x").split("x")
+        if "x" in text.lower()
+        else [t for t in text.split(",") if t.strip()]
+    )
+
+    def number(t):
+        return float(t) if any(c in t for c in ".eE") else int(t)
+
     return tuple(number(t.strip()) for t in parts)
 
+# %% ../nbs/76_cli.ipynb #42361ab1
 def parse_value(
-    text:str, # as typed
-): # int, float, bool, None, tuple, or the text itself
+    text: str,  # as typed
+):  # int, float, bool, None, tuple, or the text itself
     "A value of a kind that is not known beforehand."
     import ast, re
-    if text.lower() in ("true", "false"): return text.lower() == "true"
-    if re.fullmatch(r"\d+[x×]\d+", text): return _tuple(text)
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
 
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"\d+[x×]\d+", text):
+        return _tuple(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+# %% ../nbs/76_cli.ipynb #2049e93a
 def parse_options(
-    items:list, # texts like "order=sanet"
-)->dict: # name -> value
+    items: list,  # texts like "order=sanet"
+) -> dict:  # name -> value
     "Options whose kinds are not known beforehand."
     return {name: parse_value(text) for name, text in parse_pairs(items).items()}
 
 # %% ../nbs/76_cli.ipynb #7dd5c0b9
 def parse_field(
-    name:str, # of a `Recipe` field
-    text:str, # as typed
-    kind:type, # of the field
-): # a value of that kind
+    name: str,  # of a `Recipe` field
+    text: str,  # as typed
+    kind: type,  # of the field
+):  # a value of that kind
     "The value of a recipe field; the error names the field."
     words = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
     try:
-        if kind is str: return text
-        if kind is bool: return words[text.lower()] if text.lower() in words else bool(("0", "1").index(text))
-        if kind is tuple: return _tuple(text)
-        if kind not in (int, float): raise ValueError
+        if kind is str:
+            return text
+        if kind is bool:
+            return words[text.lower()] if text.lower() in words else bool(("0", "1").index(text))
+        if kind is tuple:
+            return _tuple(text)
+        if kind not in (int, float):
+            raise ValueError
         return kind(float(text)) if kind is int and float(text) == int(float(text)) else kind(text)
     except (ValueError, OverflowError, SyntaxError):
-        raise ValueError(f"--set {name}={text}: the field '{name}' wants {_WANTED.get(kind, 'to be set in Python')}") from None
+        raise ValueError(
+            f"--set {name}={text}: the field '{name}' wants {_WANTED.get(kind, 'to be set in Python')}"
+        ) from None
 
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", tuple: "numbers like 96x128 or 0.75,1,1.25"}
+# %% ../nbs/76_cli.ipynb #bf4cbaab
+_WANTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "numbers like 96x128 or 0.75,1,1.25",
+}
 
+# %% ../nbs/76_cli.ipynb #d0eb82d7
 def parse_overrides(
-    items:list, # texts like "lr=1e-3"
-)->dict: # `Recipe` fields with values of their kinds
+    items: list,  # texts like "lr=1e-3"
+) -> dict:  # `Recipe` fields with values of their kinds
     "Recipe fields from the command line."
     import dataclasses
     from segkern.recipes import Recipe
-    kinds, pairs = {f.name: f.type for f in dataclasses.fields(Recipe)}, parse_pairs(items)
-    if unknown := sorted(set(pairs) - set(kinds)): raise ValueError(f"--set: a recipe has no field {unknown}; it has {sorted(kinds)}")
+
+    kinds = {f.name: f.type for f in dataclasses.fields(Recipe)}
+    pairs = parse_pairs(items)
+    if unknown := sorted(set(pairs) - set(kinds)):
+        raise ValueError(f"--set: a recipe has no field {unknown}; it has {sorted(kinds)}")
     return {name: parse_field(name, text, kinds[name]) for name, text in pairs.items()}
 
 # %% ../nbs/76_cli.ipynb #ec57a98a
 def _classes_of(dataset, num_classes):
     "The number of classes: given, or that of the dataset's table."
-    if num_classes: return num_classes
-    if not dataset: raise ValueError("name the dataset the checkpoint was made for (--dataset), or its number of classes (--num-classes)")
+    if num_classes:
+        return num_classes
+    if not dataset:
+        raise ValueError(
+            "name the dataset the checkpoint was made for (--dataset), or its number of classes (--num-classes)"
+        )
     from segkern.core import load_table
-    try: return len(load_table(dataset)["classes"])
-    except FileNotFoundError: raise ValueError(f"there is no class table for dataset '{dataset}': give --num-classes") from None
 
+    try:
+        return len(load_table(dataset)["classes"])
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no class table for dataset '{dataset}': give --num-classes"
+        ) from None
+
+# %% ../nbs/76_cli.ipynb #192ef5e6
 def load_model(
-    target:str, # a file of ours, a run folder, a published name, or an official checkpoint
-    model:str="", # name of the model in an official checkpoint
-    dataset:str="", # that it was made for
-    num_classes:int=0, # 0: the dataset's
-    device:str="auto",
-): # a model in evaluation mode, on the device
+    target: str,  # a file of ours, a run folder, a published name, or an official checkpoint
+    model: str = "",  # name of the model in an official checkpoint
+    dataset: str = "",  # that it was made for
+    num_classes: int = 0,  # 0: the dataset's
+    device: str = "auto",
+):  # a model in evaluation mode, on the device
     "A model as the command line names it."
     import segkern
     from segkern.core import pick_device
+
     path = Path(target)
     if path.is_dir():
         from segkern.train import run_weights
+
         path = run_weights(path)
     if path.is_file() and model:
-        net = segkern.create_model(model, num_classes=_classes_of(dataset, num_classes), dataset=dataset or None)
+        net = segkern.create_model(
+            model, num_classes=_classes_of(dataset, num_classes), dataset=dataset or None
+        )
         typer.echo(str(segkern.load_official(net, path)), err=True)
-    elif path.is_file(): net = segkern.load(path)
-    elif path.suffix or os.sep in target: raise FileNotFoundError(f"{target} does not exist")
+    elif path.is_file():
+        net = segkern.load(path)
+    elif path.suffix or os.sep in target:
+        raise FileNotFoundError(f"{target} does not exist")
     else:
-        net = segkern.create_model(target, num_classes=_classes_of(dataset or "cityscapes", num_classes), dataset=dataset or None)
-        logging.getLogger("segkern").warning("%s has random weights (seed 0): name a file to load some", target)
+        net = segkern.create_model(
+            target,
+            num_classes=_classes_of(dataset or "cityscapes", num_classes),
+            dataset=dataset or None,
+        )
+        logging.getLogger("segkern").warning(
+            "%s has random weights (seed 0): name a file to load some", target
+        )
     return net.eval().to(pick_device(device))
 
+# %% ../nbs/76_cli.ipynb #40604acc
 def _dataset(name, root, split, options, limit=0):
     "A dataset as the command line names it, or its first pictures."
     import copy
     import segkern
+
     dataset = segkern.open_dataset(name, root=root or None, split=split, **parse_options(options))
-    if limit < 0: raise ValueError(f"--limit must be positive, got {limit}")
+    if limit < 0:
+        raise ValueError(f"--limit must be positive, got {limit}")
     if limit:
         dataset = copy.copy(dataset)
         dataset.files = dataset.files[:limit]
     return dataset
 
+# %% ../nbs/76_cli.ipynb #bedb5e28
 def _size(text):
     "A size as typed, or None."
     from segkern.reproduce import parse_size
+
     return parse_size(text) if text else None
 
 # %% ../nbs/76_cli.ipynb #ec827e6f
-_EXTRAS = dict(papers="papermill nbconvert jupyterlab ipywidgets ipycanvas tensorboard", explain="pytorch_grad_cam",
-               export="onnx onnxscript onnxruntime")
+_EXTRAS = dict(
+    papers="papermill nbconvert jupyterlab ipywidgets ipycanvas tensorboard",
+    explain="pytorch_grad_cam",
+    export="onnx onnxscript onnxruntime",
+)
 
+# %% ../nbs/76_cli.ipynb #625ab703
 def _device_lines():
     "Devices and threads, as (what, value)."
     import torch
     from segkern.core import env_info
+
     env = env_info()
-    lines = [("segkern", f"{env['segkern']}" + (f" (commit {env['commit'][:10]})" if env["commit"] else "")), ("python", env["python"])]
+    lines = [
+        (
+            "segkern",
+            f"{env['segkern']}" + (f" (commit {env['commit'][:10]})" if env["commit"] else ""),
+        ),
+        ("python", env["python"]),
+    ]
     lines += [("processor", f"{env['cpu']}, {os.cpu_count()} cores, {env['threads']} threads")]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        lines.append((f"cuda:{i}", f"{p.name}, {p.total_memory/2**30:.0f} GiB, sm_{p.major}{p.minor}, CUDA {torch.version.cuda}"))
+        lines.append(
+            (
+                f"cuda:{i}",
+                f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, CUDA {torch.version.cuda}",
+            )
+        )
     if not torch.cuda.is_available():
-        built = f"for CUDA {torch.version.cuda}, but no device is visible" if torch.version.cuda else "without CUDA"
+        built = (
+            f"for CUDA {torch.version.cuda}, but no device is visible"
+            if torch.version.cuda
+            else "without CUDA"
+        )
         lines.append(("cuda", f"torch was built {built}"))
-    if torch.backends.mps.is_available(): lines.append(("mps", "available"))
+    if torch.backends.mps.is_available():
+        lines.append(("mps", "available"))
     return lines
 
+# %% ../nbs/76_cli.ipynb #e443ca14
 def _kernel_lines():
     "Which implementation of each op runs on the best device, as (op, implementation, why)."
-    import segkern.ops # noqa: F401  (registers the kernels)
+    import segkern.ops  # noqa: F401  (registers the kernels)
     from segkern.core import pick_device
     from segkern.ops.dispatch import HAS_TRITON, KERNELS, wanted_impl
-    if wanted_impl() == "ref": choice = "ref", "asked for"
-    elif not HAS_TRITON: choice = "ref", "triton is not installed"
-    elif pick_device().type != "cuda": choice = "ref", "there is no CUDA device"
-    elif wanted_impl() == "triton": choice = "triton", "asked for"
-    else: choice = None
+
+    if wanted_impl() == "ref":
+        choice = "ref", "asked for"
+    elif not HAS_TRITON:
+        choice = "ref", "triton is not installed"
+    elif pick_device().type != "cuda":
+        choice = "ref", "there is no CUDA device"
+    elif wanted_impl() == "triton":
+        choice = "triton", "asked for"
+    else:
+        choice = None
     return [(op, *(choice or _on_gpu_line(op))) for op in sorted(KERNELS)]
 
+# %% ../nbs/76_cli.ipynb #7eaf9d95
 def _on_gpu_line(op):
     "What `auto` takes on the first GPU, and why."
     from segkern.ops.dispatch import on_gpu
+
     why = on_gpu(op, 0)
     return ("ref", why) if why else ("triton", "passed the gate on this GPU")
 
@@ -240,114 +364,231 @@ def doctor():
     from importlib import metadata
     from importlib.util import find_spec
     from segkern.core import Table
-    width = lambda rows: typer.echo("\n".join(f"  {a:<14} {b}" for a, b in rows))
+
+    def width(rows):
+        return typer.echo("\n".join(f"  {a:<14} {b}" for a, b in rows))
+
     width(_device_lines())
     rows = []
     for name in "torch torchvision triton timm accelerate numpy pillow safetensors torchmetrics typer matplotlib".split():
-        try: rows.append((name, metadata.version(name)))
+        try:
+            rows.append((name, metadata.version(name)))
         except metadata.PackageNotFoundError:
-            rows.append((name, "missing, optional: it comes with torch on Linux" if name == "triton" else f"missing: pip install {name}"))
+            rows.append(
+                (
+                    name,
+                    "missing, optional: it comes with torch on Linux"
+                    if name == "triton"
+                    else f"missing: pip install {name}",
+                )
+            )
     typer.echo("\npackages")
     width(rows)
     typer.echo("\nkernels")
-    typer.echo("\n".join("  " + line for line in str(Table(_kernel_lines(), ["op", "runs", "because"])).splitlines()))
+    typer.echo(
+        "\n".join(
+            "  " + line
+            for line in str(Table(_kernel_lines(), ["op", "runs", "because"])).splitlines()
+        )
+    )
     typer.echo("\nextras")
-    missing = {extra: [m for m in names.split() if find_spec(m) is None] for extra, names in _EXTRAS.items()}
-    width((extra, f"missing {', '.join(gone)}: pip install 'segkern[{extra}]'" if gone else "complete") for extra, gone in missing.items())
+    missing = {
+        extra: [m for m in names.split() if find_spec(m) is None]
+        for extra, names in _EXTRAS.items()
+    }
+    width(
+        (
+            extra,
+            f"missing {', '.join(gone)}: pip install 'segkern[{extra}]'" if gone else "complete",
+        )
+        for extra, gone in missing.items()
+    )
 
 # %% ../nbs/76_cli.ipynb #e4fa68c1
 @_command("segkern models 's2fpn*' --cost --size 512x1024")
 def models(
-    pattern:str=_argument("*", help="Names to list, with * and ?."),
-    cost:bool=_option(False, "--cost", help="Parameters and multiply-adds: as the paper builds it, as it runs here, and as it is claimed where somebody says."),
-    size:str=_option("", help="Height x width of the picture; default: 512x512 for ade20k, coco_stuff10k and voc2012, 480x480 for pascal_context, else 512x1024."),
-    num_classes:int=_option(0, help="Classes of the last layer; default: the dataset's."),
-    dataset:str=_option("cityscapes", help="Whose head: ade20k, coco_stuff10k, pascal_context, cityscapes, camvid, voc2012."),
-    as_json:bool=_option(False, "--json", help="Print JSON."),
+    pattern: str = _argument("*", help="Names to list, with * and ?."),
+    cost: bool = _option(
+        False,
+        "--cost",
+        help="Parameters and multiply-adds: as the paper builds it, as it runs here, and as it is "
+        "claimed where somebody says.",
+    ),
+    size: str = _option(
+        "",
+        help="Height x width of the picture; default: 512x512 for ade20k, coco_stuff10k and "
+        "voc2012, 480x480 for pascal_context, else 512x1024.",
+    ),
+    num_classes: int = _option(0, help="Classes of the last layer; default: the dataset's."),
+    dataset: str = _option(
+        "cityscapes",
+        help="Whose head: ade20k, coco_stuff10k, pascal_context, cityscapes, camvid, voc2012.",
+    ),
+    as_json: bool = _option(False, "--json", help="Print JSON."),
 ):
     "List the models."
     import segkern
     from segkern.core import load_table
+
     names = segkern.list_models(pattern)
-    if not names: raise ValueError(f"no model matches '{pattern}'; `segkern models` lists them all")
+    if not names:
+        raise ValueError(f"no model matches '{pattern}'; `segkern models` lists them all")
     if cost:
-        k, (h, w) = num_classes or len(load_table(dataset)["classes"]), _size(size or _SHOWN.get(dataset, "512x1024"))
-        if not as_json: typer.echo(f"{k} classes, pictures of {h}x{w}")
+        k, (h, w) = (
+            num_classes or len(load_table(dataset)["classes"]),
+            _size(size or _SHOWN.get(dataset, "512x1024")),
+        )
+        if not as_json:
+            typer.echo(f"{k} classes, pictures of {h}x{w}")
         return _show(_costs(names, k, (h, w)), as_json)
-    if as_json: return typer.echo(json.dumps(names))
+    if as_json:
+        return typer.echo(json.dumps(names))
     typer.echo("\n".join(names))
 
-_SHOWN = dict(ade20k="512x512", coco_stuff10k="512x512", voc2012="512x512", pascal_context="480x480")
+# %% ../nbs/76_cli.ipynb #34c23768
+_SHOWN = dict(
+    ade20k="512x512", coco_stuff10k="512x512", voc2012="512x512", pascal_context="480x480"
+)
 
+# %% ../nbs/76_cli.ipynb #5eeb0952
 def _costs(names, num_classes, size):
     "Table rows: parameters in millions and multiply-adds in 10^9; claims stand for 150 classes and 512x512."
     from segkern import models as m
     from segkern.core import progress
+
     rows = []
     for name in progress(names, "counting"):
-        c, said = m.cost(name, num_classes, size), m.claimed(name) if (num_classes, size) == (150, (512, 512)) else {}
-        rows.append({"model": name, "params [M]": c["params"]/1e6, "in use [M]": c["deployed"]/1e6, "GMACs, paper form": c["paper_gmacs"], "GMACs, ours": c["gmacs"],
-                     **({"claimed [M]": said.get("params_millions"), "claimed GMACs": said.get("gmacs"), "counted/claimed": c["paper_gmacs"]/said["gmacs"] if "gmacs" in said else None}
-                        if (num_classes, size) == (150, (512, 512)) else {})})
+        c = m.cost(name, num_classes, size)
+        said = m.claimed(name) if (num_classes, size) == (150, (512, 512)) else {}
+        rows.append(
+            {
+                "model": name,
+                "params [M]": c["params"] / 1e6,
+                "in use [M]": c["deployed"] / 1e6,
+                "GMACs, paper form": c["paper_gmacs"],
+                "GMACs, ours": c["gmacs"],
+                **(
+                    {
+                        "claimed [M]": said.get("params_millions"),
+                        "claimed GMACs": said.get("gmacs"),
+                        "counted/claimed": c["paper_gmacs"] / said["gmacs"]
+                        if "gmacs" in said
+                        else None,
+                    }
+                    if (num_classes, size) == (150, (512, 512))
+                    else {}
+                ),
+            }
+        )
     return rows
 
+# %% ../nbs/76_cli.ipynb #855db74b
 def _show(rows, as_json=False):
     "Print rows as a table or as JSON."
     from segkern.core import Table
+
     typer.echo(json.dumps(rows, indent=1) if as_json else str(Table(rows)))
 
 # %% ../nbs/76_cli.ipynb #b645b947
-@_command("segkern train s2fpn_r18 --dataset streets --out runs/first --set iterations=200 --set lr=1e-3")
+@_command(
+    "segkern train s2fpn_r18 --dataset streets --out runs/first --set iterations=200 --set lr=1e-3"
+)
 def train(
-    model:str=_argument(..., help="Name of a model, see `segkern models`."),
-    dataset:str=_option("streets", help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
-    root:str=_option("", help="Folder of the dataset; streets needs none."),
-    out:Path=_option(Path("runs/run"), help="Run folder."),
-    init:str=_option("", help="Start from weights that fit: an official file, one of ours, a run folder of train or pretrain."),
-    resume:bool=_option(False, "--resume", help="Go on from the last checkpoint in --out."),
-    overrides:list[str]=_option([], "--set", metavar="FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
-    data_options:list[str]=_option([], "-D", metavar="NAME=VALUE", help="Option of the dataset, e.g. order=sanet."),
-    model_options:list[str]=_option([], "-M", metavar="NAME=VALUE", help="Option of the network, e.g. levels=2 (sparse SASFormer)."),
-    limit:int=_option(0, help="Train on the first so many pictures only; 0: all."),
-    eval_limit:int=_option(0, help="Score on the first so many pictures only; 0: all."),
-    no_eval:bool=_option(False, "--no-eval", help="Never score on the validation split."),
-    eval_every:int=_option(None, help="Steps; default: ten times in a run."),
-    save_every:int=_option(None, help="Steps; default: ten times in a run."),
-    accumulate:int=_option(1, help="Cut each batch into so many parts, to save memory."),
-    tracker:str=_option("", help="tensorboard, wandb or mlflow."),
-    seed:int=_option(0, help="Of weights, order and augmentation."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
-    workers:int=_option(0, help="Processes that read pictures."),
-    show:bool=_option(False, "--show", help="Print the recipe and the groups of the optimizer, and stop."),
+    model: str = _argument(..., help="Name of a model, see `segkern models`."),
+    dataset: str = _option(
+        "streets",
+        help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder.",
+    ),
+    root: str = _option("", help="Folder of the dataset; streets needs none."),
+    out: Path = _option(Path("runs/run"), help="Run folder."),
+    init: str = _option(
+        "",
+        help="Start from weights that fit: an official file, one of ours, a run folder of train or pretrain.",
+    ),
+    resume: bool = _option(False, "--resume", help="Go on from the last checkpoint in --out."),
+    overrides: list[str] = _option(
+        [], "--set", metavar="FIELD=VALUE", help="Change a field of the recipe; may be repeated."
+    ),
+    data_options: list[str] = _option(
+        [], "-D", metavar="NAME=VALUE", help="Option of the dataset, e.g. order=sanet."
+    ),
+    model_options: list[str] = _option(
+        [],
+        "-M",
+        metavar="NAME=VALUE",
+        help="Option of the network, e.g. levels=2 (sparse SASFormer).",
+    ),
+    limit: int = _option(0, help="Train on the first so many pictures only; 0: all."),
+    eval_limit: int = _option(0, help="Score on the first so many pictures only; 0: all."),
+    no_eval: bool = _option(False, "--no-eval", help="Never score on the validation split."),
+    eval_every: int = _option(None, help="Steps; default: ten times in a run."),
+    save_every: int = _option(None, help="Steps; default: ten times in a run."),
+    accumulate: int = _option(1, help="Cut each batch into so many parts, to save memory."),
+    tracker: str = _option("", help="tensorboard, wandb or mlflow."),
+    seed: int = _option(0, help="Of weights, order and augmentation."),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    workers: int = _option(0, help="Processes that read pictures."),
+    show: bool = _option(
+        False, "--show", help="Print the recipe and the groups of the optimizer, and stop."
+    ),
 ):
     "Train a model by its recipe."
     from segkern.recipes import matched, recipe_for
     from segkern.train import fit
+
     fields = parse_overrides(overrides)
-    if "dataset" in fields: raise ValueError("--set dataset=… : name the dataset with --dataset")
+    if "dataset" in fields:
+        raise ValueError("--set dataset=… : name the dataset with --dataset")
     recipe = recipe_for(model, dataset, **fields)
     kw = {n: parse_value(v) for n, v in parse_pairs(model_options).items()}
     if own := sorted({"name", "num_classes", "dataset", "seed", "pretrained"} & set(kw)):
-        raise ValueError(f"-M {own[0]}=…: say it otherwise (classes follow from the dataset, --seed, --set init=…)")
+        raise ValueError(
+            f"-M {own[0]}=…: say it otherwise (classes follow from the dataset, --seed, --set init=…)"
+        )
     recipe = matched(recipe, model, kw, fields)
-    if show: return _show_recipe(model, dataset, recipe, kw)
+    if show:
+        return _show_recipe(model, dataset, recipe, kw)
     ours, theirs = _split_options(recipe, data_options)
     train_set = _dataset(dataset, root, recipe.split, ours, limit)
     val_set = None if no_eval else _dataset(dataset, root, recipe.val_split, theirs)
     net, origin = _start(model, len(train_set.classes), recipe, seed, init, out, resume, kw)
-    found = fit(net, recipe, train_set, val_set, out=out, resume=resume, seed=seed, device=device, workers=workers,
-                eval_every=eval_every, save_every=save_every, tracker=tracker or None, accumulate=accumulate,
-                eval_args=dict(limit=eval_limit) if eval_limit else None, origin=origin)
-    score = "" if found.get("miou") is None else f", mIoU {100*found['miou']:.2f} % (best {100*found['best_miou']:.2f} %)"
+    found = fit(
+        net,
+        recipe,
+        train_set,
+        val_set,
+        out=out,
+        resume=resume,
+        seed=seed,
+        device=device,
+        workers=workers,
+        eval_every=eval_every,
+        save_every=save_every,
+        tracker=tracker or None,
+        accumulate=accumulate,
+        eval_args=dict(limit=eval_limit) if eval_limit else None,
+        origin=origin,
+    )
+    score = (
+        ""
+        if found.get("miou") is None
+        else f", mIoU {100 * found['miou']:.2f} % (best {100 * found['best_miou']:.2f} %)"
+    )
     typer.echo(f"{found['steps']} steps in {found['seconds']:.0f} s{score}: {out}")
 
 # %% ../nbs/76_cli.ipynb #afdf4f3e
 def _split_options(recipe, given):
-    "Options of the training set and of the validation set: what a recipe says about its data (sparse labels) is for training only, `-D` overrides it."
-    own, named = dict(recipe.data_options), parse_pairs(given)
-    train = [f"{k}={v}" for k, v in own.items() if k not in named] + [f"{k}={v}" for k, v in named.items()]
-    return train, [f"{k}={v}" for k, v in named.items() if k not in own and k != "annotation"] # whatever is trained on, full labels tell how good it is
+    """Options of the training set and of the validation set: what a recipe says about its data
+    (sparse labels) is for training only, `-D` overrides it."""
+    own = dict(recipe.data_options)
+    named = parse_pairs(given)
+    train = [f"{k}={v}" for k, v in own.items() if k not in named] + [
+        f"{k}={v}" for k, v in named.items()
+    ]
+    # whatever is trained on, full labels tell how good it is
+    return train, [f"{k}={v}" for k, v in named.items() if k not in own and k != "annotation"]
 
+# %% ../nbs/76_cli.ipynb #f6597cfa
 def _show_recipe(model, dataset, recipe, kw):
     "Print what a training would do."
     import dataclasses
@@ -355,148 +596,285 @@ def _show_recipe(model, dataset, recipe, kw):
     from segkern.core import Table
     from segkern.recipes import Recipe
     from segkern.train import group_table
+
     plain = {f.name: f.default for f in dataclasses.fields(Recipe)}
-    typer.echo(str(Table([[k, str(v)] for k, v in recipe.to_dict().items() if getattr(recipe, k) != plain[k]], ["field", "value"])))
-    try: known = _classes_of(dataset, 0)
-    except ValueError: known = 2 # a dataset of the user's own
+    typer.echo(
+        str(
+            Table(
+                [
+                    [k, str(v)]
+                    for k, v in recipe.to_dict().items()
+                    if getattr(recipe, k) != plain[k]
+                ],
+                ["field", "value"],
+            )
+        )
+    )
+    try:
+        known = _classes_of(dataset, 0)
+    except ValueError:
+        known = 2  # a dataset of the user's own
     typer.echo(f"\n{group_table(segkern.create_model(model, num_classes=known, **kw), recipe)}")
 
+# %% ../nbs/76_cli.ipynb #c79b1c06
 def _new_model(name, num_classes, recipe, seed, kw):
     "A model as its recipe starts it."
     import segkern
-    if recipe.init != "pretrained": return segkern.create_model(name, num_classes=num_classes, seed=seed, **kw)
-    try: return segkern.create_model(name, num_classes=num_classes, seed=seed, pretrained=True, **kw)
+
+    if recipe.init != "pretrained":
+        return segkern.create_model(name, num_classes=num_classes, seed=seed, **kw)
+    try:
+        return segkern.create_model(name, num_classes=num_classes, seed=seed, pretrained=True, **kw)
     except ValueError as e:
-        segkern.create_model(name, num_classes=num_classes, **kw) # a wrong name or number is told as such
+        # a wrong name or number is told as such
+        segkern.create_model(name, num_classes=num_classes, **kw)
         raise ValueError(f"{e}. Or start from random weights with --set init=scratch") from None
-    except Exception as e: # the hub's many ways to be unreachable
-        raise RuntimeError(f"cannot fetch the pretrained encoder of {name} ({type(e).__name__}: {str(e)[:200]}): "
-                           "go online once, or start from random weights with --set init=scratch") from e
+    except Exception as e:  # the hub's many ways to be unreachable
+        raise RuntimeError(
+            f"cannot fetch the pretrained encoder of {name} ({type(e).__name__}: {str(e)[:200]}): "
+            "go online once, or start from random weights with --set init=scratch"
+        ) from e
 
 # %% ../nbs/76_cli.ipynb #4674f350
 def _start(name, num_classes, recipe, seed, init, out, resume, kw):
-    "A model as its training starts, and where its weights come from. A run that goes on needs neither download nor file."
+    """A model as its training starts, and where its weights come from. A run that goes on needs
+    neither download nor file."""
     import segkern
     from segkern.train import last_checkpoint
+
     if resume and last_checkpoint(out) is not None:
-        config = json.loads((out/"config.json").read_text(encoding="utf-8"))
-        origin, kw = config.get("origin"), {**config["model"].get("options", {}), **kw} # a file may have changed an option, e.g. a norm's eps
-        if init and Path(init).name != (origin or {}).get("file"): origin = dict(file=Path(init).name) # another run: `fit` says so
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        # a file may have changed an option, e.g. a norm's eps
+        origin = config.get("origin")
+        kw = {**config["model"].get("options", {}), **kw}
+        # another run: `fit` says so
+        if init and Path(init).name != (origin or {}).get("file"):
+            origin = dict(file=Path(init).name)
         return segkern.create_model(name, num_classes=num_classes, seed=seed, **kw), origin
-    if not init: return _new_model(name, num_classes, recipe, seed, kw), None
-    if recipe.init == "kaiming": raise ValueError("--init brings weights, the recipe's init=kaiming would draw new ones: add --set init=scratch")
+    if not init:
+        return _new_model(name, num_classes, recipe, seed, kw), None
+    if recipe.init == "kaiming":
+        raise ValueError(
+            "--init brings weights, the recipe's init=kaiming would draw new ones: add --set init=scratch"
+        )
     net = segkern.create_model(name, num_classes=num_classes, seed=seed, **kw)
     report = segkern.transfer(net, init)
     typer.echo(str(report), err=True)
     return net, dict(file=Path(init).name, loaded=len(report.loaded), fresh=len(report.fresh))
 
 # %% ../nbs/76_cli.ipynb #032053e8
-@_command("segkern pretrain sanet_s --root /data/imagenet --out runs/imagenet --epochs 90 --workers 8")
+@_command(
+    "segkern pretrain sanet_s --root /data/imagenet --out runs/imagenet --epochs 90 --workers 8"
+)
 def pretrain(
-    model:str=_argument(..., help="Name of a model, see `segkern models`."),
-    root:str=_option(..., help="Folder with train/<class>/*.jpg and val/<class>/*.jpg."),
-    out:Path=_option(Path("runs/pretrain"), help="Run folder; train with --init OUT afterwards."),
-    epochs:int=_option(90, help="How often each picture is seen; the rate falls to a tenth after each third."),
-    resume:bool=_option(False, "--resume", help="Go on from the last checkpoint in --out."),
-    overrides:list[str]=_option([], "--set", metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. batch=128; may be repeated."),
-    eval_limit:int=_option(0, help="Score on so many pictures only, evenly spread; 0: all."),
-    eval_every:int=_option(None, help="Steps; default: ten times in a run."),
-    save_every:int=_option(None, help="Steps; default: ten times in a run."),
-    accumulate:int=_option(1, help="Cut each batch into so many parts, to save memory."),
-    tracker:str=_option("", help="tensorboard, wandb or mlflow."),
-    seed:int=_option(0, help="Of weights, order and augmentation."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
-    workers:int=_option(0, help="Processes that read pictures."),
+    model: str = _argument(..., help="Name of a model, see `segkern models`."),
+    root: str = _option(..., help="Folder with train/<class>/*.jpg and val/<class>/*.jpg."),
+    out: Path = _option(
+        Path("runs/pretrain"), help="Run folder; train with --init OUT afterwards."
+    ),
+    epochs: int = _option(
+        90, help="How often each picture is seen; the rate falls to a tenth after each third."
+    ),
+    resume: bool = _option(False, "--resume", help="Go on from the last checkpoint in --out."),
+    overrides: list[str] = _option(
+        [],
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field of the recipe, e.g. batch=128; may be repeated.",
+    ),
+    eval_limit: int = _option(0, help="Score on so many pictures only, evenly spread; 0: all."),
+    eval_every: int = _option(None, help="Steps; default: ten times in a run."),
+    save_every: int = _option(None, help="Steps; default: ten times in a run."),
+    accumulate: int = _option(1, help="Cut each batch into so many parts, to save memory."),
+    tracker: str = _option("", help="tensorboard, wandb or mlflow."),
+    seed: int = _option(0, help="Of weights, order and augmentation."),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    workers: int = _option(0, help="Processes that read pictures."),
 ):
     "Train a network to name pictures (ImageNet), as a start for `segkern train --init`."
     import segkern
     from segkern.pretrain import IMAGENET_RECIPE, pretrain as run
+
     fields = parse_overrides(overrides)
-    if taken := sorted({"dataset", "init", "milestones"} & set(fields)): raise ValueError(f"--set: pretraining decides {taken} itself")
-    if n := fields.get("iterations"): fields["milestones"], epochs = (n//3, 2*n//3), None
+    if taken := sorted({"dataset", "init", "milestones"} & set(fields)):
+        raise ValueError(f"--set: pretraining decides {taken} itself")
+    if n := fields.get("iterations"):
+        fields["milestones"], epochs = (n // 3, 2 * n // 3), None
     net = segkern.create_model(model, seed=seed)
-    found = run(net, root, out, IMAGENET_RECIPE.replace(**fields), epochs, seed=seed, workers=workers, resume=resume, device=device,
-                eval_every=eval_every, save_every=save_every, accumulate=accumulate, tracker=tracker or None,
-                eval_args=dict(limit=eval_limit) if eval_limit else None)
-    score = "" if found.get("top1") is None else f", top-1 {100*found['top1']:.2f} % (best {100*found['best_top1']:.2f} %)"
-    typer.echo(f"{found['steps']} steps in {found['seconds']:.0f} s{score}: {out/'weights.safetensors'}")
+    found = run(
+        net,
+        root,
+        out,
+        IMAGENET_RECIPE.replace(**fields),
+        epochs,
+        seed=seed,
+        workers=workers,
+        resume=resume,
+        device=device,
+        eval_every=eval_every,
+        save_every=save_every,
+        accumulate=accumulate,
+        tracker=tracker or None,
+        eval_args=dict(limit=eval_limit) if eval_limit else None,
+    )
+    score = (
+        ""
+        if found.get("top1") is None
+        else f", top-1 {100 * found['top1']:.2f} % (best {100 * found['best_top1']:.2f} %)"
+    )
+    typer.echo(
+        f"{found['steps']} steps in {found['seconds']:.0f} s{score}: {out / 'weights.safetensors'}"
+    )
 
 # %% ../nbs/76_cli.ipynb #7fafab83
 @_command("segkern eval runs/first --dataset streets --split test --json result.json", name="eval")
 def evaluate(
-    target:str=_argument(..., help="Weights file, run folder, or the name of a model."),
-    dataset:str=_option(..., help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
-    root:str=_option("", help="Folder of the dataset; streets needs none."),
-    split:str=_option("val", help="Which part of the data."),
-    protocol:str=_option("", help="Default: as the model was shown pictures in training. whole, sliding, multiscale, "
-                         "exp_sum (the HRNet line's sum over scales), ade, ade32 (fitted into 2048x512; sides of multiples of 32), square512, square512_ms (the sparse SASFormer's)."),
-    miou:str=_option("present", help="Classes the mean runs over: present, all, or s2fpn (as its script does)."),
-    scales:str=_option("", help="Scales of multiscale, exp_sum and square512_ms, e.g. 0.5,0.75,1.0."),
-    flip:bool=_option(True, "--flip/--no-flip", help="Mirror images where there are scales."),
-    base_size:int=_option(0, help="What the scales of exp_sum refer to; 0: each picture's long side."),
-    window:str=_option("", help="Height x width of the sliding window."),
-    stride:str=_option("", help="Step of the sliding window."),
-    size:str=_option("", help="Of ade and ade32, long x short, default 2048x512; of square512 and square512_ms, height x width, default 512x512."),
-    restrict:bool=_option(False, "--restrict", help="Measure the first outputs of a model that has more than the dataset has classes."),
-    limit:int=_option(0, help="Only the first so many pictures; 0: all."),
-    model:str=_option("", help="Name of the model, where the file is an official checkpoint."),
-    num_classes:int=_option(0, help="Classes of an official checkpoint; default: the dataset's."),
-    data_options:list[str]=_option([], "-D", metavar="NAME=VALUE", help="Option of the dataset, e.g. order=sanet."),
-    batch:int=_option(1, help="Pictures at once, where their sizes agree."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
-    workers:int=_option(0, help="Processes that read pictures."),
-    json_file:Path=_option(None, "--json", help="Also write the result as JSON; '-' prints it instead of the table."),
+    target: str = _argument(..., help="Weights file, run folder, or the name of a model."),
+    dataset: str = _option(
+        ...,
+        help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder.",
+    ),
+    root: str = _option("", help="Folder of the dataset; streets needs none."),
+    split: str = _option("val", help="Which part of the data."),
+    protocol: str = _option(
+        "",
+        help="Default: as the model was shown pictures in training. whole, sliding, multiscale, "
+        "exp_sum (the HRNet line's sum over scales), ade, ade32 (fitted into 2048x512; sides "
+        "of multiples of 32), square512, square512_ms (the sparse SASFormer's).",
+    ),
+    miou: str = _option(
+        "present", help="Classes the mean runs over: present, all, or s2fpn (as its script does)."
+    ),
+    scales: str = _option(
+        "", help="Scales of multiscale, exp_sum and square512_ms, e.g. 0.5,0.75,1.0."
+    ),
+    flip: bool = _option(True, "--flip/--no-flip", help="Mirror images where there are scales."),
+    base_size: int = _option(
+        0, help="What the scales of exp_sum refer to; 0: each picture's long side."
+    ),
+    window: str = _option("", help="Height x width of the sliding window."),
+    stride: str = _option("", help="Step of the sliding window."),
+    size: str = _option(
+        "",
+        help="Of ade and ade32, long x short, default 2048x512; of square512 and square512_ms, "
+        "height x width, default 512x512.",
+    ),
+    restrict: bool = _option(
+        False,
+        "--restrict",
+        help="Measure the first outputs of a model that has more than the dataset has classes.",
+    ),
+    limit: int = _option(0, help="Only the first so many pictures; 0: all."),
+    model: str = _option("", help="Name of the model, where the file is an official checkpoint."),
+    num_classes: int = _option(
+        0, help="Classes of an official checkpoint; default: the dataset's."
+    ),
+    data_options: list[str] = _option(
+        [], "-D", metavar="NAME=VALUE", help="Option of the dataset, e.g. order=sanet."
+    ),
+    batch: int = _option(1, help="Pictures at once, where their sizes agree."),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    workers: int = _option(0, help="Processes that read pictures."),
+    json_file: Path = _option(
+        None, "--json", help="Also write the result as JSON; '-' prints it instead of the table."
+    ),
 ):
     "Score a model: IoU per class, mIoU, pixel accuracy."
     from segkern.core import write_json
     from segkern.infer import evaluate as score, picture_rule
     from segkern.metrics import iou_table
+
     data = _dataset(dataset, root, split, data_options)
-    net = load_model(target, model, "" if restrict and num_classes else dataset, num_classes, device)
+    net = load_model(
+        target, model, "" if restrict and num_classes else dataset, num_classes, device
+    )
     several = dict(scales=parse_field("scales", scales, tuple)) if scales else {}
-    rule = dict(protocol=protocol or "whole", size=None) if protocol or scales else picture_rule(net)
-    found = score(net, data, protocol=rule["protocol"], miou=miou, limit=limit or None, batch=batch, window=_size(window), stride=_size(stride),
-                  workers=workers, flip=flip, base_size=base_size, size=_size(size) or rule["size"], restrict=restrict, **several)
-    found = dict(model=getattr(net, "name", target), weights=target, dataset=dataset, split=split, **found)
-    if str(json_file) == "-": return typer.echo(json.dumps(found, indent=1))
-    if json_file: write_json(json_file, found)
-    percent = lambda v: "–" if v is None else f"{100*v:.2f} %"
+    rule = (
+        dict(protocol=protocol or "whole", size=None) if protocol or scales else picture_rule(net)
+    )
+    found = score(
+        net,
+        data,
+        protocol=rule["protocol"],
+        miou=miou,
+        limit=limit or None,
+        batch=batch,
+        window=_size(window),
+        stride=_size(stride),
+        workers=workers,
+        flip=flip,
+        base_size=base_size,
+        size=_size(size) or rule["size"],
+        restrict=restrict,
+        **several,
+    )
+    found = dict(
+        model=getattr(net, "name", target), weights=target, dataset=dataset, split=split, **found
+    )
+    if str(json_file) == "-":
+        return typer.echo(json.dumps(found, indent=1))
+    if json_file:
+        write_json(json_file, found)
+
+    def percent(v):
+        return "–" if v is None else f"{100 * v:.2f} %"
+
     typer.echo(str(iou_table(found, data.classes)))
-    typer.echo(f"\n{found['model']} on {dataset} {split}, {found['n_images']} pictures, protocol {rule['protocol']}, mean over classes '{miou}': "
-               f"mIoU {percent(found['miou'])}, pixel accuracy {percent(found['pixel_acc'])}, {found['seconds']:.1f} s")
+    typer.echo(
+        f"\n{found['model']} on {dataset} {split}, {found['n_images']} pictures, protocol "
+        f"{rule['protocol']}, mean over classes '{miou}': "
+        f"mIoU {percent(found['miou'])}, pixel accuracy {percent(found['pixel_acc'])}, {found['seconds']:.1f} s"
+    )
 
 # %% ../nbs/76_cli.ipynb #ed9f9728
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
+# %% ../nbs/76_cli.ipynb #a332725e
 def find_pictures(
-    inputs:list, # files and folders; a folder gives all its pictures, also from folders below, by name
-)->list: # paths without repetition
+    # files and folders; a folder gives all its pictures, also from folders below, by name
+    inputs: list,
+) -> list:  # paths without repetition
     "The pictures that a command line names."
     found = {}
     for item in map(Path, inputs):
-        if not item.exists(): raise FileNotFoundError(f"{item} does not exist")
-        below = (p for p in item.rglob("*") if p.suffix.lower() in _PICTURES and not p.name.startswith("."))
+        if not item.exists():
+            raise FileNotFoundError(f"{item} does not exist")
+        below = (
+            p
+            for p in item.rglob("*")
+            if p.suffix.lower() in _PICTURES and not p.name.startswith(".")
+        )
         files = [item] if item.is_file() else sorted(below)
-        if not files: raise ValueError(f"the folder {item} holds no pictures ({', '.join(_PICTURES)})")
-        for f in files: found.setdefault(f.resolve(), f)
+        if not files:
+            raise ValueError(f"the folder {item} holds no pictures ({', '.join(_PICTURES)})")
+        for f in files:
+            found.setdefault(f.resolve(), f)
     return list(found.values())
 
+# %% ../nbs/76_cli.ipynb #6fe7411a
 def output_names(
-    files:list, # paths
-)->list: # a name without ending for each, all different, upper and lower case alike
-    "Names for results that do not fall onto each other: the stem, then with folder, then with ending, then with more folders."
+    files: list,  # paths
+) -> list:  # a name without ending for each, all different, upper and lower case alike
+    """Names for results that do not fall onto each other: the stem, then with folder, then with
+    ending, then with more folders."""
     from collections import Counter
+
     folders = [[part for part in f.resolve().parent.parts if part != f.anchor] for f in files]
+
     def name(i, level):
-        depth, ending = (level + 1)//2, [files[i].suffix[1:]] if level and level % 2 == 0 else []
+        depth = (level + 1) // 2
+        ending = [files[i].suffix[1:]] if level and level % 2 == 0 else []
         return "_".join([*(folders[i][-depth:] if depth else []), files[i].stem, *ending])
-    levels = [0]*len(files)
+
+    levels = [0] * len(files)
     for _ in range(100):
         names = [name(i, level) for i, level in enumerate(levels)]
         count = Counter(n.lower() for n in names)
         clash = [i for i, n in enumerate(names) if count[n.lower()] > 1]
-        if not clash: return names
-        for i in clash: levels[i] += 1
+        if not clash:
+            return names
+        for i in clash:
+            levels[i] += 1
     return [f"{i:06d}_{f.stem}" for i, f in enumerate(files)]
 
 # %% ../nbs/76_cli.ipynb #726bf5c5
@@ -506,204 +884,383 @@ def _submission(name, net):
     from segkern.core import load_table
     from segkern.data.cityscapes import to_label_ids
     from segkern.infer import class_lookup
-    if name != "cityscapes": raise ValueError(f"--submission knows 'cityscapes', not '{name}'")
-    if not net.classes: raise ValueError("--submission cityscapes needs a model that knows its classes; this one has none")
-    order = class_lookup(net.classes, load_table("cityscapes")["classes"])
-    return torch.from_numpy(to_label_ids(torch.arange(256).where(torch.arange(256) < 19, 255) if order is None else order))
 
+    if name != "cityscapes":
+        raise ValueError(f"--submission knows 'cityscapes', not '{name}'")
+    if not net.classes:
+        raise ValueError(
+            "--submission cityscapes needs a model that knows its classes; this one has none"
+        )
+    order = class_lookup(net.classes, load_table("cityscapes")["classes"])
+    return torch.from_numpy(
+        to_label_ids(
+            torch.arange(256).where(torch.arange(256) < 19, 255) if order is None else order
+        )
+    )
+
+# %% ../nbs/76_cli.ipynb #3dbe8d46
 def _check_targets(files, targets):
     "Refuse to write a result over an input."
     inputs = {f.resolve() for f in files}
     for t in targets:
-        if t.resolve() in inputs: raise ValueError(f"{t} is an input and would be overwritten: choose another folder with --out")
+        if t.resolve() in inputs:
+            raise ValueError(
+                f"{t} is an input and would be overwritten: choose another folder with --out"
+            )
 
 # %% ../nbs/76_cli.ipynb #1c1c8863
 @_command("segkern predict runs/first street.jpg frames/ --out labels --overlay")
 def predict(
-    checkpoint:str=_argument(..., help="Weights file or run folder."),
-    inputs:list[str]=_argument(..., help="Pictures, and folders of pictures or video frames."),
-    out:Path=_option(Path("predictions"), help="Folder of the label PNGs; pixel values are class ids."),
-    overlay:bool=_option(False, "--overlay", help="Also write the pictures tinted by their labels, to OUT/overlays."),
-    submission:str=_option("", help="cityscapes: the ids and names that its test server wants."),
-    size:str=_option("", help="Height x width of the network's input; default: the picture's own."),
-    fast:bool=_option(False, "--optimize", help="Fold norms and pack weights first; pays off from about ten pictures on."),
-    model:str=_option("", help="Name of the model, where the file is an official checkpoint."),
-    dataset:str=_option("", help="Dataset of an official checkpoint."),
-    num_classes:int=_option(0, help="Classes of an official checkpoint; default: the dataset's."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    checkpoint: str = _argument(..., help="Weights file or run folder."),
+    inputs: list[str] = _argument(..., help="Pictures, and folders of pictures or video frames."),
+    out: Path = _option(
+        Path("predictions"), help="Folder of the label PNGs; pixel values are class ids."
+    ),
+    overlay: bool = _option(
+        False, "--overlay", help="Also write the pictures tinted by their labels, to OUT/overlays."
+    ),
+    submission: str = _option("", help="cityscapes: the ids and names that its test server wants."),
+    size: str = _option(
+        "", help="Height x width of the network's input; default: the picture's own."
+    ),
+    fast: bool = _option(
+        False,
+        "--optimize",
+        help="Fold norms and pack weights first; pays off from about ten pictures on.",
+    ),
+    model: str = _option("", help="Name of the model, where the file is an official checkpoint."),
+    dataset: str = _option("", help="Dataset of an official checkpoint."),
+    num_classes: int = _option(
+        0, help="Classes of an official checkpoint; default: the dataset's."
+    ),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "Label pictures. One that cannot be read is reported at the end; the others are done."
     files = find_pictures(inputs)
     from segkern.core import progress
     from segkern.infer import optimize, segment
+
     shape = _size(size)
     net = load_model(checkpoint, model, dataset, num_classes, device)
-    ids, names = _submission(submission, net) if submission else None, output_names(files)
-    _check_targets(files, [out/f"{n}.png" for n in names])
-    if fast: net = optimize(net)
+    ids = _submission(submission, net) if submission else None
+    names = output_names(files)
+    _check_targets(files, [out / f"{n}.png" for n in names])
+    if fast:
+        net = optimize(net)
     failed = []
     for file, name in zip(progress(files, "predicting", unit="image"), names):
-        try: labels = segment(net, file, shape).cpu()
+        try:
+            labels = segment(net, file, shape).cpu()
         except (ValueError, OSError, RuntimeError) as e:
             failed.append((file, " ".join(str(e).split())))
             continue
         _write_prediction(file, labels, out, name, net.palette, ids, overlay)
     typer.echo(f"{len(files) - len(failed)} of {len(files)} pictures labelled: {out}")
-    for file, why in failed: typer.echo(f"error: {file}: {why}", err=True)
-    if failed: raise typer.Exit(1)
+    for file, why in failed:
+        typer.echo(f"error: {file}: {why}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
+# %% ../nbs/76_cli.ipynb #d8615f36
 def _write_prediction(file, labels, out, name, palette, ids, overlay):
     "Write the labels of a picture, and its overlay."
     from segkern.viz import save_labels
-    save_labels(labels if ids is None else ids[labels.long()], out/f"{name}.png", palette if ids is None else None)
-    if not overlay: return
+
+    save_labels(
+        labels if ids is None else ids[labels.long()],
+        out / f"{name}.png",
+        palette if ids is None else None,
+    )
+    if not overlay:
+        return
     from PIL import Image
     from segkern.core import atomic_path
     from segkern.viz import overlay as tint
-    with Image.open(file) as f: picture = Image.fromarray(tint(f.convert("RGB"), labels, palette))
-    with atomic_path(out/"overlays"/f"{name}.jpg") as tmp: picture.save(tmp, "JPEG", quality=92)
+
+    with Image.open(file) as f:
+        picture = Image.fromarray(tint(f.convert("RGB"), labels, palette))
+    with atomic_path(out / "overlays" / f"{name}.jpg") as tmp:
+        picture.save(tmp, "JPEG", quality=92)
 
 # %% ../nbs/76_cli.ipynb #a728fa91
-@_command("segkern convert best.pth --model s2fpn_r18 --dataset camvid --out s2fpn_r18_camvid.safetensors")
+@_command(
+    "segkern convert best.pth --model s2fpn_r18 --dataset camvid --out s2fpn_r18_camvid.safetensors"
+)
 def convert(
-    checkpoint:Path=_argument(..., help="Official checkpoint: .pth, .pt, .ckpt, .safetensors."),
-    model:str=_option(..., help="Name of its model, see `segkern models`."),
-    dataset:str=_option("", help="Dataset it was trained on: class names, palette, input rule."),
-    num_classes:int=_option(0, help="Number of classes, where the dataset has no table here."),
-    out:Path=_option(..., help="Destination, .safetensors."),
+    checkpoint: Path = _argument(..., help="Official checkpoint: .pth, .pt, .ckpt, .safetensors."),
+    model: str = _option(..., help="Name of its model, see `segkern models`."),
+    dataset: str = _option("", help="Dataset it was trained on: class names, palette, input rule."),
+    num_classes: int = _option(0, help="Number of classes, where the dataset has no table here."),
+    out: Path = _option(..., help="Destination, .safetensors."),
 ):
     "Turn an official checkpoint into a file of ours."
     import segkern
     from segkern.models import save
-    if out.suffix != ".safetensors": raise ValueError(f"--out must end in .safetensors, not '{out.name}'")
-    net = segkern.create_model(model, num_classes=_classes_of(dataset, num_classes), dataset=dataset or None)
+
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must end in .safetensors, not '{out.name}'")
+    net = segkern.create_model(
+        model, num_classes=_classes_of(dataset, num_classes), dataset=dataset or None
+    )
     report = segkern.load_official(net, checkpoint)
     save(net, out, source=checkpoint.name)
     typer.echo(str(report))
-    typer.echo(f"wrote {out} ({out.stat().st_size/2**20:.1f} MB)")
+    typer.echo(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MB)")
 
 # %% ../nbs/76_cli.ipynb #333cb036
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed.", context_settings=_SETTINGS)
+bench = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure speed.", context_settings=_SETTINGS
+)
 app.add_typer(bench, name="bench")
 
-@_command("segkern bench models s2fpn_r18 --size 512x1024 --out speed.csv", group=bench, name="models")
+# %% ../nbs/76_cli.ipynb #321786b9
+@_command(
+    "segkern bench models s2fpn_r18 --size 512x1024 --out speed.csv", group=bench, name="models"
+)
 def bench_models(
-    patterns:list[str]=_argument(None, help="Names of models, with * and ?; default: s2fpn_r18 and s2fpn_v1_r18."),
-    sizes:list[str]=_option(["512x1024"], "--size", help="Height x width; may be repeated."),
-    out:Path=_option(None, help="CSV file; in a checkout the default is data/bench/models.csv."),
-    paper:bool=_option(False, "--paper", help="Also by the S2-FPN paper's protocol: 50 + 100 passes, autograd and all heads on."),
-    repeats:int=_option(0, help="Timed calls; default: one second's worth, at least five."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    patterns: list[str] = _argument(
+        None, help="Names of models, with * and ?; default: s2fpn_r18 and s2fpn_v1_r18."
+    ),
+    sizes: list[str] = _option(["512x1024"], "--size", help="Height x width; may be repeated."),
+    out: Path = _option(None, help="CSV file; in a checkout the default is data/bench/models.csv."),
+    paper: bool = _option(
+        False,
+        "--paper",
+        help="Also by the S2-FPN paper's protocol: 50 + 100 passes, autograd and all heads on.",
+    ),
+    repeats: int = _option(0, help="Timed calls; default: one second's worth, at least five."),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "Cost and latency of models, before and after `optimize`."
     import segkern
     from segkern import bench as b
+
     names = [n for p in patterns or ["s2fpn_r18", "s2fpn_v1_r18"] for n in segkern.list_models(p)]
-    if not names: raise ValueError(f"no model matches {patterns}; `segkern models` lists them all")
-    if out is None and Path("settings.ini").exists() and Path("data").is_dir(): out = Path("data/bench/models.csv")
-    rows = b.bench_models(list(dict.fromkeys(names)), [_size(s) for s in sizes], out, device=device, paper=paper, repeats=repeats or None)
-    _show([{"model": r["model"], "form": r["form"], "size": f"{r['height']}x{r['width']}", "GMACs": r["gmacs"], "ms, 20 %": r.get("ms_20"),
-            "ms, median": r["ms_50"], "ms, 80 %": r.get("ms_80"), "pictures/s": r["fps"]} for r in rows])
+    if not names:
+        raise ValueError(f"no model matches {patterns}; `segkern models` lists them all")
+    if out is None and Path("settings.ini").exists() and Path("data").is_dir():
+        out = Path("data/bench/models.csv")
+    rows = b.bench_models(
+        list(dict.fromkeys(names)),
+        [_size(s) for s in sizes],
+        out,
+        device=device,
+        paper=paper,
+        repeats=repeats or None,
+    )
+    _show(
+        [
+            {
+                "model": r["model"],
+                "form": r["form"],
+                "size": f"{r['height']}x{r['width']}",
+                "GMACs": r["gmacs"],
+                "ms, 20 %": r.get("ms_20"),
+                "ms, median": r["ms_50"],
+                "ms, 80 %": r.get("ms_80"),
+                "pictures/s": r["fps"],
+            }
+            for r in rows
+        ]
+    )
     one = rows[0]
-    typer.echo(f"\nbatch 1, {one['dtype']}, {one['device']}, {one['threads']} threads; from the normalised picture to labels")
-    if out: typer.echo(f"rows with all facts: {out}")
+    typer.echo(
+        f"\nbatch 1, {one['dtype']}, {one['device']}, {one['threads']} threads; from the normalised picture to labels"
+    )
+    if out:
+        typer.echo(f"rows with all facts: {out}")
 
 # %% ../nbs/76_cli.ipynb #6e241a58
 @_command("segkern bench ops --out data/bench", group=bench, name="ops")
 def bench_ops(
-    names:list[str]=_option(None, "--op", help="Only this op; may be repeated."),
-    out:Path=_option(None, help="Folder for ops_<gpu>.csv and dispatch.json; in a checkout the default is data/bench."),
-    dtypes:list[str]=_option(["bf16"], "--dtype", help="bf16, fp16 or fp32; may be repeated."),
-    tiny:bool=_option(False, "--tiny", help="Small shapes, to see that everything works; runs on a CPU too and writes only where --out says."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1."),
-    case:str=_option("", "--case", help="Only cases whose label holds this text, e.g. 'B16'."),
-    contenders:list[str]=_option(None, "--contender", help="Only this contender, e.g. kernel or compile; may be repeated."),
-    budget:float=_option(float("inf"), help="Seconds, shared by the ops; what is not reached is left out."),
+    names: list[str] = _option(None, "--op", help="Only this op; may be repeated."),
+    out: Path = _option(
+        None,
+        help="Folder for ops_<gpu>.csv and dispatch.json; in a checkout the default is data/bench.",
+    ),
+    dtypes: list[str] = _option(["bf16"], "--dtype", help="bf16, fp16 or fp32; may be repeated."),
+    tiny: bool = _option(
+        False,
+        "--tiny",
+        help="Small shapes, to see that everything works; runs on a CPU too and writes only where --out says.",
+    ),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1."),
+    case: str = _option("", "--case", help="Only cases whose label holds this text, e.g. 'B16'."),
+    contenders: list[str] = _option(
+        None, "--contender", help="Only this contender, e.g. kernel or compile; may be repeated."
+    ),
+    budget: float = _option(
+        float("inf"), help="Seconds, shared by the ops; what is not reached is left out."
+    ),
 ):
     "Every kernel against eager, compiled and library peers, at the shapes of the papers."
     from segkern.bench_ops import bench_ops as run
     from segkern.testing.kernels import DTYPES
-    if unknown := sorted(set(dtypes) - set(DTYPES)): raise ValueError(f"unknown type '{unknown[0]}'; known: {', '.join(DTYPES)}")
-    if out is None and not tiny and Path("settings.ini").exists() and Path("data").is_dir(): out = Path("data/bench")
-    kinds, repeats = tuple(DTYPES[d] for d in dtypes), 1 if tiny else None
+
+    if unknown := sorted(set(dtypes) - set(DTYPES)):
+        raise ValueError(f"unknown type '{unknown[0]}'; known: {', '.join(DTYPES)}")
+    if out is None and not tiny and Path("settings.ini").exists() and Path("data").is_dir():
+        out = Path("data/bench")
+    kinds = tuple(DTYPES[d] for d in dtypes)
+    repeats = 1 if tiny else None
     rows = run(out, names, kinds, tiny, device, repeats, case, tuple(contenders or ()), budget)
-    _show([{"op": r["op"], "case": r["case"], "direction": r["direction"], "dtype": r["dtype"], "contender": r["provider"], "ms": r.get("ms_50"), "over the kernel": r.get("ratio"),
-            "% of copy": r.get("copy_percent"), "status": r["status"]} for r in rows])
+    _show(
+        [
+            {
+                "op": r["op"],
+                "case": r["case"],
+                "direction": r["direction"],
+                "dtype": r["dtype"],
+                "contender": r["provider"],
+                "ms": r.get("ms_50"),
+                "over the kernel": r.get("ratio"),
+                "% of copy": r.get("copy_percent"),
+                "status": r["status"],
+            }
+            for r in rows
+        ]
+    )
 
 # %% ../nbs/76_cli.ipynb #6c830fed
 @_command("segkern reproduce s2fpn --scale smoke --jobs 2 --out papers/runs", name="reproduce")
 def reproduce_(
-    papers:list[str]=_argument(None, help="Names of notebooks in papers/; default: all."),
-    scale:str=_option("smoke", help="smoke: seconds on generated data; quick: minutes on one GPU; full: the published recipe."),
-    jobs:int=_option(2, help="Papers that run at the same time; they share the cores."),
-    out:Path=_option(Path("papers/runs"), help="Destination of the runs, report.html and report.json."),
-    resume:bool=_option(False, "--resume", help="Keep what is finished, go on with the rest."),
-    overrides:list[str]=_option([], "--set", metavar="PARAMETER=VALUE", help="Parameter of the notebooks, e.g. dataset_root=/data/camvid."),
-    papers_dir:Path=_option(None, help="Folder of the notebooks; default: papers/ of the checkout."),
-    seed:int=_option(0, help="Seed of every paper."),
+    papers: list[str] = _argument(None, help="Names of notebooks in papers/; default: all."),
+    scale: str = _option(
+        "smoke",
+        help="smoke: seconds on generated data; quick: minutes on one GPU; full: the published recipe.",
+    ),
+    jobs: int = _option(2, help="Papers that run at the same time; they share the cores."),
+    out: Path = _option(
+        Path("papers/runs"), help="Destination of the runs, report.html and report.json."
+    ),
+    resume: bool = _option(False, "--resume", help="Keep what is finished, go on with the rest."),
+    overrides: list[str] = _option(
+        [],
+        "--set",
+        metavar="PARAMETER=VALUE",
+        help="Parameter of the notebooks, e.g. dataset_root=/data/camvid.",
+    ),
+    papers_dir: Path = _option(
+        None, help="Folder of the notebooks; default: papers/ of the checkout."
+    ),
+    seed: int = _option(0, help="Seed of every paper."),
 ):
     "Run the papers and report claimed beside measured."
     from segkern.reproduce import reproduce
-    report = reproduce(papers or None, scale=scale, jobs=jobs, out=out, resume=resume, papers_dir=papers_dir, seed=seed, **parse_options(overrides))
+
+    report = reproduce(
+        papers or None,
+        scale=scale,
+        jobs=jobs,
+        out=out,
+        resume=resume,
+        papers_dir=papers_dir,
+        seed=seed,
+        **parse_options(overrides),
+    )
     for name, p in report["papers"].items():
-        if not p["now"]: continue
+        if not p["now"]:
+            continue
         last = [line for line in p["error"].splitlines() if line.strip()][-2:]
-        typer.echo(f"{name}: {p['state']} in {p['seconds']:.0f} s" + "".join(f"\n  {line}" for line in last))
-    typer.echo(f"{report['passed']} passed, {report['failed']} failed in {report['seconds']:.0f} s: {report['report']}")
-    if report["failed"]: raise typer.Exit(1)
+        typer.echo(
+            f"{name}: {p['state']} in {p['seconds']:.0f} s"
+            + "".join(f"\n  {line}" for line in last)
+        )
+    typer.echo(
+        f"{report['passed']} passed, {report['failed']} failed in {report['seconds']:.0f} s: {report['report']}"
+    )
+    if report["failed"]:
+        raise typer.Exit(1)
 
 # %% ../nbs/76_cli.ipynb #aa886f08
 app.add_typer(explain, name="explain")
 
 # %% ../nbs/76_cli.ipynb #ceaf8338
-data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check and make datasets.", context_settings=_SETTINGS)
+data = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Check and make datasets.",
+    context_settings=_SETTINGS,
+)
 app.add_typer(data, name="data")
 
+# %% ../nbs/76_cli.ipynb #193533b2
 @_command("segkern data check camvid /data/camvid", group=data, name="check")
 def data_check(
-    name:str=_argument(..., help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder."),
-    root:str=_argument("", help="Folder of the dataset."),
-    split:str=_option("", help="One split only."),
-    limit:int=_option(0, help="Look at so many pictures per split only, evenly spread; 0: all."),
-    data_options:list[str]=_option([], "-D", metavar="NAME=VALUE", help="Option of the dataset, e.g. order=sanet."),
+    name: str = _argument(
+        ...,
+        help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder.",
+    ),
+    root: str = _argument("", help="Folder of the dataset."),
+    split: str = _option("", help="One split only."),
+    limit: int = _option(0, help="Look at so many pictures per split only, evenly spread; 0: all."),
+    data_options: list[str] = _option(
+        [], "-D", metavar="NAME=VALUE", help="Option of the dataset, e.g. order=sanet."
+    ),
 ):
     "Look for missing, broken and wrong files; exit code 1 if any."
     from segkern.data import check
-    report = check(name, root or None, split=split or None, limit=limit or None, **parse_options(data_options))
-    typer.echo(str(report))
-    if report.problems: raise typer.Exit(1)
 
+    report = check(
+        name, root or None, split=split or None, limit=limit or None, **parse_options(data_options)
+    )
+    typer.echo(str(report))
+    if report.problems:
+        raise typer.Exit(1)
+
+# %% ../nbs/76_cli.ipynb #c94c67ef
 @_command("segkern data make cityscapes /data/cityscapes", group=data, name="make")
 def data_make(
-    name:str=_argument(..., help="cityscapes, streets, scribbles or points."),
-    root:str=_argument(..., help="The dataset's folder, the folder to write to, or a folder of masks."),
-    out:str=_argument("", help="scribbles, points: folder to write to, e.g. ROOT/scribbles beside ROOT/images."),
-    data_options:list[str]=_option([], "-D", metavar="NAME=VALUE", help="Option, e.g. n=100, size=192x256 or width=3."),
+    name: str = _argument(..., help="cityscapes, streets, scribbles or points."),
+    root: str = _argument(
+        ..., help="The dataset's folder, the folder to write to, or a folder of masks."
+    ),
+    out: str = _argument(
+        "", help="scribbles, points: folder to write to, e.g. ROOT/scribbles beside ROOT/images."
+    ),
+    data_options: list[str] = _option(
+        [], "-D", metavar="NAME=VALUE", help="Option, e.g. n=100, size=192x256 or width=3."
+    ),
 ):
     "Write Cityscapes' trainId masks, a folder of streets, or scribbles or points from masks."
     import inspect
     from segkern.data import make
+
     options = parse_options(data_options)
     known = set(inspect.signature(make).parameters) - {"name", "root", "out"}
-    if unknown := sorted(set(options) - known): raise ValueError(f"-D: there are no options {unknown}; there are {sorted(known)}")
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"-D: there are no options {unknown}; there are {sorted(known)}")
     typer.echo(f"{make(name, root, out or None, **options)} files written to {out or root}")
 
 # %% ../nbs/76_cli.ipynb #67705357
 @_command("segkern lab --port 8890")
 def lab(
-    port:int=_option(8888, help="Port of the server."),
-    browser:bool=_option(True, help="Open a browser."),
+    port: int = _option(8888, help="Port of the server."),
+    browser: bool = _option(True, help="Open a browser."),
 ):
     "Open JupyterLab on the notebooks of the library."
     import subprocess
     from importlib.util import find_spec
-    folder = Path(find_spec("segkern").origin).resolve().parent.parent/"nbs"
+
+    folder = Path(find_spec("segkern").origin).resolve().parent.parent / "nbs"
     if not any(folder.glob("*.ipynb")):
-        raise FileNotFoundError(f"no notebooks in {folder}: an installed wheel does not carry them; use a checkout of the repository")
-    if find_spec("jupyterlab") is None: raise RuntimeError("JupyterLab is not installed: pip install 'segkern[papers]'")
-    command = [sys.executable, "-m", "jupyterlab", f"--port={port}", *([] if browser else ["--no-browser"]), str(folder)]
+        raise FileNotFoundError(
+            f"no notebooks in {folder}: an installed wheel does not carry them; use a checkout of the repository"
+        )
+    if find_spec("jupyterlab") is None:
+        raise RuntimeError("JupyterLab is not installed: pip install 'segkern[papers]'")
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--port={port}",
+        *([] if browser else ["--no-browser"]),
+        str(folder),
+    ]
     code = subprocess.run(command).returncode
-    if code: raise typer.Exit(code)
+    if code:
+        raise typer.Exit(code)
 
 # %% ../nbs/76_cli.ipynb #00735bbd
-if __name__ == "__main__" and __spec__ is not None: sys.exit(main())
+if __name__ == "__main__" and __spec__ is not None:
+    sys.exit(main())

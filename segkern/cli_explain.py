@@ -14,22 +14,34 @@ import typer
 
 # %% ../nbs/75a_cli_explain.ipynb #1a399cf7
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=_SETTINGS,
-                  help="Look into a network: heat maps, boundaries, receptive fields, calculators.")
-_option, _argument = typer.Option, typer.Argument
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=_SETTINGS,
+    help="Look into a network: heat maps, boundaries, receptive fields, calculators.",
+)
+_option = typer.Option
+_argument = typer.Argument
+
 
 def _command(example, **kwargs):
     "A command whose help ends with an example."
     return app.command(epilog=f"Example: {example}", context_settings=_SETTINGS, **kwargs)
 
+# %% ../nbs/75a_cli_explain.ipynb #e53bc6dc
 def _model(target, model="", dataset="", num_classes=0, device="auto"):
     "A model as the command line names it."
     from segkern.cli import load_model
+
     return load_model(target, model, dataset, num_classes, device)
+
 
 def _size(text):
     "A size as typed, or None."
     from segkern.reproduce import parse_size
+
     return parse_size(text) if text else None
 
 # %% ../nbs/75a_cli_explain.ipynb #9e7fe296
@@ -37,151 +49,245 @@ def _write(picture, out):
     "Write an array as PNG, or as JPEG where the name says so; say so."
     from PIL import Image
     from segkern.core import atomic_path
-    out, kind = Path(out), {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(Path(out).suffix.lower())
-    if kind is None: raise ValueError(f"--out {out}: pictures are written as .png or .jpg")
-    with atomic_path(out) as tmp: Image.fromarray(picture).save(tmp, kind, **({"quality": 95} if kind == "JPEG" else {}))
+
+    out, kind = (
+        Path(out),
+        {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(Path(out).suffix.lower()),
+    )
+    if kind is None:
+        raise ValueError(f"--out {out}: pictures are written as .png or .jpg")
+    with atomic_path(out) as tmp:
+        Image.fromarray(picture).save(tmp, kind, **({"quality": 95} if kind == "JPEG" else {}))
     typer.echo(f"{picture.shape[1]}x{picture.shape[0]} picture: {out}")
 
+# %% ../nbs/75a_cli_explain.ipynb #01762d18
 def _write_figure(fig, out):
     "Write a figure as PNG; say so."
     from segkern.viz import save_png
-    if Path(out).suffix.lower() != ".png": raise ValueError(f"--out {out}: figures are written as .png")
+
+    if Path(out).suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: figures are written as .png")
     typer.echo(f"figure: {save_png(fig, out, 400)}")
+
 
 def _existing(file):
     "A picture's path, checked."
-    if not Path(file).is_file(): raise FileNotFoundError(f"{file} does not exist")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} does not exist")
     return Path(file)
 
 # %% ../nbs/75a_cli_explain.ipynb #e407cd44
 def parse_layers(
-    text:str, # e.g. "3,2 3,2 3,1,2"
-)->list: # of tuples
+    text: str,  # e.g. "3,2 3,2 3,1,2"
+) -> list:  # of tuples
     "Layers as typed: kernel,stride[,dilation], separated by blanks."
     layers = []
     for item in text.replace(";", " ").split():
-        try: layer = tuple(int(v) for v in item.split(","))
-        except ValueError: layer = ()
-        if len(layer) not in (2, 3): raise ValueError(f"--layers: '{item}' is not kernel,stride or kernel,stride,dilation, e.g. \"3,2 3,2 3,1,2\"")
+        try:
+            layer = tuple(int(v) for v in item.split(","))
+        except ValueError:
+            layer = ()
+        if len(layer) not in (2, 3):
+            raise ValueError(
+                f"--layers: '{item}' is not kernel,stride or kernel,stride,dilation, e.g. \"3,2 3,2 3,1,2\""
+            )
         layers.append(layer)
-    if not layers: raise ValueError("--layers is empty; e.g. \"3,2 3,2 3,1\"")
+    if not layers:
+        raise ValueError('--layers is empty; e.g. "3,2 3,2 3,1"')
     return layers
 
 # %% ../nbs/75a_cli_explain.ipynb #0f105559
 _CHECKPOINT = "Weights file, run folder, or the name of a model."
-_MODEL_HELP, _DATASET_HELP = "Name of the model, where the file is an official checkpoint.", "Dataset of an official checkpoint, or of a named model."
+_MODEL_HELP = "Name of the model, where the file is an official checkpoint."
+_DATASET_HELP = "Dataset of an official checkpoint, or of a named model."
 _SIZE_HELP = "Height x width of the network's input; default: the picture's own."
 
+# %% ../nbs/75a_cli_explain.ipynb #e4262997
 @_command("segkern explain heat runs/first street.png --class road --layer decoder --out heat.png")
 def heat(
-    checkpoint:str=_argument(..., help=_CHECKPOINT),
-    picture:str=_argument(..., help="Picture."),
-    cls:list[str]=_option(..., "--class", help="Name or id of a class; may be repeated."),
-    layer:list[str]=_option([], help="Part of the network, e.g. decoder, layer4.1, classifier, head:in; repeated: the mean of several. Default: the last part before the classifier's own."),
-    method:str=_option("gradcam", help="gradcam, hirescam, layercam, scorecam, …; a wrong name lists them."),
-    everywhere:bool=_option(False, "--everywhere", help="Ask all pixels, not only those on which the class is predicted."),
-    out:str=_option("heat.png", help="Destination; with several classes their names are added."),
-    size:str=_option("", help=_SIZE_HELP),
-    batch:int=_option(8, help="Pictures at once, for methods that run the network once per channel."),
-    model:str=_option("", help=_MODEL_HELP),
-    dataset:str=_option("", help=_DATASET_HELP),
-    num_classes:int=_option(0, help="Classes of an official checkpoint; default: the dataset's."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    checkpoint: str = _argument(..., help=_CHECKPOINT),
+    picture: str = _argument(..., help="Picture."),
+    cls: list[str] = _option(..., "--class", help="Name or id of a class; may be repeated."),
+    layer: list[str] = _option(
+        [],
+        help="Part of the network, e.g. decoder, layer4.1, classifier, head:in; repeated: the "
+        "mean of several. Default: the last part before the classifier's own.",
+    ),
+    method: str = _option(
+        "gradcam", help="gradcam, hirescam, layercam, scorecam, …; a wrong name lists them."
+    ),
+    everywhere: bool = _option(
+        False,
+        "--everywhere",
+        help="Ask all pixels, not only those on which the class is predicted.",
+    ),
+    out: str = _option("heat.png", help="Destination; with several classes their names are added."),
+    size: str = _option("", help=_SIZE_HELP),
+    batch: int = _option(
+        8, help="Pictures at once, for methods that run the network once per channel."
+    ),
+    model: str = _option("", help=_MODEL_HELP),
+    dataset: str = _option("", help=_DATASET_HELP),
+    num_classes: int = _option(
+        0, help="Classes of an official checkpoint; default: the dataset's."
+    ),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "Where in a picture a class comes from."
     from segkern.explain.heat import class_id, class_name, find_method, heat
+
     _existing(picture), find_method(method)
     net = _model(checkpoint, model, dataset, num_classes, device)
     ids = [class_id(net, c) for c in cls]
     for i in ids:
-        h = heat(net, picture, i, (layer if len(layer) > 1 else layer[0]) if layer else None, method, "everywhere" if everywhere else "predicted", _size(size), batch)
-        to = Path(out).with_stem(f"{Path(out).stem}-{class_name(net, i).replace(' ', '-')}") if len(ids) > 1 else out
-        typer.echo(f"{h.name}: {h.method} at {h.layer}, predicted on {100*h.fraction:.3g} % of the pixels")
+        h = heat(
+            net,
+            picture,
+            i,
+            (layer if len(layer) > 1 else layer[0]) if layer else None,
+            method,
+            "everywhere" if everywhere else "predicted",
+            _size(size),
+            batch,
+        )
+        to = (
+            Path(out).with_stem(f"{Path(out).stem}-{class_name(net, i).replace(' ', '-')}")
+            if len(ids) > 1
+            else out
+        )
+        typer.echo(
+            f"{h.name}: {h.method} at {h.layer}, predicted on {100 * h.fraction:.3g} % of the pixels"
+        )
         _write(h.overlay, to)
 
 # %% ../nbs/75a_cli_explain.ipynb #bf134dc7
 @_command("segkern explain labels runs/first street.png --head aux --out labels.png")
 def labels(
-    checkpoint:str=_argument(..., help=_CHECKPOINT),
-    picture:str=_argument(..., help="Picture."),
-    head:str=_option("main", help="main, or an auxiliary head: aux (SANet), sup1 … sup4 (S2-FPN)."),
-    overlay:bool=_option(False, "--overlay", help="Over the picture."),
-    out:str=_option("labels.png", help="Destination."),
-    size:str=_option("", help=_SIZE_HELP),
-    model:str=_option("", help=_MODEL_HELP),
-    dataset:str=_option("", help=_DATASET_HELP),
-    num_classes:int=_option(0, help="Classes of an official checkpoint; default: the dataset's."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    checkpoint: str = _argument(..., help=_CHECKPOINT),
+    picture: str = _argument(..., help="Picture."),
+    head: str = _option(
+        "main", help="main, or an auxiliary head: aux (SANet), sup1 … sup4 (S2-FPN)."
+    ),
+    overlay: bool = _option(False, "--overlay", help="Over the picture."),
+    out: str = _option("labels.png", help="Destination."),
+    size: str = _option("", help=_SIZE_HELP),
+    model: str = _option("", help=_MODEL_HELP),
+    dataset: str = _option("", help=_DATASET_HELP),
+    num_classes: int = _option(
+        0, help="Classes of an official checkpoint; default: the dataset's."
+    ),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "Labels of a head in the dataset's colours."
     from segkern.explain.pictures import segmentation_picture
+
     _existing(picture)
     net = _model(checkpoint, model, dataset, num_classes, device)
     _write(segmentation_picture(net, picture, head, overlay, _size(size)), out)
 
+# %% ../nbs/75a_cli_explain.ipynb #9a9da825
 @_command("segkern explain boundary runs/first street.png --out boundary.png")
 def boundary(
-    checkpoint:str=_argument(..., help=_CHECKPOINT),
-    picture:str=_argument(..., help="Picture."),
-    out:str=_option("boundary.png", help="Destination."),
-    size:str=_option("", help=_SIZE_HELP),
-    model:str=_option("", help=_MODEL_HELP),
-    dataset:str=_option("", help=_DATASET_HELP),
-    num_classes:int=_option(0, help="Classes of an official checkpoint; default: the dataset's."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    checkpoint: str = _argument(..., help=_CHECKPOINT),
+    picture: str = _argument(..., help="Picture."),
+    out: str = _option("boundary.png", help="Destination."),
+    size: str = _option("", help=_SIZE_HELP),
+    model: str = _option("", help=_MODEL_HELP),
+    dataset: str = _option("", help=_DATASET_HELP),
+    num_classes: int = _option(
+        0, help="Classes of an official checkpoint; default: the dataset's."
+    ),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "The boundary head's output; without such a head, the edges of the predicted labels."
     from segkern.explain.pictures import boundary_picture
+
     _existing(picture)
     net = _model(checkpoint, model, dataset, num_classes, device)
     _write(boundary_picture(net, picture, _size(size)), out)
 
 # %% ../nbs/75a_cli_explain.ipynb #875f469c
-@_command("segkern explain class-boundary street_gtFine_labelIds.png --dataset cityscapes --ids label --out edges.png", name="class-boundary")
+@_command(
+    "segkern explain class-boundary street_gtFine_labelIds.png --dataset cityscapes --ids label --out edges.png",
+    name="class-boundary",
+)
 def class_boundary(
-    mask:str=_argument(..., help="Mask."),
-    dataset:str=_option("cityscapes", help="Whose classes and colours: cityscapes, camvid, gtav, …"),
-    ids:str=_option("train", help="What the mask holds: train (ids of classes, 255 void), label (Cityscapes' raw ids), colour (the dataset's colours)."),
-    out:str=_option("class-boundary.png", help="Destination."),
+    mask: str = _argument(..., help="Mask."),
+    dataset: str = _option(
+        "cityscapes", help="Whose classes and colours: cityscapes, camvid, gtav, …"
+    ),
+    ids: str = _option(
+        "train",
+        help="What the mask holds: train (ids of classes, 255 void), label (Cityscapes' raw ids), "
+        "colour (the dataset's colours).",
+    ),
+    out: str = _option("class-boundary.png", help="Destination."),
 ):
     "The boundary of every class of a mask, in its colour on black."
     from segkern.core import load_table
     from segkern.explain.pictures import class_boundary_picture
-    try: table = load_table(dataset)
-    except FileNotFoundError: raise ValueError(f"there is no class table for dataset '{dataset}'; there are cityscapes, camvid, gtav") from None
-    _write(class_boundary_picture(read_mask(mask, ids, table), len(table["classes"]), table["palette"]), out)
+
+    try:
+        table = load_table(dataset)
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no class table for dataset '{dataset}'; there are cityscapes, camvid, gtav"
+        ) from None
+    _write(
+        class_boundary_picture(
+            read_mask(mask, ids, table), len(table["classes"]), table["palette"]
+        ),
+        out,
+    )
 
 # %% ../nbs/75a_cli_explain.ipynb #7ca70005
 def read_mask(
-    file, # PNG
-    ids:str, # "train" | "label" | "colour"
-    table:dict, # of the dataset: classes and palette
-): # uint8 tensor [h, w] of class ids, 255 void
+    file,  # PNG
+    ids: str,  # "train" | "label" | "colour"
+    table: dict,  # of the dataset: classes and palette
+):  # uint8 tensor [h, w] of class ids, 255 void
     "A mask as class ids."
     import numpy as np
     import torch
     from PIL import Image
-    if ids not in ("train", "label", "colour"): raise ValueError(f"ids must be train, label or colour, got '{ids}'")
-    file, k = _existing(file), len(table["classes"])
+
+    if ids not in ("train", "label", "colour"):
+        raise ValueError(f"ids must be train, label or colour, got '{ids}'")
+    file = _existing(file)
+    k = len(table["classes"])
     try:
-        with Image.open(file) as f: a = np.array(f.convert("RGB") if ids == "colour" else f)
-    except Exception as e: raise ValueError(f"{file} cannot be read as a picture: {e}") from e
-    if ids == "colour": return torch.from_numpy(_by_colour(a, table["palette"]))
-    if a.ndim != 2 or a.dtype.kind not in "iub": raise ValueError(f"{file} holds colours ({a.shape}) and no ids: --ids colour")
+        with Image.open(file) as f:
+            a = np.array(f.convert("RGB") if ids == "colour" else f)
+    except Exception as e:
+        raise ValueError(f"{file} cannot be read as a picture: {e}") from e
+    if ids == "colour":
+        return torch.from_numpy(_by_colour(a, table["palette"]))
+    if a.ndim != 2 or a.dtype.kind not in "iub":
+        raise ValueError(f"{file} holds colours ({a.shape}) and no ids: --ids colour")
     if ids == "label":
         from segkern.data.cityscapes import id_table
+
         lookup = np.full(65536, 255, np.uint8)
         for i, t in id_table().items():
-            if int(i) >= 0: lookup[int(i)] = t
+            if int(i) >= 0:
+                lookup[int(i)] = t
         return torch.from_numpy(lookup[a])
-    if "void_id" in table: a = np.where(a == table["void_id"], 255, a)
-    if wrong := sorted(set(np.unique(a).tolist()) - {*range(k), 255}): raise ValueError(f"{file} holds the ids {wrong[:5]}; expected 0..{k - 1} and 255. Cityscapes' raw ids: --ids label")
+    if "void_id" in table:
+        a = np.where(a == table["void_id"], 255, a)
+    if wrong := sorted(set(np.unique(a).tolist()) - {*range(k), 255}):
+        raise ValueError(
+            f"{file} holds the ids {wrong[:5]}; expected 0..{k - 1} and 255. Cityscapes' raw ids: --ids label"
+        )
     return torch.from_numpy(a.astype(np.uint8))
 
+# %% ../nbs/75a_cli_explain.ipynb #095ac4f6
 def _by_colour(a, palette):
     "Ids of colours [h, w, 3]; unknown ones are void."
     import numpy as np
-    code = lambda c: (c[..., 0].astype(np.int64) << 16) | (c[..., 1].astype(np.int64) << 8) | c[..., 2]
+
+    def code(c):
+        return (c[..., 0].astype(np.int64) << 16) | (c[..., 1].astype(np.int64) << 8) | c[..., 2]
+
     colours = code(np.asarray(palette))
     order = np.argsort(colours)
     at = order[np.searchsorted(colours[order], code(a)).clip(max=len(order) - 1)]
@@ -192,145 +298,229 @@ def _picture_like(file, size):
     "A picture as uint8 array; at a size where one is given."
     import numpy as np
     from PIL import Image
+
     try:
-        with Image.open(_existing(file)) as f: im = f.convert("RGB")
-    except OSError as e: raise ValueError(f"{file} cannot be read as a picture: {e}") from e
+        with Image.open(_existing(file)) as f:
+            im = f.convert("RGB")
+    except OSError as e:
+        raise ValueError(f"{file} cannot be read as a picture: {e}") from e
     return np.array(im.resize((size[1], size[0]), Image.Resampling.BILINEAR) if size else im)
 
+# %% ../nbs/75a_cli_explain.ipynb #71f42d4a
 @_command("segkern explain field sanet_s --at layer4 --size 1024x2048 --out field.png")
 def field(
-    model:str=_argument(..., help="Name of a model, weights file or run folder."),
-    at:list[str]=_option([], help="Part of the network, e.g. layer4; may be repeated. Default: all direct parts."),
-    size:str=_option("512x1024", help="Height x width of the picture."),
-    out:str=_option("", help="Also draw the fields into this PNG."),
-    picture:str=_option("", help="Draw them over this picture."),
-    num_classes:int=_option(19, help="Classes of a named model."),
+    model: str = _argument(..., help="Name of a model, weights file or run folder."),
+    at: list[str] = _option(
+        [], help="Part of the network, e.g. layer4; may be repeated. Default: all direct parts."
+    ),
+    size: str = _option("512x1024", help="Height x width of the picture."),
+    out: str = _option("", help="Also draw the fields into this PNG."),
+    picture: str = _option("", help="Draw them over this picture."),
+    num_classes: int = _option(19, help="Classes of a named model."),
 ):
     "Receptive fields, by following every operation."
     from segkern.explain.fields import field_figure, receptive_field, receptive_fields
-    net, shape = _named(model, num_classes), _size(size)
+
+    net = _named(model, num_classes)
+    shape = _size(size)
     typer.echo(str(receptive_fields(net, shape, at or None)))
-    if not out: return
-    fields = {n: receptive_field(net, shape, at=n) for n in at} if at else {"output": receptive_field(net, shape)}
+    if not out:
+        return
+    fields = (
+        {n: receptive_field(net, shape, at=n) for n in at}
+        if at
+        else {"output": receptive_field(net, shape)}
+    )
     _write_figure(field_figure(fields, _picture_like(picture, shape) if picture else None), out)
 
+# %% ../nbs/75a_cli_explain.ipynb #41cbcee3
 def _named(model, num_classes):
     "A model whose weights do not matter: a name will do."
-    if Path(model).exists() or Path(model).suffix or os.sep in model: return _model(model, device="cpu")
+    if Path(model).exists() or Path(model).suffix or os.sep in model:
+        return _model(model, device="cpu")
     import segkern
+
     return segkern.create_model(model, num_classes=num_classes).eval()
 
 # %% ../nbs/75a_cli_explain.ipynb #86ab8575
-@_command("segkern explain effective runs/first frames/ --at decoder --size 256x512 --out effective.png")
+@_command(
+    "segkern explain effective runs/first frames/ --at decoder --size 256x512 --out effective.png"
+)
 def effective(
-    model:str=_argument(..., help=_CHECKPOINT),
-    pictures:list[str]=_argument(..., help="Pictures, and folders of pictures."),
-    at:str=_option("", help="Part of the network; default: its output."),
-    size:str=_option("", help="Height x width that all pictures are brought to; default: that of the first."),
-    limit:int=_option(16, help="Only the first so many pictures; 0: all."),
-    out:str=_option("effective.png", help="Destination."),
-    official:str=_option("", "--model", help=_MODEL_HELP),
-    dataset:str=_option("", help=_DATASET_HELP),
-    num_classes:int=_option(0, help="Classes of an official checkpoint; default: the dataset's."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    model: str = _argument(..., help=_CHECKPOINT),
+    pictures: list[str] = _argument(..., help="Pictures, and folders of pictures."),
+    at: str = _option("", help="Part of the network; default: its output."),
+    size: str = _option(
+        "", help="Height x width that all pictures are brought to; default: that of the first."
+    ),
+    limit: int = _option(16, help="Only the first so many pictures; 0: all."),
+    out: str = _option("effective.png", help="Destination."),
+    official: str = _option("", "--model", help=_MODEL_HELP),
+    dataset: str = _option("", help=_DATASET_HELP),
+    num_classes: int = _option(
+        0, help="Classes of an official checkpoint; default: the dataset's."
+    ),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "Effective receptive field: the gradient of the centre, averaged over pictures."
     import torch
     from segkern.cli import find_pictures
     from segkern.explain.fields import effective_field, field_shares, fields_figure, receptive_field
     from segkern.infer import legal_size
-    files, net = find_pictures(pictures), _model(model, official, dataset, num_classes, device)
-    if limit < 0: raise ValueError(f"--limit must not be negative, got {limit}")
-    files = files[:limit or None]
+
+    files = find_pictures(pictures)
+    net = _model(model, official, dataset, num_classes, device)
+    if limit < 0:
+        raise ValueError(f"--limit must not be negative, got {limit}")
+    files = files[: limit or None]
     shape = legal_size(net, _size(size) or _picture_like(files[0], None).shape[:2])
     images = [torch.from_numpy(_picture_like(f, shape)).permute(2, 0, 1) for f in files]
-    e, f = effective_field(net, images, at=at or None), receptive_field(net, shape, at=at or None)
-    typer.echo(f"{len(files)} pictures of {shape[0]}x{shape[1]}: box " + ("whole picture" if f.whole else f"{f.height} x {f.width}")
-               + "".join(f", {100*s:.3g} % of the gradient in {side} x {side}" for s, side in field_shares(e).items()))
+    e = effective_field(net, images, at=at or None)
+    f = receptive_field(net, shape, at=at or None)
+    typer.echo(
+        f"{len(files)} pictures of {shape[0]}x{shape[1]}: box "
+        + ("whole picture" if f.whole else f"{f.height} x {f.width}")
+        + "".join(
+            f", {100 * s:.3g} % of the gradient in {side} x {side}"
+            for s, side in field_shares(e).items()
+        )
+    )
     _write_figure(fields_figure({at or "output": (f, e)}, zoom=False, width=7), out)
 
 # %% ../nbs/75a_cli_explain.ipynb #e68c18a8
 @_command('segkern explain paths --layers "3,2 3,2 3,1" --out paths/')
 def paths(
-    layers:str=_option("", help="Layers as kernel,stride[,dilation], e.g. \"3,2 3,2 3,1\"."),
-    model:str=_option("", help="Instead of a list: a model, whose real graph is counted."),
-    at:str=_option("", help="With --model: part of the network; default: its output."),
-    size:str=_option("64x128", help="With --model: height x width of the picture."),
-    out:str=_option("paths", help="Folder for one picture per layer; with --model a .png."),
-    cell:int=_option(10, help="Pixels per cell."),
+    layers: str = _option("", help='Layers as kernel,stride[,dilation], e.g. "3,2 3,2 3,1".'),
+    model: str = _option("", help="Instead of a list: a model, whose real graph is counted."),
+    at: str = _option("", help="With --model: part of the network; default: its output."),
+    size: str = _option("64x128", help="With --model: height x width of the picture."),
+    out: str = _option("paths", help="Folder for one picture per layer; with --model a .png."),
+    cell: int = _option(10, help="Pixels per cell."),
 ):
     "In how many ways each input pixel reaches one output: one picture per layer."
-    if bool(layers) == bool(model): raise ValueError("give either --layers or --model")
+    if bool(layers) == bool(model):
+        raise ValueError("give either --layers or --model")
     from segkern.explain.fields import count_picture, footprint, path_counts, save_counts
+
     if layers:
         counts = path_counts(parse_layers(layers))
         files = save_counts(counts, out, cell)
-        for f, c in zip(files, counts): typer.echo(f"{c.shape[0]} x {c.shape[1]} cells, up to {c.max()} paths: {f}")
+        for f, c in zip(files, counts):
+            typer.echo(f"{c.shape[0]} x {c.shape[1]} cells, up to {c.max()} paths: {f}")
         return
     f = footprint(_named(model, 19), _size(size), at or None, fill="paths")
     t, left, b, r = f.box
     counts = f.gradient[t:b, left:r]
     typer.echo(f"{f.height} x {f.width} cells, up to {counts.max():.6g} paths")
-    _write(count_picture(counts.round().astype(object) if counts.max() > 2**62 else counts.round().astype("int64"), cell), out if Path(out).suffix else f"{out}.png")
+    _write(
+        count_picture(
+            counts.round().astype(object)
+            if counts.max() > 2**62
+            else counts.round().astype("int64"),
+            cell,
+        ),
+        out if Path(out).suffix else f"{out}.png",
+    )
 
+# %% ../nbs/75a_cli_explain.ipynb #38ff88b4
 @_command('segkern explain calculators --layers "3,2 3,2 3,1,2"')
 def calculators(
-    layers:str=_option(..., help="Layers as kernel,stride[,dilation], e.g. \"3,2 3,2 3,1,2\"."),
+    layers: str = _option(..., help='Layers as kernel,stride[,dilation], e.g. "3,2 3,2 3,1,2".'),
 ):
     "Receptive field of a list of layers, forward and backward, beside the published rule."
     from segkern.explain.fields import calculators_table
+
     typer.echo(str(calculators_table(parse_layers(layers))))
 
 # %% ../nbs/75a_cli_explain.ipynb #97970b4b
-@_command("segkern explain gallery runs/first street.png frames/ --class road --class car --out gallery")
+@_command(
+    "segkern explain gallery runs/first street.png frames/ --class road --class car --out gallery"
+)
 def gallery(
-    checkpoint:str=_argument(..., help=_CHECKPOINT),
-    pictures:list[str]=_argument(..., help="Pictures, and folders of pictures."),
-    cls:list[str]=_option([], "--class", help="Class that gets a heat map; may be repeated. Default: the three most frequent ones of each picture."),
-    out:str=_option("gallery", help="Folder."),
-    size:str=_option("", help=_SIZE_HELP),
-    limit:int=_option(8, help="Only the first so many pictures; 0: all."),
-    model:str=_option("", help=_MODEL_HELP),
-    dataset:str=_option("", help=_DATASET_HELP),
-    num_classes:int=_option(0, help="Classes of an official checkpoint; default: the dataset's."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    checkpoint: str = _argument(..., help=_CHECKPOINT),
+    pictures: list[str] = _argument(..., help="Pictures, and folders of pictures."),
+    cls: list[str] = _option(
+        [],
+        "--class",
+        help="Class that gets a heat map; may be repeated. Default: the three most frequent ones of each picture.",
+    ),
+    out: str = _option("gallery", help="Folder."),
+    size: str = _option("", help=_SIZE_HELP),
+    limit: int = _option(8, help="Only the first so many pictures; 0: all."),
+    model: str = _option("", help=_MODEL_HELP),
+    dataset: str = _option("", help=_DATASET_HELP),
+    num_classes: int = _option(
+        0, help="Classes of an official checkpoint; default: the dataset's."
+    ),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "All pictures of some images, into a folder."
     from segkern.cli import find_pictures
     from segkern.core import Table
     from segkern.explain.pictures import gallery
-    if limit < 0: raise ValueError(f"--limit must not be negative, got {limit}")
-    files, net = find_pictures(pictures)[:limit or None], _model(checkpoint, model, dataset, num_classes, device)
-    typer.echo(str(Table([dict(file=str(f), caption=c) for f, c in gallery(net, files, out, cls or None, size=_size(size))])))
+
+    if limit < 0:
+        raise ValueError(f"--limit must not be negative, got {limit}")
+    files = find_pictures(pictures)[: limit or None]
+    net = _model(checkpoint, model, dataset, num_classes, device)
+    typer.echo(
+        str(
+            Table(
+                [
+                    dict(file=str(f), caption=c)
+                    for f, c in gallery(net, files, out, cls or None, size=_size(size))
+                ]
+            )
+        )
+    )
 
 # %% ../nbs/75a_cli_explain.ipynb #4dcf9fb6
-EXPECTED = {"main": (79.7, 96.8), "aux": (56.8, 93.8)} # mIoU and pixel accuracy of the shipped predictions, in percent
+# mIoU and pixel accuracy of the shipped predictions, in percent
+EXPECTED = {"main": (79.7, 96.8), "aux": (56.8, 93.8)}
+
 
 def _key(path):
     "What names a picture: the stem without the suffixes of Cityscapes' files."
     import re
-    return re.sub(r"_(?:leftImg8bit|gtFine|gtCoarse|color|colour|labelIds|labelTrainIds|main|aux|pred|prediction)(?=_|$)", "", path.stem)
 
+    return re.sub(
+        r"_(?:leftImg8bit|gtFine|gtCoarse|color|colour|labelIds|labelTrainIds|main|aux|pred|prediction)(?=_|$)",
+        "",
+        path.stem,
+    )
+
+# %% ../nbs/75a_cli_explain.ipynb #459145a2
 def _globbed(folder, pattern, what):
     "Files by key; none at all and two of one name are refused."
     found = {}
     for f in sorted(p for p in folder.glob(pattern) if p.is_file()):
-        if _key(f) in found: raise ValueError(f"{what}: {f} and {found[_key(f)]} both belong to '{_key(f)}': narrow the pattern '{pattern}'")
+        if _key(f) in found:
+            raise ValueError(
+                f"{what}: {f} and {found[_key(f)]} both belong to '{_key(f)}': narrow the pattern '{pattern}'"
+            )
         found[_key(f)] = f
-    if not found: raise FileNotFoundError(f"{what}: no file in {folder} matches '{pattern}'")
+    if not found:
+        raise FileNotFoundError(f"{what}: no file in {folder} matches '{pattern}'")
     return found
 
+# %% ../nbs/75a_cli_explain.ipynb #12fbce07
 def sample_files(
-    folder:Path, # that of the repository's samples
-    patterns:dict, # what -> glob: "image", "labels", and heads "main", "aux"
-)->list: # of dict: key, and a path for each
+    folder: Path,  # that of the repository's samples
+    patterns: dict,  # what -> glob: "image", "labels", and heads "main", "aux"
+) -> list:  # of dict: key, and a path for each
     "The samples, complete; a file that is missing is named."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is not a folder")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
     sets = {what: _globbed(folder, pattern, what) for what, pattern in patterns.items()}
     keys = sorted(set().union(*sets.values()))
     missing = [f"{what} of '{k}'" for k in keys for what in sets if k not in sets[what]]
-    if missing: raise FileNotFoundError(f"{folder}: missing {', '.join(missing[:6])}{f' and {len(missing) - 6} more' if len(missing) > 6 else ''}; patterns: {patterns}")
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: missing "
+            f"{', '.join(missing[:6])}{f' and {len(missing) - 6} more' if len(missing) > 6 else ''}; "
+            f"patterns: {patterns}"
+        )
     return [dict(key=k, **{what: s[k] for what, s in sets.items()}) for k in keys]
 
 # %% ../nbs/75a_cli_explain.ipynb #97a57f0d
@@ -341,79 +531,128 @@ def _same_size(rows, read):
         masks[what] = read(what, file)
         first = next(iter(masks))
         if masks[what].shape[-2:] != masks[first].shape[-2:]:
-            raise ValueError(f"{file} is {list(masks[what].shape[-2:])}, but {rows[first]} is {list(masks[first].shape[-2:])}: all files of a sample have one size")
+            raise ValueError(
+                f"{file} is {list(masks[what].shape[-2:])}, but {rows[first]} is "
+                f"{list(masks[first].shape[-2:])}: all files of a sample have one size"
+            )
     return masks
 
+# %% ../nbs/75a_cli_explain.ipynb #11bc339c
 def score_samples(
-    folder:str|Path, # of the samples
-    model=None, # compare this network's labels with the shipped ones
-    image:str="**/*leftImg8bit.png", # glob of the pictures
-    labels:str="**/*gtFine_color.png", # glob of the colour labels
-    predictions:dict|None=None, # head -> glob of its colour predictions; default: main and aux by folder name
-    dataset:str="cityscapes", # classes and colours
-)->dict: # head -> miou, pixel_acc (percent), classes, pictures, and agreement (percent of all pixels) with `model`
+    folder: str | Path,  # of the samples
+    model=None,  # compare this network's labels with the shipped ones
+    image: str = "**/*leftImg8bit.png",  # glob of the pictures
+    labels: str = "**/*gtFine_color.png",  # glob of the colour labels
+    # head -> glob of its colour predictions; default: main and aux by folder name
+    predictions: dict | None = None,
+    dataset: str = "cityscapes",  # classes and colours
+    # head -> miou, pixel_acc (percent), classes, pictures, and agreement (percent of all pixels) with
+    # `model`
+) -> dict:
     "Score shipped predictions against the labels, and our network against the predictions."
     from segkern.core import load_table, progress
     from segkern.metrics import Confusion
+
     predictions = predictions or {"main": "**/*main*/*.png", "aux": "**/*aux*/*.png"}
     table = load_table(dataset)
-    k, samples = len(table["classes"]), sample_files(folder, dict(image=image, labels=labels, **predictions))
-    counts, same, pixels = {h: Confusion(k) for h in predictions}, dict.fromkeys(predictions, 0), 0
+    k = len(table["classes"])
+    samples = sample_files(folder, dict(image=image, labels=labels, **predictions))
+    counts = {h: Confusion(k) for h in predictions}
+    same = dict.fromkeys(predictions, 0)
+    pixels = 0
     for s in progress(samples, "scoring"):
         files = {w: s[w] for w in ("labels", *predictions)}
-        if model is not None: files["image"] = s["image"]
-        m = _same_size(files, lambda what, f: _image(f) if what == "image" else read_mask(f, "colour", table))
+        if model is not None:
+            files["image"] = s["image"]
+        m = _same_size(
+            files, lambda what, f: _image(f) if what == "image" else read_mask(f, "colour", table)
+        )
         ours = _our_labels(model, m["image"], predictions) if model is not None else {}
         for h in predictions:
-            if (void := float((m[h] == 255).float().mean())) > 0: raise ValueError(f"{s[h]}: {100*void:.3g} % of the pixels have colours that are no class of {dataset}")
+            if (void := float((m[h] == 255).float().mean())) > 0:
+                raise ValueError(
+                    f"{s[h]}: {100 * void:.3g} % of the pixels have colours that are no class of {dataset}"
+                )
             counts[h].update(m[h][None], m["labels"][None])
-            if h in ours: same[h] += int((ours[h] == m[h]).sum())
+            if h in ours:
+                same[h] += int((ours[h] == m[h]).sum())
         pixels += m["labels"].numel()
-    return {h: _scores(c) | dict(pictures=len(samples), agreement=100*same[h]/pixels if model is not None else None) for h, c in counts.items()}
+    return {
+        h: _scores(c)
+        | dict(
+            pictures=len(samples), agreement=100 * same[h] / pixels if model is not None else None
+        )
+        for h, c in counts.items()
+    }
 
+# %% ../nbs/75a_cli_explain.ipynb #4e0040a7
 def _scores(confusion):
     "mIoU over the classes that the labels hold, pixel accuracy, and the number of these classes."
-    r, here = confusion.result(), (confusion.matrix.sum(1) > 0).tolist()
+    r = confusion.result()
+    here = (confusion.matrix.sum(1) > 0).tolist()
     ious = [i for i, h in zip(r["iou"], here) if h]
-    return dict(miou=100*sum(ious)/len(ious), pixel_acc=100*r["pixel_acc"], classes=len(ious))
+    return dict(miou=100 * sum(ious) / len(ious), pixel_acc=100 * r["pixel_acc"], classes=len(ious))
 
 # %% ../nbs/75a_cli_explain.ipynb #5f4e9cde
 def _image(file):
     "A picture as uint8 tensor [3, h, w]."
     import torch
+
     return torch.from_numpy(_picture_like(file, None)).permute(2, 0, 1)
 
+# %% ../nbs/75a_cli_explain.ipynb #de9e7997
 def _our_labels(model, image, heads):
     "Labels [h, w] of the network's heads by their names."
     from segkern.explain.pictures import _head, _outputs
     from segkern.layers import resize
-    out, _ = _outputs(model, image)
-    return {h: resize(_head(model, out, h), image.shape[1:], model.align_corners)[0].argmax(0).cpu() for h in heads}
 
+    out, _ = _outputs(model, image)
+    return {
+        h: resize(_head(model, out, h), image.shape[1:], model.align_corners)[0].argmax(0).cpu()
+        for h in heads
+    }
+
+# %% ../nbs/75a_cli_explain.ipynb #97698fc0
 @_command("segkern explain samples SANet-main/samples --weights best.pt")
 def samples(
-    folder:str=_argument(..., help="The official repository's sample folder."),
-    weights:str=_option("", help="Official checkpoint or file of ours; compares its labels with the shipped ones."),
-    model:str=_option("sanet_s", help="Name of the model in an official checkpoint."),
-    image:str=_option("**/*leftImg8bit.png", help="Pictures, as a pattern below the folder."),
-    labels:str=_option("**/*gtFine_color.png", help="Colour labels."),
-    main:str=_option("**/*main*/*.png", help="Colour predictions of the main head."),
-    aux:str=_option("**/*aux*/*.png", help="Colour predictions of the auxiliary head; '-': there are none."),
-    dataset:str=_option("cityscapes", help="Whose classes and colours."),
-    device:str=_option("auto", help="auto, cpu, cuda, cuda:1, mps."),
+    folder: str = _argument(..., help="The official repository's sample folder."),
+    weights: str = _option(
+        "", help="Official checkpoint or file of ours; compares its labels with the shipped ones."
+    ),
+    model: str = _option("sanet_s", help="Name of the model in an official checkpoint."),
+    image: str = _option("**/*leftImg8bit.png", help="Pictures, as a pattern below the folder."),
+    labels: str = _option("**/*gtFine_color.png", help="Colour labels."),
+    main: str = _option("**/*main*/*.png", help="Colour predictions of the main head."),
+    aux: str = _option(
+        "**/*aux*/*.png", help="Colour predictions of the auxiliary head; '-': there are none."
+    ),
+    dataset: str = _option("cityscapes", help="Whose classes and colours."),
+    device: str = _option("auto", help="auto, cpu, cuda, cuda:1, mps."),
 ):
     "Score the predictions that SANet's repository ships, and our network against them."
     from segkern.core import Table
+
     net = _weights(weights, model, dataset, device) if weights else None
-    found = score_samples(folder, net, image, labels, {"main": main, **({} if aux == "-" else {"aux": aux})}, dataset)
+    found = score_samples(
+        folder, net, image, labels, {"main": main, **({} if aux == "-" else {"aux": aux})}, dataset
+    )
     rows = []
     for h, r in found.items():
-        row = {"head": h, "pictures": r["pictures"], "classes": r["classes"], "mIoU [%]": r["miou"], "accuracy [%]": r["pixel_acc"]}
-        if dataset == "cityscapes": row |= {"expected mIoU": EXPECTED[h][0], "expected accuracy": EXPECTED[h][1]}
+        row = {
+            "head": h,
+            "pictures": r["pictures"],
+            "classes": r["classes"],
+            "mIoU [%]": r["miou"],
+            "accuracy [%]": r["pixel_acc"],
+        }
+        if dataset == "cityscapes":
+            row |= {"expected mIoU": EXPECTED[h][0], "expected accuracy": EXPECTED[h][1]}
         rows.append(row | ({"our labels agree [%]": r["agreement"]} if net is not None else {}))
     typer.echo(str(Table(rows)))
 
+# %% ../nbs/75a_cli_explain.ipynb #39b9d4df
 def _weights(file, model, dataset, device):
     "A file of ours, or an official checkpoint of a model."
-    if Path(file).is_dir() or Path(file).suffix == ".safetensors": return _model(file, device=device)
+    if Path(file).is_dir() or Path(file).suffix == ".safetensors":
+        return _model(file, device=device)
     return _model(str(_existing(file)), model, dataset, device=device)

@@ -17,7 +17,7 @@ import torch
 
 # %% ../nbs/00_core.ipynb #324c9eeb
 logger = logging.getLogger("segkern")
-IGNORE = 255 # the one void label inside segkern; loaders map every other convention to it
+IGNORE = 255  # the one void label inside segkern; loaders map every other convention to it
 
 # %% ../nbs/00_core.ipynb #9581530c
 def _package_dir():
@@ -26,27 +26,30 @@ def _package_dir():
 
 # %% ../nbs/00_core.ipynb #5e537ce1
 def data_path(
-    name:str="", # file or folder below `data/`, e.g. "camvid.json"
-)->Path: # an existing path
+    name: str = "",  # file or folder below `data/`, e.g. "camvid.json"
+) -> Path:  # an existing path
     "The path of a table that ships with segkern."
     here = _package_dir()
-    roots = [here/"_data", here.parent/"data"]
+    roots = [here / "_data", here.parent / "data"]
     for root in roots:
-        if (root/name).exists(): return root/name
-    raise FileNotFoundError(f"segkern's data file '{name}' is in none of {[str(r) for r in roots]}: the installation is incomplete")
+        if (root / name).exists():
+            return root / name
+    raise FileNotFoundError(
+        f"segkern's data file '{name}' is in none of {[str(r) for r in roots]}: the installation is incomplete"
+    )
 
 # %% ../nbs/00_core.ipynb #63818d75
 @functools.lru_cache(maxsize=None)
 def load_table(
-    name:str, # name of a JSON table without its ending
-)->dict: # its content; shared, so do not change it
+    name: str,  # name of a JSON table without its ending
+) -> dict:  # its content; shared, so do not change it
     "One table of `data/`, read once."
     return json.loads(data_path(f"{name}.json").read_text(encoding="utf-8"))
 
 # %% ../nbs/00_core.ipynb #53e7896e
 @contextlib.contextmanager
 def atomic_path(
-    path:str|Path, # where the file shall stand in the end
+    path: str | Path,  # where the file shall stand in the end
 ):
     "A temporary path that takes the place of `path` when the block ends well, and vanishes when it does not."
     path = Path(path)
@@ -55,198 +58,272 @@ def atomic_path(
     os.close(fd)
     try:
         yield Path(tmp)
-        with open(tmp, "rb") as f: os.fsync(f.fileno())
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(tmp, 0o666 & ~umask)
         os.replace(tmp, path)
     except OSError as e:
         free = shutil.disk_usage(path.parent).free
-        raise OSError(e.errno, f"cannot write {path} ({free/2**20:.0f} MB free): {e.strerror or e}") from e
+        raise OSError(
+            e.errno, f"cannot write {path} ({free / 2**20:.0f} MB free): {e.strerror or e}"
+        ) from e
     finally:
-        with contextlib.suppress(FileNotFoundError): os.unlink(tmp)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(tmp)
 
 # %% ../nbs/00_core.ipynb #daeb7f4c
 def write_json(
-    path:str|Path, # destination
-    obj, # anything JSON can hold; NaN is refused
-)->Path: # the destination
+    path: str | Path,  # destination
+    obj,  # anything JSON can hold; NaN is refused
+) -> Path:  # the destination
     "Write `obj` as JSON, atomically."
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(obj, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #84d6f27e
 @contextlib.contextmanager
 def seeded(
-    seed:int|None=0, # `None` leaves the generators alone
+    seed: int | None = 0,  # `None` leaves the generators alone
 ):
     "Run a block under a seed of its own: python, numpy and torch (CPU) generators are put back afterwards."
-    if seed is None: yield
+    if seed is None:
+        yield
     else:
         state = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)
-            try: yield
+            try:
+                yield
             finally:
                 random.setstate(state[0])
                 np.random.set_state(state[1])
 
 # %% ../nbs/00_core.ipynb #2c528425
 def pick_device(
-    device:str="auto", # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
-)->torch.device: # the device to use
+    device: str = "auto",  # "auto" | "cpu" | "cuda" | "cuda:1" | "mps"
+) -> torch.device:  # the device to use
     "The wanted device, or the best one that is there."
-    if device != "auto": return torch.device(device)
-    if torch.cuda.is_available(): return torch.device("cuda")
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/00_core.ipynb #0cb52791
-def env_info()->dict: # versions, hardware and commit, ready for JSON
+def env_info() -> dict:  # versions, hardware and commit, ready for JSON
     "What a result needs beside it to be reproducible."
+
     def version(name):
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: return None
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
     names = "torch torchvision triton timm accelerate numpy pillow safetensors".split()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     from segkern import __version__
-    return dict(segkern=__version__, python=platform.python_version(), **{n: version(n) for n in names},
-                gpu=gpu, cpu=_cpu_name(), vectors=torch.backends.cpu.get_cpu_capability(),
-                threads=torch.get_num_threads(), commit=_git_commit())
 
+    return dict(
+        segkern=__version__,
+        python=platform.python_version(),
+        **{n: version(n) for n in names},
+        gpu=gpu,
+        cpu=_cpu_name(),
+        vectors=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        commit=_git_commit(),
+    )
+
+# %% ../nbs/00_core.ipynb #b10fbdc0
 @functools.lru_cache(maxsize=None)
 def _cpu_name():
     "The processor's name as Linux gives it, else Python's guess."
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"): return line.split(":", 1)[1].strip()
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
+# %% ../nbs/00_core.ipynb #8ea140e4
 def _git_commit():
     "The commit of the checkout that segkern runs from, or None."
     try:
         root = _package_dir().parent
-        if not (root/".git").exists(): return None
-        run = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        if not (root / ".git").exists():
+            return None
+        run = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
         return run.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError): return None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 # %% ../nbs/00_core.ipynb #a189b0f2
-_ONCE = globals().get("_ONCE", {}) # reloading this module keeps what the process has
+_ONCE = globals().get("_ONCE", {})  # reloading this module keeps what the process has
+
 
 def once(
-    name:str, # of the object
-    make, # function that makes it
-): # the object, the same for every caller of this process
+    name: str,  # of the object
+    make,  # function that makes it
+):  # the object, the same for every caller of this process
     "Make an object at the first call, return that object ever after."
-    if name not in _ONCE: _ONCE[name] = make()
+    if name not in _ONCE:
+        _ONCE[name] = make()
     return _ONCE[name]
 
 # %% ../nbs/00_core.ipynb #ff5cefa7
 def progress(
-    it=None, # iterable, or None for a bar that is moved by hand
-    desc:str="", # what is being done
-    total:int|None=None, # length, where `it` has none
-    **kwargs, # any other argument of tqdm
+    it=None,  # iterable, or None for a bar that is moved by hand
+    desc: str = "",  # what is being done
+    total: int | None = None,  # length, where `it` has none
+    **kwargs,  # any other argument of tqdm
 ):
     "A tqdm bar on stderr that keeps quiet when that is not a terminal."
     from tqdm import tqdm
+
     kwargs = {"disable": None, "dynamic_ncols": True, "leave": False, **kwargs}
     return tqdm(it, desc=desc, total=total, **kwargs)
 
 # %% ../nbs/00_core.ipynb #78a8ab90
 def fmt(
-    x, # any value
-)->str: # three significant digits for floats, thousands separated for integers
+    x,  # any value
+) -> str:  # three significant digits for floats, thousands separated for integers
     "A value as it stands in a table."
-    if x is None: return "–"
-    if isinstance(x, bool): return str(x)
-    if isinstance(x, (int, np.integer)): return f"{x:,}"
+    if x is None:
+        return "–"
+    if isinstance(x, bool):
+        return str(x)
+    if isinstance(x, (int, np.integer)):
+        return f"{x:,}"
     if isinstance(x, (float, np.floating)):
-        if x != x: return "nan"
-        if x != 0 and not 1e-3 <= abs(x) < 1e5: return f"{x:.2e}"
+        if x != x:
+            return "nan"
+        if x != 0 and not 1e-3 <= abs(x) < 1e5:
+            return f"{x:.2e}"
         return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}"
     return str(x)
 
 # %% ../nbs/00_core.ipynb #fcc3130c
 class Table:
     "Rows under headers; numbers are right-aligned. Shows itself as Markdown in a notebook and as text in a terminal."
-    def __init__(self,
-        rows:list, # list of rows; a row is a list of values, or a dict by header
-        headers:list|None=None, # column titles; default: the keys of the first row
+
+    def __init__(
+        self,
+        rows: list,  # list of rows; a row is a list of values, or a dict by header
+        headers: list | None = None,  # column titles; default: the keys of the first row
     ):
-        if headers is None: headers = list(rows[0]) if rows else []
+        if headers is None:
+            headers = list(rows[0]) if rows else []
         self.headers = [str(h) for h in headers]
         self.raw = [[r.get(h) for h in headers] if isinstance(r, dict) else list(r) for r in rows]
         self.rows = [[fmt(v) for v in r] for r in self.raw]
-        self.right = [all(v is None or isinstance(v, (int, float, np.number)) for v in col) for col in zip(*self.raw)] or [False]*len(self.headers)
+        self.right = [
+            all(v is None or isinstance(v, (int, float, np.number)) for v in col)
+            for col in zip(*self.raw)
+        ] or [False] * len(self.headers)
 
-    def __len__(self): return len(self.rows)
+    def __len__(self):
+        return len(self.rows)
 
     def _repr_markdown_(self):
-        esc = lambda r: "| " + " | ".join(c.replace("|", "\\|") for c in r) + " |"
+        def esc(r):
+            return "| " + " | ".join(c.replace("|", "\\|") for c in r) + " |"
+
         rule = "|" + "|".join("---:" if r else "---" for r in self.right) + "|"
         return "\n".join([esc(self.headers), rule, *map(esc, self.rows)])
 
     def __str__(self):
         cols = list(zip(self.headers, *self.rows))
         width = [max(map(len, c)) for c in cols]
-        line = lambda r: "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(r, width, self.right)).rstrip()
-        return "\n".join([line(self.headers), line(["-"*w for w in width]), *map(line, self.rows)])
+
+        def line(r):
+            return "  ".join(
+                c.rjust(w) if right else c.ljust(w) for c, w, right in zip(r, width, self.right)
+            ).rstrip()
+
+        return "\n".join(
+            [line(self.headers), line(["-" * w for w in width]), *map(line, self.rows)]
+        )
 
     __repr__ = __str__
 
-    def to_html(self)->str: # an HTML table without styling
+    def to_html(self) -> str:  # an HTML table without styling
         "The table as HTML."
         from html import escape
-        cell = lambda tag, c, right: f'<{tag} class="{"num" if right else "txt"}">{escape(c)}</{tag}>'
-        row = lambda tag, r: "<tr>" + "".join(cell(tag, c, x) for c, x in zip(r, self.right)) + "</tr>"
-        return "<table><thead>" + row("th", self.headers) + "</thead><tbody>" + "".join(row("td", r) for r in self.rows) + "</tbody></table>"
+
+        def cell(tag, c, right):
+            return f'<{tag} class="{"num" if right else "txt"}">{escape(c)}</{tag}>'
+
+        def row(tag, r):
+            return "<tr>" + "".join(cell(tag, c, x) for c, x in zip(r, self.right)) + "</tr>"
+
+        return (
+            "<table><thead>"
+            + row("th", self.headers)
+            + "</thead><tbody>"
+            + "".join(row("td", r) for r in self.rows)
+            + "</tbody></table>"
+        )
 
 # %% ../nbs/00_core.ipynb #70e7f627
 def constants(
-    values, # a few numbers
-    like:torch.Tensor, # tells the device
-    dtype:torch.dtype=torch.float32,
-)->torch.Tensor: # [len(values)]
+    values,  # a few numbers
+    like: torch.Tensor,  # tells the device
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:  # [len(values)]
     "Numbers on a device, written there: a tensor that is copied from the host makes it wait, and breaks a CUDA graph."
     return torch.stack([torch.full((), v, dtype=dtype, device=like.device) for v in values])
 
+# %% ../nbs/00_core.ipynb #594df4e7
 @dataclass(frozen=True)
 class Preprocess:
-    "How an RGB uint8 picture becomes network input: `(channels(x)/255*scale - mean)/std`, mean and std in the `order` named."
-    order:str = "rgb" # "rgb" | "bgr", the order in which the network wants the channels
-    scale:float = 1.0 # upper end of the range before the mean is taken off: 1 or 255
-    mean:tuple = (0.485, 0.456, 0.406)
-    std:tuple = (0.229, 0.224, 0.225)
+    """How an RGB uint8 picture becomes network input: `(channels(x)/255*scale - mean)/std`, mean
+    and std in the `order` named."""
 
-    def __call__(self,
-        image:torch.Tensor, # uint8 RGB [..., 3, h, w]
-        dtype:torch.dtype=torch.float32,
-    )->torch.Tensor: # normalised float [..., 3, h, w]
-        if image.dtype != torch.uint8: raise ValueError(f"preprocess wants uint8 RGB images, got {image.dtype}")
-        if image.ndim < 3 or image.shape[-3] != 3: raise ValueError(f"preprocess wants [..., 3, h, w], got {tuple(image.shape)}")
+    order: str = "rgb"  # "rgb" | "bgr", the order in which the network wants the channels
+    scale: float = 1.0  # upper end of the range before the mean is taken off: 1 or 255
+    mean: tuple = (0.485, 0.456, 0.406)
+    std: tuple = (0.229, 0.224, 0.225)
+
+    def __call__(
+        self,
+        image: torch.Tensor,  # uint8 RGB [..., 3, h, w]
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:  # normalised float [..., 3, h, w]
+        if image.dtype != torch.uint8:
+            raise ValueError(f"preprocess wants uint8 RGB images, got {image.dtype}")
+        if image.ndim < 3 or image.shape[-3] != 3:
+            raise ValueError(f"preprocess wants [..., 3, h, w], got {tuple(image.shape)}")
         x = image.flip(-3) if self.order == "bgr" else image
         mean, std = (constants(v, x).view(3, 1, 1) for v in (self.mean, self.std))
-        return ((x.float()*(self.scale/255) - mean)/std).to(dtype)
+        return ((x.float() * (self.scale / 255) - mean) / std).to(dtype)
 
-    def undo(self,
-        x:torch.Tensor, # normalised float [..., 3, h, w]
-    )->torch.Tensor: # uint8 RGB
+    def undo(
+        self,
+        x: torch.Tensor,  # normalised float [..., 3, h, w]
+    ) -> torch.Tensor:  # uint8 RGB
         "The picture that became `x`."
         mean, std = (constants(v, x).view(3, 1, 1) for v in (self.mean, self.std))
-        image = ((x.float()*std + mean)*(255/self.scale)).round().clamp(0, 255).to(torch.uint8)
+        image = (
+            ((x.float() * std + mean) * (255 / self.scale)).round().clamp(0, 255).to(torch.uint8)
+        )
         return image.flip(-3) if self.order == "bgr" else image
 
-    def to_dict(self)->dict: # ready for JSON
+    def to_dict(self) -> dict:  # ready for JSON
         "The record as a plain dict."
         return dict(order=self.order, scale=self.scale, mean=list(self.mean), std=list(self.std))
 
     @classmethod
-    def from_dict(cls, d:dict)->"Preprocess": # the record
+    def from_dict(cls, d: dict) -> "Preprocess":  # the record
         "The record that `to_dict` wrote."
-        return cls(order=d["order"], scale=float(d["scale"]), mean=tuple(d["mean"]), std=tuple(d["std"]))
+        return cls(
+            order=d["order"], scale=float(d["scale"]), mean=tuple(d["mean"]), std=tuple(d["std"])
+        )
 
 # %% ../nbs/00_core.ipynb #7706bdec
-IMAGENET = Preprocess() # what torchvision's and timm's encoders were trained with
+IMAGENET = Preprocess()  # what torchvision's and timm's encoders were trained with

@@ -21,20 +21,34 @@ from .viz import save_labels
 # %% ../nbs/63_draw.ipynb #ec4efbe2
 class Sketch:
     "Strokes over a picture, and the label map they make."
-    def __init__(self,
-        size:tuple, # height and width
-        num_classes:int, # ids 0..n-1
-        width:int=3, # of the strokes, pixels
-        target:np.ndarray|None=None, # uint8 [h, w] to start from; default: all unlabelled
+
+    def __init__(
+        self,
+        size: tuple,  # height and width
+        num_classes: int,  # ids 0..n-1
+        width: int = 3,  # of the strokes, pixels
+        target: np.ndarray | None = None,  # uint8 [h, w] to start from; default: all unlabelled
     ):
-        if not 1 <= num_classes <= IGNORE: raise ValueError(f"expected 1 to 255 classes, got {num_classes}")
-        if width < 1: raise ValueError(f"width must be at least 1, got {width}")
+        if not 1 <= num_classes <= IGNORE:
+            raise ValueError(f"expected 1 to 255 classes, got {num_classes}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
         start = np.full(size, IGNORE, np.uint8) if target is None else np.array(target)
-        if start.shape != tuple(size): raise ValueError(f"the target is {start.shape} (height, width), but the picture {tuple(size)}")
+        if start.shape != tuple(size):
+            raise ValueError(
+                f"the target is {start.shape} (height, width), but the picture {tuple(size)}"
+            )
         if (bad := (start < 0) | (start >= num_classes) & (start != IGNORE)).any():
-            raise ValueError(f"the target holds the id {start[bad].max()}, but there are {num_classes} classes")
-        self.size, self.num_classes, self.width, self.start = tuple(size), num_classes, width, start.astype(np.uint8)
-        self.polylines, self.undone, self.current = [], [], None
+            raise ValueError(
+                f"the target holds the id {start[bad].max()}, but there are {num_classes} classes"
+            )
+        self.size = tuple(size)
+        self.num_classes = num_classes
+        self.width = width
+        self.start = start.astype(np.uint8)
+        self.polylines = []
+        self.undone = []
+        self.current = None
 
     def begin(self, label, x, y):
         "Start a stroke; 255 erases."
@@ -45,17 +59,21 @@ class Sketch:
 
     def move(self, x, y):
         "Go on with the stroke; steps of less than a pixel are passed over. True where the stroke grew."
-        if self.current is None: return False
+        if self.current is None:
+            return False
         px, py = self.current[1][-1]
-        if (x - px)**2 + (y - py)**2 < 1: return False
+        if (x - px) ** 2 + (y - py) ** 2 < 1:
+            return False
         self.current[1].append([float(x), float(y)])
         return True
 
     def end(self):
         "Finish the stroke."
-        if self.current is None: return
+        if self.current is None:
+            return
         self.polylines.append(self.current)
-        self.current, self.undone = None, []
+        self.current = None
+        self.undone = []
 
     def point(self, label, x, y):
         "A click."
@@ -65,101 +83,136 @@ class Sketch:
     def undo(self):
         "Take the last stroke away; False where there is none."
         self.end()
-        if not self.polylines: return False
+        if not self.polylines:
+            return False
         self.undone.append(self.polylines.pop())
         return True
 
     def redo(self):
         "Put the stroke back that was taken away last; False where there is none."
-        if not self.undone: return False
+        if not self.undone:
+            return False
         self.polylines.append(self.undone.pop())
         return True
 
     def clear(self):
         "Take all strokes away; `redo` puts them back one by one."
         self.end()
-        while self.polylines: self.undone.append(self.polylines.pop())
+        while self.polylines:
+            self.undone.append(self.polylines.pop())
 
     @property
-    def target(self)->np.ndarray: # uint8 [h, w], 255 where nothing is labelled
+    def target(self) -> np.ndarray:  # uint8 [h, w], 255 where nothing is labelled
         "The label map."
         strokes = self.polylines + ([self.current] if self.current else [])
         return rasterise_scribbles(strokes, self.size, self.width, self.start)
 
 # %% ../nbs/63_draw.ipynb #34cdc2de
 class Annotator:
-    "A picture to draw on. `target` is the label map so far, `polylines` are the strokes; as the last value of a cell it shows the canvas."
-    def __init__(self,
-        image, # path, PIL image, or uint8 RGB [3, h, w] or [h, w, 3]
-        classes:list, # names by id
-        palette:list|None=None, # an rgb triple per class
-        target=None, # labels to go on from: a PNG file, or uint8 [h, w]
-        width:int=3, # of the strokes, pixels of the picture
-        zoom:float|None=None, # canvas pixels per pixel; default: about 768 on the longer side
+    """A picture to draw on. `target` is the label map so far, `polylines` are the strokes; as the
+    last value of a cell it shows the canvas."""
+
+    def __init__(
+        self,
+        image,  # path, PIL image, or uint8 RGB [3, h, w] or [h, w, 3]
+        classes: list,  # names by id
+        palette: list | None = None,  # an rgb triple per class
+        target=None,  # labels to go on from: a PNG file, or uint8 [h, w]
+        width: int = 3,  # of the strokes, pixels of the picture
+        # canvas pixels per pixel; default: about 768 on the longer side
+        zoom: float | None = None,
     ):
-        self.image, self.classes = _picture(image), [str(c) for c in classes]
+        self.image = _picture(image)
+        self.classes = [str(c) for c in classes]
         self.palette = [tuple(map(int, c)) for c in palette or make_palette(len(self.classes))]
-        if len(self.palette) != len(self.classes): raise ValueError(f"{len(self.classes)} classes, but {len(self.palette)} colours")
-        if isinstance(target, (str, Path)): target = read_ids(target)
-        self.sketch = Sketch(self.image.shape[:2], len(self.classes), width, None if target is None else np.asarray(target))
-        fit = 768/max(self.image.shape[:2])
+        if len(self.palette) != len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes, but {len(self.palette)} colours")
+        if isinstance(target, (str, Path)):
+            target = read_ids(target)
+        self.sketch = Sketch(
+            self.image.shape[:2],
+            len(self.classes),
+            width,
+            None if target is None else np.asarray(target),
+        )
+        fit = 768 / max(self.image.shape[:2])
         self.zoom = zoom or (max(1, min(8, int(fit))) if fit >= 1 else fit)
-        self.label, self._widget = 0, None
+        self.label = 0
+        self._widget = None
 
     @property
-    def target(self)->np.ndarray: # uint8 [h, w], 255 where nothing is labelled
+    def target(self) -> np.ndarray:  # uint8 [h, w], 255 where nothing is labelled
         "The label map so far."
         return self.sketch.target
 
     @property
-    def polylines(self)->list: # (class id, [[x, y], ...]) in drawing order; 255 erases
+    def polylines(self) -> list:  # (class id, [[x, y], ...]) in drawing order; 255 erases
         "The strokes so far."
         return self.sketch.polylines
 
-    def save(self,
-        path:str|Path, # a .png, e.g. ROOT/scribbles/NAME.png
-    )->Path: # the destination
+    def save(
+        self,
+        path: str | Path,  # a .png, e.g. ROOT/scribbles/NAME.png
+    ) -> Path:  # the destination
         "Write the label map as palette PNG, atomically."
         return save_labels(self.target, path, self.palette)
 
     @property
     def widget(self):
         "The ipywidgets element."
-        if self._widget is None: self._widget = _build(self)
+        if self._widget is None:
+            self._widget = _build(self)
         return self._widget
 
     def _ipython_display_(self):
         "Show the canvas in a notebook."
         from IPython.display import display
+
         display(self.widget)
 
     def __repr__(self):
         h, w = self.sketch.size
         return f"Annotator({w}x{h}, {len(self.classes)} classes, {len(self.polylines)} strokes)"
 
+# %% ../nbs/63_draw.ipynb #9f9b6667
 def _picture(image):
     "A picture as uint8 [h, w, 3]."
-    if isinstance(image, (str, Path)): image = read_image(image)
-    if isinstance(image, Image.Image): image = np.array(image.convert("RGB"))
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert("RGB"))
     a = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3: a = a.transpose(1, 2, 0)
+    if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3:
+        a = a.transpose(1, 2, 0)
     if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3:
-        raise ValueError(f"a picture must be uint8 [3, h, w] or [h, w, 3], got {a.dtype} {list(a.shape)}")
+        raise ValueError(
+            f"a picture must be uint8 [3, h, w] or [h, w, 3], got {a.dtype} {list(a.shape)}"
+        )
     return np.ascontiguousarray(a)
 
 # %% ../nbs/63_draw.ipynb #b9038e2b
 def _build(a):
     "The canvas with its buttons."
-    try: import ipycanvas
+    try:
+        import ipycanvas
     except ImportError as e:
-        raise ImportError("drawing in a notebook needs ipycanvas: pip install ipycanvas, then reload the page") from e
+        raise ImportError(
+            "drawing in a notebook needs ipycanvas: pip install ipycanvas, then reload the page"
+        ) from e
     import ipywidgets as w
-    h, width = (max(1, round(s*a.zoom)) for s in a.sketch.size)
+
+    h, width = (max(1, round(s * a.zoom)) for s in a.sketch.size)
     canvas = ipycanvas.MultiCanvas(3, width=width, height=h)
     canvas.layout.max_width = "100%"
-    canvas[0].put_image_data(np.array(Image.fromarray(a.image).resize((width, h), Image.Resampling.BICUBIC)), 0, 0)
-    rgb = lambda label: "#ffffff" if label == IGNORE else "#{:02x}{:02x}{:02x}".format(*a.palette[label])
-    now, said = w.HTML(), w.HTML()
+    canvas[0].put_image_data(
+        np.array(Image.fromarray(a.image).resize((width, h), Image.Resampling.BICUBIC)), 0, 0
+    )
+
+    def rgb(label):
+        return "#ffffff" if label == IGNORE else "#{:02x}{:02x}{:02x}".format(*a.palette[label])
+
+    now = w.HTML()
+    said = w.HTML()
 
     def choose(label):
         "The class that the next stroke has."
@@ -174,32 +227,53 @@ def _build(a):
 
     def act(f):
         "A button's reaction."
+
         def run(_):
             f()
             redraw()
+
         return run
 
-    buttons = [w.Button(description=c, tooltip=f"class {i}") for i, c in enumerate([*a.classes, "eraser"])]
+    buttons = [
+        w.Button(description=c, tooltip=f"class {i}") for i, c in enumerate([*a.classes, "eraser"])
+    ]
     for i, b in enumerate(buttons):
         label = i if i < len(a.classes) else IGNORE
-        b.style.button_color, b.style.text_color = rgb(label), "#000000" if label == IGNORE or sum(a.palette[label]) > 380 else "#ffffff"
+        b.style.button_color, b.style.text_color = (
+            rgb(label),
+            "#000000" if label == IGNORE or sum(a.palette[label]) > 380 else "#ffffff",
+        )
         b.layout.width = "auto"
         b.on_click(lambda _, label=label: choose(label))
-    tools = [w.Button(description=n, layout=w.Layout(width="auto")) for n in ("undo", "redo", "clear")]
-    for b, f in zip(tools, (a.sketch.undo, a.sketch.redo, a.sketch.clear)): b.on_click(act(f))
+    tools = [
+        w.Button(description=n, layout=w.Layout(width="auto")) for n in ("undo", "redo", "clear")
+    ]
+    for b, f in zip(tools, (a.sketch.undo, a.sketch.redo, a.sketch.clear)):
+        b.on_click(act(f))
     _listen(canvas, a, redraw, rgb)
     choose(a.label)
     redraw()
-    row = lambda items: w.HBox(items, layout=w.Layout(flex_flow="row wrap"))
+
+    def row(items):
+        return w.HBox(items, layout=w.Layout(flex_flow="row wrap"))
+
     return w.VBox([row([*buttons, now]), canvas, row([*tools, *_saving(a, said, w)])])
 
+# %% ../nbs/63_draw.ipynb #ae2ba113
 def _saving(a, said, w):
     "A field for the path and a button that saves."
-    where, save = w.Text(placeholder="scribbles/name.png"), w.Button(description="save", layout=w.Layout(width="auto"))
+    where = w.Text(placeholder="scribbles/name.png")
+    save = w.Button(description="save", layout=w.Layout(width="auto"))
+
     def run(_):
         "Save and say so; a mistake is shown in place."
-        try: said.value = f"saved {a.save(where.value)}" if where.value.strip() else "name a .png file first"
-        except (OSError, ValueError) as e: said.value = str(e)
+        try:
+            said.value = (
+                f"saved {a.save(where.value)}" if where.value.strip() else "name a .png file first"
+            )
+        except (OSError, ValueError) as e:
+            said.value = str(e)
+
     save.on_click(run)
     return where, save, said
 
@@ -207,29 +281,34 @@ def _saving(a, said, w):
 def _layer(target, palette, size):
     "Labels as RGBA at the size of the canvas, unlabelled pixels transparent."
     colours = np.zeros((256, 4), np.uint8)
-    colours[:len(palette), :3], colours[:len(palette), 3] = palette, 220
+    colours[: len(palette), :3], colours[: len(palette), 3] = palette, 220
     return np.array(Image.fromarray(colours[target]).resize(size, Image.Resampling.NEAREST))
 
+# %% ../nbs/63_draw.ipynb #4740fde7
 def _listen(canvas, a, redraw, rgb):
     "Turn what mouse and finger do into strokes."
     top = canvas[2]
 
     def down(x, y):
         "A stroke begins."
-        a.sketch.begin(a.label, x/a.zoom, y/a.zoom)
+        a.sketch.begin(a.label, x / a.zoom, y / a.zoom)
         top.fill_style = top.stroke_style = rgb(a.label)
-        top.line_width, top.line_cap = a.sketch.width*a.zoom, "round"
-        top.fill_circle(x, y, a.sketch.width*a.zoom/2)
+        top.line_width = a.sketch.width * a.zoom
+        top.line_cap = "round"
+        top.fill_circle(x, y, a.sketch.width * a.zoom / 2)
 
     def move(x, y):
         "The stroke grows."
-        if a.sketch.current is None: return
+        if a.sketch.current is None:
+            return
         px, py = a.sketch.current[1][-1]
-        if a.sketch.move(x/a.zoom, y/a.zoom): top.stroke_line(px*a.zoom, py*a.zoom, x, y)
+        if a.sketch.move(x / a.zoom, y / a.zoom):
+            top.stroke_line(px * a.zoom, py * a.zoom, x, y)
 
     def up(*_):
         "The stroke ends."
-        if a.sketch.current is None: return
+        if a.sketch.current is None:
+            return
         a.sketch.end()
         redraw()
 

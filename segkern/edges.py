@@ -12,61 +12,97 @@ import torch.nn.functional as F
 from .core import IGNORE
 
 # %% ../nbs/05_edges.ipynb #9a00ac45
-def _sobel(ids): # [..., h, w] -> gx, gy int64
+def _sobel(ids):  # [..., h, w] -> gx, gy int64
     "Sobel sums with repeated borders."
     t = F.pad(ids.to(torch.float32)[None], (1, 1, 1, 1), mode="replicate")[0].to(torch.int64)
-    smooth = lambda a, dim: a.narrow(dim, 0, a.shape[dim] - 2) + 2*a.narrow(dim, 1, a.shape[dim] - 2) + a.narrow(dim, 2, a.shape[dim] - 2)
-    slope = lambda a, dim: a.narrow(dim, 2, a.shape[dim] - 2) - a.narrow(dim, 0, a.shape[dim] - 2)
+
+    def smooth(a, dim):
+        return (
+            a.narrow(dim, 0, a.shape[dim] - 2)
+            + 2 * a.narrow(dim, 1, a.shape[dim] - 2)
+            + a.narrow(dim, 2, a.shape[dim] - 2)
+        )
+
+    def slope(a, dim):
+        return a.narrow(dim, 2, a.shape[dim] - 2) - a.narrow(dim, 0, a.shape[dim] - 2)
+
     return slope(smooth(t, -2), -1), slope(smooth(t, -1), -2)
 
+# %% ../nbs/05_edges.ipynb #5c33ba73
 def label_canny(
-    ids:torch.Tensor, # integer ids 0..255 [h, w] or [b, h, w]
-)->torch.Tensor: # bool, the same shape
+    ids: torch.Tensor,  # integer ids 0..255 [h, w] or [b, h, w]
+) -> torch.Tensor:  # bool, the same shape
     "Canny's edges of a map of ids for thresholds below one; equal to OpenCV's."
-    if ids.is_floating_point() or ids.ndim not in (2, 3): raise ValueError(f"label_canny wants integer ids [h, w] or [b, h, w], got {ids.dtype} {list(ids.shape)}")
-    if ids.numel() == 0: return torch.zeros_like(ids, dtype=torch.bool)
+    if ids.is_floating_point() or ids.ndim not in (2, 3):
+        raise ValueError(
+            f"label_canny wants integer ids [h, w] or [b, h, w], got {ids.dtype} {list(ids.shape)}"
+        )
+    if ids.numel() == 0:
+        return torch.zeros_like(ids, dtype=torch.bool)
     gx, gy = _sobel(ids if ids.ndim == 3 else ids[None])
     m = gx.abs() + gy.abs()
     h, w = m.shape[-2:]
     around = F.pad(m, (1, 1, 1, 1))
-    at = lambda dy, dx: around[..., 1 + dy:1 + dy + h, 1 + dx:1 + dx + w]
-    low, y = 13573*gx.abs(), gy.abs() << 15
+
+    def at(dy, dx):
+        return around[..., 1 + dy : 1 + dy + h, 1 + dx : 1 + dx + w]
+
+    low = 13573 * gx.abs()
+    y = gy.abs() << 15
     high = low + (gx.abs() << 16)
     along = (m > at(0, -1)) & (m >= at(0, 1))
     across = (m > at(-1, 0)) & (m >= at(1, 0))
-    falling = torch.where((gx ^ gy) < 0, (m > at(-1, 1)) & (m > at(1, -1)), (m > at(-1, -1)) & (m > at(1, 1)))
+    falling = torch.where(
+        (gx ^ gy) < 0, (m > at(-1, 1)) & (m > at(1, -1)), (m > at(-1, -1)) & (m > at(1, 1))
+    )
     edge = (m > 0) & torch.where(y < low, along, torch.where(y > high, across, falling))
     return edge if ids.ndim == 3 else edge[0]
 
 # %% ../nbs/05_edges.ipynb #ac5d4f58
 def boundary_target(
-    target:torch.Tensor, # ids [h, w] or [b, h, w]; 255 is void, and its border counts as an edge
-    frame:int=0, # width of the rim that is cleared before growing: 6 for Cityscapes
-    size:int=4, # side of the box by which edges grow
-)->torch.Tensor: # uint8 0 or 1, the same shape
+    target: torch.Tensor,  # ids [h, w] or [b, h, w]; 255 is void, and its border counts as an edge
+    frame: int = 0,  # width of the rim that is cleared before growing: 6 for Cityscapes
+    size: int = 4,  # side of the box by which edges grow
+) -> torch.Tensor:  # uint8 0 or 1, the same shape
     "Where classes meet, a few pixels wide."
     edge = label_canny(target)
     if frame:
         inside = torch.zeros_like(edge)
         inside[..., frame:-frame, frame:-frame] = True
         edge = edge & inside
-    before = size//2
-    grown = F.max_pool2d(F.pad(edge.half()[None], (before, size - 1 - before, before, size - 1 - before)), size, 1)[0] if edge.numel() else edge
+    before = size // 2
+    grown = (
+        F.max_pool2d(
+            F.pad(edge.half()[None], (before, size - 1 - before, before, size - 1 - before)),
+            size,
+            1,
+        )[0]
+        if edge.numel()
+        else edge
+    )
     return grown.to(torch.uint8)
 
 # %% ../nbs/05_edges.ipynb #f8eadca3
 def class_boundary_target(
-    target:torch.Tensor, # ids [h, w] or [b, h, w]; 255 is void
-    num_classes:int=19, # k; the id of "no boundary" in the result
-)->torch.Tensor: # uint8: 0..k-1 the boundary of that class, k elsewhere
+    target: torch.Tensor,  # ids [h, w] or [b, h, w]; 255 is void
+    num_classes: int = 19,  # k; the id of "no boundary" in the result
+) -> torch.Tensor:  # uint8: 0..k-1 the boundary of that class, k elsewhere
     "The boundary of every class as a map of ids."
     k = num_classes
-    if not 0 < k < 255: raise ValueError(f"num_classes must lie in 1..254, got {k}")
+    if not 0 < k < 255:
+        raise ValueError(f"num_classes must lie in 1..254, got {k}")
     y = torch.where(target == IGNORE, k, target.long())
-    if y.numel() and (y.min() < 0 or y.max() > k): raise ValueError(f"target holds the id {int(y.max() if y.max() > k else y.min())}; expected 0..{k - 1} or {IGNORE}")
-    if not y.numel(): return y.to(torch.uint8)
+    if y.numel() and (y.min() < 0 or y.max() > k):
+        raise ValueError(
+            f"target holds the id {int(y.max() if y.max() > k else y.min())}; expected 0..{k - 1} or {IGNORE}"
+        )
+    if not y.numel():
+        return y.to(torch.uint8)
     edge = label_canny(y + 1)
-    grow = lambda t: F.max_pool2d(t.float()[None], 3, 1, 1)[0]
+
+    def grow(t):
+        return F.max_pool2d(t.float()[None], 3, 1, 1)[0]
+
     ring = (grow(edge if edge.ndim == 3 else edge[None]) > 0).view_as(edge) & ~edge
     z = torch.where(ring & (y != k), y + 1, 0)
     z = grow(grow(z if z.ndim == 3 else z[None])).long().view_as(y)

@@ -33,16 +33,19 @@ from .recipes import input_rule, recipe_for
 # %% ../nbs/62_infer.ipynb #94e793bf
 @contextlib.contextmanager
 def evaluating(
-    model:nn.Module, # any module
+    model: nn.Module,  # any module
 ):
     "Evaluation mode and no autograd inside the block; afterwards every submodule has its own mode back."
     modes = [(m, m.training) for m in model.modules()]
     for m, training in modes:
-        if training: m.training = False
+        if training:
+            m.training = False
     try:
-        with torch.inference_mode(): yield model
+        with torch.inference_mode():
+            yield model
     finally:
-        for m, training in modes: m.training = training
+        for m, training in modes:
+            m.training = training
 
 # %% ../nbs/62_infer.ipynb #35b3519a
 def _device_of(model):
@@ -52,29 +55,29 @@ def _device_of(model):
 
 # %% ../nbs/62_infer.ipynb #14b0dd94
 def legal_size(
-    model:nn.Module, # reads `model.multiple`
-    size:tuple, # (height, width) of a picture
-)->tuple: # the next (height, width) the network can take
+    model: nn.Module,  # reads `model.multiple`
+    size: tuple,  # (height, width) of a picture
+) -> tuple:  # the next (height, width) the network can take
     "The smallest network input that is not smaller than `size`."
     m = getattr(model, "multiple", 1)
-    return tuple(math.ceil(s/m)*m for s in size)
+    return tuple(math.ceil(s / m) * m for s in size)
 
 # %% ../nbs/62_infer.ipynb #5ec85207
 def whole_logits(
-    model:nn.Module, # a segmentation model in evaluation mode
-    x:torch.Tensor, # [b, 3, h, w] normalised
-    size:tuple|None=None, # of the result; default: that of `x`
-)->torch.Tensor: # [b, K, *size]
+    model: nn.Module,  # a segmentation model in evaluation mode
+    x: torch.Tensor,  # [b, 3, h, w] normalised
+    size: tuple | None = None,  # of the result; default: that of `x`
+) -> torch.Tensor:  # [b, K, *size]
     "Full-size logits of the whole picture by the model's own resize."
     size = tuple(size or x.shape[-2:])
     return model.upsample(model(resize(x, legal_size(model, x.shape[-2:]))), size)
 
 # %% ../nbs/62_infer.ipynb #97ac9ae7
 def window_starts(
-    length:int, # of the picture's side
-    window:int, # of the window's side
-    stride:int, # step
-)->list: # first pixels
+    length: int,  # of the picture's side
+    window: int,  # of the window's side
+    stride: int,  # step
+) -> list:  # first pixels
     "Where windows begin along one side."
     return [0] if length <= window else [*range(0, length - window, stride), length - window]
 
@@ -83,208 +86,316 @@ def _pair(value, name, least=1):
     "`value` as (height, width), checked."
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or any(int(v) != v or v < least for v in pair):
-        raise ValueError(f"{name} must be a whole number or a pair of them, at least {least}, got {value!r}")
+        raise ValueError(
+            f"{name} must be a whole number or a pair of them, at least {least}, got {value!r}"
+        )
     return tuple(int(v) for v in pair)
 
 # %% ../nbs/62_infer.ipynb #6f3db42e
 def sliding_logits(
-    model:nn.Module, # a segmentation model in evaluation mode
-    x:torch.Tensor, # [b, 3, h, w] normalised
-    window:int|tuple, # (height, width) of the window
-    stride:int|tuple|None=None, # (vertical, horizontal) step; default: two thirds of the window
-)->torch.Tensor: # [b, K, h, w]
+    model: nn.Module,  # a segmentation model in evaluation mode
+    x: torch.Tensor,  # [b, 3, h, w] normalised
+    window: int | tuple,  # (height, width) of the window
+    # (vertical, horizontal) step; default: two thirds of the window
+    stride: int | tuple | None = None,
+) -> torch.Tensor:  # [b, K, h, w]
     "Full-size logits, averaged where windows overlap."
     h, w = x.shape[-2:]
     wh, ww = _pair(window, "window")
-    sh, sw = _pair(stride or (math.ceil(2*wh/3), math.ceil(2*ww/3)), "stride")
-    if sh > wh or sw > ww: raise ValueError(f"stride {(sh, sw)} is larger than the window {(wh, ww)}: pixels would be left out")
-    total, count = None, x.new_zeros(1, 1, h, w)
+    sh, sw = _pair(stride or (math.ceil(2 * wh / 3), math.ceil(2 * ww / 3)), "stride")
+    if sh > wh or sw > ww:
+        raise ValueError(
+            f"stride {(sh, sw)} is larger than the window {(wh, ww)}: pixels would be left out"
+        )
+    total = None
+    count = x.new_zeros(1, 1, h, w)
     for top in window_starts(h, wh, sh):
         for left in window_starts(w, ww, sw):
-            part = (slice(None), slice(None), slice(top, min(top + wh, h)), slice(left, min(left + ww, w)))
+            part = (
+                slice(None),
+                slice(None),
+                slice(top, min(top + wh, h)),
+                slice(left, min(left + ww, w)),
+            )
             logits = whole_logits(model, x[part])
-            if total is None: total = logits.new_zeros(len(x), logits.shape[1], h, w)
+            if total is None:
+                total = logits.new_zeros(len(x), logits.shape[1], h, w)
             total[part] += logits
             count[part] += 1
-    return total/count.to(total.dtype)
+    return total / count.to(total.dtype)
 
 # %% ../nbs/62_infer.ipynb #0cf6b966
 def multiscale_probs(
-    model:nn.Module, # a segmentation model in evaluation mode
-    x:torch.Tensor, # [b, 3, h, w] normalised
-    scales:tuple=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), # factors on both sides
-    flip:bool=True, # mirror images, too
-    combine:str="softmax", # average "softmax" | "logits"
-    window:int|tuple|None=None, # slide over each scaled picture
-    stride:int|tuple|None=None, # step of the window
-)->torch.Tensor: # [b, K, h, w] probabilities
+    model: nn.Module,  # a segmentation model in evaluation mode
+    x: torch.Tensor,  # [b, 3, h, w] normalised
+    scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75),  # factors on both sides
+    flip: bool = True,  # mirror images, too
+    combine: str = "softmax",  # average "softmax" | "logits"
+    window: int | tuple | None = None,  # slide over each scaled picture
+    stride: int | tuple | None = None,  # step of the window
+) -> torch.Tensor:  # [b, K, h, w] probabilities
     "Probabilities averaged over scales and mirror images."
-    if combine not in ("softmax", "logits"): raise ValueError(f"combine must be 'softmax' or 'logits', got '{combine}'")
+    if combine not in ("softmax", "logits"):
+        raise ValueError(f"combine must be 'softmax' or 'logits', got '{combine}'")
     scales = tuple(scales)
-    if not scales or min(scales) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
-    size, total = tuple(x.shape[-2:]), 0
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be positive numbers, got {scales}")
+    size = tuple(x.shape[-2:])
+    total = 0
     for scale in scales:
-        scaled = resize(x, legal_size(model, [max(1, round(s*scale)) for s in size]))
-        for mirrored in (False, True)[:1 + bool(flip)]:
+        scaled = resize(x, legal_size(model, [max(1, round(s * scale)) for s in size]))
+        for mirrored in (False, True)[: 1 + bool(flip)]:
             y = scaled.flip(-1) if mirrored else scaled
-            logits = whole_logits(model, y, size) if window is None else resize(sliding_logits(model, y, window, stride), size)
+            logits = (
+                whole_logits(model, y, size)
+                if window is None
+                else resize(sliding_logits(model, y, window, stride), size)
+            )
             logits = logits.flip(-1) if mirrored else logits
             total = total + (logits.softmax(1) if combine == "softmax" else logits)
-    mean = total/(len(scales)*(1 + bool(flip)))
+    mean = total / (len(scales) * (1 + bool(flip)))
     return mean if combine == "softmax" else mean.softmax(1)
 
 # %% ../nbs/62_infer.ipynb #700d3d78
 def exp_scores(
-    model:nn.Module, # a segmentation model in evaluation mode
-    x:torch.Tensor, # [b, 3, h, w] normalised
-    scales:tuple=(0.5, 0.75, 1.0, 1.25), # the long side becomes base_size*scale
-    flip:bool=False, # mirror images, too
-    base_size:int=0, # 0: the picture's long side
-    window:int|tuple|None=None, # of the scales above 1; default: the picture's size
-)->torch.Tensor: # float64 [b, K, h, w]; larger is likelier, without a unit
+    model: nn.Module,  # a segmentation model in evaluation mode
+    x: torch.Tensor,  # [b, 3, h, w] normalised
+    scales: tuple = (0.5, 0.75, 1.0, 1.25),  # the long side becomes base_size*scale
+    flip: bool = False,  # mirror images, too
+    base_size: int = 0,  # 0: the picture's long side
+    window: int | tuple | None = None,  # of the scales above 1; default: the picture's size
+) -> torch.Tensor:  # float64 [b, K, h, w]; larger is likelier, without a unit
     "Summed exponentials of the logits over scales, the HRNet line's rule."
-    scales, size = tuple(scales), tuple(x.shape[-2:])
-    if not scales or min(scales) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
+    scales = tuple(scales)
+    size = tuple(x.shape[-2:])
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be positive numbers, got {scales}")
     (wh, ww), total = _pair(window or size, "window"), 0
     for scale in scales:
-        long = int((base_size or max(size))*scale + .5)
-        new = tuple(max(1, int(n*long/max(size) + .5)) for n in size)
+        long = int((base_size or max(size)) * scale + 0.5)
+        new = tuple(max(1, int(n * long / max(size) + 0.5)) for n in size)
         scaled = resize(x, new)
-        if scale <= 1: scores = _exp_once(model, scaled, flip)
+        if scale <= 1:
+            scores = _exp_once(model, scaled, flip)
         else:
-            scores, count = 0, x.new_zeros(1, 1, *new)
-            for part in (_part(t, l, wh, ww, new) for t in window_starts(new[0], wh, wh) for l in window_starts(new[1], ww, ww)):
+            scores = 0
+            count = x.new_zeros(1, 1, *new)
+            for part in (
+                _part(t, l, wh, ww, new)
+                for t in window_starts(new[0], wh, wh)
+                for l in window_starts(new[1], ww, ww)
+            ):
                 piece = _exp_once(model, scaled[part], flip)
-                if not torch.is_tensor(scores): scores = piece.new_zeros(len(x), piece.shape[1], *new)
+                if not torch.is_tensor(scores):
+                    scores = piece.new_zeros(len(x), piece.shape[1], *new)
                 scores[part] += piece
                 count[part] += 1
-            scores = scores/count
+            scores = scores / count
         total = total + resize(scores, size, getattr(model, "align_corners", False))
     return total
 
+# %% ../nbs/62_infer.ipynb #234ae663
 def _part(top, left, height, width, size):
     "The index of a window."
-    return (slice(None), slice(None), slice(top, min(top + height, size[0])), slice(left, min(left + width, size[1])))
+    return (
+        slice(None),
+        slice(None),
+        slice(top, min(top + height, size[0])),
+        slice(left, min(left + width, size[1])),
+    )
+
 
 def _exp_once(model, x, flip):
     "Exponentials of the full-size logits of `x`; logits of the mirror image are averaged in."
     logits = whole_logits(model, x)
-    if flip: logits = (logits + whole_logits(model, x.flip(-1)).flip(-1))/2
+    if flip:
+        logits = (logits + whole_logits(model, x.flip(-1)).flip(-1)) / 2
     return logits.double().exp()
 
 # %% ../nbs/62_infer.ipynb #dd424c48
 def argmax_resized(
-    logits:torch.Tensor, # [1, K, h, w]
-    sizes:list, # (height, width) of each step; the last is that of the labels
-    mode:str="bilinear", # "bilinear" | "bicubic" (with OpenCV's kernel)
-    align_corners:bool=False, # the convention of the steps
-    budget:int=2**24, # numbers of a full-size group
-)->torch.Tensor: # uint8 labels [1, *sizes[-1]]
+    logits: torch.Tensor,  # [1, K, h, w]
+    sizes: list,  # (height, width) of each step; the last is that of the labels
+    mode: str = "bilinear",  # "bilinear" | "bicubic" (with OpenCV's kernel)
+    align_corners: bool = False,  # the convention of the steps
+    budget: int = 2**24,  # numbers of a full-size group
+) -> torch.Tensor:  # uint8 labels [1, *sizes[-1]]
     "Labels of logits that are resized step by step; the first of equal classes wins, as in `argmax`."
     sizes = [tuple(int(n) for n in s) for s in sizes]
-    group, best, labels = max(1, budget//max(h*w for h, w in sizes)), None, None
-    if logits.dtype != torch.float64: logits = logits.float()
+    group = max(1, budget // max(h * w for h, w in sizes))
+    best = None
+    labels = None
+    if logits.dtype != torch.float64:
+        logits = logits.float()
     for first in range(0, logits.shape[1], group):
-        part = logits[:, first:first + group]
-        for size in sizes: part = part if part.shape[-2:] == size else nn.functional.interpolate(part, size, mode=mode, align_corners=align_corners)
+        part = logits[:, first : first + group]
+        for size in sizes:
+            part = (
+                part
+                if part.shape[-2:] == size
+                else nn.functional.interpolate(part, size, mode=mode, align_corners=align_corners)
+            )
         value, index = part.max(1)
         index = (index + first).to(torch.uint8)
-        if best is None: best, labels = value, index
+        if best is None:
+            best = value
+            labels = index
         else:
             better = value > best
-            best, labels = torch.where(better, value, best), torch.where(better, index, labels)
+            best = torch.where(better, value, best)
+            labels = torch.where(better, index, labels)
     return labels
 
 # %% ../nbs/62_infer.ipynb #f514cae4
 def fitted(
-    image:torch.Tensor, # uint8 [3, h, w]
-    frame:tuple=(2048, 512), # (long, short) side of the frame
-    multiple:int=1, # both sides go up to a multiple of this, in a second resize
-)->torch.Tensor: # uint8 [3, h', w']
+    image: torch.Tensor,  # uint8 [3, h, w]
+    frame: tuple = (2048, 512),  # (long, short) side of the frame
+    multiple: int = 1,  # both sides go up to a multiple of this, in a second resize
+) -> torch.Tensor:  # uint8 [3, h', w']
     "A picture fitted into a frame."
     for new in (fitted_size(tuple(image.shape[1:]), frame), None):
-        new = new or tuple(math.ceil(n/multiple)*multiple for n in image.shape[1:])
-        image = resize_window(image, tuple(a/b for a, b in zip(new, image.shape[1:])), 0, 0, *new)
+        new = new or tuple(math.ceil(n / multiple) * multiple for n in image.shape[1:])
+        image = resize_window(image, tuple(a / b for a, b in zip(new, image.shape[1:])), 0, 0, *new)
     return image
 
+# %% ../nbs/62_infer.ipynb #a5209467
 def fitted_labels(
-    model:nn.Module, # a segmentation model in evaluation mode
-    image:torch.Tensor, # uint8 [3, h, w], on the CPU
-    frame:tuple=(2048, 512), # as in `fitted`
-    multiple:int=1, # as in `fitted`
-    window:int|tuple|None=None, # look through windows of this size, as in `sliding_logits`
-    stride:int|tuple|None=None, # their step
-)->torch.Tensor: # uint8 [1, h, w]
+    model: nn.Module,  # a segmentation model in evaluation mode
+    image: torch.Tensor,  # uint8 [3, h, w], on the CPU
+    frame: tuple = (2048, 512),  # as in `fitted`
+    multiple: int = 1,  # as in `fitted`
+    window: int | tuple | None = None,  # look through windows of this size, as in `sliding_logits`
+    stride: int | tuple | None = None,  # their step
+) -> torch.Tensor:  # uint8 [1, h, w]
     "Labels of a picture that the network sees fitted into a frame."
     x = model.preprocess(fitted(image, frame, multiple)[None].to(_device_of(model)))
-    if window: return argmax_resized(sliding_logits(model, x, window, stride), [image.shape[1:]], align_corners=getattr(model, "align_corners", False))
+    if window:
+        return argmax_resized(
+            sliding_logits(model, x, window, stride),
+            [image.shape[1:]],
+            align_corners=getattr(model, "align_corners", False),
+        )
     logits = model(resize(x, legal_size(model, x.shape[-2:])))
-    return argmax_resized(logits, [x.shape[-2:], image.shape[1:]], align_corners=getattr(model, "align_corners", False))
+    return argmax_resized(
+        logits,
+        [x.shape[-2:], image.shape[1:]],
+        align_corners=getattr(model, "align_corners", False),
+    )
 
 # %% ../nbs/62_infer.ipynb #bbd33424
 _SQUARE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
+# %% ../nbs/62_infer.ipynb #cc81cbbb
 def square_labels(
-    model:nn.Module, # a segmentation model in evaluation mode
-    image:torch.Tensor, # uint8 [3, h, w], on the CPU
-    size:tuple=(512, 512), # (height, width) of what the network sees
-    scales:tuple=(), # (): once, at this size; else logits are added over these factors of it …
-    flip:bool=True, # … and their mirror images
-)->torch.Tensor: # uint8 [1, h, w]
+    model: nn.Module,  # a segmentation model in evaluation mode
+    image: torch.Tensor,  # uint8 [3, h, w], on the CPU
+    size: tuple = (512, 512),  # (height, width) of what the network sees
+    scales: tuple = (),  # (): once, at this size; else logits are added over these factors of it …
+    flip: bool = True,  # … and their mirror images
+) -> torch.Tensor:  # uint8 [1, h, w]
     "Labels of a picture that the network sees stretched to a square, with cubic resizes."
     h, w = image.shape[1:]
-    square = cubic_window(image, (size[0]/h, size[1]/w), 0, 0, *size)
+    square = cubic_window(image, (size[0] / h, size[1] / w), 0, 0, *size)
     x = model.preprocess(square[None].to(_device_of(model)))
-    if not scales: return argmax_resized(model(resize(x, legal_size(model, size))), [(h, w)], "bicubic")
+    if not scales:
+        return argmax_resized(model(resize(x, legal_size(model, size))), [(h, w)], "bicubic")
     total = 0
     for scale in scales:
-        scaled = resize(x, [int(n*scale) for n in size], True)
-        for mirrored in (False, True)[:1 + bool(flip)]:
-            logits = resize(model(resize(scaled.flip(-1) if mirrored else scaled, legal_size(model, scaled.shape[-2:]))), size, True)
+        scaled = resize(x, [int(n * scale) for n in size], True)
+        for mirrored in (False, True)[: 1 + bool(flip)]:
+            logits = resize(
+                model(
+                    resize(
+                        scaled.flip(-1) if mirrored else scaled,
+                        legal_size(model, scaled.shape[-2:]),
+                    )
+                ),
+                size,
+                True,
+            )
             total = total + (logits.flip(-1) if mirrored else logits)
     return argmax_resized(total, [(h, w)], "bicubic")
 
 # %% ../nbs/62_infer.ipynb #18b003bb
-PROTOCOLS = ("whole", "sliding", "multiscale", "exp_sum", "ade", "ade32", "ade32_sliding", "square512", "square512_ms") # ways to label a picture
+# ways to label a picture
+PROTOCOLS = (
+    "whole",
+    "sliding",
+    "multiscale",
+    "exp_sum",
+    "ade",
+    "ade32",
+    "ade32_sliding",
+    "square512",
+    "square512_ms",
+)
 
+# %% ../nbs/62_infer.ipynb #854fa17f
 def _of_pictures(protocol, size, scales, flip, window, stride):
     "The function (model, uint8 picture) -> labels of a protocol that resizes pictures; None for the others."
-    if protocol in ("ade", "ade32"): return lambda m, image: fitted_labels(m, image, size or (2048, 512), 32 if protocol == "ade32" else 1)
-    if protocol == "ade32_sliding": return lambda m, image: fitted_labels(m, image, size or (2048, 512), 32, window, stride)
-    if protocol == "square512": return lambda m, image: square_labels(m, image, size or (512, 512))
-    if protocol == "square512_ms": return lambda m, image: square_labels(m, image, size or (512, 512), scales or _SQUARE, flip)
+    if protocol in ("ade", "ade32"):
+        return lambda m, image: fitted_labels(
+            m, image, size or (2048, 512), 32 if protocol == "ade32" else 1
+        )
+    if protocol == "ade32_sliding":
+        return lambda m, image: fitted_labels(m, image, size or (2048, 512), 32, window, stride)
+    if protocol == "square512":
+        return lambda m, image: square_labels(m, image, size or (512, 512))
+    if protocol == "square512_ms":
+        return lambda m, image: square_labels(m, image, size or (512, 512), scales or _SQUARE, flip)
 
+# %% ../nbs/62_infer.ipynb #4f06a778
 def picture_rule(
-    model:nn.Module, # its `rule`, which training sets, else its name and the dataset it was trained on
-)->dict: # protocol and size
+    # its `rule`, which training sets, else its name and the dataset it was trained on
+    model: nn.Module,
+) -> dict:  # protocol and size
     "How `segment` treats a picture: as the network's recipe brings pictures to its size, else whole."
-    if getattr(model, "rule", None): return model.rule
-    name, dataset = getattr(model, "name", ""), getattr(model, "dataset", None)
-    try: return input_rule(recipe_for(name, "" if dataset in (None, "folder") else dataset))
-    except ValueError: return dict(protocol="whole", size=None)
+    if getattr(model, "rule", None):
+        return model.rule
+    name = getattr(model, "name", "")
+    dataset = getattr(model, "dataset", None)
+    try:
+        return input_rule(recipe_for(name, "" if dataset in (None, "folder") else dataset))
+    except ValueError:
+        return dict(protocol="whole", size=None)
 
 # %% ../nbs/62_infer.ipynb #ddf47a7f
 def _to_image(image):
     "A uint8 RGB tensor [b, 3, h, w] and whether it was a batch."
     from PIL import Image
+
     what = str(image) if isinstance(image, (str, Path)) else type(image).__name__
     if isinstance(image, (str, Path)):
-        try: image = Image.open(image)
-        except FileNotFoundError: raise
-        except Exception as e: raise ValueError(f"{what} cannot be read as a picture: {e}") from e
+        try:
+            image = Image.open(image)
+        except FileNotFoundError:
+            raise
+        except Exception as e:
+            raise ValueError(f"{what} cannot be read as a picture: {e}") from e
     if isinstance(image, Image.Image):
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            raise ValueError(f"{what}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB first")
-        try: image = np.array(image.convert("RGB"))
-        except OSError as e: raise ValueError(f"{what} cannot be decoded: {e}") from e
+            raise ValueError(
+                f"{what}: mode {image.mode} has more than 8 bits per channel; convert it to 8-bit RGB first"
+            )
+        try:
+            image = np.array(image.convert("RGB"))
+        except OSError as e:
+            raise ValueError(f"{what} cannot be decoded: {e}") from e
     if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[-1] != 3: raise ValueError(f"an array must be [h, w, 3] RGB, got {image.shape}")
+        if image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"an array must be [h, w, 3] RGB, got {image.shape}")
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    if not torch.is_tensor(image): raise ValueError(f"segment takes a path, PIL image, array or tensor, got {what}")
-    if image.dtype != torch.uint8: raise ValueError(f"segment wants uint8 RGB in 0..255, got {image.dtype}; normalised: model.predict")
+    if not torch.is_tensor(image):
+        raise ValueError(f"segment takes a path, PIL image, array or tensor, got {what}")
+    if image.dtype != torch.uint8:
+        raise ValueError(
+            f"segment wants uint8 RGB in 0..255, got {image.dtype}; normalised: model.predict"
+        )
     shape = tuple(image.shape)
-    if len(shape) not in (3, 4) or shape[-3] != 3: raise ValueError(f"a tensor must be [3, h, w] or [b, 3, h, w], got {shape}")
-    if 0 in shape: raise ValueError(f"an empty picture: {shape}")
+    if len(shape) not in (3, 4) or shape[-3] != 3:
+        raise ValueError(f"a tensor must be [3, h, w] or [b, 3, h, w], got {shape}")
+    if 0 in shape:
+        raise ValueError(f"an empty picture: {shape}")
     return (image, True) if image.ndim == 4 else (image[None], False)
 
 # %% ../nbs/62_infer.ipynb #170624eb
@@ -293,55 +404,72 @@ def _whole_labels(model, images, size=None):
     x = model.preprocess(images)
     return _labels(model, x if size is None else resize(x, size), tuple(images.shape[-2:]))
 
+
 def _labels(model, x, size):
     "Labels of `x` at `size`; a picture that the network cannot take is a ValueError that says so."
     return _answer(model, x, size, lambda x: model.predict(x, size))
 
+# %% ../nbs/62_infer.ipynb #21bd8581
 def _answer(model, x, size, ask):
     "What `ask` gives for pictures `x` in a size that the network takes."
     small = min(x.shape[-2:]) < 64
     x = resize(x, legal_size(model, x.shape[-2:]))
-    try: return ask(x)
+    try:
+        return ask(x)
     except RuntimeError as e:
-        if not small: raise
+        if not small:
+            raise
         name = getattr(model, "name", type(model).__name__)
         reason = str(e).splitlines()[0]
-        raise ValueError(f"{name} cannot take a picture of {size[0]}x{size[1]}: {reason}; enlarge it, e.g. size=(256, 256)") from e
+        raise ValueError(
+            f"{name} cannot take a picture of {size[0]}x{size[1]}: {reason}; enlarge it, e.g. size=(256, 256)"
+        ) from e
 
 # %% ../nbs/62_infer.ipynb #7ee48b4c
 def segment(
-    model:nn.Module, # a segmentation model; its mode is restored
-    image, # path, PIL image, uint8 array [h, w, 3], or uint8 tensor [3, h, w] or [b, 3, h, w]
-    size:int|tuple|None=None, # (height, width) of the network's input; default: the picture's own, or what `protocol` says
-    protocol:str|None=None, # one of `PROTOCOLS`; default: `picture_rule` where no size is given
-)->torch.Tensor: # uint8 labels [h, w], or [b, h, w] for a batch, at the picture's size, on the model's device
+    model: nn.Module,  # a segmentation model; its mode is restored
+    image,  # path, PIL image, uint8 array [h, w, 3], or uint8 tensor [3, h, w] or [b, 3, h, w]
+    # (height, width) of the network's input; default: the picture's own, or what `protocol` says
+    size: int | tuple | None = None,
+    # one of `PROTOCOLS`; default: `picture_rule` where no size is given
+    protocol: str | None = None,
+    # uint8 labels [h, w], or [b, h, w] for a batch, at the picture's size, on the model's device
+) -> torch.Tensor:
     "Labels of a picture."
     images, batched = _to_image(image)
     if protocol is None:
         rule = dict(protocol="whole", size=size) if size is not None else picture_rule(model)
-        protocol, size = rule["protocol"], rule["size"]
+        protocol = rule["protocol"]
+        size = rule["size"]
     with evaluating(model):
         if protocol != "whole":
-            labels = _predictor(protocol, None, None, None, True, "softmax", 0, size and _pair(size, "size"))(model, images)
+            labels = _predictor(
+                protocol, None, None, None, True, "softmax", 0, size and _pair(size, "size")
+            )(model, images)
             return labels if batched else labels[0]
         seen = None if size is None else _pair(size, "size")
-        own = hasattr(type(model), "pictures") # not what a wrapper hands through
+        own = hasattr(type(model), "pictures")  # not what a wrapper hands through
         whole = model.pictures if own else functools.partial(_whole_labels, model)
         labels = whole(images.to(_device_of(model)), seen)
     return labels if batched else labels[0]
 
 # %% ../nbs/62_infer.ipynb #2dbc5208
 def class_lookup(
-    model_classes:list, # names in the order of the logits
-    data_classes:list, # names in the order of the labels
-)->torch.Tensor|None: # uint8 [256]: the dataset's id of each predicted id; None where the orders agree
+    model_classes: list,  # names in the order of the logits
+    data_classes: list,  # names in the order of the labels
+    # uint8 [256]: the dataset's id of each predicted id; None where the orders agree
+) -> torch.Tensor | None:
     "How predicted ids become the dataset's ids."
-    if list(model_classes) == list(data_classes): return None
-    try: order = permutation(list(model_classes), list(data_classes))
+    if list(model_classes) == list(data_classes):
+        return None
+    try:
+        order = permutation(list(model_classes), list(data_classes))
     except ValueError as e:
-        raise ValueError(f"the model ({len(model_classes)} classes) does not fit the dataset ({len(data_classes)}): {e}") from e
+        raise ValueError(
+            f"the model ({len(model_classes)} classes) does not fit the dataset ({len(data_classes)}): {e}"
+        ) from e
     lookup = torch.full((256,), 255, dtype=torch.uint8)
-    lookup[:len(order)] = torch.tensor(order, dtype=torch.uint8)
+    lookup[: len(order)] = torch.tensor(order, dtype=torch.uint8)
     return lookup
 
 # %% ../nbs/62_infer.ipynb #7852069f
@@ -350,192 +478,307 @@ def _batches(dataset, count, batch, workers):
     loader = DataLoader(Subset(dataset, range(count)), batch_size=None, num_workers=workers)
     held = []
     for i, (image, target) in enumerate(loader):
-        a, b = tuple(image.shape[-2:]), tuple(target.shape[-2:])
-        if a != b: raise ValueError(f"item {i} of {getattr(dataset, 'name', 'the dataset')}: image {a} and target {b} differ in size")
+        a = tuple(image.shape[-2:])
+        b = tuple(target.shape[-2:])
+        if a != b:
+            raise ValueError(
+                f"item {i} of {getattr(dataset, 'name', 'the dataset')}: image {a} and target {b} differ in size"
+            )
         if held and (len(held) == batch or held[0][0].shape != image.shape):
             yield held
             held = []
         held.append((image, target))
-    if held: yield held
+    if held:
+        yield held
 
 # %% ../nbs/62_infer.ipynb #ec4c68b2
 _SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
+# %% ../nbs/62_infer.ipynb #e5c7d833
 def _predictor(protocol, window, stride, scales, flip, combine, base_size, size):
     "The function (model, uint8 pictures) -> labels of a protocol."
-    if protocol.endswith("sliding") and window is None: raise ValueError(f"protocol '{protocol}' wants a window, e.g. window=(512, 512)")
+    if protocol.endswith("sliding") and window is None:
+        raise ValueError(f"protocol '{protocol}' wants a window, e.g. window=(512, 512)")
     one = _of_pictures(protocol, size, scales, flip, window, stride)
-    if one: return lambda m, images: torch.cat([one(m, image) for image in images.cpu()])
-    best = lambda scores: scores.argmax(1).to(torch.uint8)
-    known = dict(whole=lambda m, x: _labels(m, x, tuple(x.shape[-2:])), sliding=lambda m, x: best(sliding_logits(m, x, window, stride)),
-                 multiscale=lambda m, x: best(multiscale_probs(m, x, scales or _SCALES, flip, combine, window, stride)),
-                 exp_sum=lambda m, x: best(exp_scores(m, x, scales or _SCALES, flip, base_size, window)))
-    if protocol not in known: raise ValueError(f"unknown protocol '{protocol}'; known: {', '.join(PROTOCOLS)}")
+    if one:
+        return lambda m, images: torch.cat([one(m, image) for image in images.cpu()])
+
+    def best(scores):
+        return scores.argmax(1).to(torch.uint8)
+
+    known = dict(
+        whole=lambda m, x: _labels(m, x, tuple(x.shape[-2:])),
+        sliding=lambda m, x: best(sliding_logits(m, x, window, stride)),
+        multiscale=lambda m, x: best(
+            multiscale_probs(m, x, scales or _SCALES, flip, combine, window, stride)
+        ),
+        exp_sum=lambda m, x: best(exp_scores(m, x, scales or _SCALES, flip, base_size, window)),
+    )
+    if protocol not in known:
+        raise ValueError(f"unknown protocol '{protocol}'; known: {', '.join(PROTOCOLS)}")
     return lambda m, images: known[protocol](m, m.preprocess(images.to(_device_of(m))))
 
+# %% ../nbs/62_infer.ipynb #c027612d
 def _facts(protocol, window, stride, scales, flip, combine, base_size, size):
     "What a report says about a protocol besides its name."
-    several, facts = list(scales or _SCALES), {}
-    if protocol in PROTOCOLS[1:4] or protocol.endswith("sliding"): facts.update(window=window, stride=stride)
-    if protocol == "multiscale": facts.update(scales=several, flip=flip, combine=combine)
-    if protocol == "exp_sum": facts.update(scales=several, flip=flip, base_size=base_size)
-    if protocol in PROTOCOLS[4:]: facts.update(size=list(size or ((2048, 512) if protocol.startswith("ade") else (512, 512))))
-    if protocol == "square512_ms": facts.update(scales=list(scales or _SQUARE), flip=flip)
+    several = list(scales or _SCALES)
+    facts = {}
+    if protocol in PROTOCOLS[1:4] or protocol.endswith("sliding"):
+        facts.update(window=window, stride=stride)
+    if protocol == "multiscale":
+        facts.update(scales=several, flip=flip, combine=combine)
+    if protocol == "exp_sum":
+        facts.update(scales=several, flip=flip, base_size=base_size)
+    if protocol in PROTOCOLS[4:]:
+        facts.update(size=list(size or ((2048, 512) if protocol.startswith("ade") else (512, 512))))
+    if protocol == "square512_ms":
+        facts.update(scales=list(scales or _SQUARE), flip=flip)
     return facts
 
 # %% ../nbs/62_infer.ipynb #ae6c75a8
 class FirstClasses(nn.Module):
     "A model that answers with its first classes only."
-    def __init__(self,
-        net:nn.Module, # any model; stays as it is
-        count:int, # its first so many outputs
+
+    def __init__(
+        self,
+        net: nn.Module,  # any model; stays as it is
+        count: int,  # its first so many outputs
     ):
         super().__init__()
-        if not 1 <= count <= net.num_classes: raise ValueError(f"the model has {net.num_classes} outputs, {count} are asked for")
-        self.net, self.num_classes, self.classes = net, count, None
+        if not 1 <= count <= net.num_classes:
+            raise ValueError(f"the model has {net.num_classes} outputs, {count} are asked for")
+        self.net = net
+        self.num_classes = count
+        self.classes = None
 
     def __getattr__(self, name):
-        try: return super().__getattr__(name)
-        except AttributeError: return getattr(super().__getattr__("net"), name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("net"), name)
 
-    def forward(self, x): return self.net(x)[:, :self.num_classes]
+    def forward(self, x):
+        return self.net(x)[:, : self.num_classes]
 
     @torch.inference_mode()
     def predict(self, x, size=None):
-        logits, size = self(x), tuple(size or x.shape[-2:])
-        if hasattr(self.net, "align_corners"): return upsample_argmax(logits, size, self.net.align_corners)
-        return torch.cat([self.net.upsample(one, size).argmax(1).to(torch.uint8) for one in logits.split(1)])
+        logits = self(x)
+        size = tuple(size or x.shape[-2:])
+        if hasattr(self.net, "align_corners"):
+            return upsample_argmax(logits, size, self.net.align_corners)
+        return torch.cat(
+            [self.net.upsample(one, size).argmax(1).to(torch.uint8) for one in logits.split(1)]
+        )
 
+# %% ../nbs/62_infer.ipynb #90f9d727
 def _fit_classes(model, names, classes, restrict):
     "The model to evaluate, and the lookup from its ids to the dataset's."
-    k, n = model.num_classes, len(names)
-    if restrict and k > n: return FirstClasses(model, n), None
+    k = model.num_classes
+    n = len(names)
+    if restrict and k > n:
+        return FirstClasses(model, n), None
     ours = classes or getattr(model, "classes", None)
     hint = f"; restrict=True (--restrict) measures its first {n} outputs" if k > n else ""
-    if ours is None and k != n: raise ValueError(f"the model has {k} classes, the dataset {n}{hint}")
-    try: return model, class_lookup(ours or names, names)
-    except ValueError as e: raise ValueError(f"{e}{hint}") from None
+    if ours is None and k != n:
+        raise ValueError(f"the model has {k} classes, the dataset {n}{hint}")
+    try:
+        return model, class_lookup(ours or names, names)
+    except ValueError as e:
+        raise ValueError(f"{e}{hint}") from None
 
 # %% ../nbs/62_infer.ipynb #d68d34b7
 def _one_bilinear_step(model):
     "Whether a model's labels are the argmax of its logits after one bilinear resize, as its base class has it."
-    if isinstance(model, FirstClasses): return hasattr(model.net, "align_corners")
+    if isinstance(model, FirstClasses):
+        return hasattr(model.net, "align_corners")
     predict = getattr(type(model), "predict", None)
     return getattr(predict, "__module__", None) == "segkern.models.base"
 
+# %% ../nbs/62_infer.ipynb #33d20e46
 def _count(confusion, model, protocol, predict, lookup, images, targets):
     "Count one batch: from small logits where that is the same, else from labels."
     device = _device_of(model)
     targets = targets.to(device)
-    if protocol == "whole" and images.shape[-2:] == targets.shape[-2:] and _one_bilinear_step(model):
+    if (
+        protocol == "whole"
+        and images.shape[-2:] == targets.shape[-2:]
+        and _one_bilinear_step(model)
+    ):
         x = model.preprocess(images.to(device))
-        with torch.inference_mode(): logits = _answer(model, x, tuple(x.shape[-2:]), model)
-        order = None if lookup is None else lookup[:confusion.num_classes]
+        with torch.inference_mode():
+            logits = _answer(model, x, tuple(x.shape[-2:]), model)
+        order = None if lookup is None else lookup[: confusion.num_classes]
         confusion.update_logits(logits, targets, model.align_corners, order)
         return
     labels = predict(model, images)
-    if lookup is not None: labels = lookup.to(labels.device)[labels.long()]
+    if lookup is not None:
+        labels = lookup.to(labels.device)[labels.long()]
     confusion.update(labels, targets)
-
 
 # %% ../nbs/62_infer.ipynb #2d38e9a7
 def evaluate(
-    model:nn.Module, # a segmentation model; mode and device stay as they are
-    dataset, # `ds[i]` -> (uint8 image [3, h, w], uint8 target [h, w], void 255), with `.classes`
-    protocol:str="whole", # one of `PROTOCOLS`
-    miou:str="present", # which classes the mean runs over: "present" | "all" | "s2fpn"
-    limit:int|None=None, # only the first so many pictures
-    device:str|torch.device|None=None, # evaluate here; default: where the model is
-    batch:int=1, # pictures at once, where their sizes agree
-    window:int|tuple|None=None, # of "sliding" and "ade32_sliding"; also slides inside "multiscale"
-    stride:int|tuple|None=None, # step of the window
-    scales:tuple|None=None, # of "multiscale" and "exp_sum", default 0.5 to 1.75 by quarters, and of "square512_ms", default to 2
-    flip:bool=True, # mirror images where there are scales
-    combine:str="softmax", # how "multiscale" averages: "softmax" | "logits"
-    base_size:int=0, # of "exp_sum": the scales' reference; 0: the long side of each picture
-    size:tuple|None=None, # of "ade" and its kin (long, short), default (2048, 512); of "square512" and "square512_ms" (height, width), default (512, 512)
-    restrict:bool=False, # where the model has more outputs than the dataset classes: measure the first ones
-    classes:list|None=None, # names of the model's classes; default: `model.classes`
-    workers:int=0, # processes that read pictures
-    desc:str="evaluating", # text of the progress bar
-)->dict: # the metrics of `Confusion.result` with classes, protocol, number of images and seconds
+    model: nn.Module,  # a segmentation model; mode and device stay as they are
+    dataset,  # `ds[i]` -> (uint8 image [3, h, w], uint8 target [h, w], void 255), with `.classes`
+    protocol: str = "whole",  # one of `PROTOCOLS`
+    miou: str = "present",  # which classes the mean runs over: "present" | "all" | "s2fpn"
+    limit: int | None = None,  # only the first so many pictures
+    device: str | torch.device | None = None,  # evaluate here; default: where the model is
+    batch: int = 1,  # pictures at once, where their sizes agree
+    # of "sliding" and "ade32_sliding"; also slides inside "multiscale"
+    window: int | tuple | None = None,
+    stride: int | tuple | None = None,  # step of the window
+    # of "multiscale" and "exp_sum", default 0.5 to 1.75 by quarters, and of "square512_ms",
+    # default to 2
+    scales: tuple | None = None,
+    flip: bool = True,  # mirror images where there are scales
+    combine: str = "softmax",  # how "multiscale" averages: "softmax" | "logits"
+    base_size: int = 0,  # of "exp_sum": the scales' reference; 0: the long side of each picture
+    # of "ade" and its kin (long, short), default (2048, 512); of "square512" and "square512_ms"
+    # (height, width), default (512, 512)
+    size: tuple | None = None,
+    # where the model has more outputs than the dataset classes: measure the first ones
+    restrict: bool = False,
+    classes: list | None = None,  # names of the model's classes; default: `model.classes`
+    workers: int = 0,  # processes that read pictures
+    desc: str = "evaluating",  # text of the progress bar
+    # the metrics of `Confusion.result` with classes, protocol, number of images and seconds
+) -> dict:
     "Score a model on a dataset. Classes in another order are permuted by name; different classes are refused."
     rule = protocol, window, stride, scales, flip, combine, base_size, size
     predict = _predictor(*rule)
-    what, count = getattr(dataset, "name", "the dataset"), len(dataset) if limit is None else min(limit, len(dataset))
-    if count < 1: raise ValueError(f"nothing to evaluate: {what} has {len(dataset)} pictures, limit is {limit}")
-    if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
-    names, outputs = list(dataset.classes), model.num_classes
+    what = getattr(dataset, "name", "the dataset")
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    if count < 1:
+        raise ValueError(
+            f"nothing to evaluate: {what} has {len(dataset)} pictures, limit is {limit}"
+        )
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    names = list(dataset.classes)
+    outputs = model.num_classes
     model, lookup = _fit_classes(model, names, classes, restrict)
-    confusion, home = Confusion(len(names)), _device_of(model)
+    confusion = Confusion(len(names))
+    home = _device_of(model)
     target_device = home if device is None else pick_device(str(device))
     start = time.perf_counter()
-    if target_device != home: model.to(target_device)
+    if target_device != home:
+        model.to(target_device)
     try:
         with evaluating(model), progress(desc=desc, total=count, unit="image") as bar:
             for items in _batches(dataset, count, batch, workers):
-                _count(confusion, model, protocol, predict, lookup, *(torch.stack(part) for part in zip(*items)))
+                _count(
+                    confusion,
+                    model,
+                    protocol,
+                    predict,
+                    lookup,
+                    *(torch.stack(part) for part in zip(*items)),
+                )
                 bar.update(len(items))
     finally:
-        if target_device != home: model.to(home)
+        if target_device != home:
+            model.to(home)
     seconds = time.perf_counter() - start
-    facts = dict(classes=names, protocol=protocol, miou_over=miou, n_images=count, seconds=seconds, permuted=lookup is not None)
-    if outputs > len(names): facts.update(restricted_from=outputs)
+    facts = dict(
+        classes=names,
+        protocol=protocol,
+        miou_over=miou,
+        n_images=count,
+        seconds=seconds,
+        permuted=lookup is not None,
+    )
+    if outputs > len(names):
+        facts.update(restricted_from=outputs)
     return {**confusion.result(miou), **facts, **_facts(*rule)}
 
 # %% ../nbs/62_infer.ipynb #19767d90
 # these look at no value
-_METADATA = {"__get__", "__len__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"}
+_METADATA = {
+    "__get__",
+    "__len__",
+    "dim",
+    "size",
+    "stride",
+    "numel",
+    "is_contiguous",
+    "is_floating_point",
+    "is_complex",
+}
 
+# %% ../nbs/62_infer.ipynb #49002922
 class _Uses(TorchFunctionMode):
     "Counts how often each tensor is read; keeps all of them alive, so that identities stay unique."
+
     def __init__(self):
         super().__init__()
-        self.count, self.held = Counter(), []
+        self.count = Counter()
+        self.held = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in _METADATA or any(torch.is_tensor(t) for t in tree_leaves(out)): self.see((args, kwargs))
+        if getattr(func, "__name__", "") not in _METADATA or any(
+            torch.is_tensor(t) for t in tree_leaves(out)
+        ):
+            self.see((args, kwargs))
         self.held.append(out)
         return out
 
     def see(self, tree):
         "One more reader of all tensors in `tree`."
         for t in tree_leaves(tree):
-            if not torch.is_tensor(t): continue
+            if not torch.is_tensor(t):
+                continue
             self.count[id(t)] += 1
             self.held.append(t)
 
 # %% ../nbs/62_infer.ipynb #df877fb8
-def _is_conv(m): return isinstance(m, nn.Conv2d) and type(m).forward is nn.Conv2d.forward and m.padding_mode == "zeros"
+def _is_conv(m):
+    return (
+        isinstance(m, nn.Conv2d)
+        and type(m).forward is nn.Conv2d.forward
+        and m.padding_mode == "zeros"
+    )
+
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
-def _is_norm(m): return isinstance(m, _NORMS) and type(m).forward in [n.forward for n in _NORMS]
+
+def _is_norm(m):
+    return isinstance(m, _NORMS) and type(m).forward in [n.forward for n in _NORMS]
 
 # %% ../nbs/62_infer.ipynb #5fc57953
 def _watch(net, size):
-    "Run one picture; the calls (module, input, output, readers of the input before) of convolutions, norms and ReLUs, and all readers."
-    calls, uses = [], _Uses()
-    def note(m, args, out): calls.append((m, args[0], out, before.pop()))
-    def look(m, args): before.append(uses.count[id(args[0])])
-    before, hooks = [], []
+    """Run one picture; the calls (module, input, output, readers of the input before) of
+    convolutions, norms and ReLUs, and all readers."""
+    calls = []
+    uses = _Uses()
+
+    def note(m, args, out):
+        calls.append((m, args[0], out, before.pop()))
+
+    def look(m, args):
+        before.append(uses.count[id(args[0])])
+
+    before = []
+    hooks = []
     for m in net.modules():
-        if _is_conv(m) or _is_norm(m) or type(m) is nn.ReLU: hooks += [m.register_forward_pre_hook(look), m.register_forward_hook(note)]
+        if _is_conv(m) or _is_norm(m) or type(m) is nn.ReLU:
+            hooks += [m.register_forward_pre_hook(look), m.register_forward_hook(note)]
     p = next(net.parameters())
     try:
         with evaluating(net), uses:
             out = net(torch.ones(1, 3, *legal_size(net, size), device=p.device, dtype=p.dtype))
             uses.see(out)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return calls, uses
 
 # %% ../nbs/62_infer.ipynb #aa3d6f6b
 def conv_chains(
-    net:nn.Module, # a network in evaluation mode
-    size:tuple=(64, 96), # of the picture that is sent through
-)->list: # (convolution, norm or None, ReLU or None) modules that may become one
+    net: nn.Module,  # a network in evaluation mode
+    size: tuple = (64, 96),  # of the picture that is sent through
+) -> list:  # (convolution, norm or None, ReLU or None) modules that may become one
     "Convolutions with the norm and the ReLU that read nothing but their output."
     calls, uses = _watch(net, size)
     times = Counter(id(m) for m, *_ in calls)
@@ -543,13 +786,20 @@ def conv_chains(
     reader = {}
     for m, x, out, before in calls:
         alone = uses.count[id(x)] == 1 or (type(m) is nn.ReLU and m.inplace and before == 0)
-        if times[id(m)] == 1 and alone: reader[id(x)] = (m, out)
+        if times[id(m)] == 1 and alone:
+            reader[id(x)] = (m, out)
     chains = []
     for m, _, out, _ in calls:
-        single = times[id(m)] == 1 and uses.count[id(m.weight)] == 1 == owners[id(m.weight)] if _is_conv(m) else False
-        if not single: continue
+        single = (
+            times[id(m)] == 1 and uses.count[id(m.weight)] == 1 == owners[id(m.weight)]
+            if _is_conv(m)
+            else False
+        )
+        if not single:
+            continue
         norm, after = reader.get(id(out), (None, None))
-        if norm is not None and not (_is_norm(norm) and norm.running_var is not None): norm = None
+        if norm is not None and not (_is_norm(norm) and norm.running_var is not None):
+            norm = None
         relu, _ = reader.get(id(out if norm is None else after), (None, None))
         chains.append((m, norm, relu if type(relu) is nn.ReLU else None))
     return chains
@@ -557,14 +807,21 @@ def conv_chains(
 # %% ../nbs/62_infer.ipynb #8268c34e
 @torch.no_grad()
 def fold_norm(
-    conv:nn.Conv2d, # changed in place: weight and bias take the norm in
-    norm:nn.Module, # a batch norm with running statistics
-)->nn.Conv2d: # `conv`
+    conv: nn.Conv2d,  # changed in place: weight and bias take the norm in
+    norm: nn.Module,  # a batch norm with running statistics
+) -> nn.Conv2d:  # `conv`
     "Move a batch norm's affine map into the convolution before it, computed in double precision."
-    double = lambda t, default: torch.full_like(norm.running_var, default, dtype=torch.float64) if t is None else t.double()
-    scale = double(norm.weight, 1.)*(norm.running_var.double() + norm.eps).rsqrt()
-    bias = double(norm.bias, 0.) + scale*(double(conv.bias, 0.) - norm.running_mean.double())
-    weight = conv.weight.double()*scale.view(-1, 1, 1, 1)
+
+    def double(t, default):
+        return (
+            torch.full_like(norm.running_var, default, dtype=torch.float64)
+            if t is None
+            else t.double()
+        )
+
+    scale = double(norm.weight, 1.0) * (norm.running_var.double() + norm.eps).rsqrt()
+    bias = double(norm.bias, 0.0) + scale * (double(conv.bias, 0.0) - norm.running_mean.double())
+    weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
     conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
     conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
     return conv
@@ -574,45 +831,64 @@ def _replace(net, old, new):
     "Put `new` wherever `old` stands in `net`."
     for parent in net.modules():
         for name, child in list(parent.named_children()):
-            if child is old: setattr(parent, name, new)
+            if child is old:
+                setattr(parent, name, new)
 
 # %% ../nbs/62_infer.ipynb #d9bec357
 class PackedConv(nn.Module):
-    "A convolution on the CPU whose weights are already in oneDNN's blocked layout, with an optional ReLU in the same pass."
-    def __init__(self,
-        conv:nn.Conv2d, # to be replaced
-        relu:bool=False, # apply a ReLU to the result
+    """A convolution on the CPU whose weights are already in oneDNN's blocked layout, with an
+    optional ReLU in the same pass."""
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,  # to be replaced
+        relu: bool = False,  # apply a ReLU to the result
     ):
         super().__init__()
         self.where = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
-        self.bias, self.post, self.text = conv.bias, "relu" if relu else "none", conv.extra_repr()
-        self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(conv.weight.detach().to_mkldnn(), *self.where)
+        self.bias = conv.bias
+        self.post = "relu" if relu else "none"
+        self.text = conv.extra_repr()
+        self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            conv.weight.detach().to_mkldnn(), *self.where
+        )
 
-    def forward(self, x): return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.where, self.post, [], "")
+    def forward(self, x):
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.packed, self.bias, *self.where, self.post, [], ""
+        )
 
     def _apply(self, fn, recurse=True):
-        raise ValueError("a model that was optimized for the CPU cannot be moved or cast: do that first, then call optimize")
+        raise ValueError(
+            "a model that was optimized for the CPU cannot be moved or cast: do that first, then call optimize"
+        )
 
-    def extra_repr(self): return f"{self.text}, {self.post}"
+    def extra_repr(self):
+        return f"{self.text}, {self.post}"
 
 # %% ../nbs/62_infer.ipynb #40ab69f1
 def _set_layout(model, channels_last):
     "Bring the weights into a layout; activations follow."
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    with torch.inference_mode(False): model.net.to(memory_format=layout)
+    with torch.inference_mode(False):
+        model.net.to(memory_format=layout)
     model.channels_last = model.facts["channels_last"] = channels_last
 
+# %% ../nbs/62_infer.ipynb #a31a0991
 def _choose_layout(model, fn, x, settings):
     "Time a call in both layouts and keep the faster one."
-    replays, times = model.replays, {}
+    replays = model.replays
+    times = {}
     with replays.outermost() as free:
-        if not free or model.channels_last is not None: return
+        if not free or model.channels_last is not None:
+            return
         try:
             for channels_last in (False, True):
                 _set_layout(model, channels_last)
                 _, replay = replays.recorded(lambda t: fn(t, *settings), x)
                 times[channels_last] = replays.recorder.milliseconds(replay)
-        except Exception as e: logger.warning("layouts were not compared: %s", first_line(e))
+        except Exception as e:
+            logger.warning("layouts were not compared: %s", first_line(e))
         _set_layout(model, min(times, key=times.get) if len(times) == 2 else True)
         replays.clear()
     logger.info("channels_last is %s; milliseconds by layout: %s", model.channels_last, times)
@@ -620,63 +896,90 @@ def _choose_layout(model, fn, x, settings):
 # %% ../nbs/62_infer.ipynb #f522e5d6
 class Optimized(nn.Module):
     "An inference-only copy of a model; made by `optimize`."
-    def __init__(self,
-        net:nn.Module, # the rewritten copy
-        channels_last:bool|None, # feed it in this layout; None: measured at the first call on a CUDA device
-        dtype:torch.dtype|None, # compute in this type; None: as the input comes
-        compile:bool, # hand whole functions to Inductor
-        facts:dict, # what was done
-        replays:Replays, # calls that are replayed
+
+    def __init__(
+        self,
+        net: nn.Module,  # the rewritten copy
+        # feed it in this layout; None: measured at the first call on a CUDA device
+        channels_last: bool | None,
+        dtype: torch.dtype | None,  # compute in this type; None: as the input comes
+        compile: bool,  # hand whole functions to Inductor
+        facts: dict,  # what was done
+        replays: Replays,  # calls that are replayed
     ):
         super().__init__()
-        self.net, self.channels_last, self.dtype, self.facts, self.replays = net, channels_last, dtype, facts, replays
-        self.whole_map = compile or (channels_last and _device_of(net).type == "cpu") or not hasattr(net, "align_corners")
-        wrap = (lambda f: torch.compile(f, dynamic=False, options={"freezing": True})) if compile else (lambda f: f)
-        self._logits, self._label = wrap(self._run), wrap(self._run_labels)
+        self.net = net
+        self.channels_last = channels_last
+        self.dtype = dtype
+        self.facts = facts
+        self.replays = replays
+        self.whole_map = (
+            compile
+            or (channels_last and _device_of(net).type == "cpu")
+            or not hasattr(net, "align_corners")
+        )
+        wrap = (
+            (lambda f: torch.compile(f, dynamic=False, options={"freezing": True}))
+            if compile
+            else (lambda f: f)
+        )
+        self._logits = wrap(self._run)
+        self._label = wrap(self._run_labels)
         super().train(False)
 
     def __getattr__(self, name):
-        try: return super().__getattr__(name)
-        except AttributeError: return getattr(super().__getattr__("net"), name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("net"), name)
 
-    def _run(self, x): return self.net(x).float() if x.dtype in (torch.bfloat16, torch.float16) else self.net(x)
+    def _run(self, x):
+        return self.net(x).float() if x.dtype in (torch.bfloat16, torch.float16) else self.net(x)
 
     def _run_labels(self, x, size):
         "Labels; where a full-size map is made, it is that of one picture (Inductor makes none)."
         logits = self._run(x)
-        if not self.whole_map: return upsample_argmax(logits, size, self.net.align_corners)
-        return torch.cat([self.net.upsample(one, size).argmax(1).to(torch.uint8) for one in logits.split(1)])
+        if not self.whole_map:
+            return upsample_argmax(logits, size, self.net.align_corners)
+        return torch.cat(
+            [self.net.upsample(one, size).argmax(1).to(torch.uint8) for one in logits.split(1)]
+        )
 
     def _input(self, x):
         "`x` in the network's type and layout."
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.to(dtype=self.dtype or x.dtype, memory_format=layout)
 
-    def _forward(self, x): return self._logits(self._input(x))
+    def _forward(self, x):
+        return self._logits(self._input(x))
 
-    def _predict(self, x, size): return self._label(self._input(x), size)
+    def _predict(self, x, size):
+        return self._label(self._input(x), size)
 
-    def _pictures(self, images, size): return _whole_labels(self, images, size)
+    def _pictures(self, images, size):
+        return _whole_labels(self, images, size)
 
     def _replayed(self, fn, x, *settings):
         "`fn(x, *settings)`, from a graph where there is one."
-        if self.channels_last is None and self.replays.takes(x): _choose_layout(self, fn, x, settings)
+        if self.channels_last is None and self.replays.takes(x):
+            _choose_layout(self, fn, x, settings)
         return self.replays(fn, x, *settings)
 
     @torch.inference_mode()
-    def forward(self, x:torch.Tensor)->torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         "Logits at the network's stride, at least float32."
         return self._replayed(self._forward, x)
 
-    def outputs(self, x:torch.Tensor)->dict: return {"logits": self(x)} # auxiliary heads are gone
+    def outputs(self, x: torch.Tensor) -> dict:
+        return {"logits": self(x)}  # auxiliary heads are gone
 
     @torch.inference_mode()
-    def predict(self, x:torch.Tensor, size:tuple|None=None)->torch.Tensor:
+    def predict(self, x: torch.Tensor, size: tuple | None = None) -> torch.Tensor:
         "uint8 labels [b, *size]."
         return self._replayed(self._predict, x, tuple(size or x.shape[-2:]))
 
     @torch.inference_mode()
-    def pictures(self, images:torch.Tensor, size:tuple|None=None)->torch.Tensor:
+    def pictures(self, images: torch.Tensor, size: tuple | None = None) -> torch.Tensor:
         "uint8 labels of uint8 pictures on the device, [b, 3, h, w] -> [b, h, w]; the network sees them at `size`."
         return self._replayed(self._pictures, images, size)
 
@@ -688,66 +991,92 @@ class Optimized(nn.Module):
         self.replays.clear()
         return super().load_state_dict(*args, **kwargs)
 
-    def train(self, mode:bool=True):
-        if mode: raise ValueError("an optimized model is for inference only: train the model it was made from")
+    def train(self, mode: bool = True):
+        if mode:
+            raise ValueError(
+                "an optimized model is for inference only: train the model it was made from"
+            )
         return super().train(False)
 
-    def extra_repr(self): return ", ".join(f"{k}={v}" for k, v in self.facts.items())
+    def extra_repr(self):
+        return ", ".join(f"{k}={v}" for k, v in self.facts.items())
 
 # %% ../nbs/62_infer.ipynb #ed2cdadf
 def _check_compiler():
     "Inductor builds C++ on a CPU."
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
     if not any(shutil.which(n) for n in names):
-        raise ValueError(f"compile=True needs a C++ compiler on a CPU; none of {names} is on the path")
+        raise ValueError(
+            f"compile=True needs a C++ compiler on a CPU; none of {names} is on the path"
+        )
 
 # %% ../nbs/62_infer.ipynb #3e7fbb43
 def _cpu_has_bf16():
     "Whether the processor multiplies bfloat16 itself (where torch can tell)."
     facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(facts.get(k, True) for k in ("avx512_bf16", "amx_bf16")) if facts.get("architecture", "").startswith("x86") else True
+    return (
+        any(facts.get(k, True) for k in ("avx512_bf16", "amx_bf16"))
+        if facts.get("architecture", "").startswith("x86")
+        else True
+    )
 
 # %% ../nbs/62_infer.ipynb #7348a1a9
 def _packs(dtype):
     "Whether oneDNN takes weights of this type on this processor; half precision needs AVX-512 or newer."
-    if dtype == torch.bfloat16: return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16: return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype in (None, torch.float32)
 
 # %% ../nbs/62_infer.ipynb #aa173d38
 def optimize(
-    model:nn.Module, # any model of segkern; stays as it is
-    channels_last:bool|str="auto", # layout of activations; "auto": True, but on a CUDA device the faster one
-    fold_bn:bool=True, # batch norms move into the convolutions before them
-    prepack:bool|None=None, # oneDNN weight layout and ReLU in the same pass (CPU only); default: on a CPU, unless compiled
-    dtype:torch.dtype|None=None, # compute in this type, e.g. torch.bfloat16; logits come back as float32
-    compile:bool=False, # torch.compile with frozen weights: fastest, but see below
-    graphs:int=4, # so many CUDA graphs are kept, each for a size that comes often; 0: none
-    copies:bool=True, # results of graphs are the caller's own; False: the next call overwrites them
-)->Optimized: # a new module in evaluation mode
+    model: nn.Module,  # any model of segkern; stays as it is
+    # layout of activations; "auto": True, but on a CUDA device the faster one
+    channels_last: bool | str = "auto",
+    fold_bn: bool = True,  # batch norms move into the convolutions before them
+    # oneDNN weight layout and ReLU in the same pass (CPU only); default: on a CPU, unless
+    # compiled
+    prepack: bool | None = None,
+    # compute in this type, e.g. torch.bfloat16; logits come back as float32
+    dtype: torch.dtype | None = None,
+    compile: bool = False,  # torch.compile with frozen weights: fastest, but see below
+    graphs: int = 4,  # so many CUDA graphs are kept, each for a size that comes often; 0: none
+    # results of graphs are the caller's own; False: the next call overwrites them
+    copies: bool = True,
+) -> Optimized:  # a new module in evaluation mode
     """A faster copy of a model for inference, with the same answers up to rounding.
 
     `compile=True` pays half a minute or so for every new input size (and needs a C++ compiler on a CPU); choose it for
     fixed-size streams. Half precision helps where the hardware computes in it; a CPU without bf16 arithmetic gets slower,
     and compiled half precision is refused on CPUs."""
     net = copy.deepcopy(model).eval().requires_grad_(False)
-    if hasattr(net, "deploy"): net = net.deploy()
+    if hasattr(net, "deploy"):
+        net = net.deploy()
     device = _device_of(net).type
     cpu = device == "cpu"
     single = all(p.dtype == torch.float32 for p in net.parameters())
     packs = torch.backends.mkldnn.is_available() and _packs(dtype)
-    if prepack is None: prepack = cpu and single and not compile and packs
-    if prepack and not cpu: raise ValueError(f"prepack is for models on the CPU, this one is on {_device_of(net)}")
-    if prepack and compile: raise ValueError("compile=True packs the weights itself: leave prepack out")
+    if prepack is None:
+        prepack = cpu and single and not compile and packs
+    if prepack and not cpu:
+        raise ValueError(f"prepack is for models on the CPU, this one is on {_device_of(net)}")
+    if prepack and compile:
+        raise ValueError("compile=True packs the weights itself: leave prepack out")
     if prepack and not packs:
         raise ValueError(f"prepack: this processor packs no weights in {dtype}: leave prepack out")
     if compile and cpu and dtype in (torch.bfloat16, torch.float16):
-        raise ValueError(f"compile=True wants float32 on a CPU, got {dtype}: Inductor's half precision is slower there and changes labels")
-    if compile and cpu: _check_compiler()
+        raise ValueError(
+            f"compile=True wants float32 on a CPU, got {dtype}: Inductor's half precision is "
+            f"slower there and changes labels"
+        )
+    if compile and cpu:
+        _check_compiler()
     if channels_last not in (True, False, "auto"):
         raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
     measured = device == "cuda" and graphs and not compile
-    if channels_last == "auto": channels_last = None if measured else True
+    if channels_last == "auto":
+        channels_last = None if measured else True
     if dtype == torch.bfloat16 and cpu and not _cpu_has_bf16():
         logger.warning("this CPU has no bf16 arithmetic: bfloat16 will be slower than float32")
     own = sum(m.fold() for m in list(net.modules()) if hasattr(m, "fold")) if fold_bn else 0
@@ -756,12 +1085,21 @@ def optimize(
     for conv, norm in folded:
         fold_norm(conv, norm)
         _replace(net, norm, nn.Identity())
-    net = net.to(dtype=dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    net = net.to(
+        dtype=dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format
+    )
     for conv, norm, relu in chains if prepack else []:
         relu = relu if norm is None or fold_bn else None
         _replace(net, conv, PackedConv(conv, relu is not None))
-        if relu is not None: _replace(net, relu, nn.Identity())
+        if relu is not None:
+            _replace(net, relu, nn.Identity())
     name = str(dtype or "as input").replace("torch.", "")
-    facts = dict(bn_folded=len(folded) + own, channels_last=channels_last, prepacked=bool(prepack), dtype=name, compiled=compile)
+    facts = dict(
+        bn_folded=len(folded) + own,
+        channels_last=channels_last,
+        prepacked=bool(prepack),
+        dtype=name,
+        compiled=compile,
+    )
     facts["graphs"] = graphs if device == "cuda" else 0
     return Optimized(net, channels_last, dtype, compile, facts, Replays(graphs, copies))

@@ -12,77 +12,91 @@ from torch import nn
 
 # %% ../nbs/20_layers.ipynb #e9150efa
 def activation(
-    name:str|None, # "relu" | "prelu" | "sigmoid" | None
-    channels:int, # slopes of a PReLU
-)->nn.Module: # the layer
+    name: str | None,  # "relu" | "prelu" | "sigmoid" | None
+    channels: int,  # slopes of a PReLU
+) -> nn.Module:  # the layer
     "An activation by name."
-    if name is None: return nn.Identity()
-    if name == "relu": return nn.ReLU(inplace=True)
-    if name == "prelu": return nn.PReLU(channels)
-    if name == "sigmoid": return nn.Sigmoid()
+    if name is None:
+        return nn.Identity()
+    if name == "relu":
+        return nn.ReLU(inplace=True)
+    if name == "prelu":
+        return nn.PReLU(channels)
+    if name == "sigmoid":
+        return nn.Sigmoid()
     raise ValueError(f"unknown activation '{name}'; known: relu, prelu, sigmoid, None")
 
 # %% ../nbs/20_layers.ipynb #9f4c66bf
 class ConvNormAct(nn.Module):
     "Convolution (no bias), batch norm, activation; `norm=False` leaves the bare convolution."
-    def __init__(self,
-        c_in:int, # input channels
-        c_out:int, # output channels
-        kernel:int|tuple=3, # kernel size
-        stride:int=1, # stride
-        dilation:int|tuple=1, # spacing of the taps; the padding keeps the size
-        groups:int=1, # convolution groups
-        norm:bool=True, # with norm and activation
-        act:str|None="relu", # activation's name
-        eps:float=1e-5, # of the norm
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        c_out: int,  # output channels
+        kernel: int | tuple = 3,  # kernel size
+        stride: int = 1,  # stride
+        dilation: int | tuple = 1,  # spacing of the taps; the padding keeps the size
+        groups: int = 1,  # convolution groups
+        norm: bool = True,  # with norm and activation
+        act: str | None = "relu",  # activation's name
+        eps: float = 1e-5,  # of the norm
     ):
         super().__init__()
         kernel, dilation = ((v, v) if isinstance(v, int) else tuple(v) for v in (kernel, dilation))
-        padding = tuple(d*(k//2) for k, d in zip(kernel, dilation))
+        padding = tuple(d * (k // 2) for k, d in zip(kernel, dilation))
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, groups, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=eps) if norm else None
         self.act = activation(act if norm else None, c_out)
 
-    def forward(self,
-        x:torch.Tensor, # [b, c_in, h, w]
-    )->torch.Tensor: # [b, c_out, h', w']
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, c_in, h, w]
+    ) -> torch.Tensor:  # [b, c_out, h', w']
         x = self.conv(x)
         return self.act(x if self.bn is None else self.bn(x))
 
 # %% ../nbs/20_layers.ipynb #e65f9867
 def resize(
-    x:torch.Tensor, # [b, c, h, w]
-    size:tuple, # (height, width)
-    align_corners:bool=False, # the convention
-)->torch.Tensor: # [b, c, *size]
+    x: torch.Tensor,  # [b, c, h, w]
+    size: tuple,  # (height, width)
+    align_corners: bool = False,  # the convention
+) -> torch.Tensor:  # [b, c, *size]
     "Bilinear resize; returns `x` itself where nothing is to do."
     size = tuple(int(s) for s in size)
-    return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+    return (
+        x
+        if tuple(x.shape[-2:]) == size
+        else F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+    )
 
 # %% ../nbs/20_layers.ipynb #72914219
 def num_params(
-    m:nn.Module, # any module
-)->int: # trainable parameters
+    m: nn.Module,  # any module
+) -> int:  # trainable parameters
     "Number of trainable parameters."
     return sum(p.numel() for p in m.parameters() if p.requires_grad)
 
 # %% ../nbs/20_layers.ipynb #8f4771f4
 def set_literal(
-    model:nn.Module, # any model
-    literal:bool=True, # compute the papers' forms as written
+    model: nn.Module,  # any model
+    literal: bool = True,  # compute the papers' forms as written
 ):
     "Switch every block that has an exact rewrite to its literal form, or back."
     for m in model.modules():
-        if hasattr(type(m), "literal"): m.literal = literal
+        if hasattr(type(m), "literal"):
+            m.literal = literal
     return model
 
 # %% ../nbs/20_layers.ipynb #99f10c1e
 def macs(
-    fn, # callable of a picture
-    size:tuple, # (height, width)
-    batch:int=1, # pictures
-)->int: # multiply-accumulates: half of the floating-point operations
+    fn,  # callable of a picture
+    size: tuple,  # (height, width)
+    batch: int = 1,  # pictures
+) -> int:  # multiply-accumulates: half of the floating-point operations
     "Count multiply-accumulates on the meta device."
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): fn(torch.empty(batch, 3, *size, device="meta"))
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fn(torch.empty(batch, 3, *size, device="meta"))
     return counter.get_total_flops() // 2

@@ -13,46 +13,50 @@ from .ops.head import upsample_confusion
 from .ops.head_checks import wide_ids
 
 # %% ../nbs/60_metrics.ipynb #4b5263d0
-MIOU = ("present", "all", "s2fpn") # the rules that `Confusion.result` knows
+MIOU = ("present", "all", "s2fpn")  # the rules that `Confusion.result` knows
 
 # %% ../nbs/60_metrics.ipynb #81de7b42
 def _ids(
-    t, # labels: tensor or array
-    name:str, # "pred" or "target", for the message
-)->torch.Tensor: # flat int64
+    t,  # labels: tensor or array
+    name: str,  # "pred" or "target", for the message
+) -> torch.Tensor:  # flat int64
     "Labels as a flat int64 tensor; anything but integers is refused."
     t = torch.as_tensor(t)
     if t.is_floating_point() or t.is_complex():
-        raise ValueError(f"{name} must hold integer class ids, got {t.dtype}; take the argmax of logits first")
+        raise ValueError(
+            f"{name} must hold integer class ids, got {t.dtype}; take the argmax of logits first"
+        )
     return t.reshape(-1).to(torch.int64)
 
 # %% ../nbs/60_metrics.ipynb #82a90a41
 def _mean(
-    values:list, # numbers, None where undefined
-)->float|None: # None where nothing is defined
+    values: list,  # numbers, None where undefined
+) -> float | None:  # None where nothing is defined
     "The mean of the defined values."
     known = [v for v in values if v is not None]
-    return sum(known)/len(known) if known else None
+    return sum(known) / len(known) if known else None
 
 # %% ../nbs/60_metrics.ipynb #6816153a
 def _joined(
-    a:torch.Tensor, # [3]: a number, a minimum, a maximum
-    b:torch.Tensor, # the same of others
-)->torch.Tensor: # of both
+    a: torch.Tensor,  # [3]: a number, a minimum, a maximum
+    b: torch.Tensor,  # the same of others
+) -> torch.Tensor:  # of both
     "Two notes about illegal ids as one."
     return torch.stack([a[0] + b[0], torch.minimum(a[1], b[1]), torch.maximum(a[2], b[2])])
-
 
 # %% ../nbs/60_metrics.ipynb #7a0ddfdf
 class _CountsLogits:
     "Counting from logits of any size, where labels need not exist."
-    def update_logits(self,
-        logits:torch.Tensor, # [b, K, h, w], of any size
-        target:torch.Tensor, # [b, H, W], true ids
-        align_corners:bool=False, # convention of the resize to [H, W]
-        lookup:torch.Tensor|None=None, # [K]: the class of each channel; default: its number
-    )->"Confusion": # itself
-        "Count the labels that the resized logits give, without waiting for the device; `result` raises for illegal ids."
+
+    def update_logits(
+        self,
+        logits: torch.Tensor,  # [b, K, h, w], of any size
+        target: torch.Tensor,  # [b, H, W], true ids
+        align_corners: bool = False,  # convention of the resize to [H, W]
+        lookup: torch.Tensor | None = None,  # [K]: the class of each channel; default: its number
+    ) -> "Confusion":  # itself
+        """Count the labels that the resized logits give, without waiting for the device; `result`
+        raises for illegal ids."""
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"the logits have {logits.shape[1]} classes, not {self.num_classes}")
         target = target.to(logits.device)
@@ -61,7 +65,9 @@ class _CountsLogits:
         ids = wide_ids(target)
         wrong = (ids != self.ignore_index) & ((ids < 0) | (ids >= self.num_classes))
         self._note(ids, wrong)
-        counts = upsample_confusion(logits, ids.masked_fill(wrong, self.ignore_index), self.ignore_index, align_corners)
+        counts = upsample_confusion(
+            logits, ids.masked_fill(wrong, self.ignore_index), self.ignore_index, align_corners
+        )
         if lookup is not None:
             counts = torch.zeros_like(counts).index_add_(1, lookup.to(counts.device).long(), counts)
         self.matrix = self.matrix.to(counts.device) + counts
@@ -69,92 +75,133 @@ class _CountsLogits:
 
     def _note(self, ids, wrong):
         "Keep the number and the range of illegal ids, on the device."
-        if not ids.numel(): return
+        if not ids.numel():
+            return
         ids = ids.long()
-        low, high = (ids.masked_fill(~wrong, fill) for fill in (2**62, -2**62))
+        low, high = (ids.masked_fill(~wrong, fill) for fill in (2**62, -(2**62)))
         seen = torch.stack([wrong.sum(), low.amin(), high.amax()])
         self.illegal = seen if self.illegal is None else _joined(self.illegal.to(seen.device), seen)
 
     def _check_noted(self):
         "Raise where `update_logits` met an illegal id."
         count, low, high = (0, 0, 0) if self.illegal is None else self.illegal.tolist()
-        if count == 0: return
+        if count == 0:
+            return
         which = f"the id {low}" if low == high else f"ids from {low} to {high}"
         legal = f"0 to {self.num_classes - 1} or {self.ignore_index} (void)"
         raise ValueError(f"target holds {which} ({count} pixels); expected {legal}")
 
-
 # %% ../nbs/60_metrics.ipynb #a4cdb777
 class Confusion(_CountsLogits):
     "Counts of (true class, predicted class) over all pixels that are not void."
-    def __init__(self,
-        num_classes:int, # K
-        ignore_index:int=IGNORE, # target id that is left out
-    ):
-        if num_classes < 1: raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if 0 <= ignore_index < num_classes: raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
-        self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64) # [K, K], rows are the target
-        self.illegal = None # of `update_logits`, on its device: number, lowest and highest of the illegal ids
 
-    def update(self,
-        pred, # predicted ids, any shape and integer type
-        target, # true ids, same shape
-    )->"Confusion": # itself
+    def __init__(
+        self,
+        num_classes: int,  # K
+        ignore_index: int = IGNORE,  # target id that is left out
+    ):
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        # [K, K], rows are the target
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        # of `update_logits`, on its device: number, lowest and highest of the illegal ids
+        self.illegal = None
+
+    def update(
+        self,
+        pred,  # predicted ids, any shape and integer type
+        target,  # true ids, same shape
+    ) -> "Confusion":  # itself
         "Count one batch. An id outside the classes is an error; predictions on void pixels are not looked at."
-        if tuple(pred.shape) != tuple(target.shape): raise ValueError(f"pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}")
-        pred, target = _ids(pred, "pred"), _ids(target, "target")
+        if tuple(pred.shape) != tuple(target.shape):
+            raise ValueError(f"pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}")
+        pred = _ids(pred, "pred")
+        target = _ids(target, "target")
         target = target.to(pred.device)
         keep = target != self.ignore_index
-        pred, target = pred[keep], target[keep]
-        for name, t in (("pred", pred), ("target", target)): self._check(name, t)
-        counts = torch.bincount(target*self.num_classes + pred, minlength=self.num_classes**2)
-        self.matrix = self.matrix.to(counts.device) + counts.view(self.num_classes, self.num_classes)
+        pred = pred[keep]
+        target = target[keep]
+        for name, t in (("pred", pred), ("target", target)):
+            self._check(name, t)
+        counts = torch.bincount(target * self.num_classes + pred, minlength=self.num_classes**2)
+        self.matrix = self.matrix.to(counts.device) + counts.view(
+            self.num_classes, self.num_classes
+        )
         return self
 
     def _check(self, name, t):
         "Raise where an id is not a class, naming it."
-        if not t.numel(): return
+        if not t.numel():
+            return
         low, high = (int(v) for v in t.aminmax())
-        if low >= 0 and high < self.num_classes: return
+        if low >= 0 and high < self.num_classes:
+            return
         bad = low if low < 0 else high
         void = f" or {self.ignore_index} (void)" if name == "target" else ""
         raise ValueError(f"{name} holds the id {bad}; expected 0 to {self.num_classes - 1}{void}")
 
-    def __add__(self,
-        other:"Confusion", # counts of another process or part
-    )->"Confusion": # a new one
+    def __add__(
+        self,
+        other: "Confusion",  # counts of another process or part
+    ) -> "Confusion":  # a new one
         "The counts of both."
         if (self.num_classes, self.ignore_index) != (other.num_classes, other.ignore_index):
-            raise ValueError(f"cannot add counts over {other.num_classes} classes (void {other.ignore_index}) "
-                             f"to counts over {self.num_classes} (void {self.ignore_index})")
+            raise ValueError(
+                f"cannot add counts over {other.num_classes} classes (void {other.ignore_index}) "
+                f"to counts over {self.num_classes} (void {self.ignore_index})"
+            )
         total = Confusion(self.num_classes, self.ignore_index)
         total.matrix = self.matrix + other.matrix.to(self.matrix.device)
         noted = [c.illegal.to(self.matrix.device) for c in (self, other) if c.illegal is not None]
         total.illegal = _joined(*noted) if len(noted) == 2 else noted[0] if noted else None
         return total
 
-    def result(self,
-        miou:str="present", # "present" | "all" | "s2fpn": which classes the mean runs over
-    )->dict: # miou, iou (list, None where undefined), pixel_acc, mean_acc, n_pixels; fractions of one
+    def result(
+        self,
+        miou: str = "present",  # "present" | "all" | "s2fpn": which classes the mean runs over
+        # miou, iou (list, None where undefined), pixel_acc, mean_acc, n_pixels; fractions of one
+    ) -> dict:
         "The usual numbers. A mean over nothing is None."
-        if miou not in MIOU: raise ValueError(f"unknown mIoU rule '{miou}'; there are {MIOU}")
+        if miou not in MIOU:
+            raise ValueError(f"unknown mIoU rule '{miou}'; there are {MIOU}")
         self._check_noted()
         m = self.matrix.cpu()
         hit, true, said = (v.tolist() for v in (m.diagonal(), m.sum(1), m.sum(0)))
-        iou = [h/(t + s - h) if t + s else None for h, t, s in zip(hit, true, said)]
-        acc = [h/t if t else None for h, t in zip(hit, true)]
+        iou = [h / (t + s - h) if t + s else None for h, t, s in zip(hit, true, said)]
+        acc = [h / t if t else None for h, t in zip(hit, true)]
         n = sum(true)
-        mean = {"present": iou, "all": [v or 0.0 for v in iou], "s2fpn": [v for v in iou if v] or [0.0]}[miou]
-        return dict(miou=_mean(mean) if n else None, iou=iou, pixel_acc=sum(hit)/n if n else None, mean_acc=_mean(acc), n_pixels=n)
+        mean = {
+            "present": iou,
+            "all": [v or 0.0 for v in iou],
+            "s2fpn": [v for v in iou if v] or [0.0],
+        }[miou]
+        return dict(
+            miou=_mean(mean) if n else None,
+            iou=iou,
+            pixel_acc=sum(hit) / n if n else None,
+            mean_acc=_mean(acc),
+            n_pixels=n,
+        )
 
 # %% ../nbs/60_metrics.ipynb #e478261c
 def iou_table(
-    result:dict, # what `Confusion.result` or `segkern.infer.evaluate` gives
-    classes:list|None=None, # names in the order of the ids
-)->Table: # one row per class and one for the mean
+    result: dict,  # what `Confusion.result` or `segkern.infer.evaluate` gives
+    classes: list | None = None,  # names in the order of the ids
+) -> Table:  # one row per class and one for the mean
     "Per-class IoU in percent; a class that neither occurs nor is predicted shows a dash."
     names = classes or [str(i) for i in range(len(result["iou"]))]
-    if len(names) != len(result["iou"]): raise ValueError(f"{len(names)} class names for {len(result['iou'])} classes")
-    percent = lambda v: None if v is None else 100*v
-    return Table([[n, percent(v)] for n, v in zip(names, result["iou"])] + [["mean", percent(result["miou"])]], ["class", "IoU %"])
+    if len(names) != len(result["iou"]):
+        raise ValueError(f"{len(names)} class names for {len(result['iou'])} classes")
+
+    def percent(v):
+        return None if v is None else 100 * v
+
+    return Table(
+        [[n, percent(v)] for n, v in zip(names, result["iou"])]
+        + [["mean", percent(result["miou"])]],
+        ["class", "IoU %"],
+    )

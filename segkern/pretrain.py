@@ -26,246 +26,382 @@ def _feature_of(model):
     "The function that pretraining looks at."
     return getattr(model, "pretrain_feature", model.feature)
 
+
 def _used(model):
     "Parameters that the pretraining map depends on, and its number of channels."
     params = [p for p in model.parameters() if p.requires_grad]
-    side = -(-64//model.multiple)*model.multiple
+    side = -(-64 // model.multiple) * model.multiple
     with torch.enable_grad():
         f = _feature_of(model)(torch.zeros(1, 3, side, side, device=params[0].device))
         grads = torch.autograd.grad(f.sum(), params, allow_unused=True)
     return {id(p) for p, g in zip(params, grads) if g is not None}, f.shape[1]
 
+# %% ../nbs/61a_pretrain.ipynb #9f86114f
 def _drop(module, used):
     "Delete the submodules whose parameters are all idle."
     for name, child in list(module.named_children()):
         params = [id(p) for p in child.parameters() if p.requires_grad]
-        if params and not used.intersection(params): delattr(module, name)
-        else: _drop(child, used)
+        if params and not used.intersection(params):
+            delattr(module, name)
+        else:
+            _drop(child, used)
 
 # %% ../nbs/61a_pretrain.ipynb #0b9440e6
 class Classifier(nn.Module):
     "A segmentation network as a classifier of pictures: its map, averaged, and two linear layers."
+
     palette = None
 
-    def __init__(self,
-        model:nn.Module, # a network of segkern; the classifier works on a copy without heads
-        num_classes:int=1000, # k
-        hidden:int=128, # width between the linear layers
-        dropout:float=0.2, # before the last one
-        seed:int|None=0, # of the linear layers; `None` uses the global generator
+    def __init__(
+        self,
+        model: nn.Module,  # a network of segkern; the classifier works on a copy without heads
+        num_classes: int = 1000,  # k
+        hidden: int = 128,  # width between the linear layers
+        dropout: float = 0.2,  # before the last one
+        seed: int | None = 0,  # of the linear layers; `None` uses the global generator
     ):
         super().__init__()
-        self.name, self.num_classes, self.preprocess = f"{model.name}_classifier", num_classes, model.preprocess
-        self.metadata = dict(task="classification", network=model.name, network_options=model.options)
+        self.name = f"{model.name}_classifier"
+        self.num_classes = num_classes
+        self.preprocess = model.preprocess
+        self.metadata = dict(
+            task="classification", network=model.name, network_options=model.options
+        )
         self.model = copy.deepcopy(model).deploy()
         used, c = _used(self.model.eval())
         _drop(self.model.train(), used)
-        self.dropped = frozenset(model.state_dict()) - frozenset(self.model.state_dict()) # tensors behind the map
+        # tensors behind the map
+        self.dropped = frozenset(model.state_dict()) - frozenset(self.model.state_dict())
         with seeded(seed):
-            inner = nn.Linear(c, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Dropout(dropout)
+            inner = (
+                nn.Linear(c, hidden, bias=False),
+                nn.BatchNorm1d(hidden),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropout),
+            )
             self.classifier = nn.Sequential(*inner, nn.Linear(hidden, num_classes))
         self.register_buffer("class_weights", None, persistent=False)
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w] normalised
-        target:torch.Tensor|None=None, # [b] ids
-    )->torch.Tensor|dict: # logits [b, k]; with a target "loss", and the share of right answers "top1"
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w] normalised
+        target: torch.Tensor | None = None,  # [b] ids
+        # logits [b, k]; with a target "loss", and the share of right answers "top1"
+    ) -> torch.Tensor | dict:
         "Class logits of pictures, or their loss."
         if self.training and len(x) < 2:
-            raise ValueError(f"{self.name} trains on at least 2 pictures at once, got {len(x)}: its batch norm needs several values")
+            raise ValueError(
+                f"{self.name} trains on at least 2 pictures at once, got {len(x)}: its batch norm needs several values"
+            )
         z = self.classifier(_feature_of(self.model)(self.model.check(x)).mean((2, 3)))
-        if target is None: return z
-        return dict(loss=F.cross_entropy(z, target), top1=(z.detach().argmax(1) == target).float().mean())
+        if target is None:
+            return z
+        return dict(
+            loss=F.cross_entropy(z, target), top1=(z.detach().argmax(1) == target).float().mean()
+        )
 
 # %% ../nbs/61a_pretrain.ipynb #f42ac47b
 def _rename(self, key):
     "Inner names of an official network."
     return self.model.rename(key) if hasattr(self.model, "rename") else key
 
+# %% ../nbs/61a_pretrain.ipynb #41b3bd37
 def _key_rules(self, state):
     "The network's key table, the classifier's own keys, and the heads that pretraining goes without."
     known = self.model.key_rules(state)
     heads = [key for key in map(self.rename, state) if map_key(key, known)[0] in self.dropped]
-    idle = [Rule(f"{re.escape(key)}$", unused="unused: a head that pretraining goes without") for key in heads]
-    return [Rule(r"classifier\.", "classifier."), *idle, *[r if r.name is None else Rule(r.pattern, f"model.{r.name}") for r in known]]
+    idle = [
+        Rule(f"{re.escape(key)}$", unused="unused: a head that pretraining goes without")
+        for key in heads
+    ]
+    return [
+        Rule(r"classifier\.", "classifier."),
+        *idle,
+        *[r if r.name is None else Rule(r.pattern, f"model.{r.name}") for r in known],
+    ]
 
+# %% ../nbs/61a_pretrain.ipynb #9534531e
 def _hint(self, state):
     "What the checkpoint seems to be."
     return self.model.hint(state) if hasattr(self.model, "hint") else ""
 
-Classifier.rename, Classifier.key_rules, Classifier.hint = _rename, _key_rules, _hint
+
+Classifier.rename = _rename
+Classifier.key_rules = _key_rules
+Classifier.hint = _hint
 
 # %% ../nbs/61a_pretrain.ipynb #a8c4b35a
 LAYOUT = "train/<class>/*.jpg and val/<class>/*.jpg"
 
+
 def _folders(folder):
     "The names of the folders in a folder, sorted."
-    with os.scandir(folder) as entries: return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
+# %% ../nbs/61a_pretrain.ipynb #b68b265c
 class ImageFolder(Dataset):
     "Pictures of one class each: `ds[i]` is (image uint8 [3, h, w] RGB, class id)."
+
     palette = class_weights = None
 
-    def __init__(self,
-        root:str|Path, # see `LAYOUT`
-        split:str="train", # "train" | "val", or another folder
+    def __init__(
+        self,
+        root: str | Path,  # see `LAYOUT`
+        split: str = "train",  # "train" | "val", or another folder
     ):
         root = need_root("imagenet", root, LAYOUT)
-        if not (root/split).is_dir(): raise MissingSplit(f"imagenet: {root} has no folder {split}/; it should hold {LAYOUT}")
-        self.name, self.split = "imagenet", split
-        self.classes = _folders(root/("train" if (root/"train").is_dir() else split))
-        if not self.classes: raise ValueError(f"imagenet: {root/'train'} holds no class folders; {root} should hold {LAYOUT}")
-        self.files = [(path, i) for i, c in enumerate(self.classes) for path in self._pictures(root/split/c)]
-        unknown = sorted(set(_folders(root/split)) - set(self.classes))
-        if unknown: raise ValueError(f"imagenet: {root/split} holds {unknown[:5]}, which train/ does not")
-        if not self.files: raise ValueError(f"imagenet: no class folder of {root/split} holds a picture: sort them by class, {LAYOUT}")
+        if not (root / split).is_dir():
+            raise MissingSplit(f"imagenet: {root} has no folder {split}/; it should hold {LAYOUT}")
+        self.name = "imagenet"
+        self.split = split
+        self.classes = _folders(root / ("train" if (root / "train").is_dir() else split))
+        if not self.classes:
+            raise ValueError(
+                f"imagenet: {root / 'train'} holds no class folders; {root} should hold {LAYOUT}"
+            )
+        self.files = [
+            (path, i)
+            for i, c in enumerate(self.classes)
+            for path in self._pictures(root / split / c)
+        ]
+        unknown = sorted(set(_folders(root / split)) - set(self.classes))
+        if unknown:
+            raise ValueError(f"imagenet: {root / split} holds {unknown[:5]}, which train/ does not")
+        if not self.files:
+            raise ValueError(
+                f"imagenet: no class folder of {root / split} holds a picture: sort them by class, {LAYOUT}"
+            )
 
     def _pictures(self, folder):
         "The picture files of a class, sorted. A class without any is an error in training."
-        wanted, found = lambda name: name.lower().endswith(IMAGES) and not name.startswith("."), []
+
+        def wanted(name):
+            return name.lower().endswith(IMAGES) and not name.startswith(".")
+
+        found = []
         if folder.is_dir():
-            with os.scandir(folder) as entries: found = sorted(e.path for e in entries if wanted(e.name))
-        if not found and self.split == "train": raise ValueError(f"imagenet: the class folder {folder} holds no pictures")
+            with os.scandir(folder) as entries:
+                found = sorted(e.path for e in entries if wanted(e.name))
+        if not found and self.split == "train":
+            raise ValueError(f"imagenet: the class folder {folder} holds no pictures")
         return found
 
-    def __len__(self): return len(self.files)
+    def __len__(self):
+        return len(self.files)
 
     def __getitem__(self, i):
         path, target = self.files[i]
         return read_image(path), torch.tensor(target)
 
-    def __repr__(self): return f"ImageFolder({self.split}, {len(self)} pictures, {len(self.classes)} classes)"
+    def __repr__(self):
+        return f"ImageFolder({self.split}, {len(self)} pictures, {len(self.classes)} classes)"
 
 # %% ../nbs/61a_pretrain.ipynb #fc67db4e
 def random_window(
-    height:int, # of the picture
-    width:int, # of the picture
-    generator:torch.Generator|None=None, # the only source of chance
-    scale:tuple=(0.08, 1.0), # share of the area
-    ratio:tuple=(3/4, 4/3), # width over height
-)->tuple: # top, left, height, width
+    height: int,  # of the picture
+    width: int,  # of the picture
+    generator: torch.Generator | None = None,  # the only source of chance
+    scale: tuple = (0.08, 1.0),  # share of the area
+    ratio: tuple = (3 / 4, 4 / 3),  # width over height
+) -> tuple:  # top, left, height, width
     "A random window; the centre where ten draws do not fit."
-    uniform = lambda a, b: a + (b - a)*float(torch.rand((), dtype=torch.float64, generator=generator))
-    for _ in range(10):
-        area, r = height*width*uniform(*scale), math.exp(uniform(*map(math.log, ratio)))
-        w, h = round(math.sqrt(area*r)), round(math.sqrt(area/r))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = (int(torch.randint(n + 1, (), generator=generator)) for n in (height - h, width - w))
-            return top, left, h, w
-    h, w = min(height, max(1, round(width/ratio[0]))), min(width, max(1, round(height*ratio[1])))
-    return (height - h)//2, (width - w)//2, h, w
 
+    def uniform(a, b):
+        return a + (b - a) * float(torch.rand((), dtype=torch.float64, generator=generator))
+
+    for _ in range(10):
+        area = height * width * uniform(*scale)
+        r = math.exp(uniform(*map(math.log, ratio)))
+        w = round(math.sqrt(area * r))
+        h = round(math.sqrt(area / r))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (
+                int(torch.randint(n + 1, (), generator=generator)) for n in (height - h, width - w)
+            )
+            return top, left, h, w
+    h = min(height, max(1, round(width / ratio[0])))
+    w = min(width, max(1, round(height * ratio[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+# %% ../nbs/61a_pretrain.ipynb #c7e9a65e
 def resized(
-    image:torch.Tensor, # uint8 [3, h, w]
-    height:int, # wanted
-    width:int, # wanted
-)->torch.Tensor: # uint8 [3, height, width]
+    image: torch.Tensor,  # uint8 [3, h, w]
+    height: int,  # wanted
+    width: int,  # wanted
+) -> torch.Tensor:  # uint8 [3, height, width]
     "A picture of another size, with a low-pass filter where it shrinks."
     return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 # %% ../nbs/61a_pretrain.ipynb #240416ec
 class ClassTransform:
     "Crop and resize a picture for classification, normalise it."
-    def __init__(self,
-        preprocess:Preprocess, # from uint8 RGB to network input
-        size:int=224, # side of the result
-        train:bool=True, # random windows and flips; False: the centre
-    ): self.preprocess, self.size, self.train = preprocess, size, train
 
-    def __call__(self,
-        image:torch.Tensor, # uint8 RGB [3, h, w]
-        target, # class id, handed on
-        generator:torch.Generator|None=None, # the only source of chance
-    )->tuple: # float32 [3, size, size] normalised, the target
+    def __init__(
+        self,
+        preprocess: Preprocess,  # from uint8 RGB to network input
+        size: int = 224,  # side of the result
+        train: bool = True,  # random windows and flips; False: the centre
+    ):
+        self.preprocess = preprocess
+        self.size = size
+        self.train = train
+
+    def __call__(
+        self,
+        image: torch.Tensor,  # uint8 RGB [3, h, w]
+        target,  # class id, handed on
+        generator: torch.Generator | None = None,  # the only source of chance
+    ) -> tuple:  # float32 [3, size, size] normalised, the target
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
-            raise ValueError(f"the image must be uint8 [3, h, w], got {image.dtype} {list(image.shape)}")
+            raise ValueError(
+                f"the image must be uint8 [3, h, w], got {image.dtype} {list(image.shape)}"
+            )
         s, (h, w) = self.size, image.shape[1:]
         if self.train:
             top, left, h, w = random_window(h, w, generator)
-            image = resized(image[:, top:top + h, left:left + w], s, s)
-            if float(torch.rand((), generator=generator)) < 0.5: image = image.flip(-1)
+            image = resized(image[:, top : top + h, left : left + w], s, s)
+            if float(torch.rand((), generator=generator)) < 0.5:
+                image = image.flip(-1)
         else:
-            short = round(s*256/224)
-            h, w = (max(s, int(short*n/min(h, w))) for n in (h, w))
-            top, left = round((h - s)/2), round((w - s)/2)
-            image = resized(image, h, w)[:, top:top + s, left:left + s]
+            short = round(s * 256 / 224)
+            h, w = (max(s, int(short * n / min(h, w))) for n in (h, w))
+            top = round((h - s) / 2)
+            left = round((w - s) / 2)
+            image = resized(image, h, w)[:, top : top + s, left : left + s]
         return self.preprocess(image), target
 
-    def __repr__(self): return f"ClassTransform(size={self.size}, train={self.train})"
+    def __repr__(self):
+        return f"ClassTransform(size={self.size}, train={self.train})"
 
 # %% ../nbs/61a_pretrain.ipynb #f5fd47eb
 def in_epochs(
-    recipe:Recipe, # its batch counts
-    images:int, # pictures of the training set
-    epochs:int, # how often each is seen
-)->Recipe: # with the number of iterations and the two steps of the rate
+    recipe: Recipe,  # its batch counts
+    images: int,  # pictures of the training set
+    epochs: int,  # how often each is seen
+) -> Recipe:  # with the number of iterations and the two steps of the rate
     "A recipe of so many epochs; the rate falls to a tenth after each third."
-    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if images < recipe.batch: raise ValueError(f"the training set has {images} pictures, fewer than a batch of {recipe.batch}")
-    n = epochs*(images//recipe.batch)
-    return recipe.replace(iterations=n, milestones=(n//3, 2*n//3))
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if images < recipe.batch:
+        raise ValueError(
+            f"the training set has {images} pictures, fewer than a batch of {recipe.batch}"
+        )
+    n = epochs * (images // recipe.batch)
+    return recipe.replace(iterations=n, milestones=(n // 3, 2 * n // 3))
 
-_RECIPE = Recipe("imagenet", IMAGENET, crop=(224, 224), batch=256, optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4,
-                 schedule="multistep", gamma=0.1, class_weights=False, init="scratch",
-                 source="defaults of the external ImageNet project that SANet's repository used; steps as in PyTorch's example")
+# %% ../nbs/61a_pretrain.ipynb #3c84bdbb
+_RECIPE = Recipe(
+    "imagenet",
+    IMAGENET,
+    crop=(224, 224),
+    batch=256,
+    optimizer="sgd",
+    lr=0.01,
+    momentum=0.9,
+    weight_decay=1e-4,
+    schedule="multistep",
+    gamma=0.1,
+    class_weights=False,
+    init="scratch",
+    source="defaults of the external ImageNet project that SANet's repository used; steps as in PyTorch's example",
+)
 IMAGENET_RECIPE = in_epochs(_RECIPE, 1_281_167, 90)
 
 # %% ../nbs/61a_pretrain.ipynb #e937058a
 class _Tested(Dataset):
     "A dataset through the test transform."
-    def __init__(self, dataset, transform): self.dataset, self.transform = dataset, transform
 
-    def __len__(self): return len(self.dataset)
+    def __init__(self, dataset, transform):
+        self.dataset = dataset
+        self.transform = transform
 
-    def __getitem__(self, i): return self.transform(*self.dataset[i])
+    def __len__(self):
+        return len(self.dataset)
 
+    def __getitem__(self, i):
+        return self.transform(*self.dataset[i])
+
+# %% ../nbs/61a_pretrain.ipynb #c21c9020
 def top1(
-    classifier:Classifier, # mode and device stay as they are
-    dataset:Dataset, # of pictures and class ids
-    size:int=224, # side of the centre crop
-    batch:int=32, # pictures at once
-    workers:int=0, # loader processes
-    limit:int|None=None, # only so many pictures, evenly spread over the dataset
-)->float: # 0 to 1
+    classifier: Classifier,  # mode and device stay as they are
+    dataset: Dataset,  # of pictures and class ids
+    size: int = 224,  # side of the centre crop
+    batch: int = 32,  # pictures at once
+    workers: int = 0,  # loader processes
+    limit: int | None = None,  # only so many pictures, evenly spread over the dataset
+) -> float:  # 0 to 1
     "The share of pictures whose class is named right."
     from segkern.infer import evaluating
-    if limit is not None and limit < 1: raise ValueError(f"limit must be positive, got {limit}")
+
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be positive, got {limit}")
     tested = _Tested(dataset, ClassTransform(classifier.preprocess, size, train=False))
     n = len(dataset) if limit is None else min(limit, len(dataset))
-    if n < len(dataset): tested = Subset(tested, [i*len(dataset)//n for i in range(n)])
-    device, right = next(classifier.parameters()).device, 0
+    if n < len(dataset):
+        tested = Subset(tested, [i * len(dataset) // n for i in range(n)])
+    device = next(classifier.parameters()).device
+    right = 0
     with evaluating(classifier):
-        for x, target in progress(DataLoader(tested, batch_size=batch, num_workers=workers), "testing"):
+        for x, target in progress(
+            DataLoader(tested, batch_size=batch, num_workers=workers), "testing"
+        ):
             right += int((classifier(x.to(device)).argmax(1).cpu() == target).sum())
-    return right/n
+    return right / n
 
 # %% ../nbs/61a_pretrain.ipynb #6c08e898
 def pretrain(
-    model:nn.Module, # a network of segkern; holds the pretrained weights afterwards
-    root:str|Path, # folder of pictures, see `LAYOUT`
-    out:str|Path="runs/pretrain", # run folder; `weights.safetensors` in it is what `segkern.transfer` takes
-    recipe:Recipe=IMAGENET_RECIPE, # crop (square), batch, rate, iterations
-    epochs:int|None=None, # over the pictures in the folder; None: the recipe's iterations
-    hidden:int=128, # width of the classifier
-    dropout:float=0.2, # of the classifier
-    seed:int=0, # of the classifier, order and augmentation
-    workers:int=0, # loader processes; no influence on the result
-    eval_args:dict|None=None, # further arguments of `top1`, e.g. dict(limit=5000)
-    **kwargs, # further arguments of `fit`: resume, device, eval_every, save_every, log_every, tracker, accumulate
-)->dict: # what stands in results.json
+    model: nn.Module,  # a network of segkern; holds the pretrained weights afterwards
+    root: str | Path,  # folder of pictures, see `LAYOUT`
+    # run folder; `weights.safetensors` in it is what `segkern.transfer` takes
+    out: str | Path = "runs/pretrain",
+    recipe: Recipe = IMAGENET_RECIPE,  # crop (square), batch, rate, iterations
+    epochs: int | None = None,  # over the pictures in the folder; None: the recipe's iterations
+    hidden: int = 128,  # width of the classifier
+    dropout: float = 0.2,  # of the classifier
+    seed: int = 0,  # of the classifier, order and augmentation
+    workers: int = 0,  # loader processes; no influence on the result
+    eval_args: dict | None = None,  # further arguments of `top1`, e.g. dict(limit=5000)
+    # further arguments of `fit`: resume, device, eval_every, save_every, log_every, tracker,
+    # accumulate
+    **kwargs,
+) -> dict:  # what stands in results.json
     "Train a network to name pictures, and write its weights."
-    train_set, val_set = ImageFolder(root), ImageFolder(root, "val") if (Path(root)/"val").is_dir() else None
-    if val_set is None: logger.info("%s has no folder val/: the last weights are kept, without a score", root)
-    if epochs is not None: recipe = in_epochs(recipe, len(train_set), epochs)
-    (size, width), part = recipe.crop, recipe.batch//kwargs.get("accumulate", 1)
-    if size != width: raise ValueError(f"pretraining crops are square, got {size}x{width}")
-    if part < 2: raise ValueError(f"pretraining needs at least 2 pictures at once, got {part}: the batch norm has one value per picture")
+    train_set = ImageFolder(root)
+    val_set = ImageFolder(root, "val") if (Path(root) / "val").is_dir() else None
+    if val_set is None:
+        logger.info("%s has no folder val/: the last weights are kept, without a score", root)
+    if epochs is not None:
+        recipe = in_epochs(recipe, len(train_set), epochs)
+    (size, width), part = recipe.crop, recipe.batch // kwargs.get("accumulate", 1)
+    if size != width:
+        raise ValueError(f"pretraining crops are square, got {size}x{width}")
+    if part < 2:
+        raise ValueError(
+            f"pretraining needs at least 2 pictures at once, got {part}: the batch norm has one value per picture"
+        )
     classifier = Classifier(model, len(train_set.classes), hidden, dropout, seed)
-    score = lambda c, dataset, **kw: dict(top1=top1(c, dataset, size, **kw))
+
+    def score(c, dataset, **kw):
+        return dict(top1=top1(c, dataset, size, **kw))
+
     transform = ClassTransform(recipe.preprocess, size)
-    results = fit(classifier, recipe, train_set, val_set, out, seed=seed, workers=workers, transform=transform, score=("top1", score),
-                  eval_args=eval_args, **kwargs)
-    if int(os.environ.get("RANK", 0)): return results # the main process writes
-    with atomic_path(Path(out)/"weights.safetensors") as tmp: shutil.copyfile(run_weights(out), tmp)
-    logger.info("%s", transfer(model, Path(out)/"weights.safetensors"))
+    results = fit(
+        classifier,
+        recipe,
+        train_set,
+        val_set,
+        out,
+        seed=seed,
+        workers=workers,
+        transform=transform,
+        score=("top1", score),
+        eval_args=eval_args,
+        **kwargs,
+    )
+    if int(os.environ.get("RANK", 0)):
+        return results  # the main process writes
+    with atomic_path(Path(out) / "weights.safetensors") as tmp:
+        shutil.copyfile(run_weights(out), tmp)
+    logger.info("%s", transfer(model, Path(out) / "weights.safetensors"))
     return results

@@ -17,255 +17,622 @@ from dataclasses import dataclass
 from .core import IMAGENET, Preprocess, load_table
 
 # %% ../nbs/04_recipes.ipynb #37386902
-_CHOICES = dict(pad=("mean", "black"), place=("corner", "random"), interpolation=("linear", "cubic"), colour=("none", "mmseg", "shift", "shift_picture"),
-                optimizer=("adam", "adamw", "sgd"), schedule=("poly", "cosine", "multistep", "constant"), warmup_rule=("then", "inclusive", "times"),
-                init=("pretrained", "scratch", "kaiming"), mixed_precision=("no", "bf16", "fp16"), miou=("present", "all", "s2fpn"),
-                protocol=("whole", "sliding", "multiscale", "exp_sum", "ade", "ade32", "ade32_sliding", "square512", "square512_ms")) # what a field may say
+_CHOICES = dict(
+    pad=("mean", "black"),
+    place=("corner", "random"),
+    interpolation=("linear", "cubic"),
+    colour=("none", "mmseg", "shift", "shift_picture"),
+    optimizer=("adam", "adamw", "sgd"),
+    schedule=("poly", "cosine", "multistep", "constant"),
+    warmup_rule=("then", "inclusive", "times"),
+    init=("pretrained", "scratch", "kaiming"),
+    mixed_precision=("no", "bf16", "fp16"),
+    miou=("present", "all", "s2fpn"),
+    # what a field may say
+    protocol=(
+        "whole",
+        "sliding",
+        "multiscale",
+        "exp_sum",
+        "ade",
+        "ade32",
+        "ade32_sliding",
+        "square512",
+        "square512_ms",
+    ),
+)
 
+# %% ../nbs/04_recipes.ipynb #fb9df35c
 def check_recipe(r):
     "Raise where a field holds what no part of the library knows."
     for name, known in _CHOICES.items():
-        if getattr(r, name) not in known: raise ValueError(f"recipe: {name} is '{getattr(r, name)}'; known: {', '.join(known)}")
+        if getattr(r, name) not in known:
+            raise ValueError(f"recipe: {name} is '{getattr(r, name)}'; known: {', '.join(known)}")
     for name in ("batch", "iterations"):
-        if getattr(r, name) < 1: raise ValueError(f"recipe: {name} must be at least 1, got {getattr(r, name)}")
-    if len(r.crop) != 2 or min(r.crop) < 1: raise ValueError(f"recipe: crop must be (height, width), both positive, got {r.crop}")
-    if not r.scales or min(r.scales) <= 0: raise ValueError(f"recipe: scales must be positive, got {r.scales}")
-    if r.base_size < 0 or r.edge_frame < 0: raise ValueError(f"recipe: base_size and edge_frame are 0 or more pixels, got {r.base_size}, {r.edge_frame}")
-    if not 0 <= r.flip <= 1: raise ValueError(f"recipe: flip is a probability, got {r.flip}")
+        if getattr(r, name) < 1:
+            raise ValueError(f"recipe: {name} must be at least 1, got {getattr(r, name)}")
+    if len(r.crop) != 2 or min(r.crop) < 1:
+        raise ValueError(f"recipe: crop must be (height, width), both positive, got {r.crop}")
+    if not r.scales or min(r.scales) <= 0:
+        raise ValueError(f"recipe: scales must be positive, got {r.scales}")
+    if r.base_size < 0 or r.edge_frame < 0:
+        raise ValueError(
+            f"recipe: base_size and edge_frame are 0 or more pixels, got {r.base_size}, {r.edge_frame}"
+        )
+    if not 0 <= r.flip <= 1:
+        raise ValueError(f"recipe: flip is a probability, got {r.flip}")
     _check_ranges(r)
     _check_rules(r)
 
+# %% ../nbs/04_recipes.ipynb #185262b5
 def _check_ranges(r):
     "Raise where a range or a size of the augmentation makes no sense."
     for name in ("scale_range", "aspect"):
         v = getattr(r, name)
-        if v and (len(v) != 2 or not 0 < v[0] <= v[1]): raise ValueError(f"recipe: {name} must be (low, high) with 0 < low <= high, or (), got {v}")
-    if r.scale_range and tuple(r.scales) != (1.0,): raise ValueError(f"recipe: scales is a list to draw from and scale_range an interval: set one, got {r.scales} and {r.scale_range}")
+        if v and (len(v) != 2 or not 0 < v[0] <= v[1]):
+            raise ValueError(
+                f"recipe: {name} must be (low, high) with 0 < low <= high, or (), got {v}"
+            )
+    if r.scale_range and tuple(r.scales) != (1.0,):
+        raise ValueError(
+            f"recipe: scales is a list to draw from and scale_range an interval: set one, "
+            f"got {r.scales} and {r.scale_range}"
+        )
     for name in ("fit_size", "stride"):
         v = getattr(r, name)
-        if v and (len(v) != 2 or min(v) < 1): raise ValueError(f"recipe: {name} must be two positive numbers, or (), got {v}")
-    if r.fit_size and r.base_size: raise ValueError(f"recipe: base_size and fit_size both say what a scale refers to: set one, got {r.base_size} and {r.fit_size}")
-    if not 0 <= r.cat_max_ratio <= 1: raise ValueError(f"recipe: cat_max_ratio is a share of the crop, got {r.cat_max_ratio}")
-    if r.inside and r.edges: raise ValueError("recipe: a target has one second plane: set inside or edges, not both")
+        if v and (len(v) != 2 or min(v) < 1):
+            raise ValueError(f"recipe: {name} must be two positive numbers, or (), got {v}")
+    if r.fit_size and r.base_size:
+        raise ValueError(
+            f"recipe: base_size and fit_size both say what a scale refers to: set one, got "
+            f"{r.base_size} and {r.fit_size}"
+        )
+    if not 0 <= r.cat_max_ratio <= 1:
+        raise ValueError(f"recipe: cat_max_ratio is a share of the crop, got {r.cat_max_ratio}")
+    if r.inside and r.edges:
+        raise ValueError("recipe: a target has one second plane: set inside or edges, not both")
 
+# %% ../nbs/04_recipes.ipynb #faf7339a
 def _check_rules(r):
     "Raise where the rules of the optimizer's groups, or the dataset's options, cannot be read."
     for rule in r.groups:
         if len(rule) != 3 or not isinstance(rule[0], str) or min(rule[1:]) < 0:
-            raise ValueError(f"recipe: groups holds (pattern of names, factor of the rate, factor of the decay), got {rule}")
-    if r.groups and r.lr_mult: raise ValueError("recipe: groups says all about rates: leave lr_mult as it is")
+            raise ValueError(
+                f"recipe: groups holds (pattern of names, factor of the rate, factor of the decay), got {rule}"
+            )
+    if r.groups and r.lr_mult:
+        raise ValueError("recipe: groups says all about rates: leave lr_mult as it is")
     for pair in r.data_options:
-        if len(pair) != 2 or not isinstance(pair[0], str): raise ValueError(f"recipe: data_options holds (name, value), got {pair}")
+        if len(pair) != 2 or not isinstance(pair[0], str):
+            raise ValueError(f"recipe: data_options holds (name, value), got {pair}")
 
 # %% ../nbs/04_recipes.ipynb #e24737bc
 class _Record:
     "What a recipe can do besides holding its fields."
-    def __post_init__(self): check_recipe(self)
 
-    def replace(self,
-        **fields, # any field by name
-    )->"Recipe": # a new record
+    def __post_init__(self):
+        check_recipe(self)
+
+    def replace(
+        self,
+        **fields,  # any field by name
+    ) -> "Recipe":  # a new record
         "The recipe with some fields changed; an unknown name is an error."
         known = {f.name for f in dataclasses.fields(self)}
-        if bad := sorted(set(fields) - known): raise ValueError(f"a recipe has no field {bad}; it has {sorted(known)}")
+        if bad := sorted(set(fields) - known):
+            raise ValueError(f"a recipe has no field {bad}; it has {sorted(known)}")
         return dataclasses.replace(self, **fields)
 
-    def to_dict(self)->dict: # ready for JSON
+    def to_dict(self) -> dict:  # ready for JSON
         "The recipe as a plain dict."
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "preprocess": self.preprocess.to_dict()}
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "preprocess": self.preprocess.to_dict(),
+        }
 
     @classmethod
-    def from_dict(cls, d:dict)->"Recipe": # the record
+    def from_dict(cls, d: dict) -> "Recipe":  # the record
         "The recipe that `to_dict` wrote, also after a round trip through JSON."
-        tup = lambda v: tuple(map(tup, v)) if isinstance(v, (list, tuple)) else v
-        return cls(**{k: Preprocess.from_dict(v) if k == "preprocess" else tup(v) for k, v in d.items()})
+
+        def tup(v):
+            return tuple(map(tup, v)) if isinstance(v, (list, tuple)) else v
+
+        return cls(
+            **{k: Preprocess.from_dict(v) if k == "preprocess" else tup(v) for k, v in d.items()}
+        )
 
 # %% ../nbs/04_recipes.ipynb #82223dc3
 @dataclass(frozen=True)
 class Recipe(_Record):
     "One way to train a network on one dataset. Lengths are iterations, sizes are (height, width)."
-    dataset:str                    # a name that `open_dataset` knows
-    preprocess:Preprocess          # from uint8 RGB to network input
-    split:str = "train"            # trained on
-    val_split:str = "val"          # measured on
-    crop:tuple = (360, 480)
-    scales:tuple = (1.0,)          # one is drawn per image and applied to both sides
-    base_size:int = 0              # 0: a scale is a factor of the picture; else the long side becomes base_size*scale
-    scale_range:tuple = ()         # (low, high): the scale is drawn from this interval instead
-    fit_size:tuple = ()            # (long, short): the picture is fitted into this frame times the scale, its aspect kept
-    aspect:tuple = ()              # (low, high): width and height are stretched by sqrt(a) and 1/sqrt(a)
-    interpolation:str = "linear"   # of pictures: "linear" | "cubic"; labels are always nearest
-    flip:float = 0.5               # probability of a horizontal flip
-    flip_first:bool = False        # flip before scaling; labels differ by the rounding of nearest neighbours
-    cat_max_ratio:float = 0.0      # a crop is drawn again, up to ten times, until no class covers this share; 0: never
-    colour:str = "none"            # "mmseg": photometric distortion | "shift": one number added to all of the crop | "shift_picture": not to padding
-    place:str = "corner"           # where a small picture lies in its crop: "corner" (top left) | "random"
-    inside:bool = False            # targets carry a second channel: 1 in the picture, 0 on padding
-    edges:bool = False             # targets carry a second channel: where classes meet, found before scaling
-    edge_frame:int = 0             # rim of the picture that has no edges
-    pad:str = "mean"               # what fills a crop beyond the image: "mean" (0 after normalisation) | "black"
-    batch:int = 8
-    iterations:int = 1000
-    optimizer:str = "adam"         # "adam" | "adamw" | "sgd"
-    lr:float = 1e-3
-    betas:tuple = (0.9, 0.999)
-    momentum:float = 0.9
-    nesterov:bool = False
-    eps:float = 1e-8
-    weight_decay:float = 0.0
-    decay_norms:bool = True        # False: no decay on one-dimensional parameters, whatever `groups` says
-    lr_mult:tuple = ()             # (("backbone.", 0.1), …): factor for parameters whose name starts so
-    groups:tuple = ()              # (("encoder.*", 1, 1), ("*", 10, 0), …): pattern of names, factors of rate and decay; the first that fits
-    schedule:str = "poly"          # "poly" | "cosine" | "multistep" | "constant"
-    power:float = 0.9
-    lr_min:float = 0.0             # "poly" ends here
-    milestones:tuple = ()          # iterations, for "multistep"
-    gamma:float = 0.1
-    warmup:int = 0                 # iterations of linear warm-up …
-    warmup_ratio:float = 1/3       # … from this share of the rate
-    warmup_rule:str = "then"       # the decay starts after it | "inclusive": both count their last step | "times": it multiplies a decay from step 0
-    clip:float = 0.0               # gradient norm is clipped to this; 0: not
-    ema:float = 0.0                # decay of an averaged copy of the weights; 0: none
-    class_weights:bool = True      # weight the cross-entropy by the dataset's table
-    init:str = "pretrained"        # "pretrained" | "scratch" | "kaiming" (the official script's re-initialisation)
-    bn_eps:float = 1e-5            # of every BatchNorm2d while training; 1e-5: each layer's own
-    mixed_precision:str = "no"     # "no" | "bf16" | "fp16"
-    protocol:str = "whole"         # one of `segkern.infer.PROTOCOLS`
-    stride:tuple = ()              # step of the windows of a sliding protocol, which are as large as the crop; (): two thirds
-    test_size:tuple = ()           # frame of validation pictures where it is not `fit_size`
-    miou:str = "present"           # which classes the mean runs over, see `segkern.metrics`
-    data_options:tuple = ()        # (("annotation", "scribble"), …): options of the training set; validation has full labels
-    source:str = ""                # where the numbers stand
+
+    dataset: str  # a name that `open_dataset` knows
+    preprocess: Preprocess  # from uint8 RGB to network input
+    split: str = "train"  # trained on
+    val_split: str = "val"  # measured on
+    crop: tuple = (360, 480)
+    scales: tuple = (1.0,)  # one is drawn per image and applied to both sides
+    # 0: a scale is a factor of the picture; else the long side becomes base_size*scale
+    base_size: int = 0
+    scale_range: tuple = ()  # (low, high): the scale is drawn from this interval instead
+    # (long, short): the picture is fitted into this frame times the scale, its aspect kept
+    fit_size: tuple = ()
+    aspect: tuple = ()  # (low, high): width and height are stretched by sqrt(a) and 1/sqrt(a)
+    interpolation: str = "linear"  # of pictures: "linear" | "cubic"; labels are always nearest
+    flip: float = 0.5  # probability of a horizontal flip
+    # flip before scaling; labels differ by the rounding of nearest neighbours
+    flip_first: bool = False
+    # a crop is drawn again, up to ten times, until no class covers this share; 0: never
+    cat_max_ratio: float = 0.0
+    # "mmseg": photometric distortion | "shift": one number added to all of the crop |
+    # "shift_picture": not to padding
+    colour: str = "none"
+    place: str = "corner"  # where a small picture lies in its crop: "corner" (top left) | "random"
+    inside: bool = False  # targets carry a second channel: 1 in the picture, 0 on padding
+    edges: bool = False  # targets carry a second channel: where classes meet, found before scaling
+    edge_frame: int = 0  # rim of the picture that has no edges
+    # what fills a crop beyond the image: "mean" (0 after normalisation) | "black"
+    pad: str = "mean"
+    batch: int = 8
+    iterations: int = 1000
+    optimizer: str = "adam"  # "adam" | "adamw" | "sgd"
+    lr: float = 1e-3
+    betas: tuple = (0.9, 0.999)
+    momentum: float = 0.9
+    nesterov: bool = False
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    # False: no decay on one-dimensional parameters, whatever `groups` says
+    decay_norms: bool = True
+    lr_mult: tuple = ()  # (("backbone.", 0.1), …): factor for parameters whose name starts so
+    # (("encoder.*", 1, 1), ("*", 10, 0), …): pattern of names, factors of rate and decay; the
+    # first that fits
+    groups: tuple = ()
+    schedule: str = "poly"  # "poly" | "cosine" | "multistep" | "constant"
+    power: float = 0.9
+    lr_min: float = 0.0  # "poly" ends here
+    milestones: tuple = ()  # iterations, for "multistep"
+    gamma: float = 0.1
+    warmup: int = 0  # iterations of linear warm-up …
+    warmup_ratio: float = 1 / 3  # … from this share of the rate
+    # the decay starts after it | "inclusive": both count their last step | "times": it multiplies
+    # a decay from step 0
+    warmup_rule: str = "then"
+    clip: float = 0.0  # gradient norm is clipped to this; 0: not
+    ema: float = 0.0  # decay of an averaged copy of the weights; 0: none
+    class_weights: bool = True  # weight the cross-entropy by the dataset's table
+    # "pretrained" | "scratch" | "kaiming" (the official script's re-initialisation)
+    init: str = "pretrained"
+    bn_eps: float = 1e-5  # of every BatchNorm2d while training; 1e-5: each layer's own
+    mixed_precision: str = "no"  # "no" | "bf16" | "fp16"
+    protocol: str = "whole"  # one of `segkern.infer.PROTOCOLS`
+    # step of the windows of a sliding protocol, which are as large as the crop; (): two thirds
+    stride: tuple = ()
+    test_size: tuple = ()  # frame of validation pictures where it is not `fit_size`
+    miou: str = "present"  # which classes the mean runs over, see `segkern.metrics`
+    # (("annotation", "scribble"), …): options of the training set; validation has full labels
+    data_options: tuple = ()
+    source: str = ""  # where the numbers stand
 
 # %% ../nbs/04_recipes.ipynb #093c9c7f
 def mean_only(
-    table:str, # "camvid" | "cityscapes"
-)->Preprocess: # RGB in 0..255 minus the dataset's mean colour
+    table: str,  # "camvid" | "cityscapes"
+) -> Preprocess:  # RGB in 0..255 minus the dataset's mean colour
     "S2-FPN's input rule."
     return Preprocess("rgb", 255.0, tuple(load_table(table)["mean_rgb"]), (1.0, 1.0, 1.0))
 
 # %% ../nbs/04_recipes.ipynb #367bcea3
 _S2FPN = dict(scales=(0.75, 1.0, 1.25, 1.5, 1.75, 2.0), lr=3e-4, warmup=500, batch=8)
-S2FPN_CAMVID = Recipe("camvid", mean_only("camvid"), split="trainval", val_split="test", crop=(360, 480), iterations=150*58, optimizer="adam",
-                      weight_decay=2e-4, source="README of the official repository; batch 8, 150 epochs of trainval", **_S2FPN)
-S2FPN_CITYSCAPES = Recipe("cityscapes", mean_only("cityscapes"), crop=(512, 1024), iterations=500*371, optimizer="sgd",
-                          weight_decay=1e-4, source="README of the official repository; batch 8, 500 epochs of train", **_S2FPN)
+S2FPN_CAMVID = Recipe(
+    "camvid",
+    mean_only("camvid"),
+    split="trainval",
+    val_split="test",
+    crop=(360, 480),
+    iterations=150 * 58,
+    optimizer="adam",
+    weight_decay=2e-4,
+    source="README of the official repository; batch 8, 150 epochs of trainval",
+    **_S2FPN,
+)
+
+# %% ../nbs/04_recipes.ipynb #ba9a4cda
+S2FPN_CITYSCAPES = Recipe(
+    "cityscapes",
+    mean_only("cityscapes"),
+    crop=(512, 1024),
+    iterations=500 * 371,
+    optimizer="sgd",
+    weight_decay=1e-4,
+    source="README of the official repository; batch 8, 500 epochs of train",
+    **_S2FPN,
+)
 
 # %% ../nbs/04_recipes.ipynb #8ae8b527
-STREETS = Recipe("streets", mean_only("camvid"), crop=(96, 128), scales=(0.75, 1.0, 1.25), batch=8, iterations=120, optimizer="adamw", lr=2e-3,
-                 weight_decay=1e-4, warmup=10, warmup_ratio=0.1, init="scratch", source="ours")
+STREETS = Recipe(
+    "streets",
+    mean_only("camvid"),
+    crop=(96, 128),
+    scales=(0.75, 1.0, 1.25),
+    batch=8,
+    iterations=120,
+    optimizer="adamw",
+    lr=2e-3,
+    weight_decay=1e-4,
+    warmup=10,
+    warmup_ratio=0.1,
+    init="scratch",
+    source="ours",
+)
 
 # %% ../nbs/04_recipes.ipynb #28cea356
-_SANET = dict(preprocess=IMAGENET, scales=tuple(round(0.5 + 0.1*i, 1) for i in range(17)), pad="black", edges=True, optimizer="sgd", momentum=0.9, nesterov=True,
-              weight_decay=5e-4, miou="all")
-SANET_CITYSCAPES = Recipe("cityscapes", crop=(1024, 1024), base_size=2048, edge_frame=6, batch=12, iterations=484*247, lr=1e-2,
-                          source="configuration files of the official repository; 484 epochs of train from ImageNet weights", **_SANET)
-SANET_CAMVID = Recipe("camvid", split="trainval", val_split="test", crop=(720, 960), base_size=960, batch=8, iterations=150*58, lr=1e-3, class_weights=False,
-                      source="configuration files of the official repository; 150 epochs of trainval from Cityscapes weights; dataset option order=sanet", **_SANET)
-SANET_GTAV = Recipe("gtav", split="trainval", val_split="test", crop=(1024, 1024), base_size=960, batch=12, iterations=150*(18749//12), lr=1e-3, class_weights=False,
-                    source="configuration files of the official repository, whose loader does not run; 35 classes (dataset option classes=35), its own split",
-                    **_SANET)
+_SANET = dict(
+    preprocess=IMAGENET,
+    scales=tuple(round(0.5 + 0.1 * i, 1) for i in range(17)),
+    pad="black",
+    edges=True,
+    optimizer="sgd",
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=5e-4,
+    miou="all",
+)
+
+# %% ../nbs/04_recipes.ipynb #0e0ffea2
+SANET_CITYSCAPES = Recipe(
+    "cityscapes",
+    crop=(1024, 1024),
+    base_size=2048,
+    edge_frame=6,
+    batch=12,
+    iterations=484 * 247,
+    lr=1e-2,
+    source="configuration files of the official repository; 484 epochs of train from ImageNet weights",
+    **_SANET,
+)
+
+# %% ../nbs/04_recipes.ipynb #b5b551d5
+SANET_CAMVID = Recipe(
+    "camvid",
+    split="trainval",
+    val_split="test",
+    crop=(720, 960),
+    base_size=960,
+    batch=8,
+    iterations=150 * 58,
+    lr=1e-3,
+    class_weights=False,
+    source="configuration files of the official repository; 150 epochs of trainval from Cityscapes "
+    "weights; dataset option order=sanet",
+    **_SANET,
+)
+
+# %% ../nbs/04_recipes.ipynb #009db65a
+SANET_GTAV = Recipe(
+    "gtav",
+    split="trainval",
+    val_split="test",
+    crop=(1024, 1024),
+    base_size=960,
+    batch=12,
+    iterations=150 * (18749 // 12),
+    lr=1e-3,
+    class_weights=False,
+    source="configuration files of the official repository, whose loader does not run; 35 classes "
+    "(dataset option classes=35), its own split",
+    **_SANET,
+)
 
 # %% ../nbs/04_recipes.ipynb #67a89027
-ENCODER_GROUPS = (("encoder.*norm*", 1.0, 0.0), ("encoder.*", 1.0, 1.0), ("*", 10.0, 1.0)) # norms do not decay, the rest does, and what follows learns faster
-ENCODER_GROUPS_MMSEG = (("encoder.stages.?.norm.*", 1.0, 1.0), *ENCODER_GROUPS) # and the last norm of a stage decays
+# norms do not decay, the rest does, and what follows learns faster
+ENCODER_GROUPS = (("encoder.*norm*", 1.0, 0.0), ("encoder.*", 1.0, 1.0), ("*", 10.0, 1.0))
+# and the last norm of a stage decays
+ENCODER_GROUPS_MMSEG = (("encoder.stages.?.norm.*", 1.0, 1.0), *ENCODER_GROUPS)
 
-_FORMER = dict(preprocess=IMAGENET, scale_range=(0.5, 2.0), cat_max_ratio=0.75, colour="mmseg", optimizer="adamw", lr=6e-5, weight_decay=0.01, groups=ENCODER_GROUPS,
-               power=1.0, warmup=1500, warmup_ratio=1e-6, warmup_rule="times", iterations=160_000, class_weights=False)
+# %% ../nbs/04_recipes.ipynb #0e3a63a6
+_FORMER = dict(
+    preprocess=IMAGENET,
+    scale_range=(0.5, 2.0),
+    cat_max_ratio=0.75,
+    colour="mmseg",
+    optimizer="adamw",
+    lr=6e-5,
+    weight_decay=0.01,
+    groups=ENCODER_GROUPS,
+    power=1.0,
+    warmup=1500,
+    warmup_ratio=1e-6,
+    warmup_rule="times",
+    iterations=160_000,
+    class_weights=False,
+)
+
+# %% ../nbs/04_recipes.ipynb #7697df59
 _ADE20K = dict(crop=(512, 512), fit_size=(2048, 512), batch=16, protocol="ade32")
-_CITY = dict(crop=(1024, 1024), fit_size=(2048, 1024), batch=8, protocol="sliding", stride=(768, 768))
+_CITY = dict(
+    crop=(1024, 1024), fit_size=(2048, 1024), batch=8, protocol="sliding", stride=(768, 768)
+)
 _MMSEG = dict(groups=ENCODER_GROUPS_MMSEG, warmup_rule="inclusive")
+SEGFORMER_ADE20K = Recipe(
+    "ade20k",
+    source="SegFormer's official code; 8 GPUs, from ImageNet weights",
+    **_FORMER,
+    **_ADE20K,
+)
 
-SEGFORMER_ADE20K = Recipe("ade20k", source="SegFormer's official code; 8 GPUs, from ImageNet weights", **_FORMER, **_ADE20K)
-SEGFORMER_CITYSCAPES = Recipe("cityscapes", source="SegFormer's official code; 8 GPUs, from ImageNet weights", **_FORMER, **_CITY)
-SEGFORMER_MMSEG_ADE20K = SEGFORMER_ADE20K.replace(**_MMSEG, protocol="ade", source="mmsegmentation's SegFormer; protocol=ade32 is its variant with sides of multiples of 32")
-SEGFORMER_MMSEG_CITYSCAPES = SEGFORMER_CITYSCAPES.replace(**_MMSEG, source="mmsegmentation's SegFormer")
-SASFORMER_ICIP_ADE20K = SEGFORMER_ADE20K.replace(**_MMSEG, source="configuration files of the official repository; seed 413454386, two GPUs of 8 pictures (their number is inferred)")
-SASFORMER_ICIP_CITYSCAPES = SEGFORMER_CITYSCAPES.replace(**_MMSEG, source="configuration files of the official repository; seed 601446661, two GPUs of 4 pictures "
-                                                         "(their number is inferred); taken literally they train 150 outputs")
+# %% ../nbs/04_recipes.ipynb #32a982b3
+SEGFORMER_CITYSCAPES = Recipe(
+    "cityscapes",
+    source="SegFormer's official code; 8 GPUs, from ImageNet weights",
+    **_FORMER,
+    **_CITY,
+)
+SEGFORMER_MMSEG_ADE20K = SEGFORMER_ADE20K.replace(
+    **_MMSEG,
+    protocol="ade",
+    source="mmsegmentation's SegFormer; protocol=ade32 is its variant with sides of multiples of 32",
+)
+SEGFORMER_MMSEG_CITYSCAPES = SEGFORMER_CITYSCAPES.replace(
+    **_MMSEG, source="mmsegmentation's SegFormer"
+)
+
+# %% ../nbs/04_recipes.ipynb #b5c7cbfe
+SASFORMER_ICIP_ADE20K = SEGFORMER_ADE20K.replace(
+    **_MMSEG,
+    source="configuration files of the official repository; seed 413454386, two GPUs of 8 pictures "
+    "(their number is inferred)",
+)
+SASFORMER_ICIP_CITYSCAPES = SEGFORMER_CITYSCAPES.replace(
+    **_MMSEG,
+    source="configuration files of the official repository; seed 601446661, two GPUs of 4 pictures "
+    "(their number is inferred); taken literally they train 150 outputs",
+)
 
 # %% ../nbs/04_recipes.ipynb #4f8b5a21
-SEGFORMER_CAMVID = SEGFORMER_CITYSCAPES.replace(dataset="camvid", crop=(360, 360), fit_size=(480, 360), batch=16, iterations=20_000, split="trainval", val_split="test",
-                                                protocol="whole", stride=(), source="ours: the Cityscapes recipe at CamVid's size")
+SEGFORMER_CAMVID = SEGFORMER_CITYSCAPES.replace(
+    dataset="camvid",
+    crop=(360, 360),
+    fit_size=(480, 360),
+    batch=16,
+    iterations=20_000,
+    split="trainval",
+    val_split="test",
+    protocol="whole",
+    stride=(),
+    source="ours: the Cityscapes recipe at CamVid's size",
+)
 
 # %% ../nbs/04_recipes.ipynb #021d9be6
-BGR_QUIRK = Preprocess("bgr") # ImageNet's RGB statistics on BGR channels, as the sparse SASFormer's checkpoints expect
+# ImageNet's RGB statistics on BGR channels, as the sparse SASFormer's checkpoints expect
+BGR_QUIRK = Preprocess("bgr")
 
+# %% ../nbs/04_recipes.ipynb #71da3ec6
 SASFORMER_SPARSE_VOC = Recipe(
-    "voc2012", BGR_QUIRK, crop=(512, 512), scale_range=(0.5, 2.0), aspect=(0.9, 1.1), interpolation="cubic", flip_first=True, pad="black", place="random", colour="shift",
-    inside=True, batch=16, iterations=80_000, optimizer="sgd", lr=5e-3, weight_decay=1e-4, class_weights=False, protocol="square512", data_options=(("annotation", "scribble"),),
-    source="official repository; configuration 3 (four levels), whose base rate 5e-4 reaches every weight ten times; seed 304, 4 GPUs of 4 pictures, fp16 autocast, "
-           "validation every 500 steps and the best one kept")
+    "voc2012",
+    BGR_QUIRK,
+    crop=(512, 512),
+    scale_range=(0.5, 2.0),
+    aspect=(0.9, 1.1),
+    interpolation="cubic",
+    flip_first=True,
+    pad="black",
+    place="random",
+    colour="shift",
+    inside=True,
+    batch=16,
+    iterations=80_000,
+    optimizer="sgd",
+    lr=5e-3,
+    weight_decay=1e-4,
+    class_weights=False,
+    protocol="square512",
+    data_options=(("annotation", "scribble"),),
+    source="official repository; configuration 3 (four levels), whose base rate 5e-4 reaches every "
+    "weight ten times; seed 304, 4 GPUs of 4 pictures, fp16 autocast, "
+    "validation every 500 steps and the best one kept",
+)
 
+# %% ../nbs/04_recipes.ipynb #90f8907c
 def sparse_recipe(
-    levels:int=4, # affinity levels in the loss: 0 (the baseline) … 4; the published configurations -1, 0, 1, 2, 3
-    annotation:str="scribble", # "scribble" | "point"
-)->Recipe: # for PASCAL VOC; the number of levels itself is an option of the model
+    # affinity levels in the loss: 0 (the baseline) … 4; the published configurations -1, 0, 1, 2,
+    # 3
+    levels: int = 4,
+    annotation: str = "scribble",  # "scribble" | "point"
+) -> Recipe:  # for PASCAL VOC; the number of levels itself is an option of the model
     "The recipe of one of the five published configurations."
-    if levels not in range(5): raise ValueError(f"levels must be 0 to 4, got {levels}")
+    if levels not in range(5):
+        raise ValueError(f"levels must be 0 to 4, got {levels}")
     lr = 5e-3 if levels in (0, 4) else 2e-3
-    source = SASFORMER_SPARSE_VOC.source.replace("configuration 3 (four levels)", f"configuration {levels - 1} (levels: {levels})").replace("5e-4", f"{lr/10:g}")
-    return SASFORMER_SPARSE_VOC.replace(lr=lr, source=source, data_options=(("annotation", annotation),))
+    source = SASFORMER_SPARSE_VOC.source.replace(
+        "configuration 3 (four levels)", f"configuration {levels - 1} (levels: {levels})"
+    ).replace("5e-4", f"{lr / 10:g}")
+    return SASFORMER_SPARSE_VOC.replace(
+        lr=lr, source=source, data_options=(("annotation", annotation),)
+    )
 
 # %% ../nbs/04_recipes.ipynb #cb8bca20
 def _tree(dataset, lr, batch, iterations, mult=1.0, **more):
     "A recipe of the tree energy loss."
     groups = (("encoder.*", 1.0, 1.0), ("*", mult, 1.0)) if mult != 1 else ()
-    return SASFORMER_SPARSE_VOC.replace(dataset=dataset, lr=lr, batch=batch, iterations=iterations, groups=groups, preprocess=IMAGENET, inside=True, **more,
-                                        source="table of the official repository: rate, batch, iterations; the rest as for the sparse SASFormer")
+    return SASFORMER_SPARSE_VOC.replace(
+        dataset=dataset,
+        lr=lr,
+        batch=batch,
+        iterations=iterations,
+        groups=groups,
+        preprocess=IMAGENET,
+        inside=True,
+        **more,
+        source="table of the official repository: rate, batch, iterations; the rest as for the sparse SASFormer",
+    )
 
+# %% ../nbs/04_recipes.ipynb #a51fae84
 # name -> (recipe, options of `losses.tree`)
 _BLOCKS = dict(data_options=(), protocol="whole")
+
+# %% ../nbs/04_recipes.ipynb #1d5e3217
 TREE_ENERGY = {
-    "voc2012 deeplabv3plus_r101": (_tree("voc2012", 1e-3, 16, 80_000, 10.0), dict(weight=0.4, sigma=0.02)),
+    "voc2012 deeplabv3plus_r101": (
+        _tree("voc2012", 1e-3, 16, 80_000, 10.0),
+        dict(weight=0.4, sigma=0.02),
+    ),
     "voc2012 ltf_r101": (_tree("voc2012", 1e-3, 32, 80_000, 10.0), dict(weight=0.6, sigma=0.02)),
-    "cityscapes hrnet_w48": (_tree("cityscapes", 1e-2, 8, 40_000, **_BLOCKS), dict(weight=0.4, sigma=0.002)),
-    "cityscapes r101": (_tree("cityscapes", 5e-3, 8, 40_000, **_BLOCKS), dict(weight=0.4, sigma=0.002)),
-    "ade20k hrnet_w48": (_tree("ade20k", 2e-2, 16, 150_000, **_BLOCKS), dict(weight=0.4, sigma=0.002)),
+    "cityscapes hrnet_w48": (
+        _tree("cityscapes", 1e-2, 8, 40_000, **_BLOCKS),
+        dict(weight=0.4, sigma=0.002),
+    ),
+    "cityscapes r101": (
+        _tree("cityscapes", 5e-3, 8, 40_000, **_BLOCKS),
+        dict(weight=0.4, sigma=0.002),
+    ),
+    "ade20k hrnet_w48": (
+        _tree("ade20k", 2e-2, 16, 150_000, **_BLOCKS),
+        dict(weight=0.4, sigma=0.002),
+    ),
     "ade20k r101": (_tree("ade20k", 2e-2, 16, 150_000, **_BLOCKS), dict(weight=0.4, sigma=0.002)),
 }
 
 # %% ../nbs/04_recipes.ipynb #bf66352d
-_STREETS = dict(preprocess=IMAGENET, scales=(1.0,), scale_range=(0.75, 1.5), class_weights=False, weight_decay=0.01)
-SEGFORMER_STREETS = STREETS.replace(groups=(("encoder.*norm*", 1.0, 0.0), ("*", 1.0, 1.0)), cat_max_ratio=0.75, **_STREETS)
-SASFORMER_SPARSE_STREETS = STREETS.replace(inside=True, place="random", pad="black", flip_first=True, interpolation="cubic", aspect=(0.9, 1.1), colour="shift",
-                                           data_options=(("annotation", "scribble"),), **_STREETS)
+_STREETS = dict(
+    preprocess=IMAGENET,
+    scales=(1.0,),
+    scale_range=(0.75, 1.5),
+    class_weights=False,
+    weight_decay=0.01,
+)
+SEGFORMER_STREETS = STREETS.replace(
+    groups=(("encoder.*norm*", 1.0, 0.0), ("*", 1.0, 1.0)), cat_max_ratio=0.75, **_STREETS
+)
+
+# %% ../nbs/04_recipes.ipynb #37990c3b
+SASFORMER_SPARSE_STREETS = STREETS.replace(
+    inside=True,
+    place="random",
+    pad="black",
+    flip_first=True,
+    interpolation="cubic",
+    aspect=(0.9, 1.1),
+    colour="shift",
+    data_options=(("annotation", "scribble"),),
+    **_STREETS,
+)
 
 # %% ../nbs/04_recipes.ipynb #ebb15c9b
-_SETS = (("ade20k", dict(fit_size=(2048, 512), crop=(512, 512), iterations=160_000, protocol="ade32")),
-         ("coco_stuff10k", dict(fit_size=(2048, 512), crop=(512, 512), iterations=80_000, protocol="ade")),
-         ("pascal_context", dict(fit_size=(520, 520), crop=(480, 480), iterations=80_000, protocol="ade")))
+_SETS = (
+    ("ade20k", dict(fit_size=(2048, 512), crop=(512, 512), iterations=160_000, protocol="ade32")),
+    (
+        "coco_stuff10k",
+        dict(fit_size=(2048, 512), crop=(512, 512), iterations=80_000, protocol="ade"),
+    ),
+    (
+        "pascal_context",
+        dict(fit_size=(520, 520), crop=(480, 480), iterations=80_000, protocol="ade"),
+    ),
+)
 _SWIN = (("encoder.*norm*", 1.0, 0.0), ("encoder.*bias_table", 1.0, 0.0), ("*", 1.0, 1.0))
 
+# %% ../nbs/04_recipes.ipynb #0147e63e
 def _ssa(dataset, sets, **fields):
     "A recipe of SSAClassifier's repository."
-    return Recipe(dataset, batch=16, source="configuration files of the official SSAClassifier, which has one per family and dataset, not for every size; 4 GPUs of 4 pictures, "
-                  "from ImageNet weights", **{**_FORMER, **sets, **fields})
+    return Recipe(
+        dataset,
+        batch=16,
+        source="configuration files of the official SSAClassifier, which has one per family and "
+        "dataset, not for every size; 4 GPUs of 4 pictures, "
+        "from ImageNet weights",
+        **{**_FORMER, **sets, **fields},
+    )
+
 
 SSA_SEGFORMER = {d: _ssa(d, s, groups=ENCODER_GROUPS_MMSEG) for d, s in _SETS}
 SSA_UPERNET = {d: _ssa(d, s, groups=_SWIN) for d, s in _SETS}
-SSA_OCRNET = {d: _ssa(d, s, groups=(), optimizer="sgd", lr=1e-2, lr_min=1e-4, weight_decay=5e-4, power=0.9, warmup=0, warmup_rule="then") for d, s in _SETS}
+
+# %% ../nbs/04_recipes.ipynb #6fa74a91
+SSA_OCRNET = {
+    d: _ssa(
+        d,
+        s,
+        groups=(),
+        optimizer="sgd",
+        lr=1e-2,
+        lr_min=1e-4,
+        weight_decay=5e-4,
+        power=0.9,
+        warmup=0,
+        warmup_rule="then",
+    )
+    for d, s in _SETS
+}
 
 # %% ../nbs/04_recipes.ipynb #1867d8e2
-_SEGNEXT = (("encoder.stages.*.norm*", 1.0, 0.0), ("encoder.stages.[123].down.1.*", 1.0, 0.0), ("encoder.*", 1.0, 1.0), ("*", 10.0, 1.0))
-_SEAFORMER = (("encoder.*.attn.row_[qk]", 1.0, 0.0), ("encoder.*.attn.column_[qk]", 1.0, 0.0), ("encoder.*", 1.0, 1.0), ("*", 10.0, 1.0))
-_CGRSEG = (("encoder.*.talking_head*", 10.0, 1.0), ("encoder.*.mlp.*.bn.*", 1.0, 0.0), ("encoder.stages.[12].downsample.conv.bn.*", 1.0, 0.0), ("encoder.*", 1.0, 1.0),
-           ("*", 10.0, 1.0))
+_SEGNEXT = (
+    ("encoder.stages.*.norm*", 1.0, 0.0),
+    ("encoder.stages.[123].down.1.*", 1.0, 0.0),
+    ("encoder.*", 1.0, 1.0),
+    ("*", 10.0, 1.0),
+)
+_SEAFORMER = (
+    ("encoder.*.attn.row_[qk]", 1.0, 0.0),
+    ("encoder.*.attn.column_[qk]", 1.0, 0.0),
+    ("encoder.*", 1.0, 1.0),
+    ("*", 10.0, 1.0),
+)
 
+# %% ../nbs/04_recipes.ipynb #289dae11
+_CGRSEG = (
+    ("encoder.*.talking_head*", 10.0, 1.0),
+    ("encoder.*.mlp.*.bn.*", 1.0, 0.0),
+    ("encoder.stages.[12].downsample.conv.bn.*", 1.0, 0.0),
+    ("encoder.*", 1.0, 1.0),
+    ("*", 10.0, 1.0),
+)
+
+# %% ../nbs/04_recipes.ipynb #b277040a
 def layer_decay(
-    rate:float, # factor from a block to the one before
-    depth:int=24, # blocks
-)->tuple: # groups of a `Recipe`
+    rate: float,  # factor from a block to the one before
+    depth: int = 24,  # blocks
+) -> tuple:  # groups of a `Recipe`
     "Rates that fall towards the input of a vision transformer; the rest learns at the full rate."
-    return (*[(f"encoder.{n}", rate**(depth + 1), 1.0) for n in ("pos_embed", "embed.*")],
-            *[(f"encoder.blocks.{j}.*", rate**(depth - j), 1.0) for j in range(depth)], ("*", 1.0, 1.0))
+    return (
+        *[(f"encoder.{n}", rate ** (depth + 1), 1.0) for n in ("pos_embed", "embed.*")],
+        *[(f"encoder.blocks.{j}.*", rate ** (depth - j), 1.0) for j in range(depth)],
+        ("*", 1.0, 1.0),
+    )
 
-_LIGHT = {"segnext_*": (6e-5, 6e-5, 6e-5, _SEGNEXT), "seaformer_b*": (2.5e-4, 2e-4, 2e-4, _SEAFORMER), "seaformer_*": (2.5e-4, 2.5e-4, 2.5e-4, _SEAFORMER),
-          "afformer_*": (3e-4, 3e-4, 3e-4, ()), "cgrseg_*": (1.2e-4, None, None, _CGRSEG)} # rates on the three datasets, and the groups
-SSA_LIGHT = {(name, d): _ssa(d, s, lr=lr, groups=groups) for name, (*rates, groups) in _LIGHT.items() for (d, s), lr in zip(_SETS, rates) if lr}
-HALVES = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) # 127.5 of 255
-SSA_VIT = {d: _ssa(d, s, lr=2e-5, weight_decay=0.05, decay_norms=False, groups=layer_decay(0.95 if d == "ade20k" else 0.9), **({"preprocess": HALVES} if d == "ade20k" else {}))
-           .replace(protocol="ade32_sliding", stride=(320, 320) if d == "pascal_context" else (341, 341), test_size=(4096, 520) if d == "pascal_context" else ()) for d, s in _SETS}
+# %% ../nbs/04_recipes.ipynb #ec1896db
+_LIGHT = {
+    "segnext_*": (6e-5, 6e-5, 6e-5, _SEGNEXT),
+    "seaformer_b*": (2.5e-4, 2e-4, 2e-4, _SEAFORMER),
+    "seaformer_*": (2.5e-4, 2.5e-4, 2.5e-4, _SEAFORMER),
+    # rates on the three datasets, and the groups
+    "afformer_*": (3e-4, 3e-4, 3e-4, ()),
+    "cgrseg_*": (1.2e-4, None, None, _CGRSEG),
+}
+SSA_LIGHT = {
+    (name, d): _ssa(d, s, lr=lr, groups=groups)
+    for name, (*rates, groups) in _LIGHT.items()
+    for (d, s), lr in zip(_SETS, rates)
+    if lr
+}
+HALVES = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # 127.5 of 255
+
+# %% ../nbs/04_recipes.ipynb #1d92bf39
+SSA_VIT = {
+    d: _ssa(
+        d,
+        s,
+        lr=2e-5,
+        weight_decay=0.05,
+        decay_norms=False,
+        groups=layer_decay(0.95 if d == "ade20k" else 0.9),
+        **({"preprocess": HALVES} if d == "ade20k" else {}),
+    ).replace(
+        protocol="ade32_sliding",
+        stride=(320, 320) if d == "pascal_context" else (341, 341),
+        test_size=(4096, 520) if d == "pascal_context" else (),
+    )
+    for d, s in _SETS
+}
 
 # %% ../nbs/04_recipes.ipynb #533319e4
 # (pattern of model names, dataset) -> recipe; the first that fits is taken
@@ -276,63 +643,144 @@ RECIPES = {
     ("spfnet_*", "cityscapes"): S2FPN_CITYSCAPES,
     ("dsanet", "camvid"): S2FPN_CAMVID.replace(init="scratch"),
     ("dsanet", "cityscapes"): S2FPN_CITYSCAPES.replace(init="scratch"),
-    **{(m, r.dataset): r for m in ("sanet_*", "pidnet_s") for r in (SANET_CITYSCAPES, SANET_CAMVID, SANET_GTAV)},
-    **{(m, "streets"): STREETS.replace(preprocess=IMAGENET, edges=True, class_weights=False) for m in ("sanet_*", "pidnet_s")},
-    **{("segformer_*_ssa", d): r for d, r in SSA_SEGFORMER.items()}, **{("upernet_*", d): r for d, r in SSA_UPERNET.items()},
-    **{("ocrnet_*", d): r for d, r in SSA_OCRNET.items()}, **SSA_LIGHT, **{("vit_adapter_*", d): r for d, r in SSA_VIT.items()},
-    **{("segformer_*_mmseg*", r.dataset): r for r in (SEGFORMER_MMSEG_ADE20K, SEGFORMER_MMSEG_CITYSCAPES, SEGFORMER_CAMVID.replace(**_MMSEG))},
-    **{("segformer_*", r.dataset): r for r in (SEGFORMER_ADE20K, SEGFORMER_CITYSCAPES, SEGFORMER_CAMVID)},
-    **{("sasformer_icip_*", r.dataset): r for r in (SASFORMER_ICIP_ADE20K, SASFORMER_ICIP_CITYSCAPES, SEGFORMER_CAMVID.replace(**_MMSEG))},
+    **{
+        (m, r.dataset): r
+        for m in ("sanet_*", "pidnet_s")
+        for r in (SANET_CITYSCAPES, SANET_CAMVID, SANET_GTAV)
+    },
+    **{
+        (m, "streets"): STREETS.replace(preprocess=IMAGENET, edges=True, class_weights=False)
+        for m in ("sanet_*", "pidnet_s")
+    },
+    **{("segformer_*_ssa", d): r for d, r in SSA_SEGFORMER.items()},
+    **{("upernet_*", d): r for d, r in SSA_UPERNET.items()},
+    **{("ocrnet_*", d): r for d, r in SSA_OCRNET.items()},
+    **SSA_LIGHT,
+    **{("vit_adapter_*", d): r for d, r in SSA_VIT.items()},
+    **{
+        ("segformer_*_mmseg*", r.dataset): r
+        for r in (
+            SEGFORMER_MMSEG_ADE20K,
+            SEGFORMER_MMSEG_CITYSCAPES,
+            SEGFORMER_CAMVID.replace(**_MMSEG),
+        )
+    },
+    **{
+        ("segformer_*", r.dataset): r
+        for r in (SEGFORMER_ADE20K, SEGFORMER_CITYSCAPES, SEGFORMER_CAMVID)
+    },
+    **{
+        ("sasformer_icip_*", r.dataset): r
+        for r in (
+            SASFORMER_ICIP_ADE20K,
+            SASFORMER_ICIP_CITYSCAPES,
+            SEGFORMER_CAMVID.replace(**_MMSEG),
+        )
+    },
     ("sasformer_sparse_*", "voc2012"): SASFORMER_SPARSE_VOC,
-    **{(m, "camvid"): SEGFORMER_CAMVID.replace(groups=g, source="ours: SegFormer's recipe at CamVid's size, with the groups of this network")
-       for m, g in (("upernet_*", _SWIN), ("ocrnet_*", ()), ("segnext_*", _SEGNEXT), ("seaformer_*", _SEAFORMER), ("afformer_*", ()), ("cgrseg_*", _CGRSEG))},
+    **{
+        (m, "camvid"): SEGFORMER_CAMVID.replace(
+            groups=g,
+            source="ours: SegFormer's recipe at CamVid's size, with the groups of this network",
+        )
+        for m, g in (
+            ("upernet_*", _SWIN),
+            ("ocrnet_*", ()),
+            ("segnext_*", _SEGNEXT),
+            ("seaformer_*", _SEAFORMER),
+            ("afformer_*", ()),
+            ("cgrseg_*", _CGRSEG),
+        )
+    },
     **{(m, "streets"): SEGFORMER_STREETS for m in ("segformer_*", "sasformer_icip_*")},
-    **{(m, "streets"): SEGFORMER_STREETS.replace(groups=()) for m in ("upernet_*", "ocrnet_*", "segnext_*", "seaformer_*", "afformer_*", "cgrseg_*", "vit_adapter_*")},
+    **{
+        (m, "streets"): SEGFORMER_STREETS.replace(groups=())
+        for m in (
+            "upernet_*",
+            "ocrnet_*",
+            "segnext_*",
+            "seaformer_*",
+            "afformer_*",
+            "cgrseg_*",
+            "vit_adapter_*",
+        )
+    },
     ("sasformer_sparse_*", "streets"): SASFORMER_SPARSE_STREETS,
     ("*", "streets"): STREETS,
 }
 
 # %% ../nbs/04_recipes.ipynb #18b78a9c
 def recipe_for(
-    model:str, # published model name, e.g. "s2fpn_r18"
-    dataset:str, # a name that `open_dataset` knows
+    model: str,  # published model name, e.g. "s2fpn_r18"
+    dataset: str,  # a name that `open_dataset` knows
     /,
-    **fields, # overrides
-)->Recipe: # the published recipe with the overrides applied
-    "The recipe of a model on a dataset. A dataset of your own (`folder`) takes the model's recipe for ADE20K, VOC or CamVid as a start."
-    if fnmatch.fnmatch(model, "segformer_b[0-5]_ssa"): model = model.replace("_ssa", "_mmseg_ssa") # an alias
+    **fields,  # overrides
+) -> Recipe:  # the published recipe with the overrides applied
+    """The recipe of a model on a dataset. A dataset of your own (`folder`) takes the model's
+    recipe for ADE20K, VOC or CamVid as a start."""
+    # an alias
+    if fnmatch.fnmatch(model, "segformer_b[0-5]_ssa"):
+        model = model.replace("_ssa", "_mmseg_ssa")
     for (pattern, name), recipe in RECIPES.items():
-        if name == dataset and fnmatch.fnmatch(model, pattern): return recipe.replace(**fields)
+        if name == dataset and fnmatch.fnmatch(model, pattern):
+            return recipe.replace(**fields)
     known = {d for p, d in RECIPES if fnmatch.fnmatch(model, p)}
-    start = next((d for d in (("ade20k", "voc2012", "camvid") if dataset == "folder" else ("cityscapes",)) if d in known), None)
+    start = next(
+        (
+            d
+            for d in (("ade20k", "voc2012", "camvid") if dataset == "folder" else ("cityscapes",))
+            if d in known
+        ),
+        None,
+    )
     if dataset in ("folder", "gtav") and start:
-        own = dict(dataset=dataset, class_weights=False, split="train", val_split="val", data_options=())
-        if start == "voc2012": own |= dict(preprocess=IMAGENET) # BGR is for the published checkpoints
+        own = dict(
+            dataset=dataset, class_weights=False, split="train", val_split="val", data_options=()
+        )
+        # BGR is for the published checkpoints
+        if start == "voc2012":
+            own |= dict(preprocess=IMAGENET)
         return recipe_for(model, start, **{**own, **fields})
     known = sorted(known)
-    raise ValueError(f"no recipe for model '{model}' on dataset '{dataset}'; there are recipes for {known}, and 'folder' for your own data")
+    raise ValueError(
+        f"no recipe for model '{model}' on dataset '{dataset}'; there are recipes for "
+        f"{known}, and 'folder' for your own data"
+    )
 
 # %% ../nbs/04_recipes.ipynb #c913b6e3
 def matched(
-    recipe:Recipe, # of `recipe_for(model, …)`
-    model:str, # published model name
-    options:dict, # of the network
-    fields:dict|None=None, # what the caller set by name, which stays
-)->Recipe: # with what published configurations tie to these options
-    "The recipe for a network with options: the sparse SASFormer's configurations differ in levels and rate, and `bgr` is an input rule."
-    if not fnmatch.fnmatch(model, "sasformer_sparse_*"): return recipe
+    recipe: Recipe,  # of `recipe_for(model, …)`
+    model: str,  # published model name
+    options: dict,  # of the network
+    fields: dict | None = None,  # what the caller set by name, which stays
+) -> Recipe:  # with what published configurations tie to these options
+    """The recipe for a network with options: the sparse SASFormer's configurations differ in
+    levels and rate, and `bgr` is an input rule."""
+    if not fnmatch.fnmatch(model, "sasformer_sparse_*"):
+        return recipe
     if "levels" in options and recipe.dataset == "voc2012":
-        published = sparse_recipe(options["levels"], dict(recipe.data_options).get("annotation", "scribble"))
-        recipe = recipe.replace(**{k: getattr(published, k) for k in ("lr", "source") if k not in (fields or {})})
-    if "bgr" in options: recipe = recipe.replace(preprocess=BGR_QUIRK if options["bgr"] else IMAGENET)
+        published = sparse_recipe(
+            options["levels"], dict(recipe.data_options).get("annotation", "scribble")
+        )
+        recipe = recipe.replace(
+            **{k: getattr(published, k) for k in ("lr", "source") if k not in (fields or {})}
+        )
+    if "bgr" in options:
+        recipe = recipe.replace(preprocess=BGR_QUIRK if options["bgr"] else IMAGENET)
     return recipe
 
 # %% ../nbs/04_recipes.ipynb #5e15723a
 def input_rule(
-    recipe:Recipe, # protocol, fit_size, crop
-)->dict: # protocol and size, ready for JSON
-    "How a network trained by a recipe should be shown a picture: as validation shows it, or whole where that takes windows or scales."
+    recipe: Recipe,  # protocol, fit_size, crop
+) -> dict:  # protocol and size, ready for JSON
+    """How a network trained by a recipe should be shown a picture: as validation shows it, or
+    whole where that takes windows or scales."""
     frame = recipe.test_size or recipe.fit_size
-    sizes = dict(ade=frame, ade32=frame, ade32_sliding=frame, square512=recipe.crop, square512_ms=recipe.crop)
-    if recipe.protocol not in sizes: return dict(protocol="whole", size=None)
-    return dict(protocol=recipe.protocol.removesuffix("_sliding"), size=list(sizes[recipe.protocol]) or None)
+    sizes = dict(
+        ade=frame, ade32=frame, ade32_sliding=frame, square512=recipe.crop, square512_ms=recipe.crop
+    )
+    if recipe.protocol not in sizes:
+        return dict(protocol="whole", size=None)
+    return dict(
+        protocol=recipe.protocol.removesuffix("_sliding"), size=list(sizes[recipe.protocol]) or None
+    )

@@ -20,33 +20,55 @@ from .core import Table, _package_dir, env_info, fmt, progress, write_json
 logger = logging.getLogger("segkern")
 SCALES = ("smoke", "quick", "full")
 _NUMBER = (int, float, type(None))
-_ROW = dict(claim=str, claimed=_NUMBER, value=_NUMBER, unit=str, protocol=str, n=(int, type(None)), why=str)
-_RESULT = dict(paper=str, variant=str, scale=str, seed=int, seconds=(int, float), hardware=str, versions=dict, rows=list)
+_ROW = dict(
+    claim=str, claimed=_NUMBER, value=_NUMBER, unit=str, protocol=str, n=(int, type(None)), why=str
+)
+_RESULT = dict(
+    paper=str,
+    variant=str,
+    scale=str,
+    seed=int,
+    seconds=(int, float),
+    hardware=str,
+    versions=dict,
+    rows=list,
+)
 
+# %% ../nbs/75_reproduce.ipynb #e78e1918
 def _problems(record, schema, where):
     "What in a record does not follow its schema."
     out = [f"{where} has no '{k}'" for k in schema if k not in record]
     out += [f"{where} has an unknown field '{k}'" for k in record if k not in schema]
     for k, kind in schema.items():
-        if k not in record: continue
+        if k not in record:
+            continue
         v = record[k]
-        if isinstance(v, bool) or not isinstance(v, kind): out.append(f"{where}: '{k}' is {v!r}, a {type(v).__name__}")
-        elif isinstance(v, float) and not math.isfinite(v): out.append(f"{where}: '{k}' is {v}; a value that was not measured is None")
+        if isinstance(v, bool) or not isinstance(v, kind):
+            out.append(f"{where}: '{k}' is {v!r}, a {type(v).__name__}")
+        elif isinstance(v, float) and not math.isfinite(v):
+            out.append(f"{where}: '{k}' is {v}; a value that was not measured is None")
     return out
 
+# %% ../nbs/75_reproduce.ipynb #e929b649
 def check_results(
-    results:dict, # the content of a results.json
-)->dict: # the same
+    results: dict,  # the content of a results.json
+) -> dict:  # the same
     "Raise a `ValueError` that lists everything wrong with `results`."
-    if not isinstance(results, dict): raise ValueError(f"results are a dict, got {type(results).__name__}")
+    if not isinstance(results, dict):
+        raise ValueError(f"results are a dict, got {type(results).__name__}")
     bad = _problems({k: v for k, v in results.items() if k != "extra"}, _RESULT, "results")
     rows = results.get("rows")
     for i, row in enumerate(rows if isinstance(rows, list) else []):
-        if isinstance(row, dict): bad += _problems(row, _ROW, f"row {i} ({row.get('claim', '?')})")
-        else: bad.append(f"row {i} is a {type(row).__name__}, not a dict")
-    if isinstance(rows, list) and not rows: bad.append("results have no rows")
-    if results.get("scale") not in SCALES: bad.append(f"scale is {results.get('scale')!r}, not one of {SCALES}")
-    if bad: raise ValueError("results do not follow the schema: " + "; ".join(bad))
+        if isinstance(row, dict):
+            bad += _problems(row, _ROW, f"row {i} ({row.get('claim', '?')})")
+        else:
+            bad.append(f"row {i} is a {type(row).__name__}, not a dict")
+    if isinstance(rows, list) and not rows:
+        bad.append("results have no rows")
+    if results.get("scale") not in SCALES:
+        bad.append(f"scale is {results.get('scale')!r}, not one of {SCALES}")
+    if bad:
+        raise ValueError("results do not follow the schema: " + "; ".join(bad))
     return results
 
 # %% ../nbs/75_reproduce.ipynb #30a1d068
@@ -55,25 +77,40 @@ def _decimals(x):
     text = fmt(x)
     return None if "e" in text else len(text.partition(".")[2])
 
+
 def _difference(claimed, value):
     "The signed difference as it stands in a table, or nothing."
-    if claimed is None or value is None: return ""
-    diff, places = value - claimed, (_decimals(claimed), _decimals(value))
+    if claimed is None or value is None:
+        return ""
+    diff = value - claimed
+    places = (_decimals(claimed), _decimals(value))
     text = f"{diff:+.2e}" if None in places else f"{diff:+,.{max(places)}f}"
-    if not float(text.replace(",", "")): text = f"{diff:+.1g}" if abs(diff) > 1e-9*abs(claimed) else "0"
+    if not float(text.replace(",", "")):
+        text = f"{diff:+.1g}" if abs(diff) > 1e-9 * abs(claimed) else "0"
     return text.replace("-", "−")
 
+# %% ../nbs/75_reproduce.ipynb #112b3b34
 def _row_texts(row):
     "A row as five texts: claim with unit, claimed, measured, difference, comment."
     claim = row["claim"] + (f" [{row['unit']}]" if row["unit"] else "")
     value = "not run" if row["value"] is None else fmt(row["value"])
-    return [claim, fmt(row["claimed"]), value, _difference(row["claimed"], row["value"]), row["why"]]
+    return [
+        claim,
+        fmt(row["claimed"]),
+        value,
+        _difference(row["claimed"], row["value"]),
+        row["why"],
+    ]
 
+# %% ../nbs/75_reproduce.ipynb #ac727aad
 def results_table(
-    results:dict, # the content of a results.json
-)->Table: # claimed | measured | difference | comment
+    results: dict,  # the content of a results.json
+) -> Table:  # claimed | measured | difference | comment
     "Claims and measurements side by side."
-    table = Table([_row_texts(r) for r in results["rows"]], ["claim", "claimed", "measured", "difference", "comment"])
+    table = Table(
+        [_row_texts(r) for r in results["rows"]],
+        ["claim", "claimed", "measured", "difference", "comment"],
+    )
     table.right = [False, True, True, True, False]
     return table
 
@@ -83,187 +120,302 @@ def _hardware():
     env = env_info()
     return env["gpu"] or f"{env['cpu']}, {env['threads']} thread{'s' if env['threads'] > 1 else ''}"
 
+
 def _versions():
     "What `env_info` says that is no hardware."
     return {k: v for k, v in env_info().items() if k not in ("gpu", "cpu", "vectors", "threads")}
+
 
 def _number(x):
     "A plain number from one of numpy's or torch's scalars."
     return x.item() if hasattr(x, "item") else x
 
+# %% ../nbs/75_reproduce.ipynb #e94a11c5
 def record(
-    out:str|Path, # the run folder
-    paper:str, # the notebook's name, e.g. "s2fpn"
-    variant:str, # the model's published name
-    rows:list, # dicts: claim, claimed (number or None), measured (number or None), unit, protocol, n, why
-    seconds:float, # what the run took
-    scale:str="smoke", # "smoke" | "quick" | "full"
-    seed:int=0,
-    hardware:str|None=None, # default: this machine's
-    **extra, # anything else worth keeping, ready for JSON
-)->Table: # claimed | measured | difference | comment
+    out: str | Path,  # the run folder
+    paper: str,  # the notebook's name, e.g. "s2fpn"
+    variant: str,  # the model's published name
+    # dicts: claim, claimed (number or None), measured (number or None), unit, protocol, n, why
+    rows: list,
+    seconds: float,  # what the run took
+    scale: str = "smoke",  # "smoke" | "quick" | "full"
+    seed: int = 0,
+    hardware: str | None = None,  # default: this machine's
+    **extra,  # anything else worth keeping, ready for JSON
+) -> Table:  # claimed | measured | difference | comment
     "Check the results of a paper and write them to `out/results.json`."
     clean = []
     for i, row in enumerate(rows):
-        unknown = sorted(set(row) - {"claim", "claimed", "measured", "unit", "protocol", "n", "why"})
-        if unknown: raise ValueError(f"row {i}: unknown fields {unknown}")
-        if not {"claim", "measured"} <= set(row): raise ValueError(f"row {i} needs 'claim' and 'measured' (None: not run), got {row}")
-        clean.append(dict(claim=row["claim"], claimed=_number(row.get("claimed")), value=_number(row["measured"]), unit=row.get("unit", ""),
-                          protocol=row.get("protocol", ""), n=row.get("n"), why=row.get("why", "")))
-    results = dict(paper=paper, variant=variant, scale=scale, seed=seed, seconds=round(_number(seconds), 2),
-                   hardware=hardware or _hardware(), versions=_versions(), rows=clean)
-    if extra: results["extra"] = extra
-    write_json(Path(out)/"results.json", check_results(results))
+        unknown = sorted(
+            set(row) - {"claim", "claimed", "measured", "unit", "protocol", "n", "why"}
+        )
+        if unknown:
+            raise ValueError(f"row {i}: unknown fields {unknown}")
+        if not {"claim", "measured"} <= set(row):
+            raise ValueError(f"row {i} needs 'claim' and 'measured' (None: not run), got {row}")
+        clean.append(
+            dict(
+                claim=row["claim"],
+                claimed=_number(row.get("claimed")),
+                value=_number(row["measured"]),
+                unit=row.get("unit", ""),
+                protocol=row.get("protocol", ""),
+                n=row.get("n"),
+                why=row.get("why", ""),
+            )
+        )
+    results = dict(
+        paper=paper,
+        variant=variant,
+        scale=scale,
+        seed=seed,
+        seconds=round(_number(seconds), 2),
+        hardware=hardware or _hardware(),
+        versions=_versions(),
+        rows=clean,
+    )
+    if extra:
+        results["extra"] = extra
+    write_json(Path(out) / "results.json", check_results(results))
     return results_table(results)
 
+# %% ../nbs/75_reproduce.ipynb #8b730e43
 def read_results(
-    path:str|Path, # a results.json, or the folder that holds it
-)->dict: # its content, checked
+    path: str | Path,  # a results.json, or the folder that holds it
+) -> dict:  # its content, checked
     "The results of a paper, or a `ValueError` that says what is wrong with the file."
-    path = Path(path)/"results.json" if Path(path).is_dir() else Path(path)
-    try: return check_results(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as e: raise ValueError(f"{path}: {e}") from e
+    path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    try:
+        return check_results(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
 
 # %% ../nbs/75_reproduce.ipynb #b61a9767
 class Settings(SimpleNamespace):
     "The settings of a run as attributes; shows itself as a table."
-    def _repr_markdown_(self): return self.table()._repr_markdown_()
 
-    def table(self)->Table: # setting | value
+    def _repr_markdown_(self):
+        return self.table()._repr_markdown_()
+
+    def table(self) -> Table:  # setting | value
         "The settings as a table."
-        text = lambda v: "×".join(map(str, v)) if isinstance(v, tuple) else str(v)
+
+        def text(v):
+            return "×".join(map(str, v)) if isinstance(v, tuple) else str(v)
+
         return Table([[k, text(v)] for k, v in vars(self).items()], ["setting", "value"])
 
+# %% ../nbs/75_reproduce.ipynb #67eb5b82
 def settings(
-    scale:str, # "smoke" | "quick" | "full"
-    table:dict, # per scale a dict of defaults
-    **given, # the notebook's parameters; 0, "" and None leave the default
-)->Settings: # attributes by name
+    scale: str,  # "smoke" | "quick" | "full"
+    table: dict,  # per scale a dict of defaults
+    **given,  # the notebook's parameters; 0, "" and None leave the default
+) -> Settings:  # attributes by name
     "The defaults of a scale with the notebook's parameters on top; `crop` may be written as '96x128'."
-    if scale not in table: raise ValueError(f"scale '{scale}' is not one of {sorted(table)}")
+    if scale not in table:
+        raise ValueError(f"scale '{scale}' is not one of {sorted(table)}")
     out = {"scale": scale, **table[scale]}
     for name, value in given.items():
-        if name == "crop" and isinstance(value, str) and value: value = parse_size(value)
-        if value not in (0, "", None): out[name] = value
-        elif name not in out: raise ValueError(f"'{name}' has no value: not a default at scale '{scale}', nor given")
+        if name == "crop" and isinstance(value, str) and value:
+            value = parse_size(value)
+        if value not in (0, "", None):
+            out[name] = value
+        elif name not in out:
+            raise ValueError(f"'{name}' has no value: not a default at scale '{scale}', nor given")
     return Settings(**out)
 
+# %% ../nbs/75_reproduce.ipynb #a8419657
 def parse_size(
-    text:str, # e.g. "512x1024"
-)->tuple: # (height, width)
+    text: str,  # e.g. "512x1024"
+) -> tuple:  # (height, width)
     "A size as written on a command line."
     m = re.fullmatch(r"\s*(\d+)\s*[x×,]\s*(\d+)\s*", str(text))
-    if not m or 0 in (size := (int(m[1]), int(m[2]))): raise ValueError(f"a size is written HEIGHTxWIDTH, e.g. 512x1024, not '{text}'")
+    if not m or 0 in (size := (int(m[1]), int(m[2]))):
+        raise ValueError(f"a size is written HEIGHTxWIDTH, e.g. 512x1024, not '{text}'")
     return size
 
 # %% ../nbs/75_reproduce.ipynb #47b7b8ec
 def figure_to(
-    out:str|Path, # the run folder
-    name:str, # file name without ending
-    fig, # a figure or PIL image
-    caption:str, # a sentence that says what to see
-): # the picture as it was saved, which a notebook shows without drawing it again
+    out: str | Path,  # the run folder
+    name: str,  # file name without ending
+    fig,  # a figure or PIL image
+    caption: str,  # a sentence that says what to see
+):  # the picture as it was saved, which a notebook shows without drawing it again
     "Save a figure as `out/figures/name.png` with its caption."
     from PIL import Image
     from segkern.viz import save_png
-    if not re.fullmatch(r"[\w.-]+", name): raise ValueError(f"a figure's name is made of letters, digits, '_', '-' and '.', not '{name}'")
-    folder = Path(out)/"figures"
-    save_png(fig, folder/f"{name}.png")
-    write_json(folder/"captions.json", {**_captions(folder), name: caption})
-    with Image.open(folder/f"{name}.png") as picture: return picture.convert("P")
 
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(
+            f"a figure's name is made of letters, digits, '_', '-' and '.', not '{name}'"
+        )
+    folder = Path(out) / "figures"
+    save_png(fig, folder / f"{name}.png")
+    write_json(folder / "captions.json", {**_captions(folder), name: caption})
+    with Image.open(folder / f"{name}.png") as picture:
+        return picture.convert("P")
+
+# %% ../nbs/75_reproduce.ipynb #0c1a7896
 def _captions(folder):
     "The captions of a folder of figures, in the order they were made."
-    try: return json.loads((Path(folder)/"captions.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError): return {}
+    try:
+        return json.loads((Path(folder) / "captions.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 # %% ../nbs/75_reproduce.ipynb #72e847a8
 def papers_folder(
-    papers_dir:str|Path|None=None, # default: `papers/` beside the package
-)->Path: # a folder with notebooks
+    papers_dir: str | Path | None = None,  # default: `papers/` beside the package
+) -> Path:  # a folder with notebooks
     "Where the paper notebooks are."
-    folder = Path(papers_dir) if papers_dir else _package_dir().parent/"papers"
-    if folder.is_dir() and any(folder.glob("*.ipynb")): return folder.resolve()
-    if papers_dir: raise FileNotFoundError(f"{folder} holds no notebooks")
-    raise FileNotFoundError(f"no paper notebooks in {folder}: an installed wheel does not carry them. "
-                            "Run from a checkout of the repository, or name a folder (papers_dir=, --papers-dir)")
+    folder = Path(papers_dir) if papers_dir else _package_dir().parent / "papers"
+    if folder.is_dir() and any(folder.glob("*.ipynb")):
+        return folder.resolve()
+    if papers_dir:
+        raise FileNotFoundError(f"{folder} holds no notebooks")
+    raise FileNotFoundError(
+        f"no paper notebooks in {folder}: an installed wheel does not carry them. "
+        "Run from a checkout of the repository, or name a folder (papers_dir=, --papers-dir)"
+    )
 
+# %% ../nbs/75_reproduce.ipynb #61160ce9
 def _notebook(path):
     "A notebook as plain JSON."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is not a notebook: {e}") from e
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not a notebook: {e}") from e
 
+# %% ../nbs/75_reproduce.ipynb #912383cd
 def _parameters(path):
     "Names and defaults in the `parameters` cell of a notebook."
-    cells = [c for c in _notebook(path)["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
-    if len(cells) != 1: raise ValueError(f"{path} needs exactly one cell with the tag 'parameters', it has {len(cells)}")
+    cells = [
+        c for c in _notebook(path)["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise ValueError(
+            f"{path} needs exactly one cell with the tag 'parameters', it has {len(cells)}"
+        )
     body = ast.parse("".join(cells[0]["source"])).body
-    return {t.id: ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign) for t in n.targets} | \
-           {n.target.id: ast.literal_eval(n.value) for n in body if isinstance(n, ast.AnnAssign)}
+    return {
+        t.id: ast.literal_eval(n.value)
+        for n in body
+        if isinstance(n, ast.Assign)
+        for t in n.targets
+    } | {n.target.id: ast.literal_eval(n.value) for n in body if isinstance(n, ast.AnnAssign)}
 
+# %% ../nbs/75_reproduce.ipynb #ff95bddf
 def _title(path):
     "Title and subtitle from the first heading of a notebook."
     for cell in _notebook(path)["cells"]:
         lines = [line.strip() for line in "".join(cell["source"]).splitlines()]
-        if cell["cell_type"] == "markdown" and (title := next((line[2:] for line in lines if line.startswith("# ")), None)):
+        if cell["cell_type"] == "markdown" and (
+            title := next((line[2:] for line in lines if line.startswith("# ")), None)
+        ):
             return title, next((line[1:].strip() for line in lines if line.startswith(">")), "")
     return Path(path).stem, ""
 
+# %% ../nbs/75_reproduce.ipynb #0e7f993d
 def _source_hash(path, parameters):
     "A digest of the notebook's code, its parameters and the package; not of the runner and the command line."
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
     for cell in _notebook(path)["cells"]:
-        if cell["cell_type"] == "code": digest.update("".join(cell["source"]).encode())
+        if cell["cell_type"] == "code":
+            digest.update("".join(cell["source"]).encode())
     digest.update(_package_digest())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/75_reproduce.ipynb #baeb80d3
 def _package_digest():
     "A digest of the package's modules that a paper may use."
     digest = hashlib.sha256()
     for f in sorted(_package_dir().rglob("*.py")):
-        if f.name not in ("cli.py", "reproduce.py", "_modidx.py"): digest.update(f.read_bytes())
+        if f.name not in ("cli.py", "reproduce.py", "_modidx.py"):
+            digest.update(f.read_bytes())
     return digest.digest()
 
 # %% ../nbs/75_reproduce.ipynb #3aa35d96
 class _Job:
     "One paper on its way: command, process, outcome."
+
     def __init__(self, notebook, out, scale, parameters, threads):
-        self.name, self.notebook, self.folder, self.scale, self.threads = notebook.stem, notebook, out/notebook.stem, scale, threads
+        self.name = notebook.stem
+        self.notebook = notebook
+        self.folder = out / notebook.stem
+        self.scale = scale
+        self.threads = threads
         self.parameters = {**parameters, "scale": scale, "out": str(self.folder)}
-        self.process, self.state, self.error, self.seconds, self.hash = None, "waiting", "", 0.0, ""
+        self.process = None
+        self.state = "waiting"
+        self.error = ""
+        self.seconds = 0.0
+        self.hash = ""
 
     def prepare(self, resume):
         "Check the notebook and its folder; True where a finished run can be kept."
         known = _parameters(self.notebook)
         unknown = sorted(set(self.parameters) - set(known))
-        if unknown: raise ValueError(f"{self.notebook} has no parameters {unknown}; it has {sorted(known)}")
-        self.hash = _source_hash(self.notebook, {k: v for k, v in self.parameters.items() if k != "out"})
+        if unknown:
+            raise ValueError(f"{self.notebook} has no parameters {unknown}; it has {sorted(known)}")
+        self.hash = _source_hash(
+            self.notebook, {k: v for k, v in self.parameters.items() if k != "out"}
+        )
         old = _run_info(self.folder)
         if resume:
-            if old.get("state") != "passed" or old.get("hash") != self.hash or old.get("scale") != self.scale: return False
+            if (
+                old.get("state") != "passed"
+                or old.get("hash") != self.hash
+                or old.get("scale") != self.scale
+            ):
+                return False
             with contextlib.suppress(ValueError, OSError):
                 if read_results(self.folder)["scale"] == self.scale:
-                    self.state, self.seconds = "passed", old["seconds"]
+                    self.state = "passed"
+                    self.seconds = old["seconds"]
                     return True
-        elif old: _clear(self.folder, old)
+        elif old:
+            _clear(self.folder, old)
         return False
 
     def start(self):
         "Launch papermill."
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", f"{self.name}.ipynb", f"{self.name}.html"): (self.folder/name).unlink(missing_ok=True)
-        self.state, self.begun = "running", time.monotonic()
+        for name in ("results.json", f"{self.name}.ipynb", f"{self.name}.html"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.state = "running"
+        self.begun = time.monotonic()
         self.save()
-        command = [sys.executable, "-m", "papermill", str(self.notebook), str(self.folder/f"{self.name}.ipynb"), "-k", "python3", "--cwd",
-                   str(self.notebook.parent), "--no-progress-bar", "--log-output", "-y", json.dumps(self.parameters)]
-        with open(self.folder/"log.txt", "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=_environment(self.threads),
-                                            start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            str(self.notebook),
+            str(self.folder / f"{self.name}.ipynb"),
+            "-k",
+            "python3",
+            "--cwd",
+            str(self.notebook.parent),
+            "--no-progress-bar",
+            "--log-output",
+            "-y",
+            json.dumps(self.parameters),
+        ]
+        with open(self.folder / "log.txt", "wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=_environment(self.threads),
+                start_new_session=True,
+            )
 
     def poll(self):
         "True when the process has ended; the outcome is then known."
-        if self.process.poll() is None: return False
-        self.seconds, self.process_code = round(time.monotonic() - self.begun, 2), self.process.returncode
+        if self.process.poll() is None:
+            return False
+        self.seconds = round(time.monotonic() - self.begun, 2)
+        self.process_code = self.process.returncode
         self.error = _failure(self.folder, self.name, self.process_code)
         self.state = "failed" if self.error else "passed"
         self.save()
@@ -276,54 +428,89 @@ class _Job:
                 os.killpg(self.process.pid, sig)
                 self.process.wait(timeout=10)
                 break
-        self.state, self.error = "failed", "interrupted"
+        self.state = "failed"
+        self.error = "interrupted"
         self.save()
 
     def save(self):
         "Write `run.json`."
-        keep = {k: getattr(self, k) for k in ("state", "scale", "hash", "seconds", "error", "parameters")}
-        write_json(self.folder/"run.json", dict(paper=self.name, **keep, finished=datetime.now().isoformat(timespec="seconds")))
+        keep = {
+            k: getattr(self, k)
+            for k in ("state", "scale", "hash", "seconds", "error", "parameters")
+        }
+        write_json(
+            self.folder / "run.json",
+            dict(paper=self.name, **keep, finished=datetime.now().isoformat(timespec="seconds")),
+        )
 
 # %% ../nbs/75_reproduce.ipynb #2003428f
 def _run_info(folder):
     "The `run.json` of a folder, or an empty dict."
-    try: return json.loads((Path(folder)/"run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    try:
+        return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
 
 def _clear(folder, old):
     "Make room for a new run: a smoke run is deleted, anything longer is moved aside."
-    if old.get("scale") == "smoke": shutil.rmtree(folder)
+    if old.get("scale") == "smoke":
+        shutil.rmtree(folder)
     else:
         aside = folder.with_name(f"{folder.name}-{old.get('scale')}-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
         logger.warning("the earlier run at scale %s was moved to %s", old.get("scale"), aside)
 
+# %% ../nbs/75_reproduce.ipynb #e9816456
 def _environment(threads):
-    "The environment of a paper's process: its share of the cores, threads that sleep while they wait, this package, this Python's kernel."
-    path = os.pathsep.join([str(_package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"), "JUPYTER_PREFER_ENV_PATH": "1",
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONUNBUFFERED": "1"}
+    """The environment of a paper's process: its share of the cores, threads that sleep while they
+    wait, this package, this Python's kernel."""
+    path = os.pathsep.join(
+        [str(_package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
 
+# %% ../nbs/75_reproduce.ipynb #90ebf17d
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
+# %% ../nbs/75_reproduce.ipynb #7c3ea67b
 def _failure(folder, name, code):
     "Why a run failed, as a few lines; empty when it did not."
-    executed = folder/f"{name}.ipynb"
+    executed = folder / f"{name}.ipynb"
     with contextlib.suppress(ValueError, OSError, KeyError):
         for cell in _notebook(executed)["cells"]:
             for o in cell.get("outputs", []):
                 if o["output_type"] == "error":
-                    lines = [line for line in _ANSI.sub("", "\n".join(o.get("traceback", []))).splitlines() if line.strip(" -")]
-                    return "\n".join(lines[-8:] or [f"{o['ename']}: {o['evalue']}"]) + f"\nin {executed}"
+                    lines = [
+                        line
+                        for line in _ANSI.sub("", "\n".join(o.get("traceback", []))).splitlines()
+                        if line.strip(" -")
+                    ]
+                    return (
+                        "\n".join(lines[-8:] or [f"{o['ename']}: {o['evalue']}"])
+                        + f"\nin {executed}"
+                    )
     if code:
-        log = _ANSI.sub("", (folder/"log.txt").read_text(encoding="utf-8", errors="replace"))
+        log = _ANSI.sub("", (folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
         lines = [line for line in log.splitlines() if line.strip()]
-        if "DeadKernelError" in log: lines = ["the notebook's kernel was killed: out of memory, or by somebody"]
-        return "\n".join(lines[-8:]) + f"\nprocess ended with {code}; see {folder/'log.txt'}"
-    try: read_results(folder)
-    except FileNotFoundError: return f"the notebook ran, but wrote no {folder/'results.json'}"
-    except ValueError as e: return str(e)
+        if "DeadKernelError" in log:
+            lines = ["the notebook's kernel was killed: out of memory, or by somebody"]
+        return "\n".join(lines[-8:]) + f"\nprocess ended with {code}; see {folder / 'log.txt'}"
+    try:
+        read_results(folder)
+    except FileNotFoundError:
+        return f"the notebook ran, but wrote no {folder / 'results.json'}"
+    except ValueError as e:
+        return str(e)
     return ""
 
 # %% ../nbs/75_reproduce.ipynb #da7e3384
@@ -333,45 +520,79 @@ def _notebook_html(source, target):
     from nbconvert import HTMLExporter
 
     from segkern.core import atomic_path
+
     logging.getLogger("traitlets").setLevel(logging.ERROR)
-    exporter = HTMLExporter(template_name="lab", embed_images=True, require_js_url="", jquery_url="")
+    exporter = HTMLExporter(
+        template_name="lab", embed_images=True, require_js_url="", jquery_url=""
+    )
     body, _ = exporter.from_notebook_node(nbformat.read(source, as_version=4))
     body = re.sub(r'<script src=""></script>', "", body)
-    body = re.sub(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", body, flags=re.S)
-    with atomic_path(target) as tmp: tmp.write_text(body, encoding="utf-8")
+    body = re.sub(
+        r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", body, flags=re.S
+    )
+    with atomic_path(target) as tmp:
+        tmp.write_text(body, encoding="utf-8")
 
 # %% ../nbs/75_reproduce.ipynb #d3c0a264
 def _entry(notebook, folder, job=None):
     "What is known about one paper's run."
     info, (title, claim) = _run_info(folder), _title(notebook)
     state = job.state if job else info.get("state", "waiting")
-    out = dict(paper=notebook.stem, title=title, claim=claim, state=state, scale=info.get("scale"), seconds=info.get("seconds", 0.0),
-               finished=info.get("finished"), error=job.error if job else info.get("error", ""), now=job is not None, rows=[])
+    out = dict(
+        paper=notebook.stem,
+        title=title,
+        claim=claim,
+        state=state,
+        scale=info.get("scale"),
+        seconds=info.get("seconds", 0.0),
+        finished=info.get("finished"),
+        error=job.error if job else info.get("error", ""),
+        now=job is not None,
+        rows=[],
+    )
     with contextlib.suppress(ValueError, OSError):
-        out |= {k: v for k, v in read_results(folder).items() if k not in ("paper", "scale", "seconds")}
-    figures = folder/"figures"
+        out |= {
+            k: v for k, v in read_results(folder).items() if k not in ("paper", "scale", "seconds")
+        }
+    figures = folder / "figures"
     captions = _captions(figures)
     names = [*captions, *sorted({f.stem for f in figures.glob("*.png")} - set(captions))]
-    there = [n for n in names if (figures/f"{n}.png").exists()]
-    out["figures"] = [dict(file=f"{notebook.stem}/figures/{n}.png", caption=captions.get(n, n)) for n in there]
+    there = [n for n in names if (figures / f"{n}.png").exists()]
+    out["figures"] = [
+        dict(file=f"{notebook.stem}/figures/{n}.png", caption=captions.get(n, n)) for n in there
+    ]
     files = (f"{notebook.stem}.html", f"{notebook.stem}.ipynb", "results.json", "log.txt")
-    out["files"] = [f"{notebook.stem}/{f}" for f in files if (folder/f).exists()]
-    out["metrics"] = next((str(p.relative_to(folder.parent)) for p in sorted(folder.rglob("metrics.jsonl"))), None)
+    out["files"] = [f"{notebook.stem}/{f}" for f in files if (folder / f).exists()]
+    out["metrics"] = next(
+        (str(p.relative_to(folder.parent)) for p in sorted(folder.rglob("metrics.jsonl"))), None
+    )
     return out
 
+# %% ../nbs/75_reproduce.ipynb #ca1e6b4e
 def _report(out, scale, entries, seconds):
     "The report as a dict."
     now = [e for e in entries if e["now"]]
     finished = datetime.now().isoformat(timespec="seconds")
-    return dict(title="segkern: papers reproduced", scale=scale, seconds=round(seconds, 2), finished=finished,
-                passed=sum(e["state"] == "passed" for e in now), failed=sum(e["state"] == "failed" for e in now), total=len(now),
-                versions=_versions(), hardware=_hardware_box(),
-                report=str(out/"report.html"), papers={e["paper"]: e for e in entries})
+    return dict(
+        title="segkern: papers reproduced",
+        scale=scale,
+        seconds=round(seconds, 2),
+        finished=finished,
+        passed=sum(e["state"] == "passed" for e in now),
+        failed=sum(e["state"] == "failed" for e in now),
+        total=len(now),
+        versions=_versions(),
+        hardware=_hardware_box(),
+        report=str(out / "report.html"),
+        papers={e["paper"]: e for e in entries},
+    )
 
+# %% ../nbs/75_reproduce.ipynb #25aa2f7f
 def _hardware_box():
     "Device, processor and cores."
     env = env_info()
     return dict(gpu=env["gpu"], cpu=env["cpu"], cores=_cores())
+
 
 def _cores():
     "The processor cores this process may use."
@@ -432,61 +653,109 @@ dd { margin: 0; overflow-wrap: anywhere }
 # %% ../nbs/75_reproduce.ipynb #bdeba12f
 def _time(seconds):
     "A duration as people say it."
-    if seconds < 100: return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, hours = divmod(int(seconds)//60, 60)[::-1]
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, hours = divmod(int(seconds) // 60, 60)[::-1]
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds) % 60} s"
+
 
 def _data_uri(png):
     "PNG bytes as an address to embed."
     import base64
+
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 # %% ../nbs/75_reproduce.ipynb #9db5929f
 def _rows_html(rows):
     "The table claimed | measured | difference | why."
+
     def line(row):
         claim, claimed, value, diff, why = map(escape, _row_texts(row))
-        under = " · ".join(filter(None, [row["protocol"], f"n = {row['n']:,}" if row["n"] is not None else ""]))
-        none = ' none' if row["value"] is None else ""
+        under = " · ".join(
+            filter(None, [row["protocol"], f"n = {row['n']:,}" if row["n"] is not None else ""])
+        )
+        none = " none" if row["value"] is None else ""
         under = f'<span class="soft small">{escape(under)}</span>' if under else ""
-        return (f'<tr><td>{claim}{under}</td><td class="num">{claimed}</td>'
-                f'<td class="num{none}">{value}</td><td class="num">{diff}</td><td>{why}</td></tr>')
-    head = '<tr><th>claim</th><th class="num">claimed</th><th class="num">measured</th><th class="num">difference</th><th>why</th></tr>'
-    return f'<div class="scroll"><table class="claims"><thead>{head}</thead><tbody>{"".join(map(line, rows))}</tbody></table></div>'
+        return (
+            f'<tr><td>{claim}{under}</td><td class="num">{claimed}</td>'
+            f'<td class="num{none}">{value}</td><td class="num">{diff}</td><td>{why}</td></tr>'
+        )
 
+    head = (
+        '<tr><th>claim</th><th class="num">claimed</th><th class="num">measured</th><th '
+        'class="num">difference</th><th>why</th></tr>'
+    )
+    return (
+        f'<div class="scroll"><table '
+        f'class="claims"><thead>{head}</thead><tbody>{"".join(map(line, rows))}</tbody></table></div>'
+    )
+
+# %% ../nbs/75_reproduce.ipynb #98bc79ad
 def _figures_html(entry, out):
     "Training curve and figures with their captions."
     pictures = []
     if entry["metrics"] and not any("curve" in f["file"] for f in entry["figures"]):
         from segkern.viz import _png, curves
-        with contextlib.suppress(ValueError):
-            pictures.append((_png(curves(out/entry["metrics"])), f"The run's curves ({entry['metrics']})."))
-    pictures += [((out/f["file"]).read_bytes(), f["caption"]) for f in entry["figures"]]
-    if not pictures: return ""
-    one = lambda png, text: f'<figure><img src="{_data_uri(png)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-    return '<h3>Pictures</h3><div class="figures">' + "".join(one(png, escape(text)) for png, text in pictures) + "</div>"
 
+        with contextlib.suppress(ValueError):
+            pictures.append(
+                (_png(curves(out / entry["metrics"])), f"The run's curves ({entry['metrics']}).")
+            )
+    pictures += [((out / f["file"]).read_bytes(), f["caption"]) for f in entry["figures"]]
+    if not pictures:
+        return ""
+
+    def one(png, text):
+        return f'<figure><img src="{_data_uri(png)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+    return (
+        '<h3>Pictures</h3><div class="figures">'
+        + "".join(one(png, escape(text)) for png, text in pictures)
+        + "</div>"
+    )
+
+# %% ../nbs/75_reproduce.ipynb #97f76d74
 def _links(text):
     "Markdown links as HTML."
     return re.sub(r"\[([^\]]+)\]\((https?://[^)\s]+)\)", r'<a href="\2">\1</a>', text)
+
 
 def _chip(entry):
     "The state of a paper in colour."
     return f'<span class="chip {entry["state"]}">{entry["state"]}</span>'
 
+# %% ../nbs/75_reproduce.ipynb #a8e9c101
 def _paper_html(entry, out):
     "One paper as a section."
-    facts = [entry.get("variant"), f"scale {entry['scale']}" if entry["scale"] else "", f"seed {entry['seed']}" if "seed" in entry else "",
-             _time(entry["seconds"]) if entry["seconds"] else "", entry.get("hardware"),
-             "" if entry["now"] else f"from an earlier run, {entry['finished']}"]
-    names = {"html": "executed notebook", "ipynb": "as .ipynb", "json": "results.json", "txt": "log"}
-    links = "".join(f'<a href="{escape(f, quote=True)}">{names[f.rsplit(".", 1)[1]]}</a>' for f in entry["files"])
-    parts = [f'<section id="{escape(entry["paper"])}"><div class="head"><h2>{escape(entry["title"])}</h2>{_chip(entry)}</div>',
-             f'<p>{_links(escape(entry["claim"]))}</p>' if entry["claim"] else "",
-             f'<p class="soft small">{escape(" · ".join(filter(None, facts)))}</p>',
-             f'<h3>What went wrong</h3><pre>{escape(entry["error"])}</pre>' if entry["error"] else "",
-             "<h3>Claimed and measured</h3>" + _rows_html(entry["rows"]) if entry["rows"] else "", _figures_html(entry, out),
-             f'<div class="links">{links}</div>' if links else "", "</section>"]
+    facts = [
+        entry.get("variant"),
+        f"scale {entry['scale']}" if entry["scale"] else "",
+        f"seed {entry['seed']}" if "seed" in entry else "",
+        _time(entry["seconds"]) if entry["seconds"] else "",
+        entry.get("hardware"),
+        "" if entry["now"] else f"from an earlier run, {entry['finished']}",
+    ]
+    names = {
+        "html": "executed notebook",
+        "ipynb": "as .ipynb",
+        "json": "results.json",
+        "txt": "log",
+    }
+    links = "".join(
+        f'<a href="{escape(f, quote=True)}">{names[f.rsplit(".", 1)[1]]}</a>'
+        for f in entry["files"]
+    )
+    parts = [
+        f'<section id="{escape(entry["paper"])}"><div '
+        f'class="head"><h2>{escape(entry["title"])}</h2>{_chip(entry)}</div>',
+        f"<p>{_links(escape(entry['claim']))}</p>" if entry["claim"] else "",
+        f'<p class="soft small">{escape(" · ".join(filter(None, facts)))}</p>',
+        f"<h3>What went wrong</h3><pre>{escape(entry['error'])}</pre>" if entry["error"] else "",
+        "<h3>Claimed and measured</h3>" + _rows_html(entry["rows"]) if entry["rows"] else "",
+        _figures_html(entry, out),
+        f'<div class="links">{links}</div>' if links else "",
+        "</section>",
+    ]
     return "".join(parts)
 
 # %% ../nbs/75_reproduce.ipynb #2ace3c97
@@ -494,124 +763,203 @@ _NOTE = """<p>Claimed values are the papers' own. Measured values come from the 
 measured reads “not run”. Runs at scale <em>smoke</em> train for seconds on generated pictures: they show that everything works, not what
 the paper reaches.</p>"""
 
+# %% ../nbs/75_reproduce.ipynb #504a45fa
 def _overview_html(papers):
     "One line per paper, where there are several."
-    if len(papers) < 2: return ""
-    line = lambda e: (f'<tr><td><a href="#{escape(e["paper"])}">{escape(e["title"])}</a></td><td>{_chip(e)}</td>'
-                      f'<td>{escape(e["scale"] or "–")}</td><td class="num">{_time(e["seconds"]) if e["seconds"] else "–"}</td></tr>')
-    head = '<tr><th>paper</th><th>state</th><th>scale</th><th class="num">time</th></tr>'
-    return f'<h3>Overview</h3><table><thead>{head}</thead><tbody>{"".join(map(line, papers))}</tbody></table>'
+    if len(papers) < 2:
+        return ""
 
+    def line(e):
+        return (
+            f'<tr><td><a href="#{escape(e["paper"])}">{escape(e["title"])}</a></td><td>{_chip(e)}</td>'
+            f"<td>{escape(e['scale'] or '–')}</td><td "
+            f'class="num">{_time(e["seconds"]) if e["seconds"] else "–"}</td></tr>'
+        )
+
+    head = '<tr><th>paper</th><th>state</th><th>scale</th><th class="num">time</th></tr>'
+    return f"<h3>Overview</h3><table><thead>{head}</thead><tbody>{''.join(map(line, papers))}</tbody></table>"
+
+# %% ../nbs/75_reproduce.ipynb #12958de8
 def _page(report, out):
     "The whole report as one HTML page."
-    papers, title = list(report["papers"].values()), escape(report["title"])
+    papers = list(report["papers"].values())
+    title = escape(report["title"])
     open_ = report["total"] - report["passed"] - report["failed"]
-    status = [f"{report['passed']} of {report['total']} passed", f"{report['failed']} failed" if report["failed"] else "",
-              f"{open_} not finished" if open_ else "", f"scale {report['scale']}", _time(report["seconds"]),
-              report["finished"].replace("T", " ")]
-    wide = lambda v: ' class="wide"' if len(str(v)) > 24 else ""
-    env = {k: v for k, v in {**report["hardware"], **report["versions"]}.items() if v is not None}
-    box = "".join(f"<div{wide(v)}><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in env.items())
-    return "\n".join([
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{_CSS}</style></head><body><main><h1>{title}</h1>",
-        f'<p class="soft">{escape(" · ".join(filter(None, status)))}</p>{_NOTE}',
-        _overview_html(papers), *(_paper_html(e, out) for e in papers),
-        f"<section><h2>Environment</h2><h3>This run</h3><dl>{box}</dl></section></main></body></html>", ""])
+    status = [
+        f"{report['passed']} of {report['total']} passed",
+        f"{report['failed']} failed" if report["failed"] else "",
+        f"{open_} not finished" if open_ else "",
+        f"scale {report['scale']}",
+        _time(report["seconds"]),
+        report["finished"].replace("T", " "),
+    ]
 
+    def wide(v):
+        return ' class="wide"' if len(str(v)) > 24 else ""
+
+    env = {k: v for k, v in {**report["hardware"], **report["versions"]}.items() if v is not None}
+    box = "".join(
+        f"<div{wide(v)}><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in env.items()
+    )
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta '
+            'name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{title}</title><style>{_CSS}</style></head><body><main><h1>{title}</h1>",
+            f'<p class="soft">{escape(" · ".join(filter(None, status)))}</p>{_NOTE}',
+            _overview_html(papers),
+            *(_paper_html(e, out) for e in papers),
+            f"<section><h2>Environment</h2><h3>This run</h3><dl>{box}</dl></section></main></body></html>",
+            "",
+        ]
+    )
+
+# %% ../nbs/75_reproduce.ipynb #9ad67d11
 def _write_report(out, scale, notebooks, jobs, seconds):
     "Write report.json and report.html; returns the report."
     from segkern.core import atomic_path
+
     by_name = {j.name: j for j in jobs}
-    entries = [_entry(n, out/n.stem, by_name.get(n.stem)) for n in notebooks if n.stem in by_name or _run_info(out/n.stem)]
+    entries = [
+        _entry(n, out / n.stem, by_name.get(n.stem))
+        for n in notebooks
+        if n.stem in by_name or _run_info(out / n.stem)
+    ]
     report = _report(out, scale, entries, seconds)
-    write_json(out/"report.json", report)
-    with atomic_path(out/"report.html") as tmp: tmp.write_text(_page(report, out), encoding="utf-8")
+    write_json(out / "report.json", report)
+    with atomic_path(out / "report.html") as tmp:
+        tmp.write_text(_page(report, out), encoding="utf-8")
     return report
 
 # %% ../nbs/75_reproduce.ipynb #e8f93836
-_GUESS = dict(smoke=40.0, quick=600.0, full=8*3600.0)
+_GUESS = dict(smoke=40.0, quick=600.0, full=8 * 3600.0)
+
 
 def _need(*modules):
     "Raise with the line that helps when a package of the extra `papers` is missing."
     missing = [m for m in modules if find_spec(m) is None]
-    if missing: raise RuntimeError(f"reproducing papers needs {', '.join(missing)}: pip install 'segkern[papers]'")
+    if missing:
+        raise RuntimeError(
+            f"reproducing papers needs {', '.join(missing)}: pip install 'segkern[papers]'"
+        )
 
+# %% ../nbs/75_reproduce.ipynb #19737fed
 def _choose(papers, folder):
     "The wanted notebooks of a folder."
     notebooks = {p.stem: p for p in sorted(folder.glob("*.ipynb"))}
     unknown = sorted(set(papers or []) - set(notebooks))
-    if unknown: raise ValueError(f"no paper {unknown} in {folder}; there are {sorted(notebooks)}")
-    return [notebooks[p] for p in dict.fromkeys(papers)] if papers else list(notebooks.values()), list(notebooks.values())
+    if unknown:
+        raise ValueError(f"no paper {unknown} in {folder}; there are {sorted(notebooks)}")
+    return [notebooks[p] for p in dict.fromkeys(papers)] if papers else list(
+        notebooks.values()
+    ), list(notebooks.values())
 
+# %% ../nbs/75_reproduce.ipynb #08a67c0b
 @contextlib.contextmanager
 def _alone(out):
     "Refuse a second runner on the same folder."
     out.mkdir(parents=True, exist_ok=True)
-    with open(out/".lock", "w") as lock:
+    with open(out / ".lock", "w") as lock:
         try:
             import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass
-        except OSError as e: raise RuntimeError(f"another 'segkern reproduce' is running in {out}") from e
+        except ImportError:
+            pass
+        except OSError as e:
+            raise RuntimeError(f"another 'segkern reproduce' is running in {out}") from e
         yield
 
+# %% ../nbs/75_reproduce.ipynb #ef140a55
 def _finish(job):
     "Write the page of an executed notebook; a failure there fails the paper."
-    source = job.folder/f"{job.name}.ipynb"
-    if not source.exists(): return
-    try: _notebook_html(source, source.with_suffix(".html"))
-    except Exception as e: # whatever nbconvert raises concerns this paper only
+    source = job.folder / f"{job.name}.ipynb"
+    if not source.exists():
+        return
+    try:
+        _notebook_html(source, source.with_suffix(".html"))
+    except Exception as e:  # whatever nbconvert raises concerns this paper only
         trouble = f"cannot write {source.with_suffix('.html')}: {type(e).__name__}: {e}"
-        job.state, job.error = "failed", "\n".join(filter(None, [job.error, trouble]))
+        job.state = "failed"
+        job.error = "\n".join(filter(None, [job.error, trouble]))
         job.save()
 
 # %% ../nbs/75_reproduce.ipynb #b7540f1b
 def reproduce(
-    papers:list|None=None, # names of notebooks; default: all
-    scale:str="smoke", # "smoke" | "quick" | "full"
-    jobs:int=2, # papers that run at the same time; they share the cores
-    out:str|Path="papers/runs", # destination: a folder per paper, report.html, report.json
-    resume:bool=False, # keep papers that are finished, go on with the others where they stopped
-    papers_dir:str|Path|None=None, # default: `papers/` beside the package
-    seed:int=0,
-    **parameters, # any other parameter of the notebooks, e.g. dataset_root="…"
-)->dict: # the report; "failed" counts the papers that failed
+    papers: list | None = None,  # names of notebooks; default: all
+    scale: str = "smoke",  # "smoke" | "quick" | "full"
+    jobs: int = 2,  # papers that run at the same time; they share the cores
+    out: str | Path = "papers/runs",  # destination: a folder per paper, report.html, report.json
+    # keep papers that are finished, go on with the others where they stopped
+    resume: bool = False,
+    papers_dir: str | Path | None = None,  # default: `papers/` beside the package
+    seed: int = 0,
+    **parameters,  # any other parameter of the notebooks, e.g. dataset_root="…"
+) -> dict:  # the report; "failed" counts the papers that failed
     "Run paper notebooks and write the report."
-    if scale not in SCALES: raise ValueError(f"scale '{scale}' is not one of {SCALES}")
-    if jobs < 1: raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if scale not in SCALES:
+        raise ValueError(f"scale '{scale}' is not one of {SCALES}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     _need("papermill", "nbconvert", "ipykernel")
     chosen, notebooks = _choose(papers, papers_folder(papers_dir))
-    out, begun = Path(out).resolve(), time.monotonic()
+    out = Path(out).resolve()
+    begun = time.monotonic()
     jobs = min(jobs, len(chosen))
-    absolute = {k: str(Path(v).resolve()) if k in ("dataset_root", "checkpoint") and v else v for k, v in parameters.items()}
+    absolute = {
+        k: str(Path(v).resolve()) if k in ("dataset_root", "checkpoint") and v else v
+        for k, v in parameters.items()
+    }
     with _alone(out):
-        todo = [_Job(n, out, scale, {"seed": seed, **absolute}, max(1, _cores()//jobs)) for n in chosen]
-        guess = {j.name: _run_info(j.folder).get("seconds") if _run_info(j.folder).get("scale") == scale else None for j in todo}
+        todo = [
+            _Job(n, out, scale, {"seed": seed, **absolute}, max(1, _cores() // jobs))
+            for n in chosen
+        ]
+        guess = {
+            j.name: _run_info(j.folder).get("seconds")
+            if _run_info(j.folder).get("scale") == scale
+            else None
+            for j in todo
+        }
         guess = {name: s or _GUESS[scale] for name, s in guess.items()}
-        write = lambda: _write_report(out, scale, notebooks, todo, time.monotonic() - begun)
-        with _terminable(): _run_all(todo, jobs, resume, guess, write)
+
+        def write():
+            return _write_report(out, scale, notebooks, todo, time.monotonic() - begun)
+
+        with _terminable():
+            _run_all(todo, jobs, resume, guess, write)
         return write()
 
 # %% ../nbs/75_reproduce.ipynb #97f76d4e
 @contextlib.contextmanager
 def _terminable():
     "Turn SIGTERM into an exception, so that a terminated runner takes its papers with it."
-    def leave(*_): raise SystemExit(143)
-    try: old = signal.signal(signal.SIGTERM, leave)
-    except ValueError: # not the main thread
+
+    def leave(*_):
+        raise SystemExit(143)
+
+    try:
+        old = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread
         yield
         return
-    try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
+# %% ../nbs/75_reproduce.ipynb #7f60a2f5
 def _run_all(todo, slots, resume, guess, write):
     "Run the jobs, `slots` at a time, with one bar; the report is written after each."
-    waiting, running = [], []
+    waiting = []
+    running = []
     for job in todo:
         try:
-            if not job.prepare(resume): waiting.append(job)
-        except (ValueError, SyntaxError, OSError) as e: job.state, job.error = "failed", str(e)
+            if not job.prepare(resume):
+                waiting.append(job)
+        except (ValueError, SyntaxError, OSError) as e:
+            job.state = "failed"
+            job.error = str(e)
     total = sum(guess[j.name] for j in waiting)
     form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} elapsed, about {remaining} left"
     with progress(total=total, bar_format=form) as bar:
@@ -621,7 +969,8 @@ def _run_all(todo, slots, resume, guess, write):
                 while waiting and len(running) < slots:
                     waiting[0].start()
                     running.append(waiting.pop(0))
-                import nbconvert # noqa: F401  takes seconds, better now than when the first paper waits for its page
+                import nbconvert  # noqa: F401  takes seconds, better now than when the first paper waits for its page
+
                 time.sleep(0.1)
                 for job in [j for j in running if j.poll()]:
                     running.remove(job)
@@ -629,11 +978,18 @@ def _run_all(todo, slots, resume, guess, write):
                     logger.info("%s %s after %s", job.name, job.state, _time(job.seconds))
                     write()
                 done = sum(guess[j.name] for j in todo if j.process and j not in running)
-                _move(bar, done + sum(min(time.monotonic() - j.begun, 0.95*guess[j.name]) for j in running), [j.name for j in running])
+                _move(
+                    bar,
+                    done
+                    + sum(min(time.monotonic() - j.begun, 0.95 * guess[j.name]) for j in running),
+                    [j.name for j in running],
+                )
         except BaseException:
-            for job in running: job.stop()
+            for job in running:
+                job.stop()
             raise
 
+# %% ../nbs/75_reproduce.ipynb #d0c1c2ff
 def _move(bar, position, names):
     "Set the bar to a position and name what runs."
     bar.desc = ", ".join(names) or "papers"
@@ -642,12 +998,25 @@ def _move(bar, position, names):
 
 # %% ../nbs/75_reproduce.ipynb #863c4e34
 def paper_notebook(
-    cells:list, # (kind, source) with kind "markdown", "code", "parameters" or "results"
-)->dict: # a notebook, ready for `write_json`
+    cells: list,  # (kind, source) with kind "markdown", "code", "parameters" or "results"
+) -> dict:  # a notebook, ready for `write_json`
     "A notebook from its cells; the kinds `parameters` and `results` are code cells with that tag."
+
     def cell(i, kind, source):
-        out = dict(cell_type="markdown" if kind == "markdown" else "code", id=f"cell{i:04d}", metadata={}, source=source)
-        if kind in ("parameters", "results"): out["metadata"] = {"tags": [kind]}
+        out = dict(
+            cell_type="markdown" if kind == "markdown" else "code",
+            id=f"cell{i:04d}",
+            metadata={},
+            source=source,
+        )
+        if kind in ("parameters", "results"):
+            out["metadata"] = {"tags": [kind]}
         return out if kind == "markdown" else {**out, "outputs": [], "execution_count": None}
+
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    return dict(cells=[cell(i, *c) for i, c in enumerate(cells)], metadata=kernel, nbformat=4, nbformat_minor=5)
+    return dict(
+        cells=[cell(i, *c) for i, c in enumerate(cells)],
+        metadata=kernel,
+        nbformat=4,
+        nbformat_minor=5,
+    )

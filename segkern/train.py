@@ -19,64 +19,97 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .core import Preprocess, Table, atomic_path, env_info, load_table, logger, pick_device, progress, seeded, write_json
+from segkern.core import (
+    Preprocess,
+    Table,
+    atomic_path,
+    env_info,
+    load_table,
+    logger,
+    pick_device,
+    progress,
+    seeded,
+    write_json,
+)
 from .recipes import Recipe, input_rule
 from .weights import read
 
 # %% ../nbs/61_train.ipynb #0e1ec0df
 def lr_at(
-    recipe:Recipe, # schedule, lr, warmup, iterations, …
-    step:int, # iterations done before, from 0
-)->float: # the base rate of that iteration
+    recipe: Recipe,  # schedule, lr, warmup, iterations, …
+    step: int,  # iterations done before, from 0
+) -> float:  # the base rate of that iteration
     "The learning rate of one iteration."
-    r, t, w = recipe, step, recipe.warmup
-    if r.warmup_rule == "times": return _decayed(r, t, t/r.iterations)*(r.warmup_ratio*(1 - t/w) + t/w if t < w else 1.0)
-    last = r.warmup_rule == "inclusive" # both phases count their last step
-    if w and t <= w - last: return r.lr*(r.warmup_ratio*(1 - t/max(1, w - last)) + t/max(1, w - last))
-    return _decayed(r, t, (t - w)/max(1, r.iterations - w - last))
+    r = recipe
+    t = step
+    w = recipe.warmup
+    if r.warmup_rule == "times":
+        return _decayed(r, t, t / r.iterations) * (
+            r.warmup_ratio * (1 - t / w) + t / w if t < w else 1.0
+        )
+    last = r.warmup_rule == "inclusive"  # both phases count their last step
+    if w and t <= w - last:
+        return r.lr * (r.warmup_ratio * (1 - t / max(1, w - last)) + t / max(1, w - last))
+    return _decayed(r, t, (t - w) / max(1, r.iterations - w - last))
 
+# %% ../nbs/61_train.ipynb #179f03ec
 def _decayed(r, t, u):
     "The rate without warm-up, when the share `u` of the decay is over."
     u = min(1.0, max(0.0, u))
-    if r.schedule == "poly": return (r.lr - r.lr_min)*(1 - u)**r.power + r.lr_min
-    if r.schedule == "cosine": return r.lr*0.5*(1 + math.cos(math.pi*u))
-    if r.schedule == "multistep": return r.lr*r.gamma**bisect.bisect_right(sorted(r.milestones), t)
-    if r.schedule == "constant": return r.lr
-    raise ValueError(f"unknown schedule '{r.schedule}'; there are poly, cosine, multistep, constant")
+    if r.schedule == "poly":
+        return (r.lr - r.lr_min) * (1 - u) ** r.power + r.lr_min
+    if r.schedule == "cosine":
+        return r.lr * 0.5 * (1 + math.cos(math.pi * u))
+    if r.schedule == "multistep":
+        return r.lr * r.gamma ** bisect.bisect_right(sorted(r.milestones), t)
+    if r.schedule == "constant":
+        return r.lr
+    raise ValueError(
+        f"unknown schedule '{r.schedule}'; there are poly, cosine, multistep, constant"
+    )
 
 # %% ../nbs/61_train.ipynb #b7b84ac3
 def generator(
-    *key:int, # e.g. seed, epoch, index
-)->torch.Generator: # random numbers that depend on the key alone
+    *key: int,  # e.g. seed, epoch, index
+) -> torch.Generator:  # random numbers that depend on the key alone
     "A torch generator of its own for every key."
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    )
 
 # %% ../nbs/61_train.ipynb #7f77c96b
 @functools.lru_cache(maxsize=2)
 def order(
-    n:int, # images
-    seed:int,
-    epoch:int,
-)->list: # the numbers below n in random order
+    n: int,  # images
+    seed: int,
+    epoch: int,
+) -> list:  # the numbers below n in random order
     "The order of the images in one epoch."
     return torch.randperm(n, generator=generator(seed, epoch)).tolist()
 
 # %% ../nbs/61_train.ipynb #1aa33971
 def step_keys(
-    n:int, # images
-    batch:int,
-    seed:int,
-    step:int, # iterations done before
-)->list: # `batch` pairs (epoch, index)
+    n: int,  # images
+    batch: int,
+    seed: int,
+    step: int,  # iterations done before
+) -> list:  # `batch` pairs (epoch, index)
     "What one step is trained on."
-    if n < batch: raise ValueError(f"the training set has {n} images, fewer than a batch of {batch}: lower `batch`")
-    epoch, i = divmod(step, n//batch)
-    return [(epoch, k) for k in order(n, seed, epoch)[i*batch:(i + 1)*batch]]
+    if n < batch:
+        raise ValueError(
+            f"the training set has {n} images, fewer than a batch of {batch}: lower `batch`"
+        )
+    epoch, i = divmod(step, n // batch)
+    return [(epoch, k) for k in order(n, seed, epoch)[i * batch : (i + 1) * batch]]
 
 # %% ../nbs/61_train.ipynb #8624835a
 class Samples(Dataset):
     "A training set whose keys are (epoch, index), so that the augmentation can depend on both."
-    def __init__(self, train_set, transform, seed): self.train_set, self.transform, self.seed = train_set, transform, seed
+
+    def __init__(self, train_set, transform, seed):
+        self.train_set = train_set
+        self.transform = transform
+        self.seed = seed
 
     def __getitem__(self, key):
         epoch, index = key
@@ -86,100 +119,144 @@ class Samples(Dataset):
 # %% ../nbs/61_train.ipynb #6e2bf878
 class Steps:
     "The keys of every batch from a step on: this process's share, in `accumulate` parts per step."
-    def __init__(self, n, recipe, seed, start, rank, world, accumulate):
-        if recipe.batch % (world*accumulate):
-            raise ValueError(f"a batch of {recipe.batch} does not divide into {world} processes x {accumulate} accumulated parts")
-        self.n, self.recipe, self.seed, self.start, self.rank, self.world, self.parts = n, recipe, seed, start, rank, world, accumulate
 
-    def __len__(self): return max(0, self.recipe.iterations - self.start)*self.parts
+    def __init__(self, n, recipe, seed, start, rank, world, accumulate):
+        if recipe.batch % (world * accumulate):
+            raise ValueError(
+                f"a batch of {recipe.batch} does not divide into {world} processes x {accumulate} accumulated parts"
+            )
+        self.n = n
+        self.recipe = recipe
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world = world
+        self.parts = accumulate
+
+    def __len__(self):
+        return max(0, self.recipe.iterations - self.start) * self.parts
 
     def __iter__(self):
-        size = self.recipe.batch//(self.world*self.parts)
+        size = self.recipe.batch // (self.world * self.parts)
         for step in range(self.start, self.recipe.iterations):
             keys = step_keys(self.n, self.recipe.batch, self.seed, step)
             for part in range(self.parts):
-                first = (part*self.world + self.rank)*size
-                yield keys[first:first + size]
+                first = (part * self.world + self.rank) * size
+                yield keys[first : first + size]
 
 # %% ../nbs/61_train.ipynb #465b90b2
 def batches(
-    train_set, # map-style: `ds[i]` -> (uint8 image, uint8 target)
-    transform, # (image, target, generator) -> (network input, target)
-    recipe:Recipe, # batch and iterations
-    seed:int=0,
-    start:int=0, # first step
-    workers:int=0, # loader processes
-    rank:int=0, # this process …
-    world:int=1, # … of so many
-    accumulate:int=1, # parts of a step's batch
-    pin:bool=False, # page-locked memory, for a GPU
-)->DataLoader: # (indices [b], images [b, 3, h, w], targets [b, h, w]), to the end of the run
+    train_set,  # map-style: `ds[i]` -> (uint8 image, uint8 target)
+    transform,  # (image, target, generator) -> (network input, target)
+    recipe: Recipe,  # batch and iterations
+    seed: int = 0,
+    start: int = 0,  # first step
+    workers: int = 0,  # loader processes
+    rank: int = 0,  # this process …
+    world: int = 1,  # … of so many
+    accumulate: int = 1,  # parts of a step's batch
+    pin: bool = False,  # page-locked memory, for a GPU
+) -> DataLoader:  # (indices [b], images [b, 3, h, w], targets [b, h, w]), to the end of the run
     "All batches from a step to the end."
     steps = Steps(len(train_set), recipe, seed, start, rank, world, accumulate)
     data = Samples(train_set, transform, seed)
-    return DataLoader(data, batch_sampler=steps, num_workers=workers, pin_memory=pin, generator=torch.Generator())
+    return DataLoader(
+        data, batch_sampler=steps, num_workers=workers, pin_memory=pin, generator=torch.Generator()
+    )
 
 # %% ../nbs/61_train.ipynb #033f6645
 def _rule_of(recipe, name, p):
     "Pattern, factor of the rate, and decay of a parameter."
     if recipe.groups:
-        rule, factor, decay = next((r for r in recipe.groups if fnmatch.fnmatchcase(name, r[0])), (None, 1.0, 1.0))
+        rule, factor, decay = next(
+            (r for r in recipe.groups if fnmatch.fnmatchcase(name, r[0])), (None, 1.0, 1.0)
+        )
     else:
         rule, factor = next(((s, f) for s, f in recipe.lr_mult if name.startswith(s)), (None, 1.0))
         decay = 1.0
-    return rule, float(factor), recipe.weight_decay*decay if recipe.decay_norms or p.ndim > 1 else 0.0
+    return (
+        rule,
+        float(factor),
+        recipe.weight_decay * decay if recipe.decay_norms or p.ndim > 1 else 0.0,
+    )
 
+# %% ../nbs/61_train.ipynb #74df6c57
 def parameter_groups(
-    model:nn.Module,
-    recipe:Recipe, # lr, weight_decay, decay_norms, lr_mult, groups
-)->dict: # (factor of the rate, decay) -> list of (name, parameter, rule)
+    model: nn.Module,
+    recipe: Recipe,  # lr, weight_decay, decay_norms, lr_mult, groups
+) -> dict:  # (factor of the rate, decay) -> list of (name, parameter, rule)
     "The trained parameters by what the optimizer does with them."
-    groups, used = {}, set()
+    groups = {}
+    used = set()
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
-        rule, factor, decay = _rule_of(recipe, name.removeprefix("host."), p) # SSAClassifier keeps its host under that name
+        if not p.requires_grad:
+            continue
+        # SSAClassifier keeps its host under that name
+        rule, factor, decay = _rule_of(recipe, name.removeprefix("host."), p)
         used.add(rule)
         groups.setdefault((factor, decay), []).append((name, p, rule))
-    if idle := [s for s, _ in recipe.lr_mult if s not in used]: raise ValueError(f"lr_mult: no trained parameter starts with {idle}")
+    if idle := [s for s, _ in recipe.lr_mult if s not in used]:
+        raise ValueError(f"lr_mult: no trained parameter starts with {idle}")
     if idle := [r[0] for r in recipe.groups if r[0] not in used]:
-        raise ValueError(f"groups: no trained parameter is left for {idle}; names are like {[n for n, _ in list(model.named_parameters())[:2]]}")
+        raise ValueError(
+            f"groups: no trained parameter is left for {idle}; names are like "
+            f"{[n for n, _ in list(model.named_parameters())[:2]]}"
+        )
     return groups
 
+# %% ../nbs/61_train.ipynb #f2e76293
 def group_table(
-    model:nn.Module,
-    recipe:Recipe, # as in `parameter_groups`
-)->Table: # a row per group: rules, tensors, parameters, rate, decay, an example
+    model: nn.Module,
+    recipe: Recipe,  # as in `parameter_groups`
+) -> Table:  # a row per group: rules, tensors, parameters, rate, decay, an example
     "What the optimizer will do, to be read before a long run."
     rows = []
     for (factor, decay), members in parameter_groups(model, recipe).items():
         rules = list(dict.fromkeys("all" if rule is None else rule for *_, rule in members))
-        rows.append({"rule": ", ".join(rules), "tensors": len(members), "parameters": sum(p.numel() for _, p, _ in members),
-                     "lr": recipe.lr*factor, "decay": decay, "first": members[0][0]})
+        rows.append(
+            {
+                "rule": ", ".join(rules),
+                "tensors": len(members),
+                "parameters": sum(p.numel() for _, p, _ in members),
+                "lr": recipe.lr * factor,
+                "decay": decay,
+                "first": members[0][0],
+            }
+        )
     return Table(rows)
 
 # %% ../nbs/61_train.ipynb #d380a26f
 def optimizer_for(
-    model:nn.Module,
-    recipe:Recipe, # optimizer, lr, weight_decay, and the rules of `parameter_groups`
-)->torch.optim.Optimizer: # one group per (factor of the rate, decay)
+    model: nn.Module,
+    recipe: Recipe,  # optimizer, lr, weight_decay, and the rules of `parameter_groups`
+) -> torch.optim.Optimizer:  # one group per (factor of the rate, decay)
     "The optimizer of a recipe."
     found = parameter_groups(model, recipe)
-    groups = [dict(params=[p for _, p, _ in members], lr=recipe.lr*f, weight_decay=d, factor=f) for (f, d), members in found.items()]
-    fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"]) # one pass over the weights
-    if recipe.optimizer == "sgd": return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
+    groups = [
+        dict(params=[p for _, p, _ in members], lr=recipe.lr * f, weight_decay=d, factor=f)
+        for (f, d), members in found.items()
+    ]
+    # one pass over the weights
+    fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused
+        )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(recipe.optimizer)
-    if kind is None: raise ValueError(f"unknown optimizer '{recipe.optimizer}'; there are adam, adamw, sgd")
+    if kind is None:
+        raise ValueError(f"unknown optimizer '{recipe.optimizer}'; there are adam, adamw, sgd")
     return kind(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
 
 # %% ../nbs/61_train.ipynb #7b9d5123
 def kaiming_init(
-    model:nn.Module, # is changed
-    seed:int=0,
+    model: nn.Module,  # is changed
+    seed: int = 0,
 ):
-    "Re-initialise convolutions and batch norms as the official S2-FPN script does (`recipe.init` = \"kaiming\")."
+    'Re-initialise convolutions and batch norms as the official S2-FPN script does (`recipe.init` = "kaiming").'
     with seeded(seed):
         for m in model.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_in")
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_in")
             elif isinstance(m, nn.BatchNorm2d):
                 nn.init.ones_(m.weight)
                 nn.init.zeros_(m.bias)
@@ -188,313 +265,472 @@ def kaiming_init(
 # %% ../nbs/61_train.ipynb #e55eeb97
 @contextlib.contextmanager
 def training_eps(
-    model:nn.Module,
-    eps:float, # 1e-5: every layer keeps its own
+    model: nn.Module,
+    eps: float,  # 1e-5: every layer keeps its own
 ):
     "Within the block every BatchNorm2d uses `eps`."
     norms = [] if eps == 1e-5 else [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     own = [m.eps for m in norms]
-    for m in norms: m.eps = eps
-    try: yield
+    for m in norms:
+        m.eps = eps
+    try:
+        yield
     finally:
-        for m, e in zip(norms, own): m.eps = e
+        for m, e in zip(norms, own):
+            m.eps = e
 
 # %% ../nbs/61_train.ipynb #74f1df45
 def adopt(
-    model:nn.Module, # its preprocess, class weights, class names, palette and input rule are set
-    recipe:Recipe,
-    train_set, # `.classes .palette .class_weights`
-    val_set=None, # must have the same classes
+    model: nn.Module,  # its preprocess, class weights, class names, palette and input rule are set
+    recipe: Recipe,
+    train_set,  # `.classes .palette .class_weights`
+    val_set=None,  # must have the same classes
 ):
     "Make a model fit for a recipe and a dataset; refuse where the classes do not match."
-    k, classes = model.num_classes, list(train_set.classes)
-    if k != len(classes): raise ValueError(f"the model has {k} classes, the training set {len(classes)}: {', '.join(classes)}")
+    k = model.num_classes
+    classes = list(train_set.classes)
+    if k != len(classes):
+        raise ValueError(
+            f"the model has {k} classes, the training set {len(classes)}: {', '.join(classes)}"
+        )
     if val_set is not None and list(val_set.classes) != classes:
-        raise ValueError(f"the validation set has the classes {list(val_set.classes)}, the training set {classes}")
+        raise ValueError(
+            f"the validation set has the classes {list(val_set.classes)}, the training set {classes}"
+        )
     palette = None if train_set.palette is None else [list(map(int, c)) for c in train_set.palette]
-    new = dict(preprocess=recipe.preprocess, dataset=train_set.name, classes=classes, palette=palette, rule=input_rule(recipe))
+    new = dict(
+        preprocess=recipe.preprocess,
+        dataset=train_set.name,
+        classes=classes,
+        palette=palette,
+        rule=input_rule(recipe),
+    )
     for field, value in new.items():
         old = getattr(model, field, None)
-        if old is not None and old != value: logger.info("training sets model.%s from %s to %s", field, old, value)
+        if old is not None and old != value:
+            logger.info("training sets model.%s from %s to %s", field, old, value)
         setattr(model, field, value)
     key = getattr(model, "weights_key", "class_weights")
     own = train_set.class_weights if key == "class_weights" else _table_of(train_set.name).get(key)
     weights = own if recipe.class_weights else None
-    if recipe.class_weights and weights is None: logger.info("%s has no class weights: the loss is unweighted", train_set.name)
+    if recipe.class_weights and weights is None:
+        logger.info("%s has no class weights: the loss is unweighted", train_set.name)
     if "class_weights" not in model._buffers:
         model.__dict__.pop("class_weights", None)
         model.register_buffer("class_weights", None, persistent=False)
     model.class_weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
 
+# %% ../nbs/61_train.ipynb #860a3579
 def _table_of(name):
     "The table of a dataset; empty for one of the user's own."
-    try: return load_table(name)
-    except FileNotFoundError: return {}
+    try:
+        return load_table(name)
+    except FileNotFoundError:
+        return {}
 
 # %% ../nbs/61_train.ipynb #90f2c00a
-_LOCKED = set() # folders of runs in this process, which the system's lock does not keep apart
+_LOCKED = set()  # folders of runs in this process, which the system's lock does not keep apart
 
+# %% ../nbs/61_train.ipynb #1d1a1c22
 @contextlib.contextmanager
 def run_lock(
-    out:str|Path, # run folder; is made
+    out: str | Path,  # run folder; is made
 ):
     "Hold a run folder for this process; an error names the process that has it."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     key = str(out.resolve())
-    if key in _LOCKED: raise RuntimeError(f"{out} is already being written by this process ({os.getpid()})")
-    with open(out/".lock", "a+") as f:
+    if key in _LOCKED:
+        raise RuntimeError(f"{out} is already being written by this process ({os.getpid()})")
+    with open(out / ".lock", "a+") as f:
         _acquire(f, out)
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
         _LOCKED.add(key)
-        try: yield
+        try:
+            yield
         finally:
             f.truncate(0)
             _LOCKED.discard(key)
 
+# %% ../nbs/61_train.ipynb #8407d202
 def _acquire(f, out):
     "Take the system's lock on an open file, where there are such locks."
-    try: import fcntl
-    except ImportError: return
-    try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         f.seek(0)
         pid = f.read().strip() or "unknown"
-        raise RuntimeError(f"{out} is being written by process {pid}; wait for it, stop it, or choose another folder") from None
-    except OSError as e: logger.warning("no lock on %s (%s): see to it that no second run writes there", out, e)
+        raise RuntimeError(
+            f"{out} is being written by process {pid}; wait for it, stop it, or choose another folder"
+        ) from None
+    except OSError as e:
+        logger.warning("no lock on %s (%s): see to it that no second run writes there", out, e)
 
 # %% ../nbs/61_train.ipynb #35d39fb9
 @contextlib.contextmanager
 def _naming(path):
     "Errors of the file system name the file and the free space."
-    try: yield
+    try:
+        yield
     except OSError as e:
         free = shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.exists())).free
-        raise OSError(e.errno, f"cannot write {path} ({free/2**20:.0f} MB free): {e.strerror or e}") from e
+        raise OSError(
+            e.errno, f"cannot write {path} ({free / 2**20:.0f} MB free): {e.strerror or e}"
+        ) from e
 
+# %% ../nbs/61_train.ipynb #9f2e5202
 def _flush(path):
     "Bring a file or folder to the disk."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../nbs/61_train.ipynb #51f947a7
 def weights_bytes(
-    model:nn.Module, # name, num_classes, classes, palette, preprocess
-    **more, # further metadata, e.g. step=120
-)->bytes: # a safetensors file
+    model: nn.Module,  # name, num_classes, classes, palette, preprocess
+    **more,  # further metadata, e.g. step=120
+) -> bytes:  # a safetensors file
     "Weights with what `segkern.load` needs to rebuild the model."
     from safetensors.torch import save
     from segkern import __version__
-    facts = {k: getattr(model, k, None) for k in ("num_classes", "dataset", "classes", "palette", "rule")}
-    facts |= dict(format="segkern", model=getattr(model, "name", type(model).__name__), version=__version__, source="segkern.train")
+
+    facts = {
+        k: getattr(model, k, None) for k in ("num_classes", "dataset", "classes", "palette", "rule")
+    }
+    facts |= dict(
+        format="segkern",
+        model=getattr(model, "name", type(model).__name__),
+        version=__version__,
+        source="segkern.train",
+    )
     facts["options"] = getattr(model, "options", None) or None
-    if isinstance(p := getattr(model, "preprocess", None), Preprocess): facts["preprocess"] = p.to_dict()
+    if isinstance(p := getattr(model, "preprocess", None), Preprocess):
+        facts["preprocess"] = p.to_dict()
     facts |= {**(getattr(model, "metadata", None) or {}), **more}
     text = {k: json.dumps(v) for k, v in facts.items() if v is not None}
-    return save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, text)
+    return save(
+        {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, text
+    )
 
 # %% ../nbs/61_train.ipynb #01f985b6
 def save_checkpoint(
-    folder:str|Path, # `checkpoints/` of a run
-    step:int,
-    files:dict, # file name -> content, as bytes
-)->Path: # the new checkpoint
+    folder: str | Path,  # `checkpoints/` of a run
+    step: int,
+    files: dict,  # file name -> content, as bytes
+) -> Path:  # the new checkpoint
     "Write a checkpoint, point `last.json` to it, remove older ones."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    target, pointer = folder/f"step_{step:08}", folder/"last.json"
-    if pointer.exists() and json.loads(pointer.read_text())["step"] == step: return target
-    with _naming(target): tmp = Path(tempfile.mkdtemp(dir=folder, prefix=".step_"))
+    target = folder / f"step_{step:08}"
+    pointer = folder / "last.json"
+    if pointer.exists() and json.loads(pointer.read_text())["step"] == step:
+        return target
+    with _naming(target):
+        tmp = Path(tempfile.mkdtemp(dir=folder, prefix=".step_"))
     try:
         tmp.chmod(0o755)
         for name, data in files.items():
-            with _naming(target/name):
-                (tmp/name).write_bytes(data)
-                _flush(tmp/name)
+            with _naming(target / name):
+                (tmp / name).write_bytes(data)
+                _flush(tmp / name)
         with _naming(target):
             _flush(tmp)
-            if target.exists(): shutil.rmtree(target)
+            if target.exists():
+                shutil.rmtree(target)
             os.replace(tmp, target)
             _flush(folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     write_json(pointer, dict(step=step, folder=target.name))
     for old in [*folder.glob("step_*"), *folder.glob(".step_*")]:
-        if old != target: shutil.rmtree(old, ignore_errors=True)
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 # %% ../nbs/61_train.ipynb #78c7e373
 def last_checkpoint(
-    out:str|Path, # run folder
-)->Path|None: # None where nothing was saved yet
+    out: str | Path,  # run folder
+) -> Path | None:  # None where nothing was saved yet
     "The newest complete checkpoint of a run."
-    pointer = Path(out)/"checkpoints"/"last.json"
-    if not pointer.exists(): return None
-    folder = pointer.parent/json.loads(pointer.read_text())["folder"]
-    if not (folder/"state.pt").exists(): raise FileNotFoundError(f"{pointer} names {folder.name}, which is not there")
+    pointer = Path(out) / "checkpoints" / "last.json"
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / json.loads(pointer.read_text())["folder"]
+    if not (folder / "state.pt").exists():
+        raise FileNotFoundError(f"{pointer} names {folder.name}, which is not there")
     return folder
 
 # %% ../nbs/61_train.ipynb #2cb68c50
 def run_weights(
-    out:str|Path, # run folder
-    which:str="best", # "best" | "last"
-)->Path: # a safetensors file
+    out: str | Path,  # run folder
+    which: str = "best",  # "best" | "last"
+) -> Path:  # a safetensors file
     "The weights of a run: the best by validation mIoU, or the last (averaged ones where the recipe averages)."
-    if which not in ("best", "last"): raise ValueError(f"which must be 'best' or 'last', got '{which}'")
-    best, last = Path(out)/"checkpoints"/"best.safetensors", last_checkpoint(out)
-    if which == "best" and best.exists(): return best
-    if last is None: raise FileNotFoundError(f"{out} holds no checkpoint")
-    return last/("ema.safetensors" if (last/"ema.safetensors").exists() else "model.safetensors")
+    if which not in ("best", "last"):
+        raise ValueError(f"which must be 'best' or 'last', got '{which}'")
+    best = Path(out) / "checkpoints" / "best.safetensors"
+    last = last_checkpoint(out)
+    if which == "best" and best.exists():
+        return best
+    if last is None:
+        raise FileNotFoundError(f"{out} holds no checkpoint")
+    return last / (
+        "ema.safetensors" if (last / "ema.safetensors").exists() else "model.safetensors"
+    )
 
 # %% ../nbs/61_train.ipynb #7a8f3b8a
 def history(
-    out:str|Path, # run folder
-)->list: # dicts in the order of the file
+    out: str | Path,  # run folder
+) -> list:  # dicts in the order of the file
     "The lines of `metrics.jsonl`; a half-written last line is left out."
-    path = Path(out)/"metrics.jsonl"
+    path = Path(out) / "metrics.jsonl"
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError): rows.append(json.loads(line))
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 # %% ../nbs/61_train.ipynb #c2878c65
 def _append(out, row):
     "One more line of metrics."
-    path = Path(out)/"metrics.jsonl"
-    with _naming(path), open(path, "a", encoding="utf-8") as f: f.write(json.dumps(row, allow_nan=False) + "\n")
+    path = Path(out) / "metrics.jsonl"
+    with _naming(path), open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row, allow_nan=False) + "\n")
+
 
 def _rewind(out, step):
     "Drop the lines after a step."
     rows = [json.dumps(r) + "\n" for r in history(out) if r["step"] <= step]
-    with atomic_path(Path(out)/"metrics.jsonl") as tmp: tmp.write_text("".join(rows), encoding="utf-8")
+    with atomic_path(Path(out) / "metrics.jsonl") as tmp:
+        tmp.write_text("".join(rows), encoding="utf-8")
 
 # %% ../nbs/61_train.ipynb #f3610a84
 def run_config(
-    model:nn.Module,
-    recipe:Recipe,
+    model: nn.Module,
+    recipe: Recipe,
     train_set,
-    seed:int,
-    accumulate:int,
-    origin:dict|None=None, # where the first weights come from, where that is neither the seed nor a download
-)->dict: # ready for JSON
+    seed: int,
+    accumulate: int,
+    # where the first weights come from, where that is neither the seed nor a download
+    origin: dict | None = None,
+) -> dict:  # ready for JSON
     "What decides the course of a run, as it stands in `config.json`."
     size = sum(p.numel() for p in model.parameters())
-    net = dict(name=getattr(model, "name", type(model).__name__), num_classes=model.num_classes, parameters=size)
-    if options := getattr(model, "options", None): net["options"] = json.loads(json.dumps(options))
-    plain = lambda v: v is None or isinstance(v, (str, int, float)) or isinstance(v, (list, tuple)) and all(map(plain, v))
-    own = {k: v for k, v in vars(train_set).items() if k not in ("root", "files", "palette", "class_weights")}
+    net = dict(
+        name=getattr(model, "name", type(model).__name__),
+        num_classes=model.num_classes,
+        parameters=size,
+    )
+    if options := getattr(model, "options", None):
+        net["options"] = json.loads(json.dumps(options))
+
+    def plain(v):
+        return (
+            v is None
+            or isinstance(v, (str, int, float))
+            or isinstance(v, (list, tuple))
+            and all(map(plain, v))
+        )
+
+    own = {
+        k: v
+        for k, v in vars(train_set).items()
+        if k not in ("root", "files", "palette", "class_weights")
+    }
     options = json.loads(json.dumps({k: v for k, v in own.items() if plain(v)}))
     names = "".join(Path(str(f)).name for pair in getattr(train_set, "files", []) for f in pair)
-    data = dict(name=train_set.name, split=train_set.split, images=len(train_set), files=zlib.crc32(names.encode()), options=options)
-    return dict(model=net, recipe=recipe.to_dict(), data=data, seed=seed, accumulate=accumulate, **({"origin": origin} if origin else {}))
+    data = dict(
+        name=train_set.name,
+        split=train_set.split,
+        images=len(train_set),
+        files=zlib.crc32(names.encode()),
+        options=options,
+    )
+    return dict(
+        model=net,
+        recipe=recipe.to_dict(),
+        data=data,
+        seed=seed,
+        accumulate=accumulate,
+        **({"origin": origin} if origin else {}),
+    )
 
 # %% ../nbs/61_train.ipynb #324f6688
 def _differences(there, now, prefix=""):
     "Lines that name the fields in which two nested dicts differ."
     lines = []
     for k in sorted(there.keys() | now.keys()):
-        a, b = there.get(k), now.get(k)
-        if isinstance(a, dict) and isinstance(b, dict): lines += _differences(a, b, f"{prefix}{k}.")
-        elif a != b and f"{prefix}{k}" != "recipe.source": lines.append(f"{prefix}{k} is {a!r} there and {b!r} now")
+        a = there.get(k)
+        b = now.get(k)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, f"{prefix}{k}.")
+        elif a != b and f"{prefix}{k}" != "recipe.source":
+            lines.append(f"{prefix}{k} is {a!r} there and {b!r} now")
     return lines
 
 # %% ../nbs/61_train.ipynb #f55c5794
-_DEFAULTS = json.loads(json.dumps({f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}))
+_DEFAULTS = json.loads(
+    json.dumps(
+        {
+            f.name: f.default
+            for f in dataclasses.fields(Recipe)
+            if f.default is not dataclasses.MISSING
+        }
+    )
+)
 
+# %% ../nbs/61_train.ipynb #f3ecb925
 def open_run(
-    out:str|Path, # run folder
-    config:dict, # of `run_config`
-    resume:bool=False, # go on from its last checkpoint
-)->Path|None: # the checkpoint to start from, None: start from the beginning
+    out: str | Path,  # run folder
+    config: dict,  # of `run_config`
+    resume: bool = False,  # go on from its last checkpoint
+) -> Path | None:  # the checkpoint to start from, None: start from the beginning
     "Decide where a run starts; refuse a folder that holds another one."
     out, last = Path(out), last_checkpoint(out)
-    saved = last is not None or (out/"results.json").exists() or (out/"checkpoints"/"best.safetensors").exists()
+    saved = (
+        last is not None
+        or (out / "results.json").exists()
+        or (out / "checkpoints" / "best.safetensors").exists()
+    )
     if saved and not resume:
-        at = "a finished run" if (out/"results.json").exists() else f"a run with the checkpoint {last.name}" if last else "a run"
-        raise FileExistsError(f"{out} holds {at}: pass resume=True (--resume) to go on, or choose another folder")
-    if last is None: return None
-    there, now = json.loads((out/"config.json").read_text(encoding="utf-8")), json.loads(json.dumps(config))
-    there["recipe"] = {**_DEFAULTS, **there.get("recipe", {})} # a run of an older version lacks the fields that came later
-    if "options" in now.get("model", {}): there.setdefault("model", {})["options"] = {**now["model"]["options"], **there.get("model", {}).get("options", {})}
-    if lines := _differences(there, now): raise ValueError(f"{out} holds another run: " + "; ".join(lines))
+        at = (
+            "a finished run"
+            if (out / "results.json").exists()
+            else f"a run with the checkpoint {last.name}"
+            if last
+            else "a run"
+        )
+        raise FileExistsError(
+            f"{out} holds {at}: pass resume=True (--resume) to go on, or choose another folder"
+        )
+    if last is None:
+        return None
+    there = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(config))
+    # a run of an older version lacks the fields that came later
+    there["recipe"] = {**_DEFAULTS, **there.get("recipe", {})}
+    if "options" in now.get("model", {}):
+        there.setdefault("model", {})["options"] = {
+            **now["model"]["options"],
+            **there.get("model", {}).get("options", {}),
+        }
+    if lines := _differences(there, now):
+        raise ValueError(f"{out} holds another run: " + "; ".join(lines))
     return last
 
 # %% ../nbs/61_train.ipynb #03c42862
 @dataclass
 class Run:
     "The parts of a training in progress."
-    out:Path
-    recipe:Recipe
-    train_set:object
-    model:nn.Module                  # the caller's
-    net:nn.Module                    # what is called in training
-    ema:nn.Module|None               # averaged copy
-    optimizer:object
-    accelerator:object
-    state:dict                       # step, seconds, best, best_step, and the sums since the last line of metrics
-    score:tuple                      # name of the metric and its function, see `fit`
-    watch:object                     # a `Watch` over the losses
 
+    out: Path
+    recipe: Recipe
+    train_set: object
+    model: nn.Module  # the caller's
+    net: nn.Module  # what is called in training
+    ema: nn.Module | None  # averaged copy
+    optimizer: object
+    accelerator: object
+    state: dict  # step, seconds, best, best_step, and the sums since the last line of metrics
+    score: tuple  # name of the metric and its function, see `fit`
+    watch: object  # a `Watch` over the losses
+
+# %% ../nbs/61_train.ipynb #f13bad75
 class Objective(nn.Module):
     "A shell around a model for accelerate to wrap."
+
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, x, target): return self.model(x, target)
+    def forward(self, x, target):
+        return self.model(x, target)
 
 # %% ../nbs/61_train.ipynb #1550a87b
 def accelerator_for(
-    device:str, # "auto" | "cpu" | "cuda" | "cuda:1" …; under torchrun every process takes its own GPU
-    recipe:Recipe, # mixed_precision
-    accumulate:int=1,
-    tracker:str|None=None, # "tensorboard" | "wandb" | "mlflow" | …
-    out:str|Path="", # where a tracker writes
+    # "auto" | "cpu" | "cuda" | "cuda:1" …; under torchrun every process takes its own GPU
+    device: str,
+    recipe: Recipe,  # mixed_precision
+    accumulate: int = 1,
+    tracker: str | None = None,  # "tensorboard" | "wandb" | "mlflow" | …
+    out: str | Path = "",  # where a tracker writes
 ):
     "The `Accelerator` of a run."
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import patch_environment
     from datetime import timedelta
+
     packages = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
     if tracker and not any(map(importlib.util.find_spec, packages)):
         raise ImportError(f"tracker='{tracker}' needs the package {tracker}: pip install {tracker}")
-    device, launched = pick_device(device), "LOCAL_RANK" in os.environ
+    device = pick_device(device)
+    launched = "LOCAL_RANK" in os.environ
     held = {**PartialState._shared_state, **AcceleratorState._shared_state}
     # accelerate keeps one configuration per process and refuses a second one
-    if held and (held.get("_mixed_precision") != recipe.mixed_precision or (not launched and held["device"] != device)):
+    if held and (
+        held.get("_mixed_precision") != recipe.mixed_precision
+        or (not launched and held["device"] != device)
+    ):
         AcceleratorState._reset_state(reset_partial_state=not launched)
     with patch_environment(**({} if launched else {"ACCELERATE_TORCH_DEVICE": device})):
-        patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # the other processes wait while one evaluates
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=recipe.mixed_precision, gradient_accumulation_steps=accumulate,
-                           log_with=tracker, project_dir=str(out) or None, kwargs_handlers=[patient])
+        # the other processes wait while one evaluates
+        patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+        return Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=accumulate,
+            log_with=tracker,
+            project_dir=str(out) or None,
+            kwargs_handlers=[patient],
+        )
 
 # %% ../nbs/61_train.ipynb #b0f25496
 @dataclass
 class Seen:
     "Numbers of one step, or part of it, that nobody has asked for yet."
-    step:int                         # the first one is 1
-    indices:torch.Tensor             # of the pictures
-    names:tuple
-    values:torch.Tensor              # as many as there are names
-    summed:bool                      # belong to the line of metrics
 
+    step: int  # the first one is 1
+    indices: torch.Tensor  # of the pictures
+    names: tuple
+    values: torch.Tensor  # as many as there are names
+    summed: bool  # belong to the line of metrics
+
+# %% ../nbs/61_train.ipynb #9e7c7269
 class Watch:
     "Holds losses on the device and keeps one that is not finite from doing harm, without waiting for it."
-    def __init__(self,
-        model:nn.Module, # on its device
-        optimizer:torch.optim.Optimizer, # the plain one, not accelerate's wrapper
-        scaler=None, # accelerate's, for float16: it tells the optimizer what to skip
+
+    def __init__(
+        self,
+        model: nn.Module,  # on its device
+        optimizer: torch.optim.Optimizer,  # the plain one, not accelerate's wrapper
+        scaler=None,  # accelerate's, for float16: it tells the optimizer what to skip
     ):
-        buffers, device = list(model.buffers()), next(model.parameters()).device
-        self.bad, self.seen = torch.zeros((), device=device), []
-        self.can_skip = scaler is not None or getattr(optimizer, "_step_supports_amp_scaling", False)
-        if scaler is None and self.can_skip: optimizer.found_inf = self.bad
+        buffers = list(model.buffers())
+        device = next(model.parameters()).device
+        self.bad = torch.zeros((), device=device)
+        self.seen = []
+        self.can_skip = scaler is not None or getattr(
+            optimizer, "_step_supports_amp_scaling", False
+        )
+        if scaler is None and self.can_skip:
+            optimizer.found_inf = self.bad
         self.of_type = {t: [b for b in buffers if b.dtype == t] for t in {b.dtype for b in buffers}}
-        self.flat = {t: torch.cat([b.flatten() for b in members]) for t, members in self.of_type.items()}
-        parts = {t: iter(self.flat[t].split([b.numel() for b in members])) for t, members in self.of_type.items()}
+        self.flat = {
+            t: torch.cat([b.flatten() for b in members]) for t, members in self.of_type.items()
+        }
+        parts = {
+            t: iter(self.flat[t].split([b.numel() for b in members]))
+            for t, members in self.of_type.items()
+        }
         self.kept = [(b, next(parts[b.dtype]).view_as(b)) for b in buffers]
 
     def note(self, step, indices, names, values, summed=True):
@@ -510,217 +746,291 @@ class Watch:
 
     def restore(self):
         "Give the model the buffers of the last good step."
-        for buffer, kept in self.kept: buffer.copy_(kept)
-
+        for buffer, kept in self.kept:
+            buffer.copy_(kept)
 
 # %% ../nbs/61_train.ipynb #fbac1484
 def forward_backward(
-    run:Run,
-    indices:torch.Tensor, # of the images in the training set
-    images:torch.Tensor, # [b, 3, h, w]
-    target:torch.Tensor, # [b, h, w]
+    run: Run,
+    indices: torch.Tensor,  # of the images in the training set
+    images: torch.Tensor,  # [b, 3, h, w]
+    target: torch.Tensor,  # [b, h, w]
 ):
     "Gradients of one (part of a) batch; the losses are noted."
-    acc, watch = run.accelerator, run.watch
+    acc = run.accelerator
+    watch = run.watch
     with training_eps(run.model, run.recipe.bn_eps):
-        losses = run.net(images.to(acc.device, non_blocking=True), target.to(acc.device, non_blocking=True))
-    parts = {k: v.detach().float().reshape(()) for k, v in losses.items() if torch.is_tensor(v) and v.numel() == 1}
+        losses = run.net(
+            images.to(acc.device, non_blocking=True), target.to(acc.device, non_blocking=True)
+        )
+    parts = {
+        k: v.detach().float().reshape(())
+        for k, v in losses.items()
+        if torch.is_tensor(v) and v.numel() == 1
+    }
     values = torch.stack(list(parts.values()))
-    if acc.num_processes > 1: values = acc.reduce(values, "mean")
+    if acc.num_processes > 1:
+        values = acc.reduce(values, "mean")
     watch.note(run.state["step"] + 1, indices, tuple(parts), values)
     scaled = acc.scaler is not None
-    acc.backward(losses["loss"]*torch.where(watch.bad > 0, torch.nan, 1.0) if scaled else losses["loss"])
-
+    acc.backward(
+        losses["loss"] * torch.where(watch.bad > 0, torch.nan, 1.0) if scaled else losses["loss"]
+    )
 
 # %% ../nbs/61_train.ipynb #4c1862a6
 def settle(
-    run:Run,
+    run: Run,
 ):
     "Ask for the noted numbers: losses go to the sums; one that is not finite is an error as of the step before."
-    state, watch = run.state, run.watch
-    seen, watch.seen = watch.seen, []
+    state = run.state
+    watch = run.watch
+    seen = watch.seen
+    watch.seen = []
     numbers = iter(torch.cat([s.values for s in seen]).tolist() if seen else [])
     for s in seen:
         values = {name: next(numbers) for name in s.names}
         if not all(map(math.isfinite, values.values())):
             watch.restore()
             raise FloatingPointError(_not_finite(run, s, values))
-        if not s.summed: continue
-        for k, v in values.items(): state["sums"][k] = state["sums"].get(k, 0.0) + v
+        if not s.summed:
+            continue
+        for k, v in values.items():
+            state["sums"][k] = state["sums"].get(k, 0.0) + v
         state["count"] += 1
 
+# %% ../nbs/61_train.ipynb #4fe547fd
 def _not_finite(run, seen, values):
     "What to know about a loss that is no number."
     files = getattr(run.train_set, "files", None)
-    names = [str(files[i][0]) if files else f"{run.train_set.name}[{i}]" for i in seen.indices.tolist()]
-    what, last = ", ".join(f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)), last_checkpoint(run.out)
+    names = [
+        str(files[i][0]) if files else f"{run.train_set.name}[{i}]" for i in seen.indices.tolist()
+    ]
+    what = ", ".join(f"{k} is {v}" for k, v in values.items() if not math.isfinite(v))
+    last = last_checkpoint(run.out)
     kept = f"the checkpoint {last.name} is untouched" if last else "nothing was saved before"
     return f"{what} at step {seen.step} (lr {lr_at(run.recipe, seen.step - 1):.3g}) on {', '.join(names)}; {kept}"
 
-
 # %% ../nbs/61_train.ipynb #a78e9703
 def optimizer_step(
-    run:Run,
+    run: Run,
 ):
     "Clip the gradients, move the weights and their average; after a number that was not finite nothing moves."
-    acc, watch, step = run.accelerator, run.watch, run.state["step"] + 1
+    acc = run.accelerator
+    watch = run.watch
+    step = run.state["step"] + 1
     if run.recipe.clip:
         norm = acc.clip_grad_norm_(run.net.parameters(), run.recipe.clip)
         pictures = torch.cat([s.indices for s in watch.seen if s.step == step])
         # a scaler expects gradients that overflow now and then
         if acc.scaler is None:
             watch.note(step, pictures, ("gradient norm",), norm.float().reshape(1), summed=False)
-    if not watch.can_skip: settle(run)
+    if not watch.can_skip:
+        settle(run)
     run.optimizer.step()
     run.optimizer.zero_grad()
     watch.keep()
-    if run.ema is not None: _average(run.ema, run.model, run.recipe.ema, watch)
+    if run.ema is not None:
+        _average(run.ema, run.model, run.recipe.ema, watch)
 
+# %% ../nbs/61_train.ipynb #45906447
 @torch.no_grad()
 def _average(ema, model, decay, watch):
     "Move the averaged parameters towards the model's; buffers are copied."
     share = torch.where(watch.bad > 0, 0.0, 1 - decay)
-    for e, p in zip(ema.parameters(), model.parameters()): e.lerp_(p, share.to(e.dtype))
-    for e, (_, kept) in zip(ema.buffers(), watch.kept): e.copy_(kept)
-
+    for e, p in zip(ema.parameters(), model.parameters()):
+        e.lerp_(p, share.to(e.dtype))
+    for e, (_, kept) in zip(ema.buffers(), watch.kept):
+        e.copy_(kept)
 
 # %% ../nbs/61_train.ipynb #244d4f86
 def _random_states(device):
     "The states of the generators that a network may draw from."
     kind, words, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                python=random.getstate(), numpy=[kind, words.tolist(), *rest])
+    return dict(
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        python=random.getstate(),
+        numpy=[kind, words.tolist(), *rest],
+    )
 
+# %% ../nbs/61_train.ipynb #e463bf3d
 def _set_random_states(s, device):
     "Put the generators into saved states."
     torch.set_rng_state(s["torch"])
-    if s["cuda"] is not None and device.type == "cuda": torch.cuda.set_rng_state(s["cuda"], device)
+    if s["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(s["cuda"], device)
     random.setstate(s["python"])
     kind, words, *rest = s["numpy"]
     np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
 
 # %% ../nbs/61_train.ipynb #b8522f12
 def save_run(
-    run:Run,
+    run: Run,
 ):
     "Write a checkpoint of everything that decides the rest of the run."
-    acc, step = run.accelerator, run.state["step"]
+    acc = run.accelerator
+    step = run.state["step"]
     states = [_random_states(acc.device)]
     if acc.num_processes > 1:
         from accelerate.utils import gather_object
+
         states = gather_object(states)
-    if not acc.is_main_process: return
+    if not acc.is_main_process:
+        return
     for name, v in run.model.state_dict().items():
         if v.is_floating_point() and not torch.isfinite(v).all():
             lr = lr_at(run.recipe, step - 1)
-            raise FloatingPointError(f"{name} is not finite after step {step} (lr {lr:.3g}); the last checkpoint is untouched")
-    buffer, scaler = io.BytesIO(), acc.scaler.state_dict() if acc.scaler else None
-    torch.save(dict(state=run.state, optimizer=run.optimizer.state_dict(), random=states, scaler=scaler), buffer)
+            raise FloatingPointError(
+                f"{name} is not finite after step {step} (lr {lr:.3g}); the last checkpoint is untouched"
+            )
+    buffer = io.BytesIO()
+    scaler = acc.scaler.state_dict() if acc.scaler else None
+    torch.save(
+        dict(state=run.state, optimizer=run.optimizer.state_dict(), random=states, scaler=scaler),
+        buffer,
+    )
     files = {"model.safetensors": weights_bytes(run.model, step=step)}
-    if run.ema is not None: files["ema.safetensors"] = weights_bytes(run.ema, step=step)
-    save_checkpoint(run.out/"checkpoints", step, {**files, "state.pt": buffer.getbuffer()})
+    if run.ema is not None:
+        files["ema.safetensors"] = weights_bytes(run.ema, step=step)
+    save_checkpoint(run.out / "checkpoints", step, {**files, "state.pt": buffer.getbuffer()})
 
 # %% ../nbs/61_train.ipynb #c416c2bd
 def restore_run(
-    run:Run, # is changed
-    folder:Path, # a checkpoint
+    run: Run,  # is changed
+    folder: Path,  # a checkpoint
 ):
     "Continue where a checkpoint was written."
     acc = run.accelerator
     for module, name in ((run.model, "model.safetensors"), (run.ema, "ema.safetensors")):
-        if module is not None: module.load_state_dict(read(folder/name))
+        if module is not None:
+            module.load_state_dict(read(folder / name))
     run.watch.keep()
-    saved = read(folder/"state.pt")
+    saved = read(folder / "state.pt")
     run.optimizer.load_state_dict(saved["optimizer"])
-    if acc.scaler is not None and saved["scaler"]: acc.scaler.load_state_dict(saved["scaler"])
+    if acc.scaler is not None and saved["scaler"]:
+        acc.scaler.load_state_dict(saved["scaler"])
     run.state.update(saved["state"])
     if len(saved["random"]) != acc.num_processes:
-        logger.warning("%s was written by %d processes, now there are %d: dropout differs", folder, len(saved["random"]), acc.num_processes)
-    if acc.process_index < len(saved["random"]): _set_random_states(saved["random"][acc.process_index], acc.device)
+        logger.warning(
+            "%s was written by %d processes, now there are %d: dropout differs",
+            folder,
+            len(saved["random"]),
+            acc.num_processes,
+        )
+    if acc.process_index < len(saved["random"]):
+        _set_random_states(saved["random"][acc.process_index], acc.device)
 
 # %% ../nbs/61_train.ipynb #3a4f2430
 def evaluate_run(
-    run:Run,
+    run: Run,
     val_set,
-    **kwargs, # further arguments of `segkern.infer.evaluate`
-)->dict|None: # metrics; None on other processes than the main one
+    **kwargs,  # further arguments of `segkern.infer.evaluate`
+) -> dict | None:  # metrics; None on other processes than the main one
     "Score the weights, keep them where they are the best so far, draw samples."
-    acc, state, model = run.accelerator, run.state, run.model if run.ema is None else run.ema
+    acc = run.accelerator
+    state = run.state
+    model = run.model if run.ema is None else run.ema
     found, (metric, function) = None, run.score
     if acc.is_main_process:
-        with seeded(0): found = (function or evaluation_of(run.recipe))(model, val_set, **kwargs)
+        with seeded(0):
+            found = (function or evaluation_of(run.recipe))(model, val_set, **kwargs)
         if state["best"] is None or (found[metric] or 0.0) > state["best"]:
             state.update(best=found[metric] or 0.0, best_step=state["step"])
             data = weights_bytes(model, step=state["step"], **{metric: state["best"]})
-            with atomic_path(run.out/"checkpoints"/"best.safetensors") as tmp: tmp.write_bytes(data)
-        if function is None: draw_samples(run.out, model, val_set, state["step"])
+            with atomic_path(run.out / "checkpoints" / "best.safetensors") as tmp:
+                tmp.write_bytes(data)
+        if function is None:
+            draw_samples(run.out, model, val_set, state["step"])
     acc.wait_for_everyone()
     return found
 
+# %% ../nbs/61_train.ipynb #7ec460e6
 def evaluation_of(
-    recipe:Recipe, # protocol, sizes, mIoU rule
-): # function(model, dataset, **kwargs) -> metrics, as `segkern.infer.evaluate`
+    recipe: Recipe,  # protocol, sizes, mIoU rule
+):  # function(model, dataset, **kwargs) -> metrics, as `segkern.infer.evaluate`
     "The evaluation of a segmentation network that a recipe asks for."
     from segkern.infer import evaluate
-    more = dict(window=recipe.crop, base_size=recipe.base_size) if recipe.protocol == "exp_sum" else {}
-    if recipe.protocol.endswith("sliding"): more = dict(window=recipe.crop, stride=recipe.stride or None)
-    if input_rule(recipe)["size"]: more["size"] = tuple(input_rule(recipe)["size"])
-    return lambda model, val_set, **kwargs: evaluate(model, val_set, protocol=recipe.protocol, miou=recipe.miou, **{**more, **kwargs})
+
+    more = (
+        dict(window=recipe.crop, base_size=recipe.base_size) if recipe.protocol == "exp_sum" else {}
+    )
+    if recipe.protocol.endswith("sliding"):
+        more = dict(window=recipe.crop, stride=recipe.stride or None)
+    if input_rule(recipe)["size"]:
+        more["size"] = tuple(input_rule(recipe)["size"])
+    return lambda model, val_set, **kwargs: evaluate(
+        model, val_set, protocol=recipe.protocol, miou=recipe.miou, **{**more, **kwargs}
+    )
 
 # %% ../nbs/61_train.ipynb #098b6b52
 def draw_samples(
-    out:Path, # run folder
-    model:nn.Module,
+    out: Path,  # run folder
+    model: nn.Module,
     dataset,
-    step:int,
-    count:int=3, # pictures, spread over the dataset
-)->list: # files
+    step: int,
+    count: int = 3,  # pictures, spread over the dataset
+) -> list:  # files
     "Write image | target | prediction | errors for a few images to `samples/`."
     from PIL import Image
     from segkern.infer import segment
     from segkern.viz import colour, error_map
+
     files = []
-    for i in sorted({len(dataset)*k//count for k in range(count)}):
+    for i in sorted({len(dataset) * k // count for k in range(count)}):
         image, target = dataset[i]
         pred = segment(model, image).cpu()
-        parts = [image.permute(1, 2, 0).numpy(), colour(target, dataset.palette), colour(pred, dataset.palette), error_map(target, pred)]
-        files.append(Path(out)/"samples"/f"step_{step:08}_{i:05}.png")
-        with atomic_path(files[-1]) as tmp: Image.fromarray(np.concatenate(parts, axis=1)).save(tmp, format="PNG")
+        parts = [
+            image.permute(1, 2, 0).numpy(),
+            colour(target, dataset.palette),
+            colour(pred, dataset.palette),
+            error_map(target, pred),
+        ]
+        files.append(Path(out) / "samples" / f"step_{step:08}_{i:05}.png")
+        with atomic_path(files[-1]) as tmp:
+            Image.fromarray(np.concatenate(parts, axis=1)).save(tmp, format="PNG")
     return files
 
 # %% ../nbs/61_train.ipynb #498fbc14
 def _every(value, total, parts):
     "An interval in steps: given, or a share of the run; 0 means only at the end."
-    if value is not None and value < 0: raise ValueError(f"an interval must be 0 or more steps, got {value}")
-    return max(1, total//parts) if value is None else value or total
+    if value is not None and value < 0:
+        raise ValueError(f"an interval must be 0 or more steps, got {value}")
+    return max(1, total // parts) if value is None else value or total
 
+# %% ../nbs/61_train.ipynb #3f7168aa
 @contextlib.contextmanager
 def _surroundings(device, seed):
     "Random numbers of the run's own and cuDNN's autotuner; the caller's come back."
-    cuda, tuned = device.type == "cuda", torch.backends.cudnn.benchmark
-    chosen = torch.cuda.device(device) if cuda and device.index is not None else contextlib.nullcontext()
+    cuda = device.type == "cuda"
+    tuned = torch.backends.cudnn.benchmark
+    chosen = (
+        torch.cuda.device(device) if cuda and device.index is not None else contextlib.nullcontext()
+    )
     with chosen, seeded(seed), torch.random.fork_rng(devices=[device] if cuda else []):
-        if cuda: torch.cuda.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
         torch.backends.cudnn.benchmark = True
-        try: yield
-        finally: torch.backends.cudnn.benchmark = tuned
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = tuned
 
 # %% ../nbs/61_train.ipynb #ed627d17
 def uncompiled(
-    model:nn.Module, # perhaps the result of `torch.compile`
-)->nn.Module: # the module inside, or the same one
+    model: nn.Module,  # perhaps the result of `torch.compile`
+) -> nn.Module:  # the module inside, or the same one
     "The module whose weights a compiled model uses."
     return getattr(model, "_orig_mod", model)
 
 # %% ../nbs/61_train.ipynb #81443dad
 def start_run(
-    out:Path,
-    model:nn.Module,
-    recipe:Recipe,
+    out: Path,
+    model: nn.Module,
+    recipe: Recipe,
     train_set,
     accelerator,
-    score:tuple=("miou", None), # as in `fit`
-)->Run: # at step 0
+    score: tuple = ("miou", None),  # as in `fit`
+) -> Run:  # at step 0
     "Move a model to its device and make what goes with it."
     plain = uncompiled(model).to(accelerator.device)
     plain.zero_grad(set_to_none=True)
@@ -733,151 +1043,286 @@ def start_run(
 
 # %% ../nbs/61_train.ipynb #b4709883
 def log_line(
-    run:Run,
-    seconds:float, # since the last line
-    steps:int, # in that time
-)->dict: # the line
+    run: Run,
+    seconds: float,  # since the last line
+    steps: int,  # in that time
+) -> dict:  # the line
     "Mean losses since the last line, rate and speed: to `metrics.jsonl`, to the tracker, to the log."
-    state, r, acc = run.state, run.recipe, run.accelerator
-    losses = {k: v/state["count"] for k, v in state["sums"].items()}
-    row = dict(step=state["step"], epoch=round(state["step"]/(len(run.train_set)//r.batch), 3), **losses,
-               lr=lr_at(r, state["step"] - 1), images_per_s=round(steps*r.batch/max(seconds, 1e-9), 2))
+    state = run.state
+    r = run.recipe
+    acc = run.accelerator
+    losses = {k: v / state["count"] for k, v in state["sums"].items()}
+    row = dict(
+        step=state["step"],
+        epoch=round(state["step"] / (len(run.train_set) // r.batch), 3),
+        **losses,
+        lr=lr_at(r, state["step"] - 1),
+        images_per_s=round(steps * r.batch / max(seconds, 1e-9), 2),
+    )
     state.update(sums={}, count=0)
     if acc.is_main_process:
         _append(run.out, row)
-        logger.info("step %d/%d  loss %.4f  lr %.2e  %.1f images/s", row["step"], r.iterations, row["loss"], row["lr"], row["images_per_s"])
+        logger.info(
+            "step %d/%d  loss %.4f  lr %.2e  %.1f images/s",
+            row["step"],
+            r.iterations,
+            row["loss"],
+            row["lr"],
+            row["images_per_s"],
+        )
     acc.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
     return row
 
 # %% ../nbs/61_train.ipynb #0475311b
 def train_steps(
-    run:Run,
-    loader:DataLoader, # from the current step on
-    every:dict, # intervals: log, eval, save
+    run: Run,
+    loader: DataLoader,  # from the current step on
+    every: dict,  # intervals: log, eval, save
     val_set=None,
-    eval_args:dict|None=None, # for `segkern.infer.evaluate`
-)->dict|None: # the last validation result
+    eval_args: dict | None = None,  # for `segkern.infer.evaluate`
+) -> dict | None:  # the last validation result
     "Train to the end of the recipe."
-    acc, state, r, found = run.accelerator, run.state, run.recipe, None
-    due = lambda what: state["step"] % every[what] == 0 or state["step"] == r.iterations
-    clock, since = time.perf_counter(), state["step"]
+    acc = run.accelerator
+    state = run.state
+    r = run.recipe
+    found = None
+
+    def due(what):
+        return state["step"] % every[what] == 0 or state["step"] == r.iterations
+
+    clock = time.perf_counter()
+    since = state["step"]
     run.net.train()
-    bar = progress(desc="training", total=r.iterations, initial=since, unit="step", **({} if acc.is_main_process else {"disable": True}))
+    bar = progress(
+        desc="training",
+        total=r.iterations,
+        initial=since,
+        unit="step",
+        **({} if acc.is_main_process else {"disable": True}),
+    )
     with bar:
         for indices, images, target in loader:
             with acc.accumulate(run.net):
-                for g in run.optimizer.param_groups: g["lr"] = lr_at(r, state["step"])*g["factor"]
+                for g in run.optimizer.param_groups:
+                    g["lr"] = lr_at(r, state["step"]) * g["factor"]
                 forward_backward(run, indices, images, target)
-                if not acc.sync_gradients: continue
+                if not acc.sync_gradients:
+                    continue
                 optimizer_step(run)
             state["step"] += 1
             bar.update()
-            if any(map(due, every)) or len(run.watch.seen) >= 256: settle(run)
+            if any(map(due, every)) or len(run.watch.seen) >= 256:
+                settle(run)
             if due("log"):
                 now = time.perf_counter()
                 row = log_line(run, now - clock, state["step"] - since)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", img_s=f"{row['images_per_s']:.1f}")
+                bar.set_postfix(
+                    loss=f"{row['loss']:.3f}",
+                    lr=f"{row['lr']:.1e}",
+                    img_s=f"{row['images_per_s']:.1f}",
+                )
                 state["seconds"] += now - clock
-                clock, since = time.perf_counter(), state["step"]
+                clock = time.perf_counter()
+                since = state["step"]
             if due("eval") and val_set is not None or due("save"):
                 pause = time.perf_counter()
-                if due("eval") and val_set is not None: found = _validate(run, val_set, eval_args or {})
-                if due("save"): save_run(run)
+                if due("eval") and val_set is not None:
+                    found = _validate(run, val_set, eval_args or {})
+                if due("save"):
+                    save_run(run)
                 clock += time.perf_counter() - pause
     return found
 
+# %% ../nbs/61_train.ipynb #e815e6dc
 def _validate(run, val_set, eval_args):
     "Evaluate and write the line of metrics."
     found = evaluate_run(run, val_set, **eval_args)
-    if found is None: return None
-    metric, state = run.score[0], run.state
-    val = {k: found[k] for k in (("miou", "pixel_acc", "mean_acc", "iou") if metric == "miou" else found)}
+    if found is None:
+        return None
+    metric = run.score[0]
+    state = run.state
+    val = {
+        k: found[k]
+        for k in (("miou", "pixel_acc", "mean_acc", "iou") if metric == "miou" else found)
+    }
     _append(run.out, dict(step=run.state["step"], val=val))
     name = "mIoU" if metric == "miou" else metric
-    logger.info("step %d  %s %.4f  (best %.4f at step %d)", state["step"], name, val[metric] or 0.0, state["best"], state["best_step"])
-    run.accelerator.log({f"val/{k}": v for k, v in val.items() if isinstance(v, float)}, step=state["step"])
+    logger.info(
+        "step %d  %s %.4f  (best %.4f at step %d)",
+        state["step"],
+        name,
+        val[metric] or 0.0,
+        state["best"],
+        state["best_step"],
+    )
+    run.accelerator.log(
+        {f"val/{k}": v for k, v in val.items() if isinstance(v, float)}, step=state["step"]
+    )
     return val
 
 # %% ../nbs/61_train.ipynb #71b63337
 def fit(
-    model:nn.Module, # `m(x, target)` -> dict with "loss"; `m.predict`; `m.num_classes`; holds the final weights afterwards
-    recipe:Recipe, # how to train; `recipe.batch` is what one optimizer step sees over all processes
-    train_set, # map-style dataset of `segkern.data`
-    val_set=None, # scored on the way; None: never
-    out:str|Path="runs/run", # run folder
-    resume:bool=False, # go on from the last checkpoint; a folder without one starts from the beginning
-    seed:int=0, # of order, augmentation, dropout
-    device:str="auto", # "auto" | "cpu" | "cuda" | "cuda:1"
-    workers:int=0, # loader processes; no influence on the result
-    eval_every:int|None=None, # steps; None: ten times; 0: at the end
-    save_every:int|None=None, # steps; None: ten times; 0: at the end
-    log_every:int|None=None, # steps; None: fifty times
-    tracker:str|None=None, # "tensorboard" | "wandb" | "mlflow": besides metrics.jsonl
-    accumulate:int=1, # cut each batch into so many parts, to save memory
-    transform=None, # (image, target, generator) -> (input, target); default: the recipe's
-    eval_args:dict|None=None, # further arguments of `segkern.infer.evaluate`, e.g. dict(limit=50)
-    score:tuple=("miou", None), # what "best" means, and a function (model, val_set, **eval_args) -> dict that holds it; None: the recipe's
-    origin:dict|None=None, # where the first weights come from, for config.json
-)->dict: # what stands in results.json
+    # `m(x, target)` -> dict with "loss"; `m.predict`; `m.num_classes`; holds the final weights
+    # afterwards
+    model: nn.Module,
+    # how to train; `recipe.batch` is what one optimizer step sees over all processes
+    recipe: Recipe,
+    train_set,  # map-style dataset of `segkern.data`
+    val_set=None,  # scored on the way; None: never
+    out: str | Path = "runs/run",  # run folder
+    # go on from the last checkpoint; a folder without one starts from the beginning
+    resume: bool = False,
+    seed: int = 0,  # of order, augmentation, dropout
+    device: str = "auto",  # "auto" | "cpu" | "cuda" | "cuda:1"
+    workers: int = 0,  # loader processes; no influence on the result
+    eval_every: int | None = None,  # steps; None: ten times; 0: at the end
+    save_every: int | None = None,  # steps; None: ten times; 0: at the end
+    log_every: int | None = None,  # steps; None: fifty times
+    tracker: str | None = None,  # "tensorboard" | "wandb" | "mlflow": besides metrics.jsonl
+    accumulate: int = 1,  # cut each batch into so many parts, to save memory
+    transform=None,  # (image, target, generator) -> (input, target); default: the recipe's
+    # further arguments of `segkern.infer.evaluate`, e.g. dict(limit=50)
+    eval_args: dict | None = None,
+    # what "best" means, and a function (model, val_set, **eval_args) -> dict that holds it; None:
+    # the recipe's
+    score: tuple = ("miou", None),
+    origin: dict | None = None,  # where the first weights come from, for config.json
+) -> dict:  # what stands in results.json
     "Train a model by a recipe. A killed run continues bit-exactly on the same CPU with the same threads and versions."
-    out, plain, total = Path(out), uncompiled(model), recipe.iterations
+    out = Path(out)
+    plain = uncompiled(model)
+    total = recipe.iterations
     if seed < 0 or accumulate < 1 or total < 1:
-        raise ValueError(f"need seed >= 0, accumulate >= 1, iterations >= 1; got {seed}, {accumulate}, {total}")
-    every = dict(log=_every(log_every, total, 50), eval=_every(eval_every, total, 10), save=_every(save_every, total, 10))
+        raise ValueError(
+            f"need seed >= 0, accumulate >= 1, iterations >= 1; got {seed}, {accumulate}, {total}"
+        )
+    every = dict(
+        log=_every(log_every, total, 50),
+        eval=_every(eval_every, total, 10),
+        save=_every(save_every, total, 10),
+    )
     adopt(plain, recipe, train_set, val_set)
     if transform is None:
         from segkern.data.transforms import TrainTransform
+
         transform = TrainTransform.from_recipe(recipe)
     acc = accelerator_for(device, recipe, accumulate, tracker, out)
-    with run_lock(out) if acc.is_main_process else contextlib.nullcontext(), _surroundings(acc.device, seed + acc.process_index):
+    with (
+        run_lock(out) if acc.is_main_process else contextlib.nullcontext(),
+        _surroundings(acc.device, seed + acc.process_index),
+    ):
         config = run_config(plain, recipe, train_set, seed, accumulate, origin)
         checkpoint = open_run(out, config, resume)
-        done = checkpoint is not None and (out/"results.json").exists()
+        done = checkpoint is not None and (out / "results.json").exists()
         acc.wait_for_everyone()
-        if recipe.init == "kaiming" and checkpoint is None: kaiming_init(plain, seed)
+        if recipe.init == "kaiming" and checkpoint is None:
+            kaiming_init(plain, seed)
         run = start_run(out, model, recipe, train_set, acc, score)
-        loader = batches(train_set, transform, recipe, seed, _step_of(checkpoint), workers,
-                         acc.process_index, acc.num_processes, accumulate, acc.device.type == "cuda")
-        if checkpoint is not None: restore_run(run, checkpoint)
-        if acc.is_main_process and not done: _describe(run, config, seed)
-        if tracker: acc.init_trackers("segkern", config={k: v for k, v in config["recipe"].items() if isinstance(v, (int, float, str))})
-        found = None if done else train_steps(run, loader, every, val_set, {"workers": workers, **(eval_args or {})})
-        for t in acc.trackers: t.finish()
-        if run.ema is not None: run.model.load_state_dict(run.ema.state_dict())
-        return json.loads((out/"results.json").read_text(encoding="utf-8")) if done else _finish(run, found, seed)
+        loader = batches(
+            train_set,
+            transform,
+            recipe,
+            seed,
+            _step_of(checkpoint),
+            workers,
+            acc.process_index,
+            acc.num_processes,
+            accumulate,
+            acc.device.type == "cuda",
+        )
+        if checkpoint is not None:
+            restore_run(run, checkpoint)
+        if acc.is_main_process and not done:
+            _describe(run, config, seed)
+        if tracker:
+            acc.init_trackers(
+                "segkern",
+                config={
+                    k: v for k, v in config["recipe"].items() if isinstance(v, (int, float, str))
+                },
+            )
+        found = (
+            None
+            if done
+            else train_steps(run, loader, every, val_set, {"workers": workers, **(eval_args or {})})
+        )
+        for t in acc.trackers:
+            t.finish()
+        if run.ema is not None:
+            run.model.load_state_dict(run.ema.state_dict())
+        return (
+            json.loads((out / "results.json").read_text(encoding="utf-8"))
+            if done
+            else _finish(run, found, seed)
+        )
 
 # %% ../nbs/61_train.ipynb #26e36f5c
 def _step_of(checkpoint):
     "The step at which a checkpoint was written; 0 for none."
     return 0 if checkpoint is None else int(checkpoint.name.split("_")[1])
 
-_ROUNDING = ("cpu", "vectors", "threads", "gpu", "device", "processes", "torch") # what the last digits depend on
 
+# what the last digits depend on
+_ROUNDING = ("cpu", "vectors", "threads", "gpu", "device", "processes", "torch")
+
+# %% ../nbs/61_train.ipynb #2baf1c79
 def _note_move(path, env):
     "Say in what a run goes on differently, for then its last digits are not those of a run that was never stopped."
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [k for k in _ROUNDING if k in before and before[k] != env[k]]
-    if not changed: return
+    if not changed:
+        return
     moved = ", ".join(f"{k} {before[k]} → {env[k]}" for k in changed)
     logger.warning("%s goes on under other conditions, so not bit for bit: %s", path.parent, moved)
 
+# %% ../nbs/61_train.ipynb #a626efce
 def _describe(run, config, seed):
     "Write what the run is, and take back the lines of metrics beyond the step it starts from."
-    write_json(run.out/"config.json", config)
-    env = {**env_info(), "device": str(run.accelerator.device), "processes": run.accelerator.num_processes}
-    if run.state["step"] and (run.out/"env.json").exists(): _note_move(run.out/"env.json", env)
-    write_json(run.out/"env.json", {**env, "seed": seed, "started_at_step": run.state["step"]})
+    write_json(run.out / "config.json", config)
+    env = {
+        **env_info(),
+        "device": str(run.accelerator.device),
+        "processes": run.accelerator.num_processes,
+    }
+    if run.state["step"] and (run.out / "env.json").exists():
+        _note_move(run.out / "env.json", env)
+    write_json(run.out / "env.json", {**env, "seed": seed, "started_at_step": run.state["step"]})
     _rewind(run.out, run.state["step"])
 
+# %% ../nbs/61_train.ipynb #e445702f
 def _finish(run, found, seed):
     "Write the results."
-    state, acc = run.state, run.accelerator
-    speed = state["step"]*run.recipe.batch/max(state["seconds"], 1e-9)
+    state = run.state
+    acc = run.accelerator
+    speed = state["step"] * run.recipe.batch / max(state["seconds"], 1e-9)
     best = "checkpoints/best.safetensors" if state["best"] is not None else None
-    last = run_weights(run.out, "last").relative_to(run.out).as_posix() if acc.is_main_process else None
-    metric, rules = run.score[0], dict(miou_over=run.recipe.miou, protocol=run.recipe.protocol) if run.score[1] is None else {}
-    scores = {metric: found and found[metric], f"best_{metric}": state["best"], "best_step": state["best_step"], "val": found}
-    results = dict(steps=state["step"], **scores, **rules, seconds=round(state["seconds"], 2), images_per_s=round(speed, 2), seed=seed,
-                   best=best, last=last)
-    if acc.is_main_process: write_json(run.out/"results.json", results)
+    last = (
+        run_weights(run.out, "last").relative_to(run.out).as_posix()
+        if acc.is_main_process
+        else None
+    )
+    metric = run.score[0]
+    rules = (
+        dict(miou_over=run.recipe.miou, protocol=run.recipe.protocol)
+        if run.score[1] is None
+        else {}
+    )
+    scores = {
+        metric: found and found[metric],
+        f"best_{metric}": state["best"],
+        "best_step": state["best_step"],
+        "val": found,
+    }
+    results = dict(
+        steps=state["step"],
+        **scores,
+        **rules,
+        seconds=round(state["seconds"], 2),
+        images_per_s=round(speed, 2),
+        seed=seed,
+        best=best,
+        last=last,
+    )
+    if acc.is_main_process:
+        write_json(run.out / "results.json", results)
     return results

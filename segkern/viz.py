@@ -22,148 +22,196 @@ from .core import IGNORE, atomic_path
 CYCLE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#555555"]
 IMPL_COLOURS = {"ref": "#888888", "compile": "#0072b2", "triton": "#e69f00"}
 
+# %% ../nbs/02_viz.ipynb #a8fe30bd
 def use_style():
     "Set matplotlib's defaults to the look of the library, for the rest of the process."
     import matplotlib
     from cycler import cycler
+
     lines = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
-    matplotlib.rcParams.update({
-        "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.labelsize": 9, "legend.fontsize": 8,
-        "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.linewidth": 0.7, "axes.edgecolor": "#444444", "xtick.color": "#444444", "ytick.color": "#444444", "lines.linewidth": 1.5,
-        "grid.color": "#dddddd", "grid.linewidth": 0.6, "figure.dpi": 100, "image.interpolation": "nearest",
-        "axes.prop_cycle": cycler(color=CYCLE) + cycler(linestyle=lines)})
+    matplotlib.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.7,
+            "axes.edgecolor": "#444444",
+            "xtick.color": "#444444",
+            "ytick.color": "#444444",
+            "lines.linewidth": 1.5,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "figure.dpi": 100,
+            "image.interpolation": "nearest",
+            "axes.prop_cycle": cycler(color=CYCLE) + cycler(linestyle=lines),
+        }
+    )
 
 # %% ../nbs/02_viz.ipynb #859265d8
 class Picture(Figure):
     "A matplotlib figure that notebooks show as a small PNG."
 
+
 def _png(fig, max_kb=60):
     "A figure or PIL image as palette PNG of at most `max_kb`: fewer colours first, then fewer pixels."
     return _squeeze(fig.convert("RGB") if isinstance(fig, Image.Image) else _render(fig), max_kb)[1]
 
+# %% ../nbs/02_viz.ipynb #bc181a7d
 def _squeeze(full, max_kb):
     "An RGB image as (palette image, its PNG) of at most `max_kb`."
     scale = 1.0
     while True:
-        size = tuple(max(1, round(s*scale)) for s in full.size)
+        size = tuple(max(1, round(s * scale)) for s in full.size)
         image = full if scale == 1 else full.resize(size, Image.Resampling.LANCZOS)
         for colours in (256, 128, 64):
             # the palette comes from every third pixel, which keeps flat colours exact and costs a ninth
-            few = image.resize([max(1, s//3) for s in size], Image.Resampling.NEAREST).quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=1)
-            out, reduced = io.BytesIO(), image.quantize(palette=few, dither=Image.Dither.NONE)
+            few = image.resize([max(1, s // 3) for s in size], Image.Resampling.NEAREST).quantize(
+                colours, Image.Quantize.MAXCOVERAGE, kmeans=1
+            )
+            out = io.BytesIO()
+            reduced = image.quantize(palette=few, dither=Image.Dither.NONE)
             reduced.save(out, "PNG", optimize=True)
-            if out.tell() <= max_kb*1024 or max(size) <= 64: return reduced, out.getvalue()
+            if out.tell() <= max_kb * 1024 or max(size) <= 64:
+                return reduced, out.getvalue()
         scale *= 0.85
 
+# %% ../nbs/02_viz.ipynb #a976f4a5
 def _render(fig):
     "The pixels of a figure on white."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     rgba = Image.fromarray(np.asarray(canvas.buffer_rgba()))
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
+
 def _tell_notebook():
     "Register our PNG with a running IPython, whose own printer for figures would come first."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None: shell.display_formatter.formatters["image/png"].for_type(Picture, _png)
+    if shell is not None:
+        shell.display_formatter.formatters["image/png"].for_type(Picture, _png)
 
 # %% ../nbs/02_viz.ipynb #73b2eab5
 def figure(
-    rows:int=1, # rows of axes
-    cols:int=1, # columns of axes
-    width:float=6.4, # inches; 100 pixels each
-    height:float|None=None, # inches; default: axes in 3:2
-    **kwargs, # any argument of `Figure.subplots`, e.g. `sharex=True`
-)->tuple: # the figure and its axes: one, or an array as `plt.subplots` returns it
+    rows: int = 1,  # rows of axes
+    cols: int = 1,  # columns of axes
+    width: float = 6.4,  # inches; 100 pixels each
+    height: float | None = None,  # inches; default: axes in 3:2
+    **kwargs,  # any argument of `Figure.subplots`, e.g. `sharex=True`
+) -> tuple:  # the figure and its axes: one, or an array as `plt.subplots` returns it
     "An empty figure in the look of the library."
     use_style()
     _tell_notebook()
-    fig = Picture(figsize=(width, height or width/cols*rows/1.5), dpi=100, layout="constrained")
+    fig = Picture(
+        figsize=(width, height or width / cols * rows / 1.5), dpi=100, layout="constrained"
+    )
     return fig, fig.subplots(rows, cols, **kwargs)
 
 # %% ../nbs/02_viz.ipynb #74676477
 def save_png(
-    fig, # a figure or a PIL image
-    path:str|Path, # destination
-    max_kb:int=60, # colours, then pixels are reduced until the file is no larger
-)->Path: # the destination
+    fig,  # a figure or a PIL image
+    path: str | Path,  # destination
+    max_kb: int = 60,  # colours, then pixels are reduced until the file is no larger
+) -> Path:  # the destination
     "Write a picture as palette PNG, atomically."
     data = _png(fig, max_kb)
-    with atomic_path(path) as tmp: tmp.write_bytes(data)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data)
     return Path(path)
 
 # %% ../nbs/02_viz.ipynb #f729ba0b
 def show(
-    image, # a PIL image, or uint8 RGB [3, h, w] or [h, w, 3]
-    zoom:int=1, # every pixel becomes zoom x zoom
-    max_kb:int=60, # as in `save_png`
-)->Image.Image: # an image in palette mode, shown by notebooks
+    image,  # a PIL image, or uint8 RGB [3, h, w] or [h, w, 3]
+    zoom: int = 1,  # every pixel becomes zoom x zoom
+    max_kb: int = 60,  # as in `save_png`
+) -> Image.Image:  # an image in palette mode, shown by notebooks
     "A picture as it is, small enough to store in a notebook."
     full = Image.fromarray(_rgb(image))
-    return _squeeze(full.resize((full.width*zoom, full.height*zoom), Image.Resampling.NEAREST), max_kb)[0]
+    return _squeeze(
+        full.resize((full.width * zoom, full.height * zoom), Image.Resampling.NEAREST), max_kb
+    )[0]
 
 # %% ../nbs/02_viz.ipynb #c8239658
 VOID = (0, 0, 0)
+
 
 def _labels(labels):
     "Labels as a uint8 array [h, w]."
     a = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     a = a.squeeze(0) if a.ndim == 3 and a.shape[0] == 1 else a
-    if a.ndim != 2 or a.dtype.kind not in "iu": raise ValueError(f"labels must be integers [h, w], got {a.dtype} {a.shape}")
-    if a.size and (a.min() < 0 or a.max() > 255): raise ValueError(f"labels must lie in 0..255, got {a.min()}..{a.max()}")
+    if a.ndim != 2 or a.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers [h, w], got {a.dtype} {a.shape}")
+    if a.size and (a.min() < 0 or a.max() > 255):
+        raise ValueError(f"labels must lie in 0..255, got {a.min()}..{a.max()}")
     return a.astype(np.uint8)
 
+# %% ../nbs/02_viz.ipynb #1d9322ed
 def _rgb(image):
     "An image as a uint8 array [h, w, 3]."
-    if isinstance(image, Image.Image): image = np.asarray(image.convert("RGB"))
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
     a = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3: a = a.transpose(1, 2, 0)
+    if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3:
+        a = a.transpose(1, 2, 0)
     if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3:
         raise ValueError(f"an image must be uint8 [3, h, w] or [h, w, 3], got {a.dtype} {a.shape}")
     return a
 
+# %% ../nbs/02_viz.ipynb #bb79b9b7
 @functools.lru_cache(maxsize=None)
 def _default_palette():
     "256 colours for labels without a palette: hues in golden-ratio steps over three lightnesses."
     import colorsys
-    hls = [((0.6 + i*0.618034) % 1, (0.5, 0.35, 0.7)[i % 3], 0.6) for i in range(256)]
-    return np.array([[round(255*v) for v in colorsys.hls_to_rgb(*c)] for c in hls], np.uint8)
 
+    hls = [((0.6 + i * 0.618034) % 1, (0.5, 0.35, 0.7)[i % 3], 0.6) for i in range(256)]
+    return np.array([[round(255 * v) for v in colorsys.hls_to_rgb(*c)] for c in hls], np.uint8)
+
+# %% ../nbs/02_viz.ipynb #929baabb
 def _palette(palette=None):
     "A palette of 256 colours; unlisted ids are void."
-    if palette is None: out = _default_palette().copy()
+    if palette is None:
+        out = _default_palette().copy()
     else:
         rows = np.asarray(palette, np.uint8).reshape(-1, 3)
         out = np.tile(np.array(VOID, np.uint8), (256, 1))
-        out[:len(rows)] = rows
+        out[: len(rows)] = rows
     out[IGNORE] = VOID
     return out
 
 # %% ../nbs/02_viz.ipynb #f06ef06a
 def colour(
-    labels, # class ids [h, w]; 255 is void
-    palette=None, # RGB per class
-)->np.ndarray: # uint8 [h, w, 3]
+    labels,  # class ids [h, w]; 255 is void
+    palette=None,  # RGB per class
+) -> np.ndarray:  # uint8 [h, w, 3]
     "A label map in its classes' colours."
     return _palette(palette)[_labels(labels)]
 
 # %% ../nbs/02_viz.ipynb #dc9d8be6
 def overlay(
-    image, # uint8 RGB, [3, h, w] or [h, w, 3]
-    labels, # class ids [h, w]; void leaves the image as it is
-    palette=None, # RGB per class
-    alpha:float=0.55, # weight of the colours
-)->np.ndarray: # uint8 [h, w, 3]
+    image,  # uint8 RGB, [3, h, w] or [h, w, 3]
+    labels,  # class ids [h, w]; void leaves the image as it is
+    palette=None,  # RGB per class
+    alpha: float = 0.55,  # weight of the colours
+) -> np.ndarray:  # uint8 [h, w, 3]
     "The image tinted by its labels, with dark lines where the class changes."
-    image, ids = _rgb(image), _labels(labels)
-    if image.shape[:2] != ids.shape: raise ValueError(f"image {image.shape[:2]} and labels {ids.shape} differ in size")
+    image = _rgb(image)
+    ids = _labels(labels)
+    if image.shape[:2] != ids.shape:
+        raise ValueError(f"image {image.shape[:2]} and labels {ids.shape} differ in size")
     grey = image.mean(axis=2, keepdims=True)
-    mixed = (1 - alpha)*(0.5*image + 0.5*grey) + alpha*colour(ids, palette)
-    mixed = np.where(_edges(ids)[..., None], 0.45*mixed, mixed)
+    mixed = (1 - alpha) * (0.5 * image + 0.5 * grey) + alpha * colour(ids, palette)
+    mixed = np.where(_edges(ids)[..., None], 0.45 * mixed, mixed)
     return np.where((ids == IGNORE)[..., None], image, mixed.round()).astype(np.uint8)
 
+# %% ../nbs/02_viz.ipynb #8c4f98ab
 def _edges(ids):
     "Where a label differs from its right or lower neighbour."
     edge = np.zeros(ids.shape, bool)
@@ -172,67 +220,107 @@ def _edges(ids):
     return edge
 
 # %% ../nbs/02_viz.ipynb #632a8562
-_RIGHT, _WRONG, _HATCH = (244, 244, 244), (176, 24, 43), ((196, 196, 196), (150, 150, 150))
+_RIGHT = (244, 244, 244)
+_WRONG = (176, 24, 43)
+_HATCH = ((196, 196, 196), (150, 150, 150))
+
 
 def _stripes(shape):
     "Diagonal stripes, about 40 across the width."
-    y, x = np.mgrid[:shape[0], :shape[1]]
-    return ((x + y)//max(1, round(shape[1]/80))) % 2 == 0
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    return ((x + y) // max(1, round(shape[1] / 80))) % 2 == 0
+
 
 def _hatched(picture, target):
     "The picture with the target's void pixels hatched."
     hatch = np.where(_stripes(target.shape)[..., None], *_HATCH)
     return np.where((target == IGNORE)[..., None], hatch, picture).astype(np.uint8)
 
+# %% ../nbs/02_viz.ipynb #76a2d652
 def error_map(
-    target, # class ids [h, w]; 255 is void
-    pred, # class ids [h, w]
-)->np.ndarray: # uint8 [h, w, 3]: light where right, dark red where wrong, hatched grey where void
+    target,  # class ids [h, w]; 255 is void
+    pred,  # class ids [h, w]
+) -> (
+    np.ndarray
+):  # uint8 [h, w, 3]: light where right, dark red where wrong, hatched grey where void
     "Where a prediction is wrong."
-    target, pred = _labels(target), _labels(pred)
-    if target.shape != pred.shape: raise ValueError(f"target {target.shape} and prediction {pred.shape} differ in size")
+    target = _labels(target)
+    pred = _labels(pred)
+    if target.shape != pred.shape:
+        raise ValueError(f"target {target.shape} and prediction {pred.shape} differ in size")
     out = np.where((target == pred)[..., None], _RIGHT, _WRONG)
     return _hatched(out, target)
 
 # %% ../nbs/02_viz.ipynb #a7b0a9bb
 def _many(x, ndim):
     "One item or several as a list."
-    if x is None: return None
+    if x is None:
+        return None
     return list(x) if isinstance(x, (list, tuple)) or x.ndim > ndim else [x]
 
+# %% ../nbs/02_viz.ipynb #ca404b60
 def _class_legend(fig, label_maps, classes, palette, errors):
     "The classes that occur, in the order of the table, below the pictures; returns the number of lines."
     ids = np.unique(np.concatenate([np.unique(_labels(a)) for a in label_maps]))
-    name = lambda i: str(classes[i]) if classes is not None and i < len(classes) else f"class {i}"
-    patch = lambda c, label, **kw: Patch(facecolor=np.array(c)/255, edgecolor="#444444", linewidth=0.5, label=label, **kw)
-    handles = [patch(_palette(palette)[i], name(i)) for i in ids if i != IGNORE]
-    if errors: handles.append(patch(_WRONG, "wrong"))
-    if IGNORE in ids: handles.append(patch(_HATCH[0], "ignored", hatch="/////"))
-    columns = min(len(handles), max(2, int(fig.get_figwidth()/1.1)))
-    fig.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.2, handleheight=1.0, columnspacing=1.2)
-    return -(-len(handles)//columns)
 
+    def name(i):
+        return str(classes[i]) if classes is not None and i < len(classes) else f"class {i}"
+
+    def patch(c, label, **kw):
+        return Patch(
+            facecolor=np.array(c) / 255, edgecolor="#444444", linewidth=0.5, label=label, **kw
+        )
+
+    handles = [patch(_palette(palette)[i], name(i)) for i in ids if i != IGNORE]
+    if errors:
+        handles.append(patch(_WRONG, "wrong"))
+    if IGNORE in ids:
+        handles.append(patch(_HATCH[0], "ignored", hatch="/////"))
+    columns = min(len(handles), max(2, int(fig.get_figwidth() / 1.1)))
+    fig.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=columns,
+        handlelength=1.2,
+        handleheight=1.0,
+        columnspacing=1.2,
+    )
+    return -(-len(handles) // columns)
+
+# %% ../nbs/02_viz.ipynb #17c516c3
 def panel(
-    image, # uint8 RGB [3, h, w] or [h, w, 3]; several for several rows
-    target=None, # class ids [h, w]
-    pred=None, # class ids [h, w]
-    classes:list|None=None, # names for the legend
-    palette=None, # RGB per class
-    titles:list|None=None, # one line per row, e.g. "best: 0.81"
-    width:float=9.0, # inches
-)->Picture: # one row per image
+    image,  # uint8 RGB [3, h, w] or [h, w, 3]; several for several rows
+    target=None,  # class ids [h, w]
+    pred=None,  # class ids [h, w]
+    classes: list | None = None,  # names for the legend
+    palette=None,  # RGB per class
+    titles: list | None = None,  # one line per row, e.g. "best: 0.81"
+    width: float = 9.0,  # inches
+) -> Picture:  # one row per image
     "Image | target | prediction | error map, with a shared legend of the classes present."
-    images, targets, preds = _many(image, 3), _many(target, 2), _many(pred, 2)
+    images = _many(image, 3)
+    targets = _many(target, 2)
+    preds = _many(pred, 2)
     counts = {len(x) for x in (images, targets, preds) if x is not None}
     if len(counts) != 1 or 0 in counts:
-        raise ValueError(f"a panel needs as many targets and predictions as images, at least one; got {sorted(counts)}")
+        raise ValueError(
+            f"a panel needs as many targets and predictions as images, at least one; got {sorted(counts)}"
+        )
     columns = [("image", [_rgb(i) for i in images])]
     for name, maps in (("target", targets), ("prediction", preds)):
-        if maps is not None: columns.append((name, [_hatched(colour(a, palette), _labels(a)) for a in maps]))
+        if maps is not None:
+            columns.append((name, [_hatched(colour(a, palette), _labels(a)) for a in maps]))
     both = targets is not None and preds is not None
-    if both: columns.append(("errors", [error_map(t, p) for t, p in zip(targets, preds)]))
+    if both:
+        columns.append(("errors", [error_map(t, p) for t, p in zip(targets, preds)]))
     h, w = columns[0][1][0].shape[:2]
-    fig, axes = figure(len(images), len(columns), width=width, height=(width/len(columns) - 0.08)*h/w*len(images) + 0.3, squeeze=False)
+    fig, axes = figure(
+        len(images),
+        len(columns),
+        width=width,
+        height=(width / len(columns) - 0.08) * h / w * len(images) + 0.3,
+        squeeze=False,
+    )
     fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     for c, (name, pictures) in enumerate(columns):
         for r, picture in enumerate(pictures):
@@ -240,115 +328,187 @@ def panel(
             ax.imshow(picture, interpolation="nearest" if c else "antialiased")
             ax.set_xticks([]), ax.set_yticks([])
             ax.spines[:].set_visible(False)
-            if r == 0: ax.set_title(name)
-            if c == 0 and titles: ax.set_ylabel(titles[r])
+            if r == 0:
+                ax.set_title(name)
+            if c == 0 and titles:
+                ax.set_ylabel(titles[r])
     if maps := (targets or []) + (preds or []):
         lines = _class_legend(fig, maps, classes, palette, both)
-        fig.set_figheight(fig.get_figheight() + 0.17*lines + 0.1)
+        fig.set_figheight(fig.get_figheight() + 0.17 * lines + 0.1)
     return fig
 
 # %% ../nbs/02_viz.ipynb #eca95d64
 def read_metrics(
-    path:str|Path, # a `metrics.jsonl`, or the run folder that holds it
-)->dict: # name -> (steps, values), nested objects joined by a dot
+    path: str | Path,  # a `metrics.jsonl`, or the run folder that holds it
+) -> dict:  # name -> (steps, values), nested objects joined by a dot
     "The series of a run."
-    path = Path(path)/"metrics.jsonl" if Path(path).is_dir() else Path(path)
+    path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     series = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        try: row = _flat(json.loads(line))
-        except ValueError: continue
+        try:
+            row = _flat(json.loads(line))
+        except ValueError:
+            continue
         for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)) and "step" in row: series.setdefault(name, {})[row["step"]] = value
-    return {name: ([*sorted(points)], [points[s] for s in sorted(points)]) for name, points in series.items()}
+            if name != "step" and isinstance(value, (int, float)) and "step" in row:
+                series.setdefault(name, {})[row["step"]] = value
+    return {
+        name: ([*sorted(points)], [points[s] for s in sorted(points)])
+        for name, points in series.items()
+    }
 
+# %% ../nbs/02_viz.ipynb #1415d45a
 def _flat(row, prefix=""):
     "Nested dicts as one, keys joined by a dot."
     out = {}
     for key, value in row.items():
-        if isinstance(value, dict): out |= _flat(value, f"{prefix}{key}.")
-        else: out[prefix + key] = value
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
     return out
 
 # %% ../nbs/02_viz.ipynb #2dc10cb4
 def curves(
-    path:str|Path, # a `metrics.jsonl`, or the run folder that holds it
-    width:float=9.0, # inches
-)->Picture: # one panel each, where there is something to draw
+    path: str | Path,  # a `metrics.jsonl`, or the run folder that holds it
+    width: float = 9.0,  # inches
+) -> Picture:  # one panel each, where there is something to draw
     "Loss, mIoU and learning rate over the steps of a run."
     series = read_metrics(path)
-    last = lambda name: name.rsplit(".", 1)[-1].rsplit("/", 1)[-1]
-    groups = [("loss", [n for n in series if last(n) == "loss"]), ("mIoU", [n for n in series if last(n) in ("miou", "val_miou")]),
-              ("learning rate", [n for n in series if last(n) == "lr"])]
+
+    def last(name):
+        return name.rsplit(".", 1)[-1].rsplit("/", 1)[-1]
+
+    groups = [
+        ("loss", [n for n in series if last(n) == "loss"]),
+        ("mIoU", [n for n in series if last(n) in ("miou", "val_miou")]),
+        ("learning rate", [n for n in series if last(n) == "lr"]),
+    ]
     groups = [(title, names) for title, names in groups if names]
-    if not groups: raise ValueError(f"{path} holds no loss, miou or lr: {sorted(series)}")
+    if not groups:
+        raise ValueError(f"{path} holds no loss, miou or lr: {sorted(series)}")
     fig, axes = figure(1, len(groups), width=width, height=2.6, squeeze=False)
     for ax, (title, names) in zip(axes[0], groups):
-        for name in names: _curve(ax, *series[name], label=name, colour=CYCLE[names.index(name) % len(CYCLE)], raw=title == "loss")
+        for name in names:
+            _curve(
+                ax,
+                *series[name],
+                label=name,
+                colour=CYCLE[names.index(name) % len(CYCLE)],
+                raw=title == "loss",
+            )
         ax.set(title=title, xlabel="step")
         ax.grid(axis="y")
-        if title == "mIoU": ax.set_ylim(0, max(0.05, *(1.1*max(series[n][1]) for n in names)))
-        if len(names) > 1: ax.legend()
+        if title == "mIoU":
+            ax.set_ylim(0, max(0.05, *(1.1 * max(series[n][1]) for n in names)))
+        if len(names) > 1:
+            ax.legend()
     return fig
 
+# %% ../nbs/02_viz.ipynb #0cacb305
 def _curve(ax, steps, values, label, colour, raw):
     "One series; a noisy one is drawn pale under its running mean."
-    values, k = np.asarray(values, float), max(1, len(values)//20)
+    values, k = np.asarray(values, float), max(1, len(values) // 20)
     if raw and k > 1:
         ax.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, linestyle="-")
-        padded = np.pad(values, (k//2, k - 1 - k//2), mode="edge")
-        values = np.convolve(padded, np.ones(k)/k, mode="valid")
-    ax.plot(steps, values, color=colour, label=label, linestyle="-", marker="o" if len(steps) <= 12 else None, markersize=3.5)
+        padded = np.pad(values, (k // 2, k - 1 - k // 2), mode="edge")
+        values = np.convolve(padded, np.ones(k) / k, mode="valid")
+    ax.plot(
+        steps,
+        values,
+        color=colour,
+        label=label,
+        linestyle="-",
+        marker="o" if len(steps) <= 12 else None,
+        markersize=3.5,
+    )
 
 # %% ../nbs/02_viz.ipynb #bc7c9274
 def confusion_figure(
-    matrix, # counts [k, k], row = target, column = prediction
-    classes:list|None=None, # names
-    width:float=6.0, # inches
-)->Picture:
+    matrix,  # counts [k, k], row = target, column = prediction
+    classes: list | None = None,  # names
+    width: float = 6.0,  # inches
+) -> Picture:
     "A confusion matrix, each row in percent of the target's pixels."
     m = np.asarray(matrix.cpu() if isinstance(matrix, torch.Tensor) else matrix, float)
-    if m.ndim != 2 or m.shape[0] != m.shape[1]: raise ValueError(f"a confusion matrix is square, got {m.shape}")
-    k, total = len(m), m.sum(1, keepdims=True)
-    share = np.divide(100*m, total, out=np.zeros_like(m), where=total > 0)
+    if m.ndim != 2 or m.shape[0] != m.shape[1]:
+        raise ValueError(f"a confusion matrix is square, got {m.shape}")
+    k = len(m)
+    total = m.sum(1, keepdims=True)
+    share = np.divide(100 * m, total, out=np.zeros_like(m), where=total > 0)
     names = [str(c) for c in classes] if classes is not None else [str(i) for i in range(k)]
-    fig, ax = figure(width=width, height=0.92*width)
+    fig, ax = figure(width=width, height=0.92 * width)
     shown = ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
     ax.set(xlabel="prediction", ylabel="target", xticks=range(k), yticks=range(k))
-    ax.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor"), ax.set_yticklabels(names)
+    (
+        ax.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor"),
+        ax.set_yticklabels(names),
+    )
     ax.spines[:].set_visible(False), ax.tick_params(length=0)
     for r, c in zip(*np.nonzero(share >= 0.5)):
         ink = "white" if share[r, c] > 55 else "#222222"
-        ax.text(c, r, f"{share[r, c]:.0f}", ha="center", va="center", fontsize=7 if k > 12 else 8, color=ink)
-    for r in np.flatnonzero(total[:, 0] == 0): ax.text(k/2 - 0.5, r, "no pixels", ha="center", va="center", fontsize=7, color="#777777")
-    fig.colorbar(shown, ax=ax, shrink=0.8, label="% of the target's pixels").outline.set_visible(False)
+        ax.text(
+            c,
+            r,
+            f"{share[r, c]:.0f}",
+            ha="center",
+            va="center",
+            fontsize=7 if k > 12 else 8,
+            color=ink,
+        )
+    for r in np.flatnonzero(total[:, 0] == 0):
+        ax.text(k / 2 - 0.5, r, "no pixels", ha="center", va="center", fontsize=7, color="#777777")
+    fig.colorbar(shown, ax=ax, shrink=0.8, label="% of the target's pixels").outline.set_visible(
+        False
+    )
     return fig
 
 # %% ../nbs/02_viz.ipynb #0055a08a
 def heatmap(
-    values, # [h, w] floats
-    image=None, # uint8 RGB to lay the map over; sizes may differ
-    label:str="", # what the colours mean, with unit
-    title:str="",
-    alpha:float=0.6, # weight of the map over the image
-    vmin:float|None=None,
-    vmax:float|None=None,
-    cmap:str="viridis", # keep it perceptually uniform
-    width:float=4.6, # inches
-    ax=None, # draw into these axes instead of a figure of its own
+    values,  # [h, w] floats
+    image=None,  # uint8 RGB to lay the map over; sizes may differ
+    label: str = "",  # what the colours mean, with unit
+    title: str = "",
+    alpha: float = 0.6,  # weight of the map over the image
+    vmin: float | None = None,
+    vmax: float | None = None,
+    cmap: str = "viridis",  # keep it perceptually uniform
+    width: float = 4.6,  # inches
+    ax=None,  # draw into these axes instead of a figure of its own
 ):
     "A map of values with its colour bar, alone or over the image; returns the figure."
-    v = values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, float)
-    if v.ndim != 2: raise ValueError(f"a heat map is [h, w], got {v.shape}")
+    v = (
+        values.detach().float().cpu().numpy()
+        if isinstance(values, torch.Tensor)
+        else np.asarray(values, float)
+    )
+    if v.ndim != 2:
+        raise ValueError(f"a heat map is [h, w], got {v.shape}")
     h, w = v.shape if image is None else _rgb(image).shape[:2]
-    if ax is None: fig, ax = figure(width=width, height=min(8.0, max(1.0, 0.84*width*h/w + 0.3)))
-    else: fig = ax.figure
+    if ax is None:
+        fig, ax = figure(width=width, height=min(8.0, max(1.0, 0.84 * width * h / w + 0.3)))
+    else:
+        fig = ax.figure
     extent = (-0.5, w - 0.5, h - 0.5, -0.5)
-    if image is not None: ax.imshow(_rgb(image).mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="antialiased")
-    over = dict(interpolation="bilinear", alpha=alpha) if image is not None else dict(interpolation="nearest")
+    if image is not None:
+        ax.imshow(
+            _rgb(image).mean(axis=2),
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            extent=extent,
+            interpolation="antialiased",
+        )
+    over = (
+        dict(interpolation="bilinear", alpha=alpha)
+        if image is not None
+        else dict(interpolation="nearest")
+    )
     shown = ax.imshow(v, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent, aspect="equal", **over)
     ax.set_xticks([]), ax.set_yticks([])
     ax.spines[:].set_visible(False)
-    if title: ax.set_title(title)
+    if title:
+        ax.set_title(title)
     bar = fig.colorbar(shown, ax=ax, shrink=0.85, label=label)
     bar.outline.set_visible(False)
     bar.solids.set_alpha(1)
@@ -356,13 +516,19 @@ def heatmap(
 
 # %% ../nbs/02_viz.ipynb #438cb8d4
 def save_labels(
-    labels, # class ids [h, w]
-    path:str|Path, # a .png
-    palette=None, # RGB per class; None: grey levels equal to the ids
-)->Path: # the destination
+    labels,  # class ids [h, w]
+    path: str | Path,  # a .png
+    palette=None,  # RGB per class; None: grey levels equal to the ids
+) -> Path:  # the destination
     "Write labels as palette PNG, atomically; reading it back gives the same ids."
-    if Path(path).suffix.lower() != ".png": raise ValueError(f"labels are written as .png (lossless), not as '{path}'")
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"labels are written as .png (lossless), not as '{path}'")
     out = Image.fromarray(_labels(labels))
-    out.putpalette((np.arange(256, dtype=np.uint8).repeat(3) if palette is None else _palette(palette)).tobytes())
-    with atomic_path(path) as tmp: out.save(tmp, "PNG", optimize=True)
+    out.putpalette(
+        (
+            np.arange(256, dtype=np.uint8).repeat(3) if palette is None else _palette(palette)
+        ).tobytes()
+    )
+    with atomic_path(path) as tmp:
+        out.save(tmp, "PNG", optimize=True)
     return Path(path)

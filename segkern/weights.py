@@ -18,92 +18,175 @@ from .core import Table, atomic_path
 # %% ../nbs/03_weights.ipynb #fa5a38fc
 class Inert:
     "Takes the place of an object that is of no use here; holds nothing."
-    def __new__(cls, *args, **kwargs): return super().__new__(cls)
-    def __init__(self, *args, **kwargs): pass
-    def __setstate__(self, state): pass
-    def __setitem__(self, key, value): pass
-    def append(self, item): pass
-    def extend(self, items): pass
 
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, item):
+        pass
+
+    def extend(self, items):
+        pass
+
+# %% ../nbs/03_weights.ipynb #478042c4
 def _stand_ins():
     "Names that a checkpoint may mention, each with a class of its own that does nothing."
-    numpy = [f"{m}.multiarray.{f}" for m in ("numpy.core", "numpy._core") for f in ("_reconstruct", "scalar")]
-    dtypes = [f"numpy.dtypes.{d}DType" for d in "Float16 Float32 Float64 Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Bool Str Object".split()]
-    names = ["mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.ConfigDict", "mmengine.config.config.Config",
-             "yacs.config.CfgNode", "argparse.Namespace", "numpy.ndarray", "numpy.dtype", "numpy.random._pickle.__randomstate_ctor", *numpy, *dtypes]
+    numpy = [
+        f"{m}.multiarray.{f}"
+        for m in ("numpy.core", "numpy._core")
+        for f in ("_reconstruct", "scalar")
+    ]
+    dtypes = [
+        f"numpy.dtypes.{d}DType"
+        for d in "Float16 Float32 Float64 Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Bool Str Object".split()
+    ]
+    names = [
+        "mmengine.logging.history_buffer.HistoryBuffer",
+        "mmengine.config.config.ConfigDict",
+        "mmengine.config.config.Config",
+        "yacs.config.CfgNode",
+        "argparse.Namespace",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "numpy.random._pickle.__randomstate_ctor",
+        *numpy,
+        *dtypes,
+    ]
     return [(type(n.rsplit(".", 1)[-1], (Inert,), {}), n) for n in names]
 
 # %% ../nbs/03_weights.ipynb #92ff2f6c
 def read(
-    path:str|Path, # .pth, .pt, .ckpt, .bin or .safetensors
-)->dict: # what the file holds; stand-ins in place of foreign objects
+    path: str | Path,  # .pth, .pt, .ckpt, .bin or .safetensors
+) -> dict:  # what the file holds; stand-ins in place of foreign objects
     "Read a checkpoint on the CPU. Nothing in the file is executed."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"checkpoint {path} does not exist")
-    if path.stat().st_size == 0: raise ValueError(f"checkpoint {path} is empty")
-    if path.suffix == ".safetensors": return read_safetensors(path)[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if path.stat().st_size == 0:
+        raise ValueError(f"checkpoint {path} is empty")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
     try:
-        with torch.serialization.safe_globals(_stand_ins()): return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e: raise ValueError(_refusal(path, str(e))) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError, UnicodeDecodeError, zipfile.BadZipFile, IndexError) as e:
-        raise ValueError(f"checkpoint {path} ({path.stat().st_size:,} bytes) cannot be read, it is damaged or cut short: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+        with torch.serialization.safe_globals(_stand_ins()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(_refusal(path, str(e))) from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        UnicodeDecodeError,
+        zipfile.BadZipFile,
+        IndexError,
+    ) as e:
+        raise ValueError(
+            f"checkpoint {path} ({path.stat().st_size:,} bytes) cannot be read, it is "
+            f"damaged or cut short: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+        ) from None
 
 # %% ../nbs/03_weights.ipynb #bdda4d6b
 def _refusal(path, message):
     "What to say about a file that the safe reader refuses."
-    if m := re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"Unsupported (?:global|class)[^\w]*([\w.]+)", message):
-        return f"checkpoint {path} was refused: it wants to call '{m[1]}', which is not data. Nothing was executed. Ask for a file with tensors only"
+    if m := re.search(r"GLOBAL ([\w.]+)", message) or re.search(
+        r"Unsupported (?:global|class)[^\w]*([\w.]+)", message
+    ):
+        return (
+            f"checkpoint {path} was refused: it wants to call '{m[1]}', which is not data. "
+            f"Nothing was executed. Ask for a file with tensors only"
+        )
     return f"checkpoint {path} is no PyTorch checkpoint of tensors and plain containers. Nothing was executed"
 
 # %% ../nbs/03_weights.ipynb #8ab31d12
 def read_safetensors(
-    path:str|Path, # .safetensors
-)->tuple: # (state dict, metadata dict)
+    path: str | Path,  # .safetensors
+) -> tuple:  # (state dict, metadata dict)
     "Read a safetensors file and its metadata into aligned memory; JSON values are decoded."
     from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="pt") as f:
-            state, meta = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}
-    except FileNotFoundError: raise FileNotFoundError(f"checkpoint {path} does not exist") from None
-    except (SafetensorError, OSError) as e: raise ValueError(f"checkpoint {path} is no readable safetensors file: {e}") from None
+            state = {k: f.get_tensor(k).clone() for k in f.keys()}
+            meta = f.metadata() or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"checkpoint {path} does not exist") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"checkpoint {path} is no readable safetensors file: {e}") from None
+
     def decode(v):
-        try: return json.loads(v)
-        except json.JSONDecodeError: return v
+        try:
+            return json.loads(v)
+        except json.JSONDecodeError:
+            return v
+
     return state, {k: decode(v) for k, v in meta.items()}
 
 # %% ../nbs/03_weights.ipynb #a6151495
 def write_safetensors(
-    state:dict, # name -> tensor
-    path:str|Path, # destination
-    metadata:dict|None=None, # anything JSON can hold
-)->Path: # the destination
+    state: dict,  # name -> tensor
+    path: str | Path,  # destination
+    metadata: dict | None = None,  # anything JSON can hold
+) -> Path:  # the destination
     "Write tensors and metadata, atomically."
     from safetensors.torch import save
-    data = save({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()},
-                {k: json.dumps(v) for k, v in (metadata or {}).items()})
-    with atomic_path(path) as tmp: tmp.write_bytes(data)
+
+    data = save(
+        {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in state.items()
+        },
+        {k: json.dumps(v) for k, v in (metadata or {}).items()},
+    )
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data)
     return Path(path)
 
 # %% ../nbs/03_weights.ipynb #4fafcb08
-_CONTAINERS = ("state_dict_ema", "state_dict", "model", "model_state_dict", "model_state", "net", "network", "module")
+_CONTAINERS = (
+    "state_dict_ema",
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "module",
+)
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
+# %% ../nbs/03_weights.ipynb #9cccce7f
 def unwrap(
-    obj, # what `read` returned
-    source:str="the checkpoint", # for messages
-)->dict: # key -> tensor
+    obj,  # what `read` returned
+    source: str = "the checkpoint",  # for messages
+) -> dict:  # key -> tensor
     "The state dict inside a checkpoint, without wrapper prefixes."
     while isinstance(obj, dict):
         inner = [obj[c] for c in _CONTAINERS if isinstance(obj.get(c), dict)]
-        if not inner: break
+        if not inner:
+            break
         obj = inner[0]
-    if not isinstance(obj, dict): raise ValueError(f"{source} holds a {type(obj).__name__}, expected a dict of tensors")
+    if not isinstance(obj, dict):
+        raise ValueError(f"{source} holds a {type(obj).__name__}, expected a dict of tensors")
     state = {str(k): v for k, v in obj.items() if isinstance(v, torch.Tensor)}
-    if not state: raise ValueError(f"{source} holds no weights; its entries are {sorted(map(str, obj))[:12]}")
+    if not state:
+        raise ValueError(f"{source} holds no weights; its entries are {sorted(map(str, obj))[:12]}")
     stripped = True
     while stripped:
         stripped = next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)
-        if stripped: state = {k[len(stripped):]: v for k, v in state.items()}
+        if stripped:
+            state = {k[len(stripped) :]: v for k, v in state.items()}
     return state
 
 # %% ../nbs/03_weights.ipynb #22055d37
@@ -111,55 +194,69 @@ def unwrap(
 class Rule:
     """Official keys that match `pattern` become `name` (a template for `re.sub`), or are left out because of `unused`. Several names
     share the tensor's rows: attention's query, key and value projections are stored as one matrix in some files."""
-    pattern:str
-    name:str|tuple|None=None
-    unused:str=""
+
+    pattern: str
+    name: str | tuple | None = None
+    unused: str = ""
 
 # %% ../nbs/03_weights.ipynb #d8e9992b
 def map_key(
-    key:str, # official key
-    rules:list, # of Rule, the first match counts
-)->tuple: # (our name, or names, or None; reason or ""); (None, "") where no rule matches
+    key: str,  # official key
+    rules: list,  # of Rule, the first match counts
+) -> tuple:  # (our name, or names, or None; reason or ""); (None, "") where no rule matches
     "Apply a key table to one key."
     for r in rules:
         if m := re.match(r.pattern, key):
-            if r.name is None: return None, r.unused
-            if isinstance(r.name, tuple): return tuple(m.expand(n) + key[m.end():] for n in r.name), ""
-            return m.expand(r.name) + key[m.end():], ""
+            if r.name is None:
+                return None, r.unused
+            if isinstance(r.name, tuple):
+                return tuple(m.expand(n) + key[m.end() :] for n in r.name), ""
+            return m.expand(r.name) + key[m.end() :], ""
     return None, ""
 
+# %% ../nbs/03_weights.ipynb #c95bd92d
 def place(
-    key:str, # official key
-    value:torch.Tensor, # its tensor
-    rules:list, # of Rule
-    ours:dict, # our state dict
-)->list: # of (our name or None, its part of the tensor, reason)
-    "Where one official tensor goes. A 1×1 convolution and a linear layer hold the same matrix, so trailing ones in the shape do not count."
+    key: str,  # official key
+    value: torch.Tensor,  # its tensor
+    rules: list,  # of Rule
+    ours: dict,  # our state dict
+) -> list:  # of (our name or None, its part of the tensor, reason)
+    """Where one official tensor goes. A 1×1 convolution and a linear layer hold the same matrix,
+    so trailing ones in the shape do not count."""
     target, why = map_key(key, rules)
     names = target if isinstance(target, tuple) else (target,)
     rows = [len(ours[n]) if n in ours and ours[n].ndim else 0 for n in names]
     whole = len(names) > 1 and value.ndim and sum(rows) == len(value)
-    parts = value.split(rows) if whole else [value]*len(names)
-    core = lambda shape: tuple(shape[:max((i + 1 for i, n in enumerate(shape) if n != 1), default=0)])
-    alike = lambda n, v: n in ours and v.ndim > 1 and ours[n].ndim > 1 and core(ours[n].shape) == core(v.shape)
+    parts = value.split(rows) if whole else [value] * len(names)
+
+    def core(shape):
+        return tuple(shape[: max((i + 1 for i, n in enumerate(shape) if n != 1), default=0)])
+
+    def alike(n, v):
+        return (
+            n in ours and v.ndim > 1 and ours[n].ndim > 1 and core(ours[n].shape) == core(v.shape)
+        )
+
     return [(n, v.reshape(ours[n].shape) if alike(n, v) else v, why) for n, v in zip(names, parts)]
 
 # %% ../nbs/03_weights.ipynb #ef83dbf1
 @dataclass
 class LoadReport:
     "What became of every key of a checkpoint."
-    model:str
-    loaded:list # (key, our name)
-    ignored:list # (key, reason, number of elements, is a parameter)
-    notes:list = field(default_factory=list)
-    fresh:list = field(default_factory=list) # (our name, reason, our shape, shape in the file or None): what keeps its initial values
+
+    model: str
+    loaded: list  # (key, our name)
+    ignored: list  # (key, reason, number of elements, is a parameter)
+    notes: list = field(default_factory=list)
+    # (our name, reason, our shape, shape in the file or None): what keeps its initial values
+    fresh: list = field(default_factory=list)
 
     @property
-    def ignored_params(self)->int: # elements of ignored parameters, buffers not counted
+    def ignored_params(self) -> int:  # elements of ignored parameters, buffers not counted
         "Parameters of the official network without any effect."
         return sum(n for _, _, n, param in self.ignored if param)
 
-    def table(self)->Table: # reason -> keys and parameters
+    def table(self) -> Table:  # reason -> keys and parameters
         "The ignored keys by reason."
         rows = {}
         for key, why, n, param in self.ignored:
@@ -168,46 +265,97 @@ class LoadReport:
             r["parameters"] += n if param else 0
         return Table(list(rows.values()), ["ignored", "keys", "parameters", "example"])
 
-    def fresh_table(self)->Table: # module and reason -> tensors, and both shapes of the first one
+    def fresh_table(
+        self,
+    ) -> Table:  # module and reason -> tensors, and both shapes of the first one
         "The tensors that keep their initial values, by module."
         rows = {}
         for name, why, ours, theirs in self.fresh:
             module = name.rsplit(".", 1)[0] if theirs else name.split(".")[0]
-            r = rows.setdefault((module, why), {"initial values": module, "reason": why, "tensors": 0, "first": name, "shape": str(ours),
-                                                "in the file": str(theirs) if theirs else None})
+            r = rows.setdefault(
+                (module, why),
+                {
+                    "initial values": module,
+                    "reason": why,
+                    "tensors": 0,
+                    "first": name,
+                    "shape": str(ours),
+                    "in the file": str(theirs) if theirs else None,
+                },
+            )
             r["tensors"] += 1
-        return Table(list(rows.values()), ["initial values", "reason", "tensors", "first", "shape", "in the file"])
+        return Table(
+            list(rows.values()),
+            ["initial values", "reason", "tensors", "first", "shape", "in the file"],
+        )
 
     def __str__(self):
-        lines = [f"{self.model}: {len(self.loaded)} tensors loaded, {len(self.ignored)} ignored ({self.ignored_params:,} parameters)"
-                 + (f", {len(self.fresh)} keep their initial values" if self.fresh else ""), *self.notes]
-        return "\n".join(lines + [str(t()) for t, rows in ((self.table, self.ignored), (self.fresh_table, self.fresh)) if rows])
+        lines = [
+            f"{self.model}: {len(self.loaded)} tensors loaded, {len(self.ignored)} ignored "
+            f"({self.ignored_params:,} parameters)"
+            + (f", {len(self.fresh)} keep their initial values" if self.fresh else ""),
+            *self.notes,
+        ]
+        return "\n".join(
+            lines
+            + [
+                str(t())
+                for t, rows in ((self.table, self.ignored), (self.fresh_table, self.fresh))
+                if rows
+            ]
+        )
 
     __repr__ = __str__
 
 # %% ../nbs/03_weights.ipynb #054fcf8a
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "empty_weight") # the last one: a table of class weights inside mmseg losses
+# the last one: a table of class weights inside mmseg losses
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "empty_weight")
 
+# %% ../nbs/03_weights.ipynb #84efd5ba
 def _complaint(model, source, unknown, missing, shapes, hint):
     "One message with everything that does not fit."
-    say = lambda title, items: [f"  {title} ({len(items)}): " + "; ".join(items[:5]) + (" …" if len(items) > 5 else "")] if items else []
-    lines = [f"{source} does not fit {model}:", *say("keys without a place", unknown), *say("tensors left empty", missing), *say("wrong shapes", shapes)]
+
+    def say(title, items):
+        return (
+            [
+                f"  {title} ({len(items)}): "
+                + "; ".join(items[:5])
+                + (" …" if len(items) > 5 else "")
+            ]
+            if items
+            else []
+        )
+
+    lines = [
+        f"{source} does not fit {model}:",
+        *say("keys without a place", unknown),
+        *say("tensors left empty", missing),
+        *say("wrong shapes", shapes),
+    ]
     return "\n".join(lines + ([f"  {hint}"] if hint else []))
 
 # %% ../nbs/03_weights.ipynb #17d0b8d9
 def load_official(
-    model, # a model or encoder of segkern: has `key_rules(state)`
-    checkpoint:str|Path|dict, # file, or what it holds
-)->LoadReport: # loaded and ignored keys
+    model,  # a model or encoder of segkern: has `key_rules(state)`
+    checkpoint: str | Path | dict,  # file, or what it holds
+) -> LoadReport:  # loaded and ignored keys
     "Load an official checkpoint, strictly: every key has a place or a reason, every tensor of ours is filled once."
     source = "the state dict" if isinstance(checkpoint, dict) else str(checkpoint)
-    if not hasattr(model, "key_rules"): raise ValueError(f"{type(model).__name__} has no key table; load_official takes models and encoders of segkern")
+    if not hasattr(model, "key_rules"):
+        raise ValueError(
+            f"{type(model).__name__} has no key table; load_official takes models and encoders of segkern"
+        )
     state = unwrap(checkpoint if isinstance(checkpoint, dict) else read(checkpoint), source)
     name = getattr(model, "name", type(model).__name__)
     with contextlib.ExitStack() as undo:
         notes = model.adapt(state, undo) if hasattr(model, "adapt") else []
         new, report, complaint = _assign(model, state, model.key_rules(state), name)
-        if complaint: raise ValueError(_complaint(name, source, *complaint, model.hint(state) if hasattr(model, "hint") else ""))
+        if complaint:
+            raise ValueError(
+                _complaint(
+                    name, source, *complaint, model.hint(state) if hasattr(model, "hint") else ""
+                )
+            )
         model.load_state_dict(new, strict=False)
         undo.pop_all()
     report.notes = notes
@@ -216,57 +364,116 @@ def load_official(
 # %% ../nbs/03_weights.ipynb #6bf37e82
 def _assign(model, state, rules, name):
     "Match tensors to names. Returns the new state, the report, and what does not fit (or None)."
-    ours, new, loaded, ignored, unknown, shapes, filled = model.state_dict(), {}, [], [], [], [], {}
-    rename = getattr(model, "rename", lambda key: key) # inner names of blocks, the same everywhere in an official network
+    ours = model.state_dict()
+    new = {}
+    loaded = []
+    ignored = []
+    unknown = []
+    shapes = []
+    filled = {}
+    # inner names of blocks, the same everywhere in an official network
+    rename = getattr(model, "rename", lambda key: key)
     for key, whole in state.items():
         for target, value, why in place(rename(key), whole, rules, ours):
-            if target is None and why: ignored.append((key, why, value.numel(), value.is_floating_point() and not key.endswith(_BUFFERS)))
-            elif target in filled: unknown.append(f"{key} (its place '{target}' is taken by {filled[target]})")
+            if target is None and why:
+                ignored.append(
+                    (
+                        key,
+                        why,
+                        value.numel(),
+                        value.is_floating_point() and not key.endswith(_BUFFERS),
+                    )
+                )
+            elif target in filled:
+                unknown.append(f"{key} (its place '{target}' is taken by {filled[target]})")
             elif target in ours:
                 filled[target] = key
-                if ours[target].shape != value.shape: shapes.append(f"{key} is {tuple(value.shape)}, expected {tuple(ours[target].shape)}")
+                if ours[target].shape != value.shape:
+                    shapes.append(
+                        f"{key} is {tuple(value.shape)}, expected {tuple(ours[target].shape)}"
+                    )
                 else:
                     new[target] = value.to(ours[target].dtype)
                     loaded.append((key, target))
-            elif not value.is_floating_point(): ignored.append((key, "counter or index table", value.numel(), False))
-            else: unknown.append(key)
+            elif not value.is_floating_point():
+                ignored.append((key, "counter or index table", value.numel(), False))
+            else:
+                unknown.append(key)
     missing = [k for k, v in ours.items() if k not in filled and v.is_floating_point()]
-    return new, LoadReport(name, loaded, ignored), (unknown, missing, shapes) if unknown or missing or shapes else None
+    return (
+        new,
+        LoadReport(name, loaded, ignored),
+        (unknown, missing, shapes) if unknown or missing or shapes else None,
+    )
 
 # %% ../nbs/03_weights.ipynb #5724b435
-_CLASSIFIER = re.compile(r"(?:.*\.)?(?:classifier|fc)\.(?:\d+\.)?\w+$") # a classifier that is not in our network
+# a classifier that is not in our network
+_CLASSIFIER = re.compile(r"(?:.*\.)?(?:classifier|fc)\.(?:\d+\.)?\w+$")
 
+# %% ../nbs/03_weights.ipynb #872166b2
 def _readings(model, state):
     "Ways to read the keys of a file, as (rename, rules): a file of ours, one of `segkern.pretrain`, an official one."
-    same = lambda key: key
+
+    def same(key):
+        return key
+
     yield same, [Rule("", "")]
     if {k.split(".")[0] for k in state} == {"model", "classifier"}:
-        yield same, [Rule(r"model\.", ""), Rule(r"classifier\.", unused="unused: the classifier of pretraining")]
-    if hasattr(model, "key_rules"): yield getattr(model, "rename", same), model.key_rules(state)
+        yield (
+            same,
+            [
+                Rule(r"model\.", ""),
+                Rule(r"classifier\.", unused="unused: the classifier of pretraining"),
+            ],
+        )
+    if hasattr(model, "key_rules"):
+        yield getattr(model, "rename", same), model.key_rules(state)
 
+# %% ../nbs/03_weights.ipynb #8f6a654d
 def _best_reading(model, state):
     "The reading that finds the most places."
     ours = model.state_dict()
-    return max(_readings(model, state), key=lambda way: sum(name in ours for k, v in state.items() for name, *_ in place(way[0](k), v, way[1], ours)))
+    return max(
+        _readings(model, state),
+        key=lambda way: sum(
+            name in ours for k, v in state.items() for name, *_ in place(way[0](k), v, way[1], ours)
+        ),
+    )
 
 # %% ../nbs/03_weights.ipynb #521f1665
 def _match(model, state, rename, rules, report):
     "The tensors that fit; fills the report. Also the keys that have no place, and those that claim a place twice."
-    ours, new, other, unknown = model.state_dict(), {}, {}, []
+    ours = model.state_dict()
+    new = {}
+    other = {}
+    unknown = []
     for key, whole in state.items():
         for target, value, why in place(rename(key), whole, rules, ours):
-            if target in new or target in other: unknown.append(f"{key} (its place '{target}' is taken)")
+            if target in new or target in other:
+                unknown.append(f"{key} (its place '{target}' is taken)")
             elif target in ours and ours[target].shape == value.shape:
                 new[target] = value.to(ours[target].dtype)
                 report.loaded.append((key, target))
             else:
-                if target in ours: other[target], why = tuple(value.shape), "has another shape here"
-                elif not value.is_floating_point(): why = why or "counter or index table"
-                elif _CLASSIFIER.match(key): why = why or "a classifier that is not in this network"
-                if not why: unknown.append(key)
-                report.ignored.append((key, why, value.numel(), value.is_floating_point() and not key.endswith(_BUFFERS)))
+                if target in ours:
+                    other[target], why = tuple(value.shape), "has another shape here"
+                elif not value.is_floating_point():
+                    why = why or "counter or index table"
+                elif _CLASSIFIER.match(key):
+                    why = why or "a classifier that is not in this network"
+                if not why:
+                    unknown.append(key)
+                report.ignored.append(
+                    (
+                        key,
+                        why,
+                        value.numel(),
+                        value.is_floating_point() and not key.endswith(_BUFFERS),
+                    )
+                )
     for name, value in ours.items():
-        if name in new or not value.is_floating_point(): continue
+        if name in new or not value.is_floating_point():
+            continue
         why = "has another shape in the file" if name in other else "is not in the file"
         report.fresh.append((name, why, tuple(value.shape), other.get(name)))
     return new, unknown
@@ -275,40 +482,74 @@ def _match(model, state, rename, rules, report):
 def _file_in(path):
     "A weights file; of a run folder, its best weights, or the last ones."
     path = Path(path)
-    if not path.is_dir(): return path
-    folder, pointer = path/"checkpoints", path/"checkpoints"/"last.json"
-    if (folder/"best.safetensors").is_file(): return folder/"best.safetensors"
-    last = folder/json.loads(pointer.read_text(encoding="utf-8"))["folder"] if pointer.is_file() else folder
-    found = [f for f in (last/"ema.safetensors", last/"model.safetensors") if f.is_file()]
-    if not found: raise FileNotFoundError(f"{path} is no run folder with weights: no checkpoints/best.safetensors, no checkpoints/last.json")
+    if not path.is_dir():
+        return path
+    folder = path / "checkpoints"
+    pointer = path / "checkpoints" / "last.json"
+    if (folder / "best.safetensors").is_file():
+        return folder / "best.safetensors"
+    last = (
+        folder / json.loads(pointer.read_text(encoding="utf-8"))["folder"]
+        if pointer.is_file()
+        else folder
+    )
+    found = [f for f in (last / "ema.safetensors", last / "model.safetensors") if f.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is no run folder with weights: no checkpoints/best.safetensors, no checkpoints/last.json"
+        )
     return found[0]
 
+# %% ../nbs/03_weights.ipynb #aef6ae3f
 def _seems(model, state, meta):
     "What a file says that it holds, or what its keys look like."
-    if "model" in meta: return [f"the file holds {meta['model']} with {meta.get('num_classes', '?')} classes"]
+    if "model" in meta:
+        return [f"the file holds {meta['model']} with {meta.get('num_classes', '?')} classes"]
     hint = model.hint(state) if hasattr(model, "hint") else ""
     return [hint] if hint else []
 
 # %% ../nbs/03_weights.ipynb #a4666c7d
 def transfer(
-    model, # a model of segkern; takes what fits
-    checkpoint:str|Path|dict, # official or ours: a file, a run folder, or what a file holds
-)->LoadReport: # what was loaded, what was ignored and why, what keeps its initial values
-    "Take the tensors of a checkpoint whose names and shapes fit. A file that fills less than half of the model is refused."
+    model,  # a model of segkern; takes what fits
+    checkpoint: str | Path | dict,  # official or ours: a file, a run folder, or what a file holds
+) -> LoadReport:  # what was loaded, what was ignored and why, what keeps its initial values
+    """Take the tensors of a checkpoint whose names and shapes fit. A file that fills less than
+    half of the model is refused."""
     path = None if isinstance(checkpoint, dict) else _file_in(checkpoint)
     source = "the state dict" if path is None else str(path)
-    content, meta = (checkpoint, {}) if path is None else read_safetensors(path) if path.suffix == ".safetensors" else (read(path), {})
+    content, meta = (
+        (checkpoint, {})
+        if path is None
+        else read_safetensors(path)
+        if path.suffix == ".safetensors"
+        else (read(path), {})
+    )
     state = unwrap(content, source)
     report = LoadReport(getattr(model, "name", type(model).__name__), [], [])
     with contextlib.ExitStack() as undo:
         report.notes = list(model.adapt(state, undo)) if hasattr(model, "adapt") else []
         new, unknown = _match(model, state, *_best_reading(model, state), report)
         ours = {k: v.numel() for k, v in model.state_dict().items() if v.is_floating_point()}
-        share = sum(ours.get(k, 0) for k in new)/max(1, sum(ours.values()))
+        share = sum(ours.get(k, 0) for k in new) / max(1, sum(ours.values()))
         if unknown or share < 0.5:
-            few = [] if share >= 0.5 else [f"it fills {100*share:.0f} % of the elements, expected at least half: this is the wrong file"]
-            raise ValueError(_complaint(report.model, source, unknown, [], [], "; ".join(few + _seems(model, state, meta))))
+            few = (
+                []
+                if share >= 0.5
+                else [
+                    f"it fills {100 * share:.0f} % of the elements, expected at least half: this is the wrong file"
+                ]
+            )
+            raise ValueError(
+                _complaint(
+                    report.model,
+                    source,
+                    unknown,
+                    [],
+                    [],
+                    "; ".join(few + _seems(model, state, meta)),
+                )
+            )
         model.load_state_dict(new, strict=False)
         undo.pop_all()
-    report.notes.append(f"{100*share:.4g} % of the elements filled")
+    report.notes.append(f"{100 * share:.4g} % of the elements filled")
     return report

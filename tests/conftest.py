@@ -2,65 +2,83 @@
 
 The tests of the kernels make their tensors on SEGKERN_TEST_DEVICE; "auto", the default, is a CUDA device where there is one.
 """
+
 import logging
 import os
 import sys
 
 import torch
 
-if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1") # read when triton is imported
+# read when triton is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
 
 from torch.utils._device import _device_constructors  # noqa: E402
 
-_device_constructors() # remembered before `torch.empty` is replaced: `with torch.device("meta")` looks it up there
+# remembered before `torch.empty` is replaced: `with torch.device("meta")` looks it up there
+_device_constructors()
 
 
 THREADS = int(os.environ.get("SEGKERN_TEST_THREADS", "1"))
-torch.set_num_threads(THREADS) # for fixtures that outlive a test; every test starts from it again
+torch.set_num_threads(THREADS)  # for fixtures that outlive a test; every test starts from it again
 
 
-DEVICE = os.environ.get("SEGKERN_TEST_DEVICE", "auto") # of the tests of the kernels
-if DEVICE == "auto": DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = os.environ.get("SEGKERN_TEST_DEVICE", "auto")  # of the tests of the kernels
+if DEVICE == "auto":
+    DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
-LONG = ("test_compile_targets.py", "test_papers.py", "test_mutants.py") # few tests that take minutes: first, so that no core waits for them at the end
+# few tests that take minutes: first, so that no core waits for them at the end
+LONG = ("test_compile_targets.py", "test_papers.py", "test_mutants.py")
 
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"): item.add_marker(pytest.mark.skip(reason="slow: run with --slow or `make test-all`"))
-        if "gpu" in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow or `make test-all`"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def _poisoned(fn):
     "`fn` with NaN in what it returns, for callers inside segkern: an output that is not fully written fails its test."
+
     def empty(*args, **kwargs):
         out = fn(*args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__") or ""
-        return out.fill_(float("nan")) if caller.startswith("segkern") and out.is_floating_point() and not out.is_meta else out
+        return (
+            out.fill_(float("nan"))
+            if caller.startswith("segkern") and out.is_floating_point() and not out.is_meta
+            else out
+        )
+
     return empty
 
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch):
-    threads, log = torch.get_num_threads(), logging.getLogger("segkern")
-    handlers, level = list(log.handlers), log.level
+    threads = torch.get_num_threads()
+    log = logging.getLogger("segkern")
+    handlers = list(log.handlers)
+    level = log.level
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield
     torch.set_num_threads(threads)
-    log.handlers[:] = handlers # the command line sets up logging for its process
+    log.handlers[:] = handlers  # the command line sets up logging for its process
     log.setLevel(level)
-    if "torch._dynamo" in sys.modules: torch._dynamo.reset() # or the next model compiled has symbolic sizes, because this one had others
+    # or the next model compiled has symbolic sizes, because this one had others
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +88,16 @@ def _device(request, monkeypatch):
         yield
         return
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with torch.device(DEVICE): yield
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture(scope="session")
 def camvid():
     "The real CamVid folder, or skip."
     from segkern.testing import shared
+
     root = shared("data/camvid")
-    if root is None: pytest.skip("the shared CamVid folder is not beside the checkout")
+    if root is None:
+        pytest.skip("the shared CamVid folder is not beside the checkout")
     return root

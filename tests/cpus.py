@@ -6,6 +6,7 @@ PyTorch's own loops, oneDNN's convolutions and MKL's products choose their code 
 take older code. Every family of networks, every op and every loop has tests in the slice. A setting counts only where a
 probe sees that it takes effect.
 """
+
 import os
 import platform
 import re
@@ -60,33 +61,50 @@ torch.randn(64, 64) @ torch.randn(64, 64)
 def probe(env):
     "What PyTorch, oneDNN and MKL say that they use."
     verbose = env | {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
-    said = subprocess.run([sys.executable, "-c", PROBE], env=verbose, capture_output=True, text=True, check=True).stdout
-    found = [re.search(p, said) for p in (r"loops (\S+)", r"cpu,isa:(?:Intel )?(.*)", r"CNR:(\S+)", r"threads (\d+)")]
+    said = subprocess.run(
+        [sys.executable, "-c", PROBE], env=verbose, capture_output=True, text=True, check=True
+    ).stdout
+    found = [
+        re.search(p, said)
+        for p in (r"loops (\S+)", r"cpu,isa:(?:Intel )?(.*)", r"CNR:(\S+)", r"threads (\d+)")
+    ]
     return [m[1] if m else "not seen" for m in found]
 
 
 def takes_effect(setting, seen):
     "Whether the probe sees what was asked for."
     loops, isa, products, threads = seen
-    wanted = {"ATEN_CPU_CAPABILITY": loops.lower(), "MKL_CBWR": products, "SEGKERN_TEST_THREADS": threads}
+    wanted = {
+        "ATEN_CPU_CAPABILITY": loops.lower(),
+        "MKL_CBWR": products,
+        "SEGKERN_TEST_THREADS": threads,
+    }
     wanted["ONEDNN_MAX_CPU_ISA"] = re.sub(r"\W", "", isa)
     return all(wanted[k] == v for k, v in setting.items())
 
 
 def run(name):
     "The slice under one setting: a row of the table, and the end of the log where something failed."
-    setting, start = SETTINGS[name], time.perf_counter()
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "MPLBACKEND": "Agg", "IN_TEST": "1"} | setting
+    setting = SETTINGS[name]
+    start = time.perf_counter()
+    env = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "MPLBACKEND": "Agg", "IN_TEST": "1"}
+        | setting
+    )
     seen = probe(env)
-    report = ROOT/".cache"/f"cpus-{name.replace(' ', '-').replace(',', '')}.xml"
+    report = ROOT / ".cache" / f"cpus-{name.replace(' ', '-').replace(',', '')}.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
     files = [f"tests/test_{f}.py" for f in FILES]
     command = [sys.executable, "-m", "pytest", "-k", WHICH, f"--junitxml={report}", *files]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    counts, failed = {}, [f"pytest ended with code {done.returncode} and no report"]
-    if report.exists(): counts, failed = outcomes(report)
-    if not takes_effect(setting, seen): failed.append("the setting has no effect on this machine")
+    counts = {}
+    failed = [f"pytest ended with code {done.returncode} and no report"]
+    if report.exists():
+        counts, failed = outcomes(report)
+    if not takes_effect(setting, seen):
+        failed.append("the setting has no effect on this machine")
     row = dict(zip(("setting", "loops", "convolutions", "products", "threads"), (name, *seen)))
     row |= {k: counts.get(k, 0) for k in ("passed", "skipped")}
     row |= dict(failed=len(failed), seconds=round(time.perf_counter() - start))
@@ -95,18 +113,25 @@ def run(name):
 
 def main(names):
     unknown = sorted(set(names) - set(SETTINGS))
-    if unknown: sys.exit(f"unknown setting {unknown}; known: {', '.join(SETTINGS)}")
+    if unknown:
+        sys.exit(f"unknown setting {unknown}; known: {', '.join(SETTINGS)}")
     names = names or [n for n in SETTINGS if X86 or not set(OLD) & set(SETTINGS[n])]
-    if not X86: print("this is no x86 processor: the settings of loops, convolutions and products are left out")
+    if not X86:
+        print(
+            "this is no x86 processor: the settings of loops, convolutions and products are left out"
+        )
     with ThreadPoolExecutor(WORKERS) as pool:
         found = list(tqdm(pool.map(run, names), desc="settings", total=len(names), disable=None))
     for row, failed, log in found:
-        if log: print(f"\n{row['setting']}:\n{log}")
+        if log:
+            print(f"\n{row['setting']}:\n{log}")
     sys.path.insert(0, str(ROOT))
     from segkern.core import Table
+
     print(Table([row for row, *_ in found]))
     for row, failed, _ in found:
-        for name in failed: print(f"failed: {row['setting']}: {name}")
+        for name in failed:
+            print(f"failed: {row['setting']}: {name}")
     print(f"processor: {processor()}")
     sys.exit(any(failed for _, failed, _ in found))
 

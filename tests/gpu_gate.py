@@ -9,6 +9,7 @@ dispatch.json, sanitizer.txt, report.md and log.txt; prints the report; exit cod
 fails gets no kernel: copy dispatch.json to data/bench to let `auto` use the others. Needs PyTorch, Triton, pytest and
 what segkern imports; this process itself imports none of it.
 """
+
 import argparse
 import getpass
 import json
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU = ROOT/"tests"/"gpu"
+GPU = ROOT / "tests" / "gpu"
 sys.path.insert(0, str(GPU))
 
 import sanitizer  # noqa: E402
@@ -28,17 +29,26 @@ import verdict  # noqa: E402
 from families import FAMILIES, test_files  # noqa: E402
 from jobs import Job, run_all  # noqa: E402
 
-SHARES = {"warm": 60, "right": 100, "sanitizer": 75, "ops": 110, "networks": 110, "learn": 10} # seconds of 465
-DRY_SHARES = SHARES | {"right": 280, "sanitizer": 1} # the interpreter spends its time on the checks
+# seconds of 465
+SHARES = {"warm": 60, "right": 100, "sanitizer": 75, "ops": 110, "networks": 110, "learn": 10}
+# the interpreter spends its time on the checks
+DRY_SHARES = SHARES | {"right": 280, "sanitizer": 1}
 LATENCY = ("s2fpn_r18", "segformer_b0", "segnext_l", "segformer_b5", "seaformer_l", "cgrseg_l")
-TRAINING = ("segformer_b0", "s2fpn_r18", "segnext_l", "segformer_b5", "sasformer_sparse_b4", "ocrnet_hr48_ssa")
+TRAINING = (
+    "segformer_b0",
+    "s2fpn_r18",
+    "segnext_l",
+    "segformer_b5",
+    "sasformer_sparse_b4",
+    "ocrnet_hr48_ssa",
+)
 DRY_NETWORKS = (("latency", "segformer_b0"), ("training", "s2fpn_r18"))
-SECOND_PTXAS = ("sr_attention", "prototype") # where reports of wrong code match our kernels
+SECOND_PTXAS = ("sr_attention", "prototype")  # where reports of wrong code match our kernels
 
 
 def caches():
     "A folder outside the checkout for compiled kernels; a second run finds those of the first."
-    folder = Path(tempfile.gettempdir())/f"segkern_gate_{getpass.getuser()}"
+    folder = Path(tempfile.gettempdir()) / f"segkern_gate_{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -62,44 +72,63 @@ def environment(a, cores):
         SEGKERN_IMPL="auto",
         TOKENIZERS_PARALLELISM="false",
     )
-    if a.device == "cpu": env |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    if a.device == "cpu":
+        env |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     return env
 
 
 class Gate:
     "The phases, their time, and everything they found."
+
     def __init__(self, a):
-        self.a, self.start, self.rows = a, time.monotonic(), []
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.env, self.cpu = environment(a, self.cores), a.device == "cpu"
+        self.a = a
+        self.start = time.monotonic()
+        self.rows = []
+        self.cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+        self.env = environment(a, self.cores)
+        self.cpu = a.device == "cpu"
         self.left = dict(DRY_SHARES if self.cpu else SHARES)
         self.work = Path(tempfile.mkdtemp(prefix="segkern_gate_rows_"))
         self.out = Path(a.out).resolve()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.gpu, self.versions, self.codes, self.ceilings, self.problems = a.device, {}, {}, {}, []
-        (self.out/"log.txt").write_text(self.nvidia_smi(), encoding="utf-8")
-        (self.out/"sanitizer.txt").write_text("", encoding="utf-8")
+        self.gpu = a.device
+        self.versions = {}
+        self.codes = {}
+        self.ceilings = {}
+        self.problems = []
+        (self.out / "log.txt").write_text(self.nvidia_smi(), encoding="utf-8")
+        (self.out / "sanitizer.txt").write_text("", encoding="utf-8")
 
     def nvidia_smi(self):
         "What the driver says."
-        try: return subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20).stdout + "\n"
-        except (OSError, subprocess.TimeoutExpired) as e: return f"nvidia-smi: {e}\n"
+        try:
+            return (
+                subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20).stdout
+                + "\n"
+            )
+        except (OSError, subprocess.TimeoutExpired) as e:
+            return f"nvidia-smi: {e}\n"
 
     def note(self, text):
         "A line of the log, and of the terminal."
         line = f"{time.monotonic() - self.start:6.1f} s  {text}"
         print(line, file=sys.stderr, flush=True)
-        with open(self.out/"log.txt", "a", encoding="utf-8") as f: f.write(line + "\n")
+        with open(self.out / "log.txt", "a", encoding="utf-8") as f:
+            f.write(line + "\n")
 
     def seconds(self, phase):
         "This phase's share of the time that is left."
         remaining = max(1.0, self.a.budget - (time.monotonic() - self.start))
         shares = sum(self.left.values())
-        return remaining*self.left.pop(phase)/shares
+        return remaining * self.left.pop(phase) / shares
 
     def child(self, phase, name, family="", number=1, facts=None, env=None, **options):
         "A job that runs tests/gpu/child.py."
-        rows = self.work/f"{number}_{name}.jsonl"
+        rows = self.work / f"{number}_{name}.jsonl"
         tiny = ["--tiny"] if self.a.tiny else []
         command = [
             sys.executable,
@@ -123,10 +152,11 @@ class Gate:
         "Run jobs, keep their rows and logs, write what is known."
         self.note(f"{phase}: {len(jobs)} processes, {seconds:.0f} s")
         self.rows += run_all(jobs, seconds, parallel, self.note)
-        with open(self.out/"log.txt", "a", encoding="utf-8") as f:
+        with open(self.out / "log.txt", "a", encoding="utf-8") as f:
             for j in jobs:
                 text = j.log.read_text(encoding="utf-8", errors="replace") if j.log.exists() else ""
-                if text.strip(): f.write(f"\n===== {phase} {j.name}\n{text[-60_000:]}")
+                if text.strip():
+                    f.write(f"\n===== {phase} {j.name}\n{text[-60_000:]}")
         self.write()
 
     def write(self):
@@ -143,34 +173,40 @@ class Gate:
             problems=self.problems,
             rows=self.rows,
         )
-        verdict.save(self.out/"gate.json", state)
+        verdict.save(self.out / "gate.json", state)
         verdict.write_tables(self.out, self.rows, self.gpu, self.versions)
         return found
 
     def warm(self):
         "Phase 0: the machine, its ceilings, and compiled kernels."
-        seconds, began = self.seconds("warm"), time.monotonic()
+        seconds = self.seconds("warm")
+        began = time.monotonic()
         # a few seconds; a minute where the disk has not seen PyTorch yet, and nothing goes on without it
-        self.run("about", [self.child("about", "about", number=0)], max(120.0, seconds/2), 1)
+        self.run("about", [self.child("about", "about", number=0)], max(120.0, seconds / 2), 1)
         by = {r["label"]: r for r in self.rows}
         machine = by.get("machine", {})
         self.gpu = machine.get("gpu", self.gpu)
-        self.versions, self.codes = machine.get("versions", {}), machine.get("codes", {})
+        self.versions = machine.get("versions", {})
+        self.codes = machine.get("codes", {})
         if by.get("ceilings", {}).get("status") == "ok":
             self.ceilings = {k: by["ceilings"][k] for k in ("copy_gbs", "matmul_tflops")}
         if by.get("exponentials", {}).get("status") == "ok":
             self.ceilings["exp_per_second"] = by["exponentials"]["exp_per_second"]
         if machine.get("interpreted") and not self.cpu:
             self.problems.append("TRITON_INTERPRET is set: nothing of this ran on the GPU")
-        if machine.get("status") != "ok": raise SystemExit("the first child found no usable device: see log.txt")
-        jobs = [self.child(p, f"{p} {f}", f, 0) for p in ("warm", "launch") for f in self.a.families]
-        if self.cpu: jobs = jobs[:1] # the interpreter compiles nothing
+        if machine.get("status") != "ok":
+            raise SystemExit("the first child found no usable device: see log.txt")
+        jobs = [
+            self.child(p, f"{p} {f}", f, 0) for p in ("warm", "launch") for f in self.a.families
+        ]
+        if self.cpu:
+            jobs = jobs[:1]  # the interpreter compiles nothing
         self.run("warm", jobs, max(1.0, seconds - (time.monotonic() - began)), min(12, self.cores))
 
     def pytest(self, family):
         "The ordinary tests of one family, on this device."
-        rows = self.work/f"1_tests {family}.jsonl"
-        each = 1 if self.a.tiny else max(1, min(8, round(1.5*self.cores/len(self.a.families))))
+        rows = self.work / f"1_tests {family}.jsonl"
+        each = 1 if self.a.tiny else max(1, min(8, round(1.5 * self.cores / len(self.a.families))))
         spread = ["-n", str(each), "--dist", "load"] if each > 1 and self.xdist() else []
         command = [
             sys.executable,
@@ -186,9 +222,20 @@ class Gate:
             *map(str, test_files(family)),
         ]
         env = self.env | dict(
-            SEGKERN_GATE_ROWS=str(rows), SEGKERN_GATE_FAMILY=family, SEGKERN_GATE_SHARD="0/25" if self.a.tiny else "0/1"
+            SEGKERN_GATE_ROWS=str(rows),
+            SEGKERN_GATE_FAMILY=family,
+            SEGKERN_GATE_SHARD="0/25" if self.a.tiny else "0/1",
         )
-        return Job(1, f"tests {family}", family, command, rows, env, weight=len(FAMILIES[family][0]), restarts=0)
+        return Job(
+            1,
+            f"tests {family}",
+            family,
+            command,
+            rows,
+            env,
+            weight=len(FAMILIES[family][0]),
+            restarts=0,
+        )
 
     def xdist(self):
         "Whether pytest can spread tests over processes."
@@ -197,7 +244,10 @@ class Gate:
 
     def right(self):
         "Phase 1: the tests, and what right.py checks."
-        count = lambda f: len(FAMILIES[f][0])
+
+        def count(f):
+            return len(FAMILIES[f][0])
+
         jobs = [self.child("right", f"right {f}", f, weight=count(f)) for f in self.a.families] + [
             self.pytest(f) for f in self.a.families
         ]
@@ -205,7 +255,8 @@ class Gate:
         reason = "no GPU" if self.cpu else "" if self.a.ptxas else "no file was given with --ptxas"
         if reason:
             self.rows += [
-                dict(phase=1, family=f, op="", label="second ptxas", status=f"not run: {reason}") for f in second
+                dict(phase=1, family=f, op="", label="second ptxas", status=f"not run: {reason}")
+                for f in second
             ]
         else:
             other = dict(
@@ -213,12 +264,15 @@ class Gate:
                 TRITON_CACHE_DIR=str(caches() / "triton_second_ptxas"),
             )
             facts = dict(only="double", prefix="second ptxas: ")
-            jobs += [self.child("right", f"second ptxas {f}", f, facts=facts, env=other) for f in second]
+            jobs += [
+                self.child("right", f"second ptxas {f}", f, facts=facts, env=other) for f in second
+            ]
         self.run("right", jobs, self.seconds("right"), min(12, self.cores))
 
     def sanitizer(self):
         "Phase 2: memcheck and synccheck first, then racecheck."
-        program, seconds = sanitizer.find(), self.seconds("sanitizer")
+        program = sanitizer.find()
+        seconds = self.seconds("sanitizer")
         if self.cpu or not program:
             why = "not run: no GPU" if self.cpu else "not run: compute-sanitizer is not installed"
             self.rows += [
@@ -226,19 +280,22 @@ class Gate:
                 for t in sanitizer.TOOLS
                 for f in self.a.families
             ]
-            (self.out/"sanitizer.txt").write_text(why + "\n", encoding="utf-8")
+            (self.out / "sanitizer.txt").write_text(why + "\n", encoding="utf-8")
             return
         jobs = []
         for tool in sanitizer.TOOLS:
             for f in self.a.families:
                 job = self.child(
-                    "launch", f"{tool} {f}", f, 2, restarts=0, env=dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+                    "launch",
+                    f"{tool} {f}",
+                    f,
+                    2,
+                    restarts=0,
+                    env=dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
                 )
                 job.command = sanitizer.command(program, tool, f, job.command)
-                job.rows, job.read = (
-                    self.work / f"2_{tool}_{f}.found.jsonl",
-                    sanitizer.reader(tool, f, self.out / "sanitizer.txt"),
-                )
+                job.rows = self.work / f"2_{tool}_{f}.found.jsonl"
+                job.read = sanitizer.reader(tool, f, self.out / "sanitizer.txt")
                 jobs.append(job)
         self.run("sanitizer", jobs, seconds, 4)
 
@@ -247,7 +304,10 @@ class Gate:
         if not {"copy_gbs", "matmul_tflops"} <= set(self.ceilings):
             self.problems.append("ops were not timed: the ceilings are missing")
             return
-        count = lambda f: sum(p["op"] in FAMILIES[f][0] for p in verdict.predicted())
+
+        def count(f):
+            return sum(p["op"] in FAMILIES[f][0] for p in verdict.predicted())
+
         jobs = [
             self.child("speed", f"ops {f}", f, 3, dict(ceilings=self.ceilings), weight=count(f))
             for f in self.a.families
@@ -257,28 +317,38 @@ class Gate:
     def networks(self):
         "Phase 4: latency and training, the most telling networks first."
         todo = [("latency", n) for n in LATENCY] + [("training", n) for n in TRAINING]
-        if self.a.tiny: todo = DRY_NETWORKS
+        if self.a.tiny:
+            todo = DRY_NETWORKS
         jobs = [self.child("nets", f"{what} {n}", n, 4, dict(what=what)) for what, n in todo]
         self.run("networks", jobs, self.seconds("networks"), self.cores if self.cpu else 1)
 
     def learn(self):
         "Phase 5: the dispatch table and the report."
-        found, file = self.write(), self.work/"found.json"
+        found = self.write()
+        file = self.work / "found.json"
         rows = [r for r in self.rows if r["phase"] == 3]
-        verdict.save(file, dict(rows=rows, gpu=self.gpu, codes=self.codes, versions=self.versions, verdicts=found))
+        verdict.save(
+            file,
+            dict(rows=rows, gpu=self.gpu, codes=self.codes, versions=self.versions, verdicts=found),
+        )
         job = self.child("learn", "learn", number=5, facts=dict(found=str(file), out=str(self.out)))
         self.run("learn", [job], max(60.0, self.seconds("learn")), 1)
-        if not (self.out/"dispatch.json").exists(): self.problems.append("dispatch.json was not written: see log.txt")
-        found, seconds = self.write(), time.monotonic() - self.start
-        text = verdict.report(self.rows, self.gpu, self.versions, self.ceilings, found, seconds, self.problems)
-        (self.out/"report.md").write_text(text, encoding="utf-8")
+        if not (self.out / "dispatch.json").exists():
+            self.problems.append("dispatch.json was not written: see log.txt")
+        found = self.write()
+        seconds = time.monotonic() - self.start
+        text = verdict.report(
+            self.rows, self.gpu, self.versions, self.ceilings, found, seconds, self.problems
+        )
+        (self.out / "report.md").write_text(text, encoding="utf-8")
         print(text)
         return 1 if self.problems or any(map(verdict.failed, self.rows)) else 0
 
     def all(self):
         "Every phase; what goes wrong in one does not keep the others from running."
         for phase in (self.warm, self.right, self.sanitizer, self.ops, self.networks):
-            try: phase()
+            try:
+                phase()
             except SystemExit as e:
                 self.problems.append(str(e))
                 break
@@ -290,11 +360,19 @@ class Gate:
 
 def arguments(argv=None):
     "The command line."
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--out", default="runs/gpu_gate", help="folder of the seven files")
     p.add_argument("--budget", type=float, default=470, help="seconds, shared among the phases")
-    p.add_argument("--families", default="", help="comma-separated, default all: " + ", ".join(FAMILIES))
-    p.add_argument("--ptxas", default="", help="a newer ptxas, with which some kernels are compiled and checked again")
+    p.add_argument(
+        "--families", default="", help="comma-separated, default all: " + ", ".join(FAMILIES)
+    )
+    p.add_argument(
+        "--ptxas",
+        default="",
+        help="a newer ptxas, with which some kernels are compiled and checked again",
+    )
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--tiny", action="store_true", help="small shapes, few tests: a dry run")
     a = p.parse_args(argv)
@@ -303,7 +381,8 @@ def arguments(argv=None):
         p.error(f"unknown family '{unknown[0]}'; known: {', '.join(FAMILIES)}")
     if a.device == "cpu" and not a.tiny:
         p.error("--device cpu needs --tiny: production shapes would take days in the interpreter")
-    if a.ptxas and not Path(a.ptxas).is_file(): p.error(f"--ptxas: {a.ptxas} is no file")
+    if a.ptxas and not Path(a.ptxas).is_file():
+        p.error(f"--ptxas: {a.ptxas} is no file")
     return a
 
 

@@ -1,8 +1,9 @@
 """Notebook chores that nbdev leaves to quarto or does not do.
 
-    python tests/nbtools.py outputs [NB ...]    run notebooks as nbdev_test does and store what they show
-    python tests/nbtools.py readme [--out DIR]  README.md from nbs/index.ipynb
+python tests/nbtools.py outputs [NB ...]    run notebooks as nbdev_test does and store what they show
+python tests/nbtools.py readme [--out DIR]  README.md from nbs/index.ipynb
 """
+
 import argparse
 import os
 import re
@@ -23,32 +24,40 @@ def store_outputs(path: Path):
     skip = set(get_config().tst_flags.split())
 
     def skipped(cell):
-        if cell.cell_type != "code": return True
+        if cell.cell_type != "code":
+            return True
         flags = extract_directives(cell, remove=False)
         return flags.get("eval:", [""])[0].lower() == "false" or bool(skip & set(flags))
 
     nb = read_nb(path)
     shell = CaptureShell(path)
     with working_directory(path.parent):
-        try: shell.run_all(nb, exc_stop=True, preproc=skipped)
+        try:
+            shell.run_all(nb, exc_stop=True, preproc=skipped)
         except Exception:
             sys.exit(shell.prettytb(fname=path))
     for cell in nb.cells:
-        for name in [k for k in cell if k.endswith("_")]: del cell[name]
-        if cell.cell_type == "code" and not skipped(cell): cell["outputs"] = [tidy(o) for o in cell.get("outputs", [])]
+        for name in [k for k in cell if k.endswith("_")]:
+            del cell[name]
+        if cell.cell_type == "code" and not skipped(cell):
+            cell["outputs"] = [tidy(o) for o in cell.get("outputs", [])]
     write_nb(nb, path)
 
 
 def test_notebook(path: Path, flags=()):
     "Run one notebook as nbdev_test does: its name, whether it passed, seconds; errors go to stderr."
     from nbdev.test import test_nb
-    ok, seconds = test_nb(path, skip_flags=["notest", "gpu", "slow"], force_flags=flags, basepath=ROOT)
+
+    ok, seconds = test_nb(
+        path, skip_flags=["notest", "gpu", "slow"], force_flags=flags, basepath=ROOT
+    )
     return path.name, ok, seconds
 
 
 def tidy(output):
     "An output without the parts that change from run to run or hold paths of this machine."
-    if "data" in output: output["data"].pop("application/vnd.jupyter.widget-view+json", None)
+    if "data" in output:
+        output["data"].pop("application/vnd.jupyter.widget-view+json", None)
     return output
 
 
@@ -63,21 +72,24 @@ def readme(out: Path):
     import nbformat
     from nbconvert import MarkdownExporter
 
-    nb = nbformat.read(ROOT/"nbs"/"index.ipynb", as_version=4)
+    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     nb.metadata.language_info = {"name": "python"}
     nb.cells = [c for c in nb.cells if directive(c) != "hide"]
     for cell in nb.cells:
-        if directive(cell) == "hide_input": cell.source = ""
+        if directive(cell) == "hide_input":
+            cell.source = ""
     text, resources = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"^#\|.*\n", "", text, flags=re.M)
     text = re.sub(r"```python\n\s*```\n", "", text)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    (out/"README.md").write_text(text, encoding="utf-8")
+    (out / "README.md").write_text(text, encoding="utf-8")
     return resources.get("outputs", {})
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sub = p.add_subparsers(dest="what", required=True)
     o = sub.add_parser("outputs")
     o.add_argument("notebooks", nargs="*", type=Path)
@@ -87,9 +99,10 @@ def main():
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     if a.what == "readme":
-        if readme(a.out): sys.exit("the index notebook shows pictures; README.md can only hold text and links")
+        if readme(a.out):
+            sys.exit("the index notebook shows pictures; README.md can only hold text and links")
         return
-    for nb in a.notebooks or sorted((ROOT/"nbs").glob("*.ipynb")):
+    for nb in a.notebooks or sorted((ROOT / "nbs").glob("*.ipynb")):
         print(nb.name, flush=True)
         store_outputs(nb.resolve())
 

@@ -5,6 +5,7 @@
 Calls every operator of the package, runs a notebook, calls every operator again, and so on. The results must stay what
 they were. Prints one JSON line per notebook. With TRITON_INTERPRET=1 the kernels run in it.
 """
+
 import collections
 import json
 import os
@@ -15,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from nbtools import test_notebook  # noqa: E402
 
@@ -26,21 +27,30 @@ from segkern.ops.dispatch import interpreting  # noqa: E402
 from segkern.testing import make_input, relative_l2  # noqa: E402
 from segkern.testing.kernels import exact_interpreter  # noqa: E402
 
-PREFIX = "operator segkern::" # of the package's operators among the objects of a process
+PREFIX = "operator segkern::"  # of the package's operators among the objects of a process
 # operators that also run where no kernel does
-WITHOUT_KERNELS = {"upsample_cross_entropy", "affinity_pieces", "affinity_pieces_backward", "prototypes",
-                   "prototypes_backward", "cosine", "cosine_backward"}
+WITHOUT_KERNELS = {
+    "upsample_cross_entropy",
+    "affinity_pieces",
+    "affinity_pieces_backward",
+    "prototypes",
+    "prototypes_backward",
+    "cosine",
+    "cosine_backward",
+}
 
 
 class Counter(TorchDispatchMode):
     "Counts the calls of our operators."
+
     def __init__(self):
         super().__init__()
         self.calls = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, name = func._schema.name.split("::")
-        if space == "segkern": self.calls[name] += 1
+        if space == "segkern":
+            self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -53,10 +63,14 @@ def smallest_cases():
     "The smallest case of every op with a benchmark, as (name, function, inputs)."
     best = {}
     for c in cases(tiny=True):
-        if c.op == "squeeze_axial": continue # has no operator of its own: strip_pool and axial_attention
-        with core.seeded(0): args = c.make(torch.device("cpu"), torch.float32)
+        # has no operator of its own: strip_pool and axial_attention
+        if c.op == "squeeze_axial":
+            continue
+        with core.seeded(0):
+            args = c.make(torch.device("cpu"), torch.float32)
         size = sum(a.numel() for a in args)
-        if (c.op, c.grad) not in best or size < best[c.op, c.grad][0]: best[c.op, c.grad] = size, c.fn, args
+        if (c.op, c.grad) not in best or size < best[c.op, c.grad][0]:
+            best[c.op, c.grad] = size, c.fn, args
     return [(op, fn, args) for (op, _), (_, fn, args) in sorted(best.items(), key=lambda kv: kv[0])]
 
 
@@ -64,9 +78,14 @@ def other_calls():
     "What the benchmark has no case for."
     target = torch.from_numpy(make_input([1, 9, 7], 5).numpy() > 0).long()
     z = leaf([1, 3, 4, 5], 1)
-    per_pixel = lambda z, impl=None: ops.upsample_cross_entropy(z, target, reduction="none", impl=impl)
-    return [("loss of each pixel", per_pixel, (z,)),
-            ("dice", lambda z, impl=None: ops.upsample_dice(z, target, impl=impl), (z,))]
+
+    def per_pixel(z, impl=None):
+        return ops.upsample_cross_entropy(z, target, reduction="none", impl=impl)
+
+    return [
+        ("loss of each pixel", per_pixel, (z,)),
+        ("dice", lambda z, impl=None: ops.upsample_dice(z, target, impl=impl), (z,)),
+    ]
 
 
 def results(fn, args, impl):
@@ -86,7 +105,8 @@ def call_everything(table):
         for name, fn, args in table:
             for impl in ("auto", "triton") if interpreting() else ("auto",):
                 grad = any(a.requires_grad for a in args)
-                with torch.set_grad_enabled(grad): found[f"{name}, {impl}, gradient {grad}"] = results(fn, args, impl)
+                with torch.set_grad_enabled(grad):
+                    found[f"{name}, {impl}, gradient {grad}"] = results(fn, args, impl)
     return found, counter.calls
 
 
@@ -97,23 +117,30 @@ def handles(calls):
 
 def with_operators():
     "The notebooks that register an operator."
-    return [p for p in sorted((ROOT/"nbs").glob("*.ipynb")) if '@operator(\\"' in p.read_text(encoding="utf-8")]
+    return [
+        p
+        for p in sorted((ROOT / "nbs").glob("*.ipynb"))
+        if '@operator(\\"' in p.read_text(encoding="utf-8")
+    ]
 
 
 def edited_body_runs():
     "Execute a cell of the head's notebook again, with another body: the package's loss must follow, and come back."
-    cells = json.loads((ROOT/"nbs"/"17_ops.head.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((ROOT / "nbs" / "17_ops.head.ipynb").read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells]
-    cell, = (s for s in sources if '@operator("segkern::upsample_cross_entropy")' in s)
+    (cell,) = (s for s in sources if '@operator("segkern::upsample_cross_entropy")' in s)
     body = "return _upsample_ce_body(logits"
     assert body in cell
-    z, y = make_input([1, 3, 4, 5]), torch.zeros(1, 8, 9, dtype=torch.long)
+    z = make_input([1, 3, 4, 5])
+    y = torch.zeros(1, 8, 9, dtype=torch.long)
     before = ops.upsample_cross_entropy(z, y)
     exec(cell.replace(body, "return _upsample_ce_body(2*logits"), dict(vars(head)))
     during = ops.upsample_cross_entropy(z, y)
     exec(cell, dict(vars(head)))
     after = ops.upsample_cross_entropy(z, y)
-    assert torch.equal(before, after) and torch.allclose(during, ops.upsample_cross_entropy(2*z, y))
+    assert torch.equal(before, after) and torch.allclose(
+        during, ops.upsample_cross_entropy(2 * z, y)
+    )
     return not torch.equal(before, during)
 
 
@@ -125,19 +152,24 @@ def main(names):
     first, calls = call_everything(table)
     ours = {k.removeprefix(PREFIX) for k in core._ONCE if k.startswith(PREFIX)}
     wanted = ours if interpreting() else WITHOUT_KERNELS & ours
-    if missing := wanted - set(calls): sys.exit(f"no call reaches {', '.join(sorted(missing))}: add one to other_calls")
+    if missing := wanted - set(calls):
+        sys.exit(f"no call reaches {', '.join(sorted(missing))}: add one to other_calls")
     registered = handles(calls)
-    for path in [ROOT/"nbs"/n for n in names] or with_operators():
+    for path in [ROOT / "nbs" / n for n in names] or with_operators():
         name, passed, seconds = test_notebook(path)
         lost = [n for n, op in handles(calls).items() if op is not registered[n]]
-        if lost: sys.exit(f"{name} destroyed the registration of {', '.join(lost)}")
+        if lost:
+            sys.exit(f"{name} destroyed the registration of {', '.join(lost)}")
         again, calls = call_everything(table)
         worst = max(relative_l2(first[k], again[k]) for k in first)
         row = dict(notebook=name, passed=passed, seconds=round(seconds, 1), operators=len(calls))
         print(json.dumps(row | dict(calls=sum(calls.values()), error=worst)), flush=True)
-        if not passed: sys.exit(f"{name} failed")
-        if not worst < 1e-6: sys.exit(f"{name}: the package gives other results in the process that ran it")
-    if not edited_body_runs(): sys.exit("an edited body of an operator has no effect")
+        if not passed:
+            sys.exit(f"{name} failed")
+        if not worst < 1e-6:
+            sys.exit(f"{name}: the package gives other results in the process that ran it")
+    if not edited_body_runs():
+        sys.exit("an edited body of an operator has no effect")
 
 
 if __name__ == "__main__":

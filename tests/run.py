@@ -1,7 +1,8 @@
 """`make test`: the notebooks as nbdev_test runs them, then pytest, then a summary: counts, what failed, the processor.
 
-    python tests/run.py [--all]      --all: slow cells and slow tests too, and tests/cpus.py
+python tests/run.py [--all]      --all: slow cells and slow tests too, and tests/cpus.py
 """
+
 import argparse
 import faulthandler
 import io
@@ -15,7 +16,8 @@ from contextlib import redirect_stderr
 from multiprocessing import get_context
 from pathlib import Path
 
-from nbtools import test_notebook # a worker's __main__ belongs to the notebook it runs, so the function lives elsewhere
+# a worker's __main__ belongs to the notebook it runs, so the function lives elsewhere
+from nbtools import test_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = min(8, os.cpu_count() or 1)
@@ -24,48 +26,79 @@ WORKERS = min(8, os.cpu_count() or 1)
 def send(pipe, path, flags):
     "Run a notebook and send what came of it, with what it wrote to stderr."
     faulthandler.enable(sys.__stderr__)
-    with redirect_stderr(io.StringIO()) as said: result = test_notebook(path, flags)
+    with redirect_stderr(io.StringIO()) as said:
+        result = test_notebook(path, flags)
     pipe.send((*result, said.getvalue()))
 
 
 def alone(ctx, path, flags):
     "One notebook in a process of its own: what one leaves behind must not fail the next."
     here, there = ctx.Pipe(duplex=False)
-    start, job = time.perf_counter(), ctx.Process(target=send, args=(there, path, flags))
+    start = time.perf_counter()
+    job = ctx.Process(target=send, args=(there, path, flags))
     job.start()
     there.close()
-    try: result = here.recv()
-    except EOFError: result = None
+    try:
+        result = here.recv()
+    except EOFError:
+        result = None
     job.join()
-    return result or (path.name, False, time.perf_counter() - start, f"the process ended with code {job.exitcode}")
+    return result or (
+        path.name,
+        False,
+        time.perf_counter() - start,
+        f"the process ended with code {job.exitcode}",
+    )
 
 
 def notebooks(flags):
     "All notebooks, two at a time. Returns how many passed, and the names of the others with the end of their errors."
     from tqdm import tqdm
-    os.chdir(ROOT/"nbs")
-    files, failed, slow = sorted((ROOT/"nbs").glob("*.ipynb")), {}, []
+
+    os.chdir(ROOT / "nbs")
+    files = sorted((ROOT / "nbs").glob("*.ipynb"))
+    failed = {}
+    slow = []
     ctx = get_context("forkserver")
-    ctx.set_forkserver_preload(["torch", "nbdev.test", "nbtools"]) # imported once, forked for each notebook
+    # imported once, forked for each notebook
+    ctx.set_forkserver_preload(["torch", "nbdev.test", "nbtools"])
     with ThreadPoolExecutor(WORKERS) as pool:
         jobs = [pool.submit(alone, ctx, f, flags) for f in files]
         for job in tqdm(as_completed(jobs), desc="notebooks", total=len(jobs), disable=None):
             name, ok, seconds, said = job.result()
             slow.append((seconds, name))
-            if not ok: failed[name] = "\n".join(said.rstrip().splitlines()[-25:])
+            if not ok:
+                failed[name] = "\n".join(said.rstrip().splitlines()[-25:])
     os.chdir(ROOT)
-    print("slowest notebooks: " + ", ".join(f"{n} {s:.0f} s" for s, n in sorted(slow, reverse=True)[:5]), flush=True)
+    print(
+        "slowest notebooks: "
+        + ", ".join(f"{n} {s:.0f} s" for s, n in sorted(slow, reverse=True)[:5]),
+        flush=True,
+    )
     return len(files) - len(failed), failed
 
 
 def tests(slow):
     "pytest on all cores. Returns its exit code, the counts by outcome, and the names of the tests that failed."
-    report = ROOT/".cache"/"pytest.xml"
+    report = ROOT / ".cache" / "pytest.xml"
     report.parent.mkdir(exist_ok=True)
-    cmd = [sys.executable, "-m", "pytest", "-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder", f"--junitxml={report}", "--durations=5", *(["--slow"] if slow else [])]
+    cmd = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        str(WORKERS),
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        f"--junitxml={report}",
+        "--durations=5",
+        *(["--slow"] if slow else []),
+    ]
     report.unlink(missing_ok=True)
     code = subprocess.run(cmd, cwd=ROOT).returncode
-    if not report.exists(): return code, {}, [f"pytest ended with code {code} and no report"]
+    if not report.exists():
+        return code, {}, [f"pytest ended with code {code} and no report"]
     return code, *outcomes(report)
 
 
@@ -82,12 +115,15 @@ def processor():
     "The processor, what PyTorch uses of it, and the versions."
     sys.path.insert(0, str(ROOT))
     from segkern.core import env_info
+
     info = env_info()
     return f"{info['cpu']}, {info['vectors']}, {os.cpu_count()} cores; torch {info['torch']}, triton {info['triton']}"
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--all", action="store_true", help="slow cells and tests too")
     a = p.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -97,12 +133,17 @@ def main():
     passed, failed = notebooks(["slow"] if a.all else [])
     code, n, names = tests(a.all)
     other = subprocess.run([sys.executable, "tests/cpus.py"], cwd=ROOT).returncode if a.all else 0
-    for name in sorted(failed): print(f"\nfailed notebook {name}:\n{failed[name]}")
+    for name in sorted(failed):
+        print(f"\nfailed notebook {name}:\n{failed[name]}")
     bad = n.get("failures", 0) + n.get("errors", 0)
-    print(f"summary: {passed} notebooks passed, {len(failed)} failed; {n.get('passed', 0)} tests passed, {bad} failed, "
-          f"{n.get('skipped', 0)} skipped; {time.perf_counter() - start:.0f} s")
-    for name in sorted(failed) + names: print(f"failed: {name}")
-    if other: print("failed: the suite under other processors' settings (tests/cpus.py, table above)")
+    print(
+        f"summary: {passed} notebooks passed, {len(failed)} failed; {n.get('passed', 0)} tests passed, {bad} failed, "
+        f"{n.get('skipped', 0)} skipped; {time.perf_counter() - start:.0f} s"
+    )
+    for name in sorted(failed) + names:
+        print(f"failed: {name}")
+    if other:
+        print("failed: the suite under other processors' settings (tests/cpus.py, table above)")
     print(f"processor: {processor()}")
     sys.exit(1 if failed or code or other else 0)
 

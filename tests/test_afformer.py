@@ -1,4 +1,5 @@
 "AFFormer: official keys with their aliases, the specification's equations as plain functions, sizes, forms, files."
+
 import numpy as np
 import pytest
 import torch
@@ -13,18 +14,27 @@ from segkern.testing import assert_close, check_model, fill_tensor, make_input, 
 from segkern.weights import load_official, map_key, transfer
 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-DIMS, LAYERS, STRIDES, OUT = (32, 96, 176, 216), (0, 2, 6, 2), ((1, 1), (2, 1), (1, 2), (1, 4)), (96, 176, 216, 216)
+DIMS = (32, 96, 176, 216)
+LAYERS = (0, 2, 6, 2)
+STRIDES = ((1, 1), (2, 1), (1, 2), (1, 4))
+OUT = (96, 176, 216, 216)
 SHARED = ("cpe.", "crpe.", "factoratt_crpe.crpe.")
 
 
 def official_keys(k=150):
     "Keys and shapes of the authors' segmentor, aliases included, from the specification's text."
     keys = {}
-    def bn(at, c): keys.update({f"{at}.{n}": () if n == BN[-1] else (c,) for n in BN})
+
+    def bn(at, c):
+        keys.update({f"{at}.{n}": () if n == BN[-1] else (c,) for n in BN})
+
     def unit(at, a, c, kernel=1, conv="conv"):
         keys[f"{at}.{conv}.weight"] = (c, a, kernel, kernel)
         bn(f"{at}.bn", c)
-    def pair(at, *shape): keys.update({f"{at}.weight": shape, f"{at}.bias": shape[:1]})
+
+    def pair(at, *shape):
+        keys.update({f"{at}.weight": shape, f"{at}.bias": shape[:1]})
+
     unit("backbone.stem.0", 3, 16, 3)
     unit("backbone.stem.1", 16, 32, 3)
     for i, (c, n, o) in enumerate(zip(DIMS, LAYERS, OUT)):
@@ -33,26 +43,32 @@ def official_keys(k=150):
             keys[f"{at}.dwconv.weight"] = (c, 1, 3, 3)
             unit(at, c, c, conv="pwconv")
         at = f"backbone.mhca_stages.{i}"
-        unit(f"{at}.Restore.conv1", c, c//2)
-        keys[f"{at}.Restore.dwconv.weight"] = (c//2, 1, 3, 3)
-        bn(f"{at}.Restore.norm", c//2)
-        unit(f"{at}.Restore.conv2", c//2, c)
+        unit(f"{at}.Restore.conv1", c, c // 2)
+        keys[f"{at}.Restore.dwconv.weight"] = (c // 2, 1, 3, 3)
+        bn(f"{at}.Restore.norm", c // 2)
+        unit(f"{at}.Restore.conv2", c // 2, c)
         unit(f"{at}.aggregate", c, o)
+
         def shared(at, position=True):
-            if position: pair(f"{at}cpe.proj", c, 1, 3, 3)
-            for m, (heads, window) in enumerate(((2, 3), (3, 5), (3, 7))): pair(f"{at}crpe.conv_list.{m}", heads*c//8, 1, window, window)
+            if position:
+                pair(f"{at}cpe.proj", c, 1, 3, 3)
+            for m, (heads, window) in enumerate(((2, 3), (3, 5), (3, 7))):
+                pair(f"{at}crpe.conv_list.{m}", heads * c // 8, 1, window, window)
+
         at += ".mhca_blks.0."
-        if n: shared(at)
+        if n:
+            shared(at)
         for j in range(n):
             layer = f"{at}MHCA_layers.{j}."
             shared(layer)
             shared(f"{layer}factoratt_crpe.", position=False)
-            pair(f"{layer}factoratt_crpe.qkv", 3*c, c)
+            pair(f"{layer}factoratt_crpe.qkv", 3 * c, c)
             pair(f"{layer}factoratt_crpe.proj", c, c)
-            for m in ("norm1", "norm2"): pair(layer + m, c)
-            pair(f"{layer}mlp.fc1", 2*c, c)
-            pair(f"{layer}mlp.dwconv", 2*c, 1, 3, 3)
-            pair(f"{layer}mlp.fc2", c, 2*c)
+            for m in ("norm1", "norm2"):
+                pair(layer + m, c)
+            pair(f"{layer}mlp.fc1", 2 * c, c)
+            pair(f"{layer}mlp.dwconv", 2 * c, 1, 3, 3)
+            pair(f"{layer}mlp.fc2", c, 2 * c)
     pair("decode_head.conv_seg", k, 256, 1, 1)
     for n, a in (("squeeze", 216), ("align", 256)):
         keys[f"decode_head.{n}.conv.weight"] = (256, a, 1, 1)
@@ -67,50 +83,105 @@ def root(key):
     return at + inner if inner.startswith(SHARED[:2]) else key
 
 
-def filled(k=150): # an alias holds what its stage holds
-    return {n: fill_tensor(root(n), s, "torch.int64" if n.endswith("tracked") else "torch.float32") for n, s in official_keys(k).items()}
+def filled(k=150):  # an alias holds what its stage holds
+    return {
+        n: fill_tensor(root(n), s, "torch.int64" if n.endswith("tracked") else "torch.float32")
+        for n, s in official_keys(k).items()
+    }
 
 
-def meta(keys): return {n: torch.zeros(s, device="meta", dtype=torch.int64 if n.endswith("tracked") else torch.float32) for n, s in keys.items()}
+def meta(keys):
+    return {
+        n: torch.zeros(
+            s, device="meta", dtype=torch.int64 if n.endswith("tracked") else torch.float32
+        )
+        for n, s in keys.items()
+    }
 
 
-def params(keys): return sum(int(np.prod(s)) for n, s in keys.items() if n.rsplit(".", 1)[-1] not in BN[2:] and root(n) == n)
+def params(keys):
+    return sum(
+        int(np.prod(s))
+        for n, s in keys.items()
+        if n.rsplit(".", 1)[-1] not in BN[2:] and root(n) == n
+    )
 
 
 class Plain:
     "The specification's equations on an official state dict; every layer reads the copy that it holds itself."
-    def __init__(self, state, training=False): self.s, self.training = state, training
+
+    def __init__(self, state, training=False):
+        self.s = state
+        self.training = training
 
     def bn(self, x, at):
-        mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) if self.training else (self.s[f"{at}.running_mean"], self.s[f"{at}.running_var"])
-        one = lambda t: t.view(1, -1, 1, 1)
-        return (x - one(mean))/one(var + 1e-5).sqrt()*one(self.s[f"{at}.weight"]) + one(self.s[f"{at}.bias"])
+        mean, var = (
+            (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
+            if self.training
+            else (self.s[f"{at}.running_mean"], self.s[f"{at}.running_var"])
+        )
+
+        def one(t):
+            return t.view(1, -1, 1, 1)
+
+        return (x - one(mean)) / one(var + 1e-5).sqrt() * one(self.s[f"{at}.weight"]) + one(
+            self.s[f"{at}.bias"]
+        )
 
     def conv(self, x, at, stride=1):
         w = self.s[at + ".weight"]
-        return F.conv2d(x, w, self.s.get(at + ".bias"), stride, w.shape[2]//2, groups=len(w) if w.shape[1] == 1 else 1)
+        return F.conv2d(
+            x,
+            w,
+            self.s.get(at + ".bias"),
+            stride,
+            w.shape[2] // 2,
+            groups=len(w) if w.shape[1] == 1 else 1,
+        )
 
-    def hard(self, x): return x*(x + 3).clamp(0, 6)/6
+    def hard(self, x):
+        return x * (x + 3).clamp(0, 6) / 6
 
-    def unit(self, x, at, stride=1, conv="conv"): return self.bn(self.conv(x, f"{at}.{conv}", stride), f"{at}.bn")
+    def unit(self, x, at, stride=1, conv="conv"):
+        return self.bn(self.conv(x, f"{at}.{conv}", stride), f"{at}.bn")
 
-    def gelu(self, x): return x*.5*(1 + torch.erf(x/2**.5))
+    def gelu(self, x):
+        return x * 0.5 * (1 + torch.erf(x / 2**0.5))
 
-    def linear(self, x, at): return x @ self.s[at + ".weight"].t() + self.s[at + ".bias"]
+    def linear(self, x, at):
+        return x @ self.s[at + ".weight"].t() + self.s[at + ".bias"]
 
     def norm(self, x, at):
         x = x - x.mean(-1, keepdim=True)
-        return x/(x.square().mean(-1, keepdim=True) + 1e-6).sqrt()*self.s[at + ".weight"] + self.s[at + ".bias"]
+        return (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.s[at + ".weight"]
+            + self.s[at + ".bias"]
+        )
 
     def low(self, v):
         "Averages of fields whose borders are rounded outwards, resized by weights at half-pixel centres."
         out = []
-        for part, s in zip(v.split(v.shape[1]//4, 1), (1, 2, 3, 6)):
-            ends = lambda n: [((i*n)//s, -((-(i + 1)*n)//s)) for i in range(s)]
-            mean = torch.stack([torch.stack([part[:, :, a:b, c:d].mean((2, 3)) for c, d in ends(v.shape[3])], -1) for a, b in ends(v.shape[2])], -2)
+        for part, s in zip(v.split(v.shape[1] // 4, 1), (1, 2, 3, 6)):
+
+            def ends(n):
+                return [((i * n) // s, -((-(i + 1) * n) // s)) for i in range(s)]
+
+            mean = torch.stack(
+                [
+                    torch.stack(
+                        [part[:, :, a:b, c:d].mean((2, 3)) for c, d in ends(v.shape[3])], -1
+                    )
+                    for a, b in ends(v.shape[2])
+                ],
+                -2,
+            )
+
             def rows(n):
-                at = (((torch.arange(n, dtype=v.dtype) + .5)*s/n) - .5).clamp(min=0)
-                return (1 - (at[:, None] - torch.arange(s)).abs()).clamp(min=0) + (at[:, None] > s - 1)*(torch.arange(s) == s - 1)*(at[:, None] - s + 1)
+                at = (((torch.arange(n, dtype=v.dtype) + 0.5) * s / n) - 0.5).clamp(min=0)
+                return (1 - (at[:, None] - torch.arange(s)).abs()).clamp(min=0) + (
+                    at[:, None] > s - 1
+                ) * (torch.arange(s) == s - 1) * (at[:, None] - s + 1)
+
             out.append(rows(v.shape[2]) @ mean @ rows(v.shape[3]).t())
         return torch.cat(out, 1).clamp(min=0)
 
@@ -119,37 +190,60 @@ class Plain:
         x = x + self.conv(x, f"{at}.cpe.proj")
         t = x.flatten(2).transpose(1, 2)
         q, k, v = self.linear(self.norm(t, f"{at}.norm1"), f"{at}.factoratt_crpe.qkv").split(c, -1)
-        d, far = c//8, []
+        d = c // 8
+        far = []
         for i in range(8):
-            part = slice(i*d, i*d + d)
+            part = slice(i * d, i * d + d)
             e = torch.exp(k[..., part] - k[..., part].amax(1, keepdim=True))
-            far.append(q[..., part] @ ((e/e.sum(1, keepdim=True)).transpose(1, 2) @ v[..., part])/d**.5)
+            far.append(
+                q[..., part]
+                @ ((e / e.sum(1, keepdim=True)).transpose(1, 2) @ v[..., part])
+                / d**0.5
+            )
         picture = v.transpose(1, 2).reshape(b, c, h, w)
-        high = torch.cat([self.conv(picture[:, a*d:z*d], f"{at}.factoratt_crpe.crpe.conv_list.{i}") for i, (a, z) in enumerate(((0, 2), (2, 5), (5, 8)))], 1)
-        near = q*high.flatten(2).transpose(1, 2) + self.low(picture).flatten(2).transpose(1, 2)
+        high = torch.cat(
+            [
+                self.conv(picture[:, a * d : z * d], f"{at}.factoratt_crpe.crpe.conv_list.{i}")
+                for i, (a, z) in enumerate(((0, 2), (2, 5), (5, 8)))
+            ],
+            1,
+        )
+        near = q * high.flatten(2).transpose(1, 2) + self.low(picture).flatten(2).transpose(1, 2)
         t = t + self.linear(torch.cat(far, -1) + near, f"{at}.factoratt_crpe.proj")
         y = self.linear(self.norm(t, f"{at}.norm2"), f"{at}.mlp.fc1")
-        y = y + self.conv(y.transpose(1, 2).reshape(b, 2*c, h, w), f"{at}.mlp.dwconv").flatten(2).transpose(1, 2)
+        y = y + self.conv(y.transpose(1, 2).reshape(b, 2 * c, h, w), f"{at}.mlp.dwconv").flatten(
+            2
+        ).transpose(1, 2)
         return (t + self.linear(self.gelu(y), f"{at}.mlp.fc2")).transpose(1, 2).reshape(b, c, h, w)
 
     def restore(self, x, at):
         y = self.hard(self.unit(x, f"{at}.conv1"))
-        return x + self.unit(self.hard(self.bn(self.conv(y, f"{at}.dwconv"), f"{at}.norm")), f"{at}.conv2")
+        return x + self.unit(
+            self.hard(self.bn(self.conv(y, f"{at}.dwconv"), f"{at}.norm")), f"{at}.conv2"
+        )
 
     def encoder(self, x):
-        for i in (0, 1): x = self.hard(self.unit(x, f"backbone.stem.{i}", 2))
+        for i in (0, 1):
+            x = self.hard(self.unit(x, f"backbone.stem.{i}", 2))
         maps = []
         for i, (n, strides) in enumerate(zip(LAYERS, STRIDES)):
             e = [x]
             for j, s in enumerate(strides):
                 at = f"backbone.patch_embed_stages.{i}.patch_embeds.{j}.patch_conv"
-                e.append(self.hard(self.unit(self.conv(e[-1], f"{at}.dwconv", s), at, conv="pwconv")))
+                e.append(
+                    self.hard(self.unit(self.conv(e[-1], f"{at}.dwconv", s), at, conv="pwconv"))
+                )
             at, (_, fine, coarse) = f"backbone.mhca_stages.{i}", e
             if n:
-                for j in range(n): coarse = self.layer(coarse, f"{at}.mhca_blks.0.MHCA_layers.{j}")
-                if coarse.shape != fine.shape: coarse = F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=True)
+                for j in range(n):
+                    coarse = self.layer(coarse, f"{at}.mhca_blks.0.MHCA_layers.{j}")
+                if coarse.shape != fine.shape:
+                    coarse = F.interpolate(
+                        coarse, size=fine.shape[2:], mode="bilinear", align_corners=True
+                    )
                 y = self.restore(fine, f"{at}.Restore") + coarse
-            else: y = self.restore(fine + coarse, f"{at}.Restore")
+            else:
+                y = self.restore(fine + coarse, f"{at}.Restore")
             x = self.hard(self.unit(y, f"{at}.aggregate"))
             maps.append(x)
         return maps
@@ -157,11 +251,20 @@ class Plain:
     def feature(self, x):
         y = self.conv(self.encoder(x)[-1], "decode_head.squeeze.conv")
         groups = y.unflatten(1, (32, 8))
-        mean, var = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), correction=0, keepdim=True)
-        y = ((groups - mean)/(var + 1e-5).sqrt()).flatten(1, 2)
-        return (y*self.s["decode_head.squeeze.gn.weight"].view(1, -1, 1, 1) + self.s["decode_head.squeeze.gn.bias"].view(1, -1, 1, 1)).clamp(min=0)
+        mean = groups.mean((2, 3, 4), keepdim=True)
+        var = groups.var((2, 3, 4), correction=0, keepdim=True)
+        y = ((groups - mean) / (var + 1e-5).sqrt()).flatten(1, 2)
+        return (
+            y * self.s["decode_head.squeeze.gn.weight"].view(1, -1, 1, 1)
+            + self.s["decode_head.squeeze.gn.bias"].view(1, -1, 1, 1)
+        ).clamp(min=0)
 
-    def logits(self, x): return F.conv2d(self.feature(x), self.s["decode_head.conv_seg.weight"], self.s["decode_head.conv_seg.bias"])
+    def logits(self, x):
+        return F.conv2d(
+            self.feature(x),
+            self.s["decode_head.conv_seg.weight"],
+            self.s["decode_head.conv_seg.bias"],
+        )
 
 
 def made(k=7, **kw):
@@ -172,38 +275,69 @@ def made(k=7, **kw):
 
 
 def test_official_keys():
-    "Every key has a place or is an alias or `align`; every tensor of ours is filled once, under every container and prefix; sizes."
+    """Every key has a place or is an alias or `align`; every tensor of ours is filled once, under
+    every container and prefix; sizes."""
     shapes = official_keys()
     aliases = {n for n in shapes if root(n) != n}
     assert len(shapes) == 476 and len(aliases) == 140
     for container, prefix in (("state_dict", ""), ("state_dict_ema", "module.")):
-        with torch.device("meta"): m = AFFormerSegmentor()
-        report = load_official(m, {"meta": {}, container: {prefix + n: t for n, t in meta(shapes).items()}})
+        with torch.device("meta"):
+            m = AFFormerSegmentor()
+        report = load_official(
+            m, {"meta": {}, container: {prefix + n: t for n, t in meta(shapes).items()}}
+        )
         places = [ours for _, ours in report.loaded]
         assert len(set(places)) == len(places) and set(places) == set(m.state_dict())
         reasons = {n: why for n, why, *_ in report.ignored}
-        assert {n for n, why in reasons.items() if "another name" in why} == aliases and {n for n, why in reasons.items() if "does not call" in why} == {n for n in shapes if ".align." in n}
-        assert len(reasons) == 143 and {n for n, _ in report.loaded} == set(shapes) - set(reasons) and report.notes == ["164 names of 24 shared tensors, each of which is stored once"]
-    align = 256*256 + 2*256
-    assert params(shapes) == num_params(m) + align and f"{params(shapes)/1e6:.3f}" == "3.004" and f"{num_params(m.encoder)/1e6:.3f}" == "2.844"
+        assert {n for n, why in reasons.items() if "another name" in why} == aliases and {
+            n for n, why in reasons.items() if "does not call" in why
+        } == {n for n in shapes if ".align." in n}
+        assert (
+            len(reasons) == 143
+            and {n for n, _ in report.loaded} == set(shapes) - set(reasons)
+            and report.notes == ["164 names of 24 shared tensors, each of which is stored once"]
+        )
+    align = 256 * 256 + 2 * 256
+    assert (
+        params(shapes) == num_params(m) + align
+        and f"{params(shapes) / 1e6:.3f}" == "3.004"
+        and f"{num_params(m.encoder) / 1e6:.3f}" == "2.844"
+    )
     assert len({p.data_ptr() for p in made().parameters()}) == len(list(m.parameters()))
 
 
 def test_aliases():
-    "Any one name of a shared tensor is enough; where copies differ the last one counts and a note says so; other spellings of inner layers."
+    """Any one name of a shared tensor is enough; where copies differ the last one counts and a
+    note says so; other spellings of inner layers."""
     base = filled(7)
     stage = "backbone.mhca_stages.2.mhca_blks.0."
     ref = made().state_dict()
+
     def loaded(state):
         m = AFFormerSegmentor(num_classes=7)
         return m, load_official(m, state)
-    for keep in (lambda n: root(n) == n, lambda n: root(n) != n or not any(f"mhca_blks.0.{s}" in n for s in SHARED[:2])):
+
+    for keep in (
+        lambda n: root(n) == n,
+        lambda n: root(n) != n or not any(f"mhca_blks.0.{s}" in n for s in SHARED[:2]),
+    ):
         m, report = loaded({n: t for n, t in base.items() if keep(n)})
-        assert all(torch.equal(t, ref[n]) for n, t in m.state_dict().items()) and not any("differ" in n for n in report.notes)
-    last = torch.full_like(base[f"{stage}crpe.conv_list.1.weight"], .25)
-    m, report = loaded(base | {f"{stage}MHCA_layers.5.factoratt_crpe.crpe.conv_list.1.weight": last})
-    assert torch.equal(m.encoder.stages[2].encoder.filters.high[1].weight, last) and any("1 shared tensors differ" in n and "conv_list.1.weight" in n for n in report.notes)
-    m, _ = loaded({n.replace("mlp.dwconv.", "mlp.dwconv.dwconv.").replace("cpe.proj.", "cpe."): t for n, t in base.items()})
+        assert all(torch.equal(t, ref[n]) for n, t in m.state_dict().items()) and not any(
+            "differ" in n for n in report.notes
+        )
+    last = torch.full_like(base[f"{stage}crpe.conv_list.1.weight"], 0.25)
+    m, report = loaded(
+        base | {f"{stage}MHCA_layers.5.factoratt_crpe.crpe.conv_list.1.weight": last}
+    )
+    assert torch.equal(m.encoder.stages[2].encoder.filters.high[1].weight, last) and any(
+        "1 shared tensors differ" in n and "conv_list.1.weight" in n for n in report.notes
+    )
+    m, _ = loaded(
+        {
+            n.replace("mlp.dwconv.", "mlp.dwconv.dwconv.").replace("cpe.proj.", "cpe."): t
+            for n, t in base.items()
+        }
+    )
     assert all(torch.equal(t, ref[n]) for n, t in m.state_dict().items())
     kept = {n: t.clone() for n, t in base.items()}
     loaded(dict(base))
@@ -211,76 +345,146 @@ def test_aliases():
 
 
 def test_encoder_files():
-    "Names without prefix and a classifier that is dropped; a segmentor's file fills an encoder; transfer leaves the decoder."
+    """Names without prefix and a classifier that is dropped; a segmentor's file fills an encoder;
+    transfer leaves the decoder."""
     own = {n.removeprefix("backbone."): t for n, t in filled().items() if n.startswith("backbone.")}
-    extra = {"head.weight": torch.zeros(1000, 216), "head.bias": torch.zeros(1000), "cls_head.cls.weight": torch.zeros(1000, 216)}
+    extra = {
+        "head.weight": torch.zeros(1000, 216),
+        "head.bias": torch.zeros(1000),
+        "cls_head.cls.weight": torch.zeros(1000, 216),
+    }
     e = AFFormer()
     report = load_official(e, {"state_dict": own | extra})
-    assert {n for n, why, *_ in report.ignored if "ImageNet" in why} == set(extra) and torch.equal(e.stem[0].conv.weight, own["stem.0.conv.weight"])
-    assert torch.equal(e.stages[3].encoder.filters.high[2].bias, own["mhca_stages.3.mhca_blks.0.crpe.conv_list.2.bias"])
+    assert {n for n, why, *_ in report.ignored if "ImageNet" in why} == set(extra) and torch.equal(
+        e.stem[0].conv.weight, own["stem.0.conv.weight"]
+    )
+    assert torch.equal(
+        e.stages[3].encoder.filters.high[2].bias,
+        own["mhca_stages.3.mhca_blks.0.crpe.conv_list.2.bias"],
+    )
     report = load_official(e, filled())
-    assert {n for n, why, *_ in report.ignored if "decoder" in why} == {n for n in filled() if n.startswith("decode_head.")}
+    assert {n for n, why, *_ in report.ignored if "decoder" in why} == {
+        n for n in filled() if n.startswith("decode_head.")
+    }
     m = AFFormerSegmentor(num_classes=7)
     report = transfer(m, {"state_dict": own | extra})
-    assert {n.split(".")[0] for n, *_ in report.fresh} == {"head", "classifier"} and torch.equal(m.encoder.stages[1].encoder.position.weight, own["mhca_stages.1.mhca_blks.0.cpe.proj.weight"])
+    assert {n.split(".")[0] for n, *_ in report.fresh} == {"head", "classifier"} and torch.equal(
+        m.encoder.stages[1].encoder.position.weight,
+        own["mhca_stages.1.mhca_blks.0.cpe.proj.weight"],
+    )
 
 
 def test_refused_files():
     "Wrong number of classes, an encoder's file, another network, an unknown key; downloads that do not exist."
-    with torch.device("meta"): m = AFFormerSegmentor()
-    with pytest.raises(ValueError, match=r"conv_seg.weight is \(19, 256, 1, 1\)"): load_official(m, meta(official_keys(19)))
-    with pytest.raises(ValueError, match="looks like afformer_b with its classifier and 19 classes; this model is afformer_b with 150"): load_official(m, meta(official_keys(19)))
-    with pytest.raises(ValueError, match="afformer_b, an encoder.s file.*model.encoder"): load_official(m, meta({n: s for n, s in official_keys().items() if n.startswith("backbone.")}))
-    with pytest.raises(ValueError, match="holds no AFFormer"): load_official(m, {"backbone.stem.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="MHCA_layers.0.extra.weight"): load_official(m, meta(official_keys()) | {"backbone.mhca_stages.1.mhca_blks.0.MHCA_layers.0.extra.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="mlp.again.weight .its place"): load_official(m, meta(official_keys()) | {"backbone.mhca_stages.1.mhca_blks.0.MHCA_layers.0.mlp.again.weight": torch.zeros(192, 1, 3, 3, device="meta")})
-    with pytest.raises(ValueError, match="unknown encoder"): AFFormer("afformer_x")
-    with pytest.raises(ValueError, match="load_official"): AFFormer(pretrained=True)
-    with pytest.raises(ValueError, match="multiple of 32.*got 100"): AFFormerSegmentor(width=100)
+    with torch.device("meta"):
+        m = AFFormerSegmentor()
+    with pytest.raises(ValueError, match=r"conv_seg.weight is \(19, 256, 1, 1\)"):
+        load_official(m, meta(official_keys(19)))
+    with pytest.raises(
+        ValueError,
+        match="looks like afformer_b with its classifier and 19 classes; this model is afformer_b with 150",
+    ):
+        load_official(m, meta(official_keys(19)))
+    with pytest.raises(ValueError, match="afformer_b, an encoder.s file.*model.encoder"):
+        load_official(
+            m, meta({n: s for n, s in official_keys().items() if n.startswith("backbone.")})
+        )
+    with pytest.raises(ValueError, match="holds no AFFormer"):
+        load_official(m, {"backbone.stem.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="MHCA_layers.0.extra.weight"):
+        load_official(
+            m,
+            meta(official_keys())
+            | {"backbone.mhca_stages.1.mhca_blks.0.MHCA_layers.0.extra.weight": torch.zeros(1)},
+        )
+    with pytest.raises(ValueError, match="mlp.again.weight .its place"):
+        load_official(
+            m,
+            meta(official_keys())
+            | {
+                "backbone.mhca_stages.1.mhca_blks.0.MHCA_layers.0.mlp.again.weight": torch.zeros(
+                    192, 1, 3, 3, device="meta"
+                )
+            },
+        )
+    with pytest.raises(ValueError, match="unknown encoder"):
+        AFFormer("afformer_x")
+    with pytest.raises(ValueError, match="load_official"):
+        AFFormer(pretrained=True)
+    with pytest.raises(ValueError, match="multiple of 32.*got 100"):
+        AFFormerSegmentor(width=100)
 
 
 @pytest.mark.parametrize("size", [(96, 160), (77, 131), (64, 9), (1, 1)], ids=str)
 def test_as_specified(size):
     "The specification as plain functions in double precision: maps, feature and logits."
-    m, x, plain = made().double(), make_input([2, 3, *size]).double(), Plain({n: t.double() for n, t in filled(7).items()})
+    m = made().double()
+    x = make_input([2, 3, *size]).double()
+    plain = Plain({n: t.double() for n, t in filled(7).items()})
     with torch.no_grad():
         maps = plain.encoder(x)
-        assert [list(t.shape) for t in maps] == [[2, c, *[-(-n//s) for n in size]] for c, s in zip(OUT, (4, 8, 8, 8))]
-        assert m.encoder.channels == list(OUT) and m.encoder.strides == [4, 8, 8, 8] and len(AFFORMERS) == 1
-        for a, b in zip(maps, m.encoder(x)): assert_close("map", a, b, 1e-11)
+        assert [list(t.shape) for t in maps] == [
+            [2, c, *[-(-n // s) for n in size]] for c, s in zip(OUT, (4, 8, 8, 8))
+        ]
+        assert (
+            m.encoder.channels == list(OUT)
+            and m.encoder.strides == [4, 8, 8, 8]
+            and len(AFFORMERS) == 1
+        )
+        for a, b in zip(maps, m.encoder(x)):
+            assert_close("map", a, b, 1e-11)
         assert_close("feature", plain.feature(x), m.feature(x), 1e-11)
         assert_close("logits", plain.logits(x), m(x), 1e-11)
 
 
 def test_training_as_specified():
     "Batch statistics, and every gradient by name; a shared tensor gets the sum over its layers."
-    m, state = made(dropout=0.0).double().train(), {n: t.double().requires_grad_(n.rsplit(".", 1)[-1] not in BN[2:] and ".align." not in n) for n, t in filled(7).items()}
-    rules, x = m.key_rules({}), make_input([2, 3, 100, 140]).double()
-    ref, got = Plain(state, training=True).logits(x), m(x)
+    m = made(dropout=0.0).double().train()
+    state = {
+        n: t.double().requires_grad_(n.rsplit(".", 1)[-1] not in BN[2:] and ".align." not in n)
+        for n, t in filled(7).items()
+    }
+    rules = m.key_rules({})
+    x = make_input([2, 3, 100, 140]).double()
+    ref = Plain(state, training=True).logits(x)
+    got = m(x)
     assert_close("logits", ref, got, 1e-9)
-    g, ours = make_input(ref.shape, 5).double(), dict(m.named_parameters())
-    leaves, truth = {n: t for n, t in state.items() if t.requires_grad}, {}
-    for n, t in zip(leaves, torch.autograd.grad(ref, list(leaves.values()), g, allow_unused=True)): # the stage's own copies are read by no layer
-        if t is not None: truth[root(n)] = truth.get(root(n), 0) + t
+    g = make_input(ref.shape, 5).double()
+    ours = dict(m.named_parameters())
+    leaves = {n: t for n, t in state.items() if t.requires_grad}
+    truth = {}
+    # the stage's own copies are read by no layer
+    for n, t in zip(leaves, torch.autograd.grad(ref, list(leaves.values()), g, allow_unused=True)):
+        if t is not None:
+            truth[root(n)] = truth.get(root(n), 0) + t
     grads = dict(zip(ours, torch.autograd.grad(got, list(ours.values()), g)))
     assert len(truth) == len(grads)
-    for n, t in truth.items(): assert (grads[map_key(n, rules)[0]] - t).norm() < 1e-7*t.norm() + 1e-9*g.norm(), n
+    for n, t in truth.items():
+        assert (grads[map_key(n, rules)[0]] - t).norm() < 1e-7 * t.norm() + 1e-9 * g.norm(), n
 
 
 def test_costs():
-    with torch.device("meta"): m = AFFormerSegmentor().eval()
-    assert abs(macs(set_literal(m).outputs, (512, 512))/1e9/(4.27 + .07) - 1) < .003 and macs(set_literal(m, False).deploy(), (512, 512)) == macs(m.outputs, (512, 512))
+    with torch.device("meta"):
+        m = AFFormerSegmentor().eval()
+    assert abs(macs(set_literal(m).outputs, (512, 512)) / 1e9 / (4.27 + 0.07) - 1) < 0.003 and macs(
+        set_literal(m, False).deploy(), (512, 512)
+    ) == macs(m.outputs, (512, 512))
 
 
 @pytest.mark.parametrize("size", [(100, 140), (33, 97), (64, 31), (5, 3)], ids=str)
 def test_odd_sizes(size):
     "Logits at an eighth, rounded up; one by one as in a batch; the same bits again."
-    m, x = made(), make_input([2, 3, *size])
+    m = made()
+    x = make_input([2, 3, *size])
     with torch.no_grad():
         ref = m(x)
-        assert ref.shape == (2, 7, *[-(-s//8) for s in size]) and torch.equal(m(x), ref)
+        assert ref.shape == (2, 7, *[-(-s // 8) for s in size]) and torch.equal(m(x), ref)
         assert_close("alone", m(x[1:]), ref[1:], 1e-5)
-        for n, v in {"channels last": x.contiguous(memory_format=torch.channels_last), "transposed": x.transpose(2, 3).contiguous().transpose(2, 3)}.items(): assert_close(n, ref, m(v), 1e-5)
+        for n, v in {
+            "channels last": x.contiguous(memory_format=torch.channels_last),
+            "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        }.items():
+            assert_close(n, ref, m(v), 1e-5)
     assert m.predict(x).shape == (2, *size) and m.predict(x).dtype == torch.uint8
 
 
@@ -290,54 +494,84 @@ def test_contract():
 
 def test_training_details():
     "Seeds, norms, no dropped paths, one set of convolutions per stage."
-    with seeded(0): e = AFFormer()
-    with seeded(0): assert all(torch.equal(p, q) for p, q in zip(e.parameters(), AFFormer().parameters()))
-    assert not any("Drop" in type(m).__name__ for m in e.modules()) and all(m.eps == 1e-6 for m in e.modules() if isinstance(m, torch.nn.LayerNorm))
-    assert [None if s.encoder is None else len(s.encoder.layers) for s in e.stages] == [None, 2, 6, 2] and sum("filters" in n for n in e.state_dict()) == 18
-    m, x = AFFormerSegmentor(num_classes=7), make_input([1, 3, 64, 64])
+    with seeded(0):
+        e = AFFormer()
+    with seeded(0):
+        assert all(torch.equal(p, q) for p, q in zip(e.parameters(), AFFormer().parameters()))
+    assert not any("Drop" in type(m).__name__ for m in e.modules()) and all(
+        m.eps == 1e-6 for m in e.modules() if isinstance(m, torch.nn.LayerNorm)
+    )
+    assert [None if s.encoder is None else len(s.encoder.layers) for s in e.stages] == [
+        None,
+        2,
+        6,
+        2,
+    ] and sum("filters" in n for n in e.state_dict()) == 18
+    m = AFFormerSegmentor(num_classes=7)
+    x = make_input([1, 3, 64, 64])
     m(x, torch.zeros(1, 64, 64, dtype=torch.uint8))["loss"].backward()
     assert m.encoder.stages[2].encoder.filters.high[0].weight.grad.abs().max() > 0
 
 
 def test_compile_and_export():
     "No graph break up to the loss; export keeps the logits."
-    m, x = made(5), make_input([2, 3, 77, 101])
+    m = made(5)
+    x = make_input([2, 3, 77, 101])
     y = torch.zeros(2, 77, 101, dtype=torch.uint8)
-    assert_close("compiled loss", m(x, y)["loss"], torch.compile(m, backend="eager", fullgraph=True)(x, y)["loss"], 1e-5)
+    assert_close(
+        "compiled loss",
+        m(x, y)["loss"],
+        torch.compile(m, backend="eager", fullgraph=True)(x, y)["loss"],
+        1e-5,
+    )
     assert_close("exported", m(x), torch.export.export(m, (x,)).module()(x), 1e-5)
 
 
 @pytest.mark.slow
 def test_export_of_any_size():
-    m, x = made(5), make_input([2, 3, 77, 101])
-    dynamic = {0: torch.export.Dim("b", min=1, max=8), 2: torch.export.Dim("h", min=65, max=1024), 3: torch.export.Dim("w", min=65, max=1024)}
+    m = made(5)
+    x = make_input([2, 3, 77, 101])
+    dynamic = {
+        0: torch.export.Dim("b", min=1, max=8),
+        2: torch.export.Dim("h", min=65, max=1024),
+        3: torch.export.Dim("w", min=65, max=1024),
+    }
     program = torch.export.export(m, (x,), dynamic_shapes=(dynamic,))
-    for v in (x, make_input([1, 3, 130, 94], 1)): assert_close("exported", m(v), program.module()(v), 1e-5)
+    for v in (x, make_input([1, 3, 130, 94], 1)):
+        assert_close("exported", m(v), program.module()(v), 1e-5)
 
 
 def test_optimized():
     "The fast form has the same logits."
     from segkern.infer import optimize
-    m, x = made(5), make_input([1, 3, 90, 130])
-    with torch.no_grad(): assert_close("optimized", m(x), optimize(m)(x), 2e-5)
+
+    m = made(5)
+    x = make_input([1, 3, 90, 130])
+    with torch.no_grad():
+        assert_close("optimized", m(x), optimize(m)(x), 2e-5)
 
 
 @pytest.mark.skipif("afformer_b" not in list_models(), reason="not among the models by name")
 def test_files(tmp_path):
     "Options, weights and the deploy form survive a round trip."
     from segkern.models import create_model
-    m, x = create_model("afformer_b", 5, width=64, mean_over="valid", dropout=.2).eval(), make_input([1, 3, 90, 70])
-    back = load(save(m, tmp_path/"a.safetensors"))
+
+    m = create_model("afformer_b", 5, width=64, mean_over="valid", dropout=0.2).eval()
+    x = make_input([1, 3, 90, 70])
+    back = load(save(m, tmp_path / "a.safetensors"))
     with torch.no_grad():
         ref = m(x)
         assert torch.equal(back(x), ref) and back.options == m.options and m.options["width"] == 64
-        assert_close("deployed", ref, load(save(m.deploy(), tmp_path/"b.safetensors"))(x), 1e-6)
-    with pytest.raises(RuntimeError, match="deploy form"): m(x, torch.zeros(1, 90, 70, dtype=torch.uint8))
+        assert_close("deployed", ref, load(save(m.deploy(), tmp_path / "b.safetensors"))(x), 1e-6)
+    with pytest.raises(RuntimeError, match="deploy form"):
+        m(x, torch.zeros(1, 90, 70, dtype=torch.uint8))
 
 
 def test_the_adaptive_classifier():
-    "It sees what the last ReLU gives, at an eighth, and takes the classifier's place; the official file of both still drops its aliases."
-    m, x = made(), make_input([1, 3, 90, 70])
+    """It sees what the last ReLU gives, at an eighth, and takes the classifier's place; the
+    official file of both still drops its aliases."""
+    m = made()
+    x = make_input([1, 3, 90, 70])
     with torch.no_grad():
         feat = m.feature(x)
         assert feat.shape == (1, 256, 12, 9) and feat.min() == 0
@@ -346,14 +580,23 @@ def test_the_adaptive_classifier():
         assert both(x).shape == (1, 7, 12, 9)
     fresh = SSA(AFFormerSegmentor(num_classes=7))
     report = transfer(fresh, filled(7))
-    assert sum("another name" in why for _, why, *_ in report.ignored) == 140 and torch.equal(fresh.host.encoder.stem[1].conv.weight, both.host.encoder.stem[1].conv.weight)
-    with torch.device("meta"): sizes = [num_params(SSA(AFFormerSegmentor())), num_params(SSA(AFFormerSegmentor()).deploy())]
-    assert [f"{(n + 256*256 + 512)/1e6:.3f}" for n in sizes] == ["3.570", "3.308"]
+    assert sum("another name" in why for _, why, *_ in report.ignored) == 140 and torch.equal(
+        fresh.host.encoder.stem[1].conv.weight, both.host.encoder.stem[1].conv.weight
+    )
+    with torch.device("meta"):
+        sizes = [
+            num_params(SSA(AFFormerSegmentor())),
+            num_params(SSA(AFFormerSegmentor()).deploy()),
+        ]
+    assert [f"{(n + 256 * 256 + 512) / 1e6:.3f}" for n in sizes] == ["3.570", "3.308"]
 
 
 def test_low_precision():
     "bfloat16 without surprises."
-    m, x = made(), make_input([1, 3, 128, 96])
-    with torch.no_grad(): ref = m(x)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): low = m(x)
-    assert low.dtype == torch.bfloat16 and relative_l2(ref, low.float()) < .05
+    m = made()
+    x = make_input([1, 3, 128, 96])
+    with torch.no_grad():
+        ref = m(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = m(x)
+    assert low.dtype == torch.bfloat16 and relative_l2(ref, low.float()) < 0.05

@@ -1,4 +1,6 @@
-"EfficientFormerV2 and CGRSeg: official keys, the equations once more, parity, other sizes, the adaptive classifier's form."
+"""EfficientFormerV2 and CGRSeg: official keys, the equations once more, parity, other sizes, the
+adaptive classifier's form."""
+
 import copy
 
 import numpy as np
@@ -6,7 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segkern.backbones.efficientformer import EFFICIENTFORMERS, BiasedAttention, EfficientFormer, spread
+from segkern.backbones.efficientformer import (
+    EFFICIENTFORMERS,
+    BiasedAttention,
+    EfficientFormer,
+    spread,
+)
 from segkern.core import seeded
 from segkern.layers import macs, num_params, set_literal
 from segkern.models import list_models, load, save
@@ -16,63 +23,102 @@ from segkern.testing import assert_close, check_model, fill_tensor, fixture, mak
 from segkern.weights import load_official, transfer
 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-WIDTHS = {"s0": (32, 48, 96, 176), "s1": (32, 48, 120, 224), "s2": (32, 64, 144, 288), "l": (40, 80, 192, 384)}
+WIDTHS = {
+    "s0": (32, 48, 96, 176),
+    "s1": (32, 48, 120, 224),
+    "s2": (32, 64, 144, 288),
+    "l": (40, 80, 192, 384),
+}
 DEPTHS = {"s0": (2, 2, 6, 4), "s1": (3, 3, 9, 6), "s2": (4, 4, 12, 8), "l": (5, 5, 15, 10)}
 LOOKING = {"s0": 2, "s1": 2, "s2": 4, "l": 6}
-RATIOS = {"s0": ([4, 3, 3, 3, 4, 4], [4, 3, 3, 4]), "s1": ([4, 4, 3, 3, 3, 3, 4, 4, 4], [4, 4, 3, 3, 4, 4]), "s2": ([4]*2 + [3]*6 + [4]*4, [4]*2 + [3]*4 + [4]*2), "l": ([4]*4 + [3]*7 + [4]*4, [4]*3 + [3]*4 + [4]*3)}
-NETS = {"cgrseg_t": ("s1", 128, 5, 11), "cgrseg_b": ("s2", 256, 6, 11), "cgrseg_l": ("l", 256, 5, 9)}
+RATIOS = {
+    "s0": ([4, 3, 3, 3, 4, 4], [4, 3, 3, 4]),
+    "s1": ([4, 4, 3, 3, 3, 3, 4, 4, 4], [4, 4, 3, 3, 4, 4]),
+    "s2": ([4] * 2 + [3] * 6 + [4] * 4, [4] * 2 + [3] * 4 + [4] * 2),
+    "l": ([4] * 4 + [3] * 7 + [4] * 4, [4] * 3 + [3] * 4 + [4] * 3),
+}
+NETS = {
+    "cgrseg_t": ("s1", 128, 5, 11),
+    "cgrseg_b": ("s2", 256, 6, 11),
+    "cgrseg_l": ("l", 256, 5, 9),
+}
 
 
 class Keys(dict):
     "Official keys and shapes, written down layer by layer."
+
     def conv(self, key, c_out, c_in, *k):
         self[key + ".weight"], self[key + ".bias"] = (c_out, c_in, *(k or (1, 1))), (c_out,)
-    def bn(self, key, c): self.update({f"{key}.{n}": () if n == BN[-1] else (c,) for n in BN})
+
+    def bn(self, key, c):
+        self.update({f"{key}.{n}": () if n == BN[-1] else (c,) for n in BN})
+
     def conv_bn(self, conv, bn, c_out, c_in, *k):
         self.conv(conv, c_out, c_in, *k)
         self.bn(bn, c_out)
-    def under(self, prefix): return Keys({prefix + k: s for k, s in self.items()})
+
+    def under(self, prefix):
+        return Keys({prefix + k: s for k, s in self.items()})
 
 
 def attention_keys(keys, at, c, c_out, d, side, old, step=1, reduced=False, imagenet=False):
     "An attention; `old` is the side of the classification network's grid."
-    n, m = side*side, (side//step)**2
-    if not imagenet: keys[at + ".attention_biases_seg"], keys[at + ".attention_bias_idxs_seg"] = (8, n), (m, n)
-    keys[at + ".attention_biases"], keys[at + ".attention_bias_idxs"] = (8, old*old), (((old + step - 1)//step)**2, old*old)
-    if reduced: keys.conv_bn(at + ".stride_conv.0", at + ".stride_conv.1", c, 1, 3, 3)
+    n = side * side
+    m = (side // step) ** 2
+    if not imagenet:
+        keys[at + ".attention_biases_seg"], keys[at + ".attention_bias_idxs_seg"] = (8, n), (m, n)
+    keys[at + ".attention_biases"], keys[at + ".attention_bias_idxs"] = (
+        (8, old * old),
+        (((old + step - 1) // step) ** 2, old * old),
+    )
+    if reduced:
+        keys.conv_bn(at + ".stride_conv.0", at + ".stride_conv.1", c, 1, 3, 3)
     if step == 2:
         keys.conv(at + ".q.local.0", c, 1, 3, 3)
-        keys.conv_bn(at + ".q.proj.0", at + ".q.proj.1", 8*d, c)
-    else: keys.conv_bn(at + ".q.0", at + ".q.1", 8*d, c)
-    keys.conv_bn(at + ".k.0", at + ".k.1", 8*d, c)
-    keys.conv_bn(at + ".v.0", at + ".v.1", 32*d, c)
-    keys.conv_bn(at + ".v_local.0", at + ".v_local.1", 32*d, 1, 3, 3)
+        keys.conv_bn(at + ".q.proj.0", at + ".q.proj.1", 8 * d, c)
+    else:
+        keys.conv_bn(at + ".q.0", at + ".q.1", 8 * d, c)
+    keys.conv_bn(at + ".k.0", at + ".k.1", 8 * d, c)
+    keys.conv_bn(at + ".v.0", at + ".v.1", 32 * d, c)
+    keys.conv_bn(at + ".v_local.0", at + ".v_local.1", 32 * d, 1, 3, 3)
     if step == 1:
-        for i in (1, 2): keys.conv(f"{at}.talking_head{i}", 8, 8)
-    keys.conv_bn(at + ".proj.1", at + ".proj.2", c_out, 32*d)
+        for i in (1, 2):
+            keys.conv(f"{at}.talking_head{i}", 8, 8)
+    keys.conv_bn(at + ".proj.1", at + ".proj.2", c_out, 32 * d)
 
 
 def encoder_keys(size, imagenet=False):
     "An official encoder; the ImageNet form has a norm and two classifiers, and no tables for segmentation."
-    keys, widths, depths = Keys(), WIDTHS[size], DEPTHS[size]
-    keys.conv_bn("patch_embed.0", "patch_embed.1", widths[0]//2, 3, 3, 3)
-    keys.conv_bn("patch_embed.3", "patch_embed.4", widths[0], widths[0]//2, 3, 3)
+    keys = Keys()
+    widths = WIDTHS[size]
+    depths = DEPTHS[size]
+    keys.conv_bn("patch_embed.0", "patch_embed.1", widths[0] // 2, 3, 3, 3)
+    keys.conv_bn("patch_embed.3", "patch_embed.4", widths[0], widths[0] // 2, 3, 3)
     for s, (c, depth) in enumerate(zip(widths, depths)):
         for j in range(depth):
-            at, inner = f"network.{2*s}.{j}", c*(4 if s < 2 else RATIOS[size][s - 2][j])
+            at = f"network.{2 * s}.{j}"
+            inner = c * (4 if s < 2 else RATIOS[size][s - 2][j])
             keys[at + ".layer_scale_2"] = (c, 1, 1)
             if s >= 2 and j >= depth - LOOKING[size]:
                 keys[at + ".layer_scale_1"] = (c, 1, 1)
-                attention_keys(keys, at + ".token_mixer", c, c, 32, 16, 7, reduced=s == 2, imagenet=imagenet)
+                attention_keys(
+                    keys, at + ".token_mixer", c, c, 32, 16, 7, reduced=s == 2, imagenet=imagenet
+                )
             keys.conv_bn(at + ".mlp.fc1", at + ".mlp.norm1", inner, c)
             keys.conv_bn(at + ".mlp.mid", at + ".mlp.mid_norm", inner, 1, 3, 3)
             keys.conv_bn(at + ".mlp.fc2", at + ".mlp.norm2", c, inner)
-    for s in (1, 2): keys.conv_bn(f"network.{2*s - 1}.proj", f"network.{2*s - 1}.norm", widths[s], widths[s - 1], 3, 3)
+    for s in (1, 2):
+        keys.conv_bn(
+            f"network.{2 * s - 1}.proj", f"network.{2 * s - 1}.norm", widths[s], widths[s - 1], 3, 3
+        )
     keys.conv_bn("network.5.conv", "network.5.bn", widths[3], widths[2], 3, 3)
-    attention_keys(keys, "network.5.attn", widths[2], widths[3], 16, 32, 14, step=2, imagenet=imagenet)
+    attention_keys(
+        keys, "network.5.attn", widths[2], widths[3], 16, 32, 14, step=2, imagenet=imagenet
+    )
     if imagenet:
         keys.bn("norm", widths[3])
-        for head in ("head", "dist_head"): keys[head + ".weight"], keys[head + ".bias"] = (1000, widths[3]), (1000,)
+        for head in ("head", "dist_head"):
+            keys[head + ".weight"], keys[head + ".bias"] = (1000, widths[3]), (1000,)
     return keys
 
 
@@ -82,47 +128,73 @@ def block_keys(keys, at, c, k):
     keys.conv_bn(at + ".token_mixer.excite.0", at + ".token_mixer.excite.1", c, 1, 1, k)
     keys.conv(at + ".token_mixer.excite.3", c, 1, k, 1)
     keys.bn(at + ".norm", c)
-    keys.conv(at + ".mlp.fc1", 2*c, c)
-    keys.conv(at + ".mlp.fc2", c, 2*c)
+    keys.conv(at + ".mlp.fc1", 2 * c, c)
+    keys.conv(at + ".mlp.fc2", c, 2 * c)
 
 
 def head_keys(size, c, depth, k, classes, ssa=False):
     "An official decoder; with the adaptive classifier there is no `lgc`."
-    keys, widths = Keys(), WIDTHS[size][1:]
+    keys = Keys()
+    widths = WIDTHS[size][1:]
     keys.conv("conv_seg", classes, c)
     keys["linear_fuse.conv.weight"] = (c, 1, 1, 1)
     keys.bn("linear_fuse.bn", c)
-    for j in range(depth): block_keys(keys, f"trans.transformer_blocks.{j}", sum(widths), k)
+    for j in range(depth):
+        block_keys(keys, f"trans.transformer_blocks.{j}", sum(widths), k)
     for i, w in enumerate(widths):
         for f in ("fuse1", "fuse2"):
             keys[f"SIM.{i}.{f}.conv.weight"] = (c, w, 1, 1)
             keys.bn(f"SIM.{i}.{f}.bn", c)
         block_keys(keys, f"meta.{i}", w, k)
-        if i < 2: keys.conv(f"conv.{i}", w, c)
+        if i < 2:
+            keys.conv(f"conv.{i}", w, c)
     if ssa:
         keys.conv("get_feat_pos", c, 1, 3, 3)
         keys["center_pos.weight"] = (classes, c)
-        for n in ("center_content_proj", "center_pos_proj", "gt_center_content_proj", "gt_center_pos_proj"):
-            keys[n + ".0.weight"], keys[n + ".2.weight"], keys[n + ".2.bias"] = (c//2, 2*c), (c, c//2), (c,)
-        for n in ("center_proj", "gt_center_proj"): keys[n + ".weight"] = (c, c)
+        for n in (
+            "center_content_proj",
+            "center_pos_proj",
+            "gt_center_content_proj",
+            "gt_center_pos_proj",
+        ):
+            keys[n + ".0.weight"], keys[n + ".2.weight"], keys[n + ".2.bias"] = (
+                (c // 2, 2 * c),
+                (c, c // 2),
+                (c,),
+            )
+        for n in ("center_proj", "gt_center_proj"):
+            keys[n + ".weight"] = (c, c)
         keys["ssa_loss.criterion.empty_weight"] = (classes + 1,)
     else:
         keys.conv("lgc.conv_mask", 1, c)
-        for i in (0, 3): keys.conv(f"lgc.channel_mul_conv.{i}", c, c)
+        for i in (0, 3):
+            keys.conv(f"lgc.channel_mul_conv.{i}", c, c)
         keys["lgc.channel_mul_conv.1.weight"] = keys["lgc.channel_mul_conv.1.bias"] = (c, 1, 1)
     return keys
 
 
 def net_keys(name, classes, ssa=False):
     size, *rest = NETS[name]
-    return Keys({**encoder_keys(size).under("backbone."), **head_keys(size, *rest, classes, ssa).under("decode_head.")})
+    return Keys(
+        {
+            **encoder_keys(size).under("backbone."),
+            **head_keys(size, *rest, classes, ssa).under("decode_head."),
+        }
+    )
 
 
 def tensors(shapes, values=False):
     "On the meta device, or filled; counters and index tables are integers."
-    kind = lambda k: torch.int64 if k.endswith(("tracked", "idxs", "idxs_seg")) else torch.float32
-    if not values: return {k: torch.zeros(s, device="meta", dtype=kind(k)) for k, s in shapes.items()}
-    return {k: fill_tensor(k, s, str(kind(k)))*(0.1 if ".layer_scale_" in k else 1) for k, s in shapes.items()}
+
+    def kind(k):
+        return torch.int64 if k.endswith(("tracked", "idxs", "idxs_seg")) else torch.float32
+
+    if not values:
+        return {k: torch.zeros(s, device="meta", dtype=kind(k)) for k, s in shapes.items()}
+    return {
+        k: fill_tensor(k, s, str(kind(k))) * (0.1 if ".layer_scale_" in k else 1)
+        for k, s in shapes.items()
+    }
 
 
 def assert_complete(m, report, shapes):
@@ -134,13 +206,17 @@ def assert_complete(m, report, shapes):
 
 def tiny(name="cgrseg_t", classes=5, **kw):
     "A small network."
-    with seeded(0): return CGRSeg(name, classes, "efficientformerv2_s0", **{**dict(width=16, depth=2, taps=7), **kw})
+    with seeded(0):
+        return CGRSeg(
+            name, classes, "efficientformerv2_s0", **{**dict(width=16, depth=2, taps=7), **kw}
+        )
 
 
 def rewritten(m):
     "Every gate in the rewritten form, however small its map."
     for g in m.modules():
-        if isinstance(g, RectangularGate): g.small = 0
+        if isinstance(g, RectangularGate):
+            g.small = 0
     return m
 
 
@@ -148,102 +224,201 @@ def rewritten(m):
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
 def test_official_encoders(size, prefix):
     "The segmentation form: every tensor has a place; what is ignored are leftovers of classification."
-    with torch.device("meta"): e = EfficientFormer(f"efficientformerv2_{size}")
+    with torch.device("meta"):
+        e = EfficientFormer(f"efficientformerv2_{size}")
     shapes = encoder_keys(size)
     report = load_official(e, tensors(shapes.under(prefix)))
     assert_complete(e, report, shapes.under(prefix.removeprefix("module.")))
-    assert all(k.rsplit(".", 1)[1] in ("attention_biases", "attention_bias_idxs", "attention_bias_idxs_seg") for k, *_ in report.ignored) and not report.notes
+    assert (
+        all(
+            k.rsplit(".", 1)[1]
+            in ("attention_biases", "attention_bias_idxs", "attention_bias_idxs_seg")
+            for k, *_ in report.ignored
+        )
+        and not report.notes
+    )
     buffers = ("running_mean", "running_var", "tracked", "idxs", "idxs_seg", "attention_biases")
-    assert num_params(e) == sum(int(np.prod(s)) for k, s in shapes.items() if not k.endswith(buffers))
+    assert num_params(e) == sum(
+        int(np.prod(s)) for k, s in shapes.items() if not k.endswith(buffers)
+    )
 
 
 @pytest.mark.parametrize("size", WIDTHS)
 def test_imagenet_files(size):
     "Tables of distances start from zero and the report says so; what is known lands where it belongs."
-    e, shapes = EfficientFormer(f"efficientformerv2_{size}"), encoder_keys(size, imagenet=True)
-    with torch.no_grad(): _ = [m.attention_biases.fill_(7) for m in e.modules() if isinstance(m, BiasedAttention)]
+    e = EfficientFormer(f"efficientformerv2_{size}")
+    shapes = encoder_keys(size, imagenet=True)
+    with torch.no_grad():
+        _ = [m.attention_biases.fill_(7) for m in e.modules() if isinstance(m, BiasedAttention)]
     report = load_official(e, {"model": tensors(shapes, values=True)})
-    count = 2*LOOKING[size] + 1
-    assert len(report.notes) == 1 and f"{count} tables" in report.notes[0] and "zero" in report.notes[0]
-    assert all((m.attention_biases == 0).all() for m in e.modules() if isinstance(m, BiasedAttention))
-    assert {k for k, *_ in report.ignored} == {k for k in shapes if k.startswith(("norm.", "head.", "dist_head.")) or k.endswith(("attention_biases", "idxs"))}
-    assert torch.equal(e.stages[3].downsample.attn.q.proj.conv.weight, fill_tensor("network.5.attn.q.proj.0.weight", shapes["network.5.attn.q.proj.0.weight"]))
-    with torch.device("meta"): m = CGRSeg("cgrseg_b", 3, f"efficientformerv2_{size}")
-    with pytest.raises(ValueError, match="goes into model.encoder"): load_official(m, tensors(shapes))
+    count = 2 * LOOKING[size] + 1
+    assert (
+        len(report.notes) == 1
+        and f"{count} tables" in report.notes[0]
+        and "zero" in report.notes[0]
+    )
+    assert all(
+        (m.attention_biases == 0).all() for m in e.modules() if isinstance(m, BiasedAttention)
+    )
+    assert {k for k, *_ in report.ignored} == {
+        k
+        for k in shapes
+        if k.startswith(("norm.", "head.", "dist_head."))
+        or k.endswith(("attention_biases", "idxs"))
+    }
+    assert torch.equal(
+        e.stages[3].downsample.attn.q.proj.conv.weight,
+        fill_tensor("network.5.attn.q.proj.0.weight", shapes["network.5.attn.q.proj.0.weight"]),
+    )
+    with torch.device("meta"):
+        m = CGRSeg("cgrseg_b", 3, f"efficientformerv2_{size}")
+    with pytest.raises(ValueError, match="goes into model.encoder"):
+        load_official(m, tensors(shapes))
 
 
 @pytest.mark.parametrize("ssa", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_official_networks(name, ssa):
     "All three sizes, with their own classifier and with the adaptive one."
-    with torch.device("meta"): m = SSA(CGRSeg(name, 150)) if ssa else CGRSeg(name, 150)
+    with torch.device("meta"):
+        m = SSA(CGRSeg(name, 150)) if ssa else CGRSeg(name, 150)
     shapes = net_keys(name, 150, ssa)
     assert_complete(m, load_official(m, tensors(shapes)), shapes)
     if ssa:
         assert not any("guide" in k for k in m.state_dict())
-        with pytest.raises(ValueError, match="left empty"): load_official(m, tensors(net_keys(name, 150)))
-        with torch.device("meta"): part = SSA(CGRSeg(name, 150))
+        with pytest.raises(ValueError, match="left empty"):
+            load_official(m, tensors(net_keys(name, 150)))
+        with torch.device("meta"):
+            part = SSA(CGRSeg(name, 150))
         report = transfer(part, tensors(net_keys(name, 150)))
-        assert {n.split(".")[0] for n, *_ in report.fresh} == {"classifier"} and all("second half" in why for k, why, *_ in report.ignored if ".lgc." in k)
-    elif name == "cgrseg_b" and (golden := fixture("cgrseg_b")): assert [[k, list(s)] for k, s in sorted(shapes.items())] == sorted([k, s] for k, s, _ in golden.spec["keys"])
+        assert {n.split(".")[0] for n, *_ in report.fresh} == {"classifier"} and all(
+            "second half" in why for k, why, *_ in report.ignored if ".lgc." in k
+        )
+    elif name == "cgrseg_b" and (golden := fixture("cgrseg_b")):
+        assert [[k, list(s)] for k, s in sorted(shapes.items())] == sorted(
+            [k, s] for k, s, _ in golden.spec["keys"]
+        )
 
 
 def test_wrong_files():
     "Another size, another number of classes, an unknown key, a tensor missing: named."
-    with torch.device("meta"): m = CGRSeg("cgrseg_b", 150)
-    for state, words in ((net_keys("cgrseg_l", 150), "efficientformerv2_l with a CGRSeg decoder of 5 context blocks and 150 classes"), (net_keys("cgrseg_b", 19), "19 classes"),
-                         (net_keys("cgrseg_b", 150) | {"decode_head.new.weight": (3, 3)}, "decode_head.new.weight"), ({k: s for k, s in net_keys("cgrseg_b", 150).items() if "lgc" not in k}, "left empty"),
-                         ({"stage.weight": (3, 3)}, "no EfficientFormerV2")):
-        with pytest.raises(ValueError, match=words): load_official(m, tensors(state))
+    with torch.device("meta"):
+        m = CGRSeg("cgrseg_b", 150)
+    for state, words in (
+        (
+            net_keys("cgrseg_l", 150),
+            "efficientformerv2_l with a CGRSeg decoder of 5 context blocks and 150 classes",
+        ),
+        (net_keys("cgrseg_b", 19), "19 classes"),
+        (net_keys("cgrseg_b", 150) | {"decode_head.new.weight": (3, 3)}, "decode_head.new.weight"),
+        ({k: s for k, s in net_keys("cgrseg_b", 150).items() if "lgc" not in k}, "left empty"),
+        ({"stage.weight": (3, 3)}, "no EfficientFormerV2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_official(m, tensors(state))
 
 
-def bn(s, at, x): return F.batch_norm(x, s[at + ".running_mean"], s[at + ".running_var"], s[at + ".weight"], s[at + ".bias"])
-def conv(s, at, x, **kw): return F.conv2d(x, s[at + ".weight"], s.get(at + ".bias"), **kw)
-def dw(s, at, x, stride=1): return conv(s, at, x, stride=stride, padding=tuple(k//2 for k in s[at + ".weight"].shape[2:]), groups=x.shape[1])
-def up(x, size): return F.interpolate(x, size, mode="bilinear", align_corners=False)
+def bn(s, at, x):
+    return F.batch_norm(
+        x, s[at + ".running_mean"], s[at + ".running_var"], s[at + ".weight"], s[at + ".bias"]
+    )
+
+
+def conv(s, at, x, **kw):
+    return F.conv2d(x, s[at + ".weight"], s.get(at + ".bias"), **kw)
+
+
+def dw(s, at, x, stride=1):
+    return conv(
+        s,
+        at,
+        x,
+        stride=stride,
+        padding=tuple(k // 2 for k in s[at + ".weight"].shape[2:]),
+        groups=x.shape[1],
+    )
+
+
+def up(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def position(table, side, step, size):
     "The matrix of biases, pair by pair, resized as an image."
     keys = [(i, j) for i in range(side) for j in range(side)]
-    index = torch.tensor([[abs(a - i)*side + abs(b - j) for i, j in keys] for a in range(0, side, step) for b in range(0, side, step)])
+    index = torch.tensor(
+        [
+            [abs(a - i) * side + abs(b - j) for i, j in keys]
+            for a in range(0, side, step)
+            for b in range(0, side, step)
+        ]
+    )
     return F.interpolate(table[:, index][None], size, mode="bicubic", align_corners=False)
 
 
 def attention(s, at, x, reduced):
-    if reduced: x = bn(s, at + ".stride_conv.1", dw(s, at + ".stride_conv.0", x, 2))
+    if reduced:
+        x = bn(s, at + ".stride_conv.1", dw(s, at + ".stride_conv.0", x, 2))
     b, _, h, w = x.shape
     q, k, v = (bn(s, f"{at}.{n}.1", conv(s, f"{at}.{n}.0", x)) for n in "qkv")
-    heads = lambda t: t.reshape(b, 8, -1, h*w)
-    scores = torch.einsum("bhdi,bhdj->bhij", heads(q), heads(k))/32**0.5 + position(s[at + ".attention_biases_seg"], 16, 1, (h*w, h*w))
+
+    def heads(t):
+        return t.reshape(b, 8, -1, h * w)
+
+    scores = torch.einsum("bhdi,bhdj->bhij", heads(q), heads(k)) / 32**0.5 + position(
+        s[at + ".attention_biases_seg"], 16, 1, (h * w, h * w)
+    )
     p = conv(s, at + ".talking_head2", conv(s, at + ".talking_head1", scores).softmax(3))
-    o = torch.einsum("bhij,bhdj->bhdi", p, heads(v)).reshape(b, -1, h, w) + bn(s, at + ".v_local.1", dw(s, at + ".v_local.0", v))
-    if reduced: o = up(o, (2*h, 2*w))
+    o = torch.einsum("bhij,bhdj->bhdi", p, heads(v)).reshape(b, -1, h, w) + bn(
+        s, at + ".v_local.1", dw(s, at + ".v_local.0", v)
+    )
+    if reduced:
+        o = up(o, (2 * h, 2 * w))
     return bn(s, at + ".proj.2", conv(s, at + ".proj.1", F.gelu(o)))
 
 
 def down(s, at, x):
     b, _, h, w = x.shape
-    q = bn(s, at + ".attn.q.proj.1", conv(s, at + ".attn.q.proj.0", dw(s, at + ".attn.q.local.0", x, 2) + x[:, :, ::2, ::2]))
+    q = bn(
+        s,
+        at + ".attn.q.proj.1",
+        conv(s, at + ".attn.q.proj.0", dw(s, at + ".attn.q.local.0", x, 2) + x[:, :, ::2, ::2]),
+    )
     k, v = (bn(s, f"{at}.attn.{n}.1", conv(s, f"{at}.attn.{n}.0", x)) for n in "kv")
-    scores = torch.einsum("bhdi,bhdj->bhij", q.reshape(b, 8, 16, -1), k.reshape(b, 8, 16, -1))/4 + position(s[at + ".attn.attention_biases_seg"], 32, 2, (h*w//4, h*w))
-    o = torch.einsum("bhij,bhdj->bhdi", scores.softmax(3), v.reshape(b, 8, 64, -1)).reshape(b, -1, h//2, w//2) + bn(s, at + ".attn.v_local.1", dw(s, at + ".attn.v_local.0", v, 2))
-    return bn(s, at + ".attn.proj.2", conv(s, at + ".attn.proj.1", F.gelu(o))) + bn(s, at + ".bn", conv(s, at + ".conv", x, stride=2, padding=1))
+    scores = torch.einsum(
+        "bhdi,bhdj->bhij", q.reshape(b, 8, 16, -1), k.reshape(b, 8, 16, -1)
+    ) / 4 + position(s[at + ".attn.attention_biases_seg"], 32, 2, (h * w // 4, h * w))
+    o = torch.einsum("bhij,bhdj->bhdi", scores.softmax(3), v.reshape(b, 8, 64, -1)).reshape(
+        b, -1, h // 2, w // 2
+    ) + bn(s, at + ".attn.v_local.1", dw(s, at + ".attn.v_local.0", v, 2))
+    return bn(s, at + ".attn.proj.2", conv(s, at + ".attn.proj.1", F.gelu(o))) + bn(
+        s, at + ".bn", conv(s, at + ".conv", x, stride=2, padding=1)
+    )
 
 
 def encode(s, x, size):
     "The encoder's equations."
-    for i in (0, 3): x = F.gelu(bn(s, f"patch_embed.{i + 1}", conv(s, f"patch_embed.{i}", x, stride=2, padding=1)))
+    for i in (0, 3):
+        x = F.gelu(
+            bn(s, f"patch_embed.{i + 1}", conv(s, f"patch_embed.{i}", x, stride=2, padding=1))
+        )
     maps = []
     for stage, depth in enumerate(DEPTHS[size]):
-        if stage in (1, 2): x = bn(s, f"network.{2*stage - 1}.norm", conv(s, f"network.{2*stage - 1}.proj", x, stride=2, padding=1))
-        if stage == 3: x = down(s, "network.5", x)
+        if stage in (1, 2):
+            x = bn(
+                s,
+                f"network.{2 * stage - 1}.norm",
+                conv(s, f"network.{2 * stage - 1}.proj", x, stride=2, padding=1),
+            )
+        if stage == 3:
+            x = down(s, "network.5", x)
         for j in range(depth):
-            at = f"network.{2*stage}.{j}"
-            if at + ".layer_scale_1" in s: x = x + s[at + ".layer_scale_1"]*attention(s, at + ".token_mixer", x, stage == 2)
+            at = f"network.{2 * stage}.{j}"
+            if at + ".layer_scale_1" in s:
+                x = x + s[at + ".layer_scale_1"] * attention(s, at + ".token_mixer", x, stage == 2)
             y = F.gelu(bn(s, at + ".mlp.norm1", conv(s, at + ".mlp.fc1", x)))
             y = F.gelu(bn(s, at + ".mlp.mid_norm", dw(s, at + ".mlp.mid", y)))
-            x = x + s[at + ".layer_scale_2"]*bn(s, at + ".mlp.norm2", conv(s, at + ".mlp.fc2", y))
+            x = x + s[at + ".layer_scale_2"] * bn(s, at + ".mlp.norm2", conv(s, at + ".mlp.fc2", y))
         maps.append(x)
     return maps
 
@@ -251,41 +426,71 @@ def encode(s, x, size):
 def block(s, at, x):
     t = at + ".token_mixer."
     p = x.mean(3, keepdim=True) + x.mean(2, keepdim=True)
-    a = torch.sigmoid(dw(s, t + "excite.3", F.relu(bn(s, t + "excite.1", dw(s, t + "excite.0", p)))))
-    y = conv(s, at + ".mlp.fc2", F.gelu(conv(s, at + ".mlp.fc1", bn(s, at + ".norm", a*dw(s, t + "dwconv_hw", x)))))
-    return x + s[at + ".gamma"].view(-1, 1, 1)*y
+    a = torch.sigmoid(
+        dw(s, t + "excite.3", F.relu(bn(s, t + "excite.1", dw(s, t + "excite.0", p))))
+    )
+    y = conv(
+        s,
+        at + ".mlp.fc2",
+        F.gelu(conv(s, at + ".mlp.fc1", bn(s, at + ".norm", a * dw(s, t + "dwconv_hw", x)))),
+    )
+    return x + s[at + ".gamma"].view(-1, 1, 1) * y
 
 
 def decode(s, maps, depth):
     "The decoder's equations: logits and f."
-    small = [F.adaptive_avg_pool2d(x, tuple(-(-n//2) for n in maps[2].shape[2:])) for x in maps]
-    z, r = torch.cat(small, 1), None
-    for j in range(depth): z = block(s, f"trans.transformer_blocks.{j}", z)
+    small = [F.adaptive_avg_pool2d(x, tuple(-(-n // 2) for n in maps[2].shape[2:])) for x in maps]
+    z = torch.cat(small, 1)
+    r = None
+    for j in range(depth):
+        z = block(s, f"trans.transformer_blocks.{j}", z)
     parts = z.split([x.shape[1] for x in maps], 1)
     for i in (2, 1, 0):
         x = maps[i] if r is None else maps[i] + conv(s, f"conv.{i}", up(r, maps[i].shape[2:]))
-        g = F.relu6(bn(s, f"SIM.{i}.fuse2.bn", conv(s, f"SIM.{i}.fuse2.conv", parts[i])) + 3)/6
-        r = bn(s, f"SIM.{i}.fuse1.bn", conv(s, f"SIM.{i}.fuse1.conv", block(s, f"meta.{i}", x)))*up(g, x.shape[2:])
-    f = F.relu(bn(s, "linear_fuse.bn", s["linear_fuse.conv.weight"].view(-1, 1, 1)*r))
-    centres = torch.einsum("bkn,bcn->bck", conv(s, "conv_seg", f).flatten(2).softmax(2), r.flatten(2))
+        g = F.relu6(bn(s, f"SIM.{i}.fuse2.bn", conv(s, f"SIM.{i}.fuse2.conv", parts[i])) + 3) / 6
+        r = bn(
+            s, f"SIM.{i}.fuse1.bn", conv(s, f"SIM.{i}.fuse1.conv", block(s, f"meta.{i}", x))
+        ) * up(g, x.shape[2:])
+    f = F.relu(bn(s, "linear_fuse.bn", s["linear_fuse.conv.weight"].view(-1, 1, 1) * r))
+    centres = torch.einsum(
+        "bkn,bcn->bck", conv(s, "conv_seg", f).flatten(2).softmax(2), r.flatten(2)
+    )
     share = conv(s, "lgc.conv_mask", centres[..., None])[:, 0, :, 0].softmax(1)
     c = torch.einsum("bck,bk->bc", centres, share)[..., None, None]
-    n = F.layer_norm(conv(s, "lgc.channel_mul_conv.0", c), c.shape[1:], s["lgc.channel_mul_conv.1.weight"], s["lgc.channel_mul_conv.1.bias"])
-    return conv(s, "conv_seg", r*conv(s, "lgc.channel_mul_conv.3", F.relu(n)).sigmoid() + r), f
+    n = F.layer_norm(
+        conv(s, "lgc.channel_mul_conv.0", c),
+        c.shape[1:],
+        s["lgc.channel_mul_conv.1.weight"],
+        s["lgc.channel_mul_conv.1.bias"],
+    )
+    return conv(s, "conv_seg", r * conv(s, "lgc.channel_mul_conv.3", F.relu(n)).sigmoid() + r), f
 
 
 @pytest.mark.parametrize("height,width", [(64, 96), (160, 32), (96, 224)])
 def test_the_equations_again(height, width):
     "Written down once more in official names, in double precision, at sizes whose matrices are resized."
-    shapes = Keys({**encoder_keys("s0").under("backbone."), **head_keys("s0", 16, 2, 7, 5).under("decode_head.")})
-    state = {k: v.double() if v.is_floating_point() else v for k, v in tensors(shapes, values=True).items()}
-    m, x = rewritten(tiny()).double().eval(), make_input([2, 3, height, width]).double()
+    shapes = Keys(
+        {
+            **encoder_keys("s0").under("backbone."),
+            **head_keys("s0", 16, 2, 7, 5).under("decode_head."),
+        }
+    )
+    state = {
+        k: v.double() if v.is_floating_point() else v
+        for k, v in tensors(shapes, values=True).items()
+    }
+    m = rewritten(tiny()).double().eval()
+    x = make_input([2, 3, height, width]).double()
     load_official(m, state)
-    own, theirs = ({k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in ("decode_head.", "backbone."))
+    own, theirs = (
+        {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)}
+        for p in ("decode_head.", "backbone.")
+    )
     with torch.no_grad():
         maps = encode(theirs, x, "s0")
         logits, f = decode(own, maps[1:], 2)
-        for i, (a, b) in enumerate(zip(maps, m.encoder(x))): assert_close(f"map {i}", a, b, 1e-12)
+        for i, (a, b) in enumerate(zip(maps, m.encoder(x))):
+            assert_close(f"map {i}", a, b, 1e-12)
         assert_close("logits", logits, m(x), 1e-12)
         assert_close("literal", logits, set_literal(m)(x), 1e-12)
         assert_close("bare", f, m.bare().feature(x), 1e-12)
@@ -294,31 +499,53 @@ def test_the_equations_again(height, width):
 def test_parity():
     "Both golden pictures; what may go wrong unseen is seen."
     golden = fixture("cgrseg_b")
-    if golden is None: pytest.skip("no shared folder")
-    m, ins = CGRSeg().eval(), golden.inputs()
+    if golden is None:
+        pytest.skip("no shared folder")
+    m = CGRSeg().eval()
+    ins = golden.inputs()
     load_official(m, golden.state())
-    assert num_params(m) == golden.spec["params"] and all((v*10 - fill_tensor(k, v.shape)).abs().max() < 1e-5 for k, v in golden.state().items() if k.endswith("layer_scale_2"))
+    assert num_params(m) == golden.spec["params"] and all(
+        (v * 10 - fill_tensor(k, v.shape)).abs().max() < 1e-5
+        for k, v in golden.state().items()
+        if k.endswith("layer_scale_2")
+    )
     with torch.no_grad():
-        for form in (m, rewritten(m), set_literal(copy.deepcopy(m))): assert golden.error("logits", form(ins["x"])) < 1e-5
+        for form in (m, rewritten(m), set_literal(copy.deepcopy(m))):
+            assert golden.error("logits", form(ins["x"])) < 1e-5
         assert golden.error("x512_logits", m(ins["x512"])) < 1e-5
         for a in m.modules():
-            if isinstance(a, BiasedAttention): a.resize = "table"
-        assert golden.error("x512_logits", m(ins["x512"])) < 1e-5 < golden.error("logits", m(ins["x"]))
+            if isinstance(a, BiasedAttention):
+                a.resize = "table"
+        assert (
+            golden.error("x512_logits", m(ins["x512"])) < 1e-5 < golden.error("logits", m(ins["x"]))
+        )
 
 
 @pytest.mark.parametrize("literal", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 def test_parity_of_the_gate(train, literal):
     golden = fixture("cgr_rca")
-    if golden is None: pytest.skip("no shared folder")
-    names, prefix = {"dwconv_hw": "local", "excite.0": "wide", "excite.1": "bn", "excite.3": "tall"}, "train_" if train else ""
-    g, ins = rewritten(RectangularGate(64, 11)).train(train), golden.inputs()
+    if golden is None:
+        pytest.skip("no shared folder")
+    names = {"dwconv_hw": "local", "excite.0": "wide", "excite.1": "bn", "excite.3": "tall"}
+    prefix = "train_" if train else ""
+    g = rewritten(RectangularGate(64, 11)).train(train)
+    ins = golden.inputs()
     g.literal = literal
-    g.load_state_dict({f"{names[k.rsplit('.', 1)[0]]}.{k.rsplit('.', 1)[1]}": v for k, v in golden.state().items()}, strict=False)
+    g.load_state_dict(
+        {
+            f"{names[k.rsplit('.', 1)[0]]}.{k.rsplit('.', 1)[1]}": v
+            for k, v in golden.state().items()
+        },
+        strict=False,
+    )
     x = ins["x"].requires_grad_()
     out = g(x)
     out.backward(ins["grad_out"])
-    assert golden.error(prefix + "out", out.detach()) < 1e-5 and golden.error(prefix + "grad_x", x.grad) < 1e-4
+    assert (
+        golden.error(prefix + "out", out.detach()) < 1e-5
+        and golden.error(prefix + "grad_x", x.grad) < 1e-4
+    )
     seen = 0
     for theirs, ours in names.items():
         for n, p in getattr(g, ours).named_parameters():
@@ -326,51 +553,79 @@ def test_parity_of_the_gate(train, literal):
                 assert golden.error(key, p.grad.flatten(1) if p.ndim > 1 else p.grad) < 1e-4
                 seen += 1
     assert seen == 7 + (not train)
-    if train: assert golden.error("train_running_mean", g.bn.running_mean) < 1e-5 and golden.error("train_running_var", g.bn.running_var) < 1e-5
+    if train:
+        assert (
+            golden.error("train_running_mean", g.bn.running_mean) < 1e-5
+            and golden.error("train_running_var", g.bn.running_var) < 1e-5
+        )
 
 
 def test_gradients_of_both_forms():
     "The whole network in training: all gradients by name, and the running statistics."
-    a, b = tiny().double(), None
+    a = tiny().double()
+    b = None
     with torch.no_grad(), seeded(3):
         for n, p in a.named_parameters():
-            if n.endswith(("gamma", "guide.outer.weight", "attention_biases")): p.normal_(0, .3)
+            if n.endswith(("gamma", "guide.outer.weight", "attention_biases")):
+                p.normal_(0, 0.3)
     b = set_literal(copy.deepcopy(a))
     a.dropout.p = b.dropout.p = 0.0
-    x, y = make_input([2, 3, 64, 96]).double() + 1, torch.randint(0, 5, (2, 64, 96), generator=torch.Generator().manual_seed(0))
+    x = make_input([2, 3, 64, 96]).double() + 1
+    y = torch.randint(0, 5, (2, 64, 96), generator=torch.Generator().manual_seed(0))
     losses = [m(x, y)["loss"] for m in (rewritten(a), b)]
     assert abs(losses[0] - losses[1]) < 1e-12
-    for loss in losses: loss.backward()
-    for (n, p), q in zip(a.named_parameters(), b.parameters()): assert (p.grad - q.grad).norm() <= 1e-8*(q.grad.norm() + 1e-6), n
-    for (n, p), q in zip(a.named_buffers(), b.buffers()): assert torch.allclose(p, q, rtol=1e-10, atol=1e-12), n
+    for loss in losses:
+        loss.backward()
+    for (n, p), q in zip(a.named_parameters(), b.parameters()):
+        assert (p.grad - q.grad).norm() <= 1e-8 * (q.grad.norm() + 1e-6), n
+    for (n, p), q in zip(a.named_buffers(), b.buffers()):
+        assert torch.allclose(p, q, rtol=1e-10, atol=1e-12), n
 
 
 def test_contract_export_and_compile():
     "Sizes; graphs; the same bits twice; deep copies; the optimised form."
     from segkern.infer import optimize
+
     m = tiny()
     check_model(m, (64, 96))
-    x, twin = make_input([2, 3, 96, 64]), copy.deepcopy(m)
-    with torch.no_grad(): y = m(x)
-    with torch.no_grad(): assert torch.equal(m(x), y) and torch.equal(twin(x), y) and torch.equal(copy.deepcopy(m)(x), y)
+    x = make_input([2, 3, 96, 64])
+    twin = copy.deepcopy(m)
+    with torch.no_grad():
+        y = m(x)
+    with torch.no_grad():
+        assert (
+            torch.equal(m(x), y) and torch.equal(twin(x), y) and torch.equal(copy.deepcopy(m)(x), y)
+        )
     assert_close("exported", y, torch.export.export(m, (x,)).module()(x), 1e-5)
-    with torch.no_grad(): assert_close("compiled", y, torch.compile(m, backend="eager", fullgraph=True)(x), 1e-5)
-    g, z = rewritten(RectangularGate(4, 3)), make_input([2, 4, 9, 8]).requires_grad_()
+    with torch.no_grad():
+        assert_close("compiled", y, torch.compile(m, backend="eager", fullgraph=True)(x), 1e-5)
+    g = rewritten(RectangularGate(4, 3))
+    z = make_input([2, 4, 9, 8]).requires_grad_()
     for form in (g, g.eval()):
-        new, old = torch.compile(form, backend="eager", fullgraph=True)(z), form(z)
+        new = torch.compile(form, backend="eager", fullgraph=True)(z)
+        old = form(z)
         assert_close("compiled gate", old, new, 1e-6)
-        assert_close("its gradient", *(torch.autograd.grad(o.square().sum(), z)[0] for o in (old, new)), 1e-5)
+        assert_close(
+            "its gradient", *(torch.autograd.grad(o.square().sum(), z)[0] for o in (old, new)), 1e-5
+        )
     assert_close("optimised", y, optimize(copy.deepcopy(m))(x), 1e-4)
     for size in ((64, 90), (31, 32), (33, 64)):
         for call in (m, m.encoder):
-            with pytest.raises(ValueError, match=f"multiples of 32, got {size[0]}x{size[1]}"): call(make_input([1, 3, *size]))
-    with torch.no_grad(): assert m(make_input([1, 3, 32, 32])).shape == (1, 5, 4, 4)
+            with pytest.raises(ValueError, match=f"multiples of 32, got {size[0]}x{size[1]}"):
+                call(make_input([1, 3, *size]))
+    with torch.no_grad():
+        assert m(make_input([1, 3, 32, 32])).shape == (1, 5, 4, 4)
     m.train()
-    with pytest.raises(ValueError, match="needs larger pictures or at least 2"): m(make_input([1, 3, 64, 64]))
-    with pytest.raises(ValueError, match="got 1 picture of 1 pixel"): rewritten(RectangularGate(3, 3))(torch.ones(1, 3, 1, 1))
-    with pytest.raises(ValueError, match="odd number"): RectangularGate(3, 4)
-    with pytest.raises(ValueError, match="efficientformerv2_l"): EfficientFormer("efficientformerv2_m")
-    with pytest.raises(ValueError, match="resize must be"): EfficientFormer(resize="image")
+    with pytest.raises(ValueError, match="needs larger pictures or at least 2"):
+        m(make_input([1, 3, 64, 64]))
+    with pytest.raises(ValueError, match="got 1 picture of 1 pixel"):
+        rewritten(RectangularGate(3, 3))(torch.ones(1, 3, 1, 1))
+    with pytest.raises(ValueError, match="odd number"):
+        RectangularGate(3, 4)
+    with pytest.raises(ValueError, match="efficientformerv2_l"):
+        EfficientFormer("efficientformerv2_m")
+    with pytest.raises(ValueError, match="resize must be"):
+        EfficientFormer(resize="image")
 
 
 def test_batch_norm_options():
@@ -378,8 +633,11 @@ def test_batch_norm_options():
     for momentum in (None, 0.3):
         new, old = (rewritten(RectangularGate(4, 3)) for _ in range(2))
         old.load_state_dict(new.state_dict())
-        old.literal, new.bn.momentum, old.bn.momentum = True, momentum, momentum
-        for seed in range(3): _ = new(make_input([2, 4, 5, 6], seed)), old(make_input([2, 4, 5, 6], seed))
+        old.literal = True
+        new.bn.momentum = momentum
+        old.bn.momentum = momentum
+        for seed in range(3):
+            _ = new(make_input([2, 4, 5, 6], seed)), old(make_input([2, 4, 5, 6], seed))
         assert_close("mean", old.bn.running_mean, new.bn.running_mean, 1e-6)
         assert_close("variance", old.bn.running_var, new.bn.running_var, 1e-6)
         assert new.bn.num_batches_tracked == 3
@@ -391,17 +649,24 @@ def test_batch_norm_options():
 
 
 def test_tables_follow_the_weights():
-    "The store of matrices: filled without gradients only; emptied by training, loading, casting, writing; bounded; gradients flow in evaluation."
+    """The store of matrices: filled without gradients only; emptied by training, loading, casting,
+    writing; bounded; gradients flow in evaluation."""
     e = EfficientFormer("efficientformerv2_s0").eval()
-    a, x = e.stages[3].downsample.attn, make_input([1, 3, 64, 96])
+    a = e.stages[3].downsample.attn
+    x = make_input([1, 3, 64, 96])
     with torch.no_grad():
         e(x)
         assert list(a.kept) and a.bias(4, 6) is a.bias(4, 6)
         e(make_input([1, 3, 96, 96]))
         assert len(a.kept) == 2
-        a.attention_biases.add_(1) # an optimiser or an average of weights
+        a.attention_biases.add_(1)  # an optimiser or an average of weights
         assert_close("after writing", a.make_bias(4, 6), a.bias(4, 6), 1e-6)
-        for change in (lambda: e.train().eval(), lambda: e.load_state_dict(e.state_dict()), lambda: e.load_state_dict(e.state_dict(), assign=True), lambda: e.double().float()):
+        for change in (
+            lambda: e.train().eval(),
+            lambda: e.load_state_dict(e.state_dict()),
+            lambda: e.load_state_dict(e.state_dict(), assign=True),
+            lambda: e.double().float(),
+        ):
             a.bias(4, 6)
             assert a.kept
             change()
@@ -411,86 +676,157 @@ def test_tables_follow_the_weights():
         a.resize = "matrix"
         assert not torch.equal(b, a.bias(4, 6)) or float(a.attention_biases.std()) == 0
         import segkern.backbones.efficientformer as module
-        limit, module.KEPT = module.KEPT, b.numel()
+
+        limit = module.KEPT
+        module.KEPT = b.numel()
         try:
             a.forget()
-            for size in ((4, 6), (6, 4), (8, 8)): a.bias(*size)
+            for size in ((4, 6), (6, 4), (8, 8)):
+                a.bias(*size)
             assert len(a.kept) == 1 and (8, 8) not in {k[:2] for k in a.kept}
-        finally: module.KEPT = limit
+        finally:
+            module.KEPT = limit
     a.forget()
     a.bias(4, 6).square().sum().backward()
     assert not a.kept and a.attention_biases.grad.abs().sum() > 0
-    with torch.inference_mode(): first = e(x)[-1]
-    with torch.no_grad(): assert torch.equal(first, e(x)[-1])
-    e(x)[-1].sum().backward() # what was kept in inference mode does not get into a graph
+    with torch.inference_mode():
+        first = e(x)[-1]
+    with torch.no_grad():
+        assert torch.equal(first, e(x)[-1])
+    e(x)[-1].sum().backward()  # what was kept in inference mode does not get into a graph
     assert not any(m.kept for m in copy.deepcopy(e).modules() if isinstance(m, BiasedAttention))
 
 
 def test_tables_at_other_sizes():
     "The published grids come out untouched; the table's resize keeps what a distance means."
-    with seeded(0): e = EfficientFormer("efficientformerv2_s0", resize="table")
+    with seeded(0):
+        e = EfficientFormer("efficientformerv2_s0", resize="table")
     looks = [m for m in e.modules() if isinstance(m, BiasedAttention)]
     assert len(looks) == 5 and {m.resize for m in looks} == {"table"}
     a = looks[0]
     i = torch.arange(a.side).float()
-    with torch.no_grad(): a.attention_biases.copy_(torch.stack([i[:, None] + 100*i]*8).flatten(1))
+    with torch.no_grad():
+        a.attention_biases.copy_(torch.stack([i[:, None] + 100 * i] * 8).flatten(1))
     for how in ("table", "matrix"):
         a.resize = how
-        assert torch.equal(a.make_bias(a.side, a.side), spread(a.attention_biases.unflatten(1, (a.side, a.side)), a.step))
+        assert torch.equal(
+            a.make_bias(a.side, a.side),
+            spread(a.attention_biases.unflatten(1, (a.side, a.side)), a.step),
+        )
     a.resize = "table"
-    far = a.make_bias(9, 21).detach()[3].view(9//a.step + 9 % a.step if a.step == 2 else 9, -1, 9, 21)
-    for (p, q, r, s) in ((0, 0, 8, 20), (2, 3, 2, 3), (1, 2, 7, 5)):
-        want = abs(a.step*p - r)*(a.side - 1)/8 + 100*abs(a.step*q - s)*(a.side - 1)/20
-        assert abs(far[p, q, r, s] - want) < .1*max(1, want), (p, q, r, s)
-    with torch.no_grad(): assert e.eval()(make_input([1, 3, 64, 96]))[3].shape == (1, 176, 2, 3)
+    far = (
+        a.make_bias(9, 21)
+        .detach()[3]
+        .view(9 // a.step + 9 % a.step if a.step == 2 else 9, -1, 9, 21)
+    )
+    for p, q, r, s in ((0, 0, 8, 20), (2, 3, 2, 3), (1, 2, 7, 5)):
+        want = (
+            abs(a.step * p - r) * (a.side - 1) / 8 + 100 * abs(a.step * q - s) * (a.side - 1) / 20
+        )
+        assert abs(far[p, q, r, s] - want) < 0.1 * max(1, want), (p, q, r, s)
+    with torch.no_grad():
+        assert e.eval()(make_input([1, 3, 64, 96]))[3].shape == (1, 176, 2, 3)
 
 
 @pytest.mark.parametrize("name", ["efficientformerv2_s1", "efficientformerv2_l"])
 def test_timm(name):
     "timm's networks for 512×512: the same bits; drop path as published."
     timm = pytest.importorskip("timm")
-    with seeded(0): theirs, e = timm.create_model(name, img_size=512, num_classes=0, drop_path_rate=0.1).eval(), EfficientFormer(name, 0.1).eval()
-    with torch.no_grad(), seeded(1): _ = [p.normal_(0, .5) for n, p in theirs.named_parameters() if n.endswith(("attention_biases", "gamma"))]
+    with seeded(0):
+        theirs = timm.create_model(name, img_size=512, num_classes=0, drop_path_rate=0.1).eval()
+        e = EfficientFormer(name, 0.1).eval()
+    with torch.no_grad(), seeded(1):
+        _ = [
+            p.normal_(0, 0.5)
+            for n, p in theirs.named_parameters()
+            if n.endswith(("attention_biases", "gamma"))
+        ]
     assert not load_official(e, theirs.state_dict()).notes
-    with torch.no_grad(): assert all(relative_l2(a, b) < 1e-6 for a, b in zip(theirs.forward_intermediates(make_input([1, 3, 512, 512]), intermediates_only=True), e(make_input([1, 3, 512, 512]))))
-    rates = [b.drop_path2.drop_prob if hasattr(b.drop_path2, "drop_prob") else 0.0 for s in e.stages for b in s.blocks]
-    assert np.allclose(rates, np.linspace(0, .1, sum(EFFICIENTFORMERS[name][1])))
+    with torch.no_grad():
+        assert all(
+            relative_l2(a, b) < 1e-6
+            for a, b in zip(
+                theirs.forward_intermediates(make_input([1, 3, 512, 512]), intermediates_only=True),
+                e(make_input([1, 3, 512, 512])),
+            )
+        )
+    rates = [
+        b.drop_path2.drop_prob if hasattr(b.drop_path2, "drop_prob") else 0.0
+        for s in e.stages
+        for b in s.blocks
+    ]
+    assert np.allclose(rates, np.linspace(0, 0.1, sum(EFFICIENTFORMERS[name][1])))
 
 
 def test_adaptive_classifier():
-    "The host loses its second half, trains with every term, gives the coarse answer of f; the name of the hook is public."
+    """The host loses its second half, trains with every term, gives the coarse answer of f; the
+    name of the hook is public."""
     host = tiny()
     x = make_input([2, 3, 64, 96])
-    with torch.no_grad(): f = host.eval().head.fuse(host.head(host.encoder(x)[1:]))
-    with seeded(1): m = SSA(host)
-    assert m.host.guide is None and m.classifier.channels == 16 and (m.stride, m.multiple, m.name) == (8, 32, "cgrseg_t_ssa")
+    with torch.no_grad():
+        f = host.eval().head.fuse(host.head(host.encoder(x)[1:]))
+    with seeded(1):
+        m = SSA(host)
+    assert (
+        m.host.guide is None
+        and m.classifier.channels == 16
+        and (m.stride, m.multiple, m.name) == (8, 32, "cgrseg_t_ssa")
+    )
     m.eval()
     with torch.no_grad():
         assert torch.equal(m.feature(x), f)
         assert_close("coarse", m.classifier.seg(f), m.outputs(x)["coarse"], 1e-6)
     check_model(m, (64, 96))
-    with pytest.raises(ValueError, match="multiples of 32"): m(make_input([1, 3, 64, 70]))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        m(make_input([1, 3, 64, 70]))
     assert_close("exported", m(x), torch.export.export(m.deploy(), (x,)).module()(x), 1e-4)
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_costs(name):
     "Parameters and multiply-accumulates of the sheet; the rewrite needs fewer of them."
-    published = {"cgrseg_b": (19.115, 12.151, 8.59, 19.549, 19.286), "cgrseg_l": (35.678, 25.578, 16.12, 36.112, 35.849)}
-    with torch.device("meta"): m, s = CGRSeg(name).eval(), SSA(CGRSeg(name))
-    paper, ours = macs(set_literal(m), (512, 512))/1e9, macs(set_literal(rewritten(m), False), (512, 512))/1e9
-    assert .98*paper < ours < paper and CGRSEGS[name] == (f"efficientformerv2_{NETS[name][0]}", *NETS[name][1:])
-    found = (*(round(num_params(n)/1e6, 3) for n in (m, m.encoder)), paper, round(num_params(s)/1e6, 3), round(num_params(s.deploy())/1e6, 3))
-    if name in published: assert found[:2] + found[3:] == published[name][:2] + published[name][3:] and abs(paper/published[name][2] - 1) < .01
+    published = {
+        "cgrseg_b": (19.115, 12.151, 8.59, 19.549, 19.286),
+        "cgrseg_l": (35.678, 25.578, 16.12, 36.112, 35.849),
+    }
+    with torch.device("meta"):
+        m = CGRSeg(name).eval()
+        s = SSA(CGRSeg(name))
+    paper = macs(set_literal(m), (512, 512)) / 1e9
+    ours = macs(set_literal(rewritten(m), False), (512, 512)) / 1e9
+    assert 0.98 * paper < ours < paper and CGRSEGS[name] == (
+        f"efficientformerv2_{NETS[name][0]}",
+        *NETS[name][1:],
+    )
+    found = (
+        *(round(num_params(n) / 1e6, 3) for n in (m, m.encoder)),
+        paper,
+        round(num_params(s) / 1e6, 3),
+        round(num_params(s.deploy()) / 1e6, 3),
+    )
+    if name in published:
+        assert (
+            found[:2] + found[3:] == published[name][:2] + published[name][3:]
+            and abs(paper / published[name][2] - 1) < 0.01
+        )
 
 
 def test_round_trip(tmp_path):
     "Written and rebuilt from the file alone."
-    if "cgrseg_t" not in list_models(): pytest.skip("not registered")
+    if "cgrseg_t" not in list_models():
+        pytest.skip("not registered")
     from segkern.models import create_model
+
     for name in ("cgrseg_t", "cgrseg_t_ssa"):
-        m = create_model(name, 5, width=16, depth=1, taps=5, drop_path=0.2, resize="table", dataset="folder").eval()
-        back = load(save(m, tmp_path/f"{name}.safetensors"))
+        m = create_model(
+            name, 5, width=16, depth=1, taps=5, drop_path=0.2, resize="table", dataset="folder"
+        ).eval()
+        back = load(save(m, tmp_path / f"{name}.safetensors"))
         x = make_input([1, 3, 64, 96])
-        with torch.no_grad(): assert torch.equal(m(x), back(x))
-        assert back.options == m.options and back.options["resize"] == "table" and back.options["drop_path"] == 0.2
+        with torch.no_grad():
+            assert torch.equal(m(x), back(x))
+        assert (
+            back.options == m.options
+            and back.options["resize"] == "table"
+            and back.options["drop_path"] == 0.2
+        )

@@ -1,4 +1,5 @@
 "Every production launch compiles for A100, H100 or MI300 (--slow: all three, Triton 3.6 too); what its code must show."
+
 import json
 import os
 import subprocess
@@ -12,15 +13,16 @@ from segkern.ops.dispatch import HAS_TRITON
 from segkern.testing.kernels import compile_elsewhere
 
 HERE = Path(__file__).parent
-OPS = sorted(p.stem for p in (HERE/"aot").glob("*.py"))
+OPS = sorted(p.stem for p in (HERE / "aot").glob("*.py"))
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
 def compiled(op, *options, path=None):
     "The rows of `aotrun.py`; `path`: a folder with another Triton."
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SEGKERN_IMPL")}
-    if path: env["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [env.get("PYTHONPATH")])])
-    command = [sys.executable, HERE/"aotrun.py", op, *options]
+    if path:
+        env["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, HERE / "aotrun.py", op, *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -28,7 +30,11 @@ def compiled(op, *options, path=None):
 
 def allowed(spill, row):
     "Bytes of spills that are known: {(kernel, arch, part of the case's name): bytes}."
-    ours = [(case, n) for (name, arch, case), n in spill.items() if (name, arch) == (row["name"], row["arch"])]
+    ours = [
+        (case, n)
+        for (name, arch, case), n in spill.items()
+        if (name, arch) == (row["name"], row["arch"])
+    ]
     return max((n for case, n in ours if case in row["case"]), default=0)
 
 
@@ -38,19 +44,30 @@ def check(rows, module, spill):
         what = f"{r['name']} {r['case']} on {r['target']}: {r}"
         assert r["fits"], what
         assert r["spill"] <= allowed(spill, r), what
-        assert not r.get("overwritten"), f"registers that a WGMMA still reads are overwritten: {what}"
-        assert not r.get("serialized") or r["name"] in getattr(module, "SERIAL", ()), f"ptxas serializes WGMMAs: {what}"
+        assert not r.get("overwritten"), (
+            f"registers that a WGMMA still reads are overwritten: {what}"
+        )
+        assert not r.get("serialized") or r["name"] in getattr(module, "SERIAL", ()), (
+            f"ptxas serializes WGMMAs: {what}"
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiles(op, request):
-    rows, module = compiled(op, *(["--all"] if request.config.getoption("--slow") else [])), load(op)
+    rows = compiled(op, *(["--all"] if request.config.getoption("--slow") else []))
+    module = load(op)
     assert {r["target"] for r in rows} == {"sm_80", "sm_90", "gfx942"}
     check(rows, module, getattr(module, "SPILL", {}))
     for kind in ("MMA", "WIDE"):
         for name in getattr(module, kind, ()):
-            found = [r for r in rows if r["name"] == name and (kind == "MMA" or r["target"] != "gfx942") and (kind == "MMA" or "narrow" not in r["case"])
-                     and (kind == "WIDE" or "fp32" not in r["case"])]
+            found = [
+                r
+                for r in rows
+                if r["name"] == name
+                and (kind == "MMA" or r["target"] != "gfx942")
+                and (kind == "MMA" or "narrow" not in r["case"])
+                and (kind == "WIDE" or "fp32" not in r["case"])
+            ]
             assert found and all(r[kind.lower()] > 0 for r in found), f"{name}: {kind} {found}"
 
 
@@ -61,16 +78,29 @@ def test_instructions_per_element(op):
     rows = compiled(op, "--counted")
     for (name, case), (unit, limit) in module.MOST.items():
         found = [r["per_unit"] for r in rows if r["name"] == name and case in r["case"]]
-        assert found and max(found) <= limit, f"{name}, {case}: {found} instructions per {unit}, at most {limit}"
+        assert found and max(found) <= limit, (
+            f"{name}, {case}: {found} instructions per {unit}, at most {limit}"
+        )
 
 
 @pytest.fixture(scope="session")
 def triton36(tmp_path_factory):
     "A folder with Triton 3.6, which a common GPU installation has; torch and everything else stay as they are."
     folder = tmp_path_factory.mktemp("triton36")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, "triton==3.6.0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        folder,
+        "triton==3.6.0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: pytest.skip(f"Triton 3.6 cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode:
+        pytest.skip(f"Triton 3.6 cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
     return folder
 
 
@@ -78,7 +108,8 @@ def triton36(tmp_path_factory):
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_with_triton_36(op, triton36):
     "The same rules for the compiler of the GPU image; it spills a little where newer ones do not."
-    rows, module = compiled(op, path=triton36), load(op)
+    rows = compiled(op, path=triton36)
+    module = load(op)
     check(rows, module, getattr(module, "SPILL", {}) | getattr(module, "SPILL_36", {}))
 
 
@@ -97,13 +128,16 @@ def test_the_miscompiled_kernel_is_found():
             return [len(code_report(k)["overwritten"]) for k in kernels if k.name == "_prototypes_sums_kernel"]
         print(writes(num_stages=3), writes())
     """
-    bad, good = map(json.loads, compile_elsewhere(source).strip().replace("] [", "]\n[").splitlines())
+    bad, good = map(
+        json.loads, compile_elsewhere(source).strip().replace("] [", "]\n[").splitlines()
+    )
     assert len(bad) == len(good) == 1 and bad[0] > 0 and good[0] == 0
 
 
 def test_the_ops_are_covered():
     "Each op with a kernel has a file of production launches."
     from segkern.ops.dispatch import KERNELS
-    import segkern.ops # noqa: F401
-    text = "".join((HERE/"aot"/f"{op}.py").read_text() for op in OPS)
+    import segkern.ops  # noqa: F401
+
+    text = "".join((HERE / "aot" / f"{op}.py").read_text() for op in OPS)
     assert not [op for op in KERNELS if op not in text]

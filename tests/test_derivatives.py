@@ -1,4 +1,5 @@
 "Second derivatives and forward mode of every op: right, or refused with a word; never wrong in silence."
+
 import pytest
 import torch
 
@@ -7,9 +8,11 @@ from segkern.ops.dispatch import interpreting
 from segkern.testing.kernels import exact_interpreter, launches
 
 exact_interpreter()
-CASES = {c.op: c for c in reversed(cases(tiny=True)) if c.grad and c.learns} # the first one of each op
-REFUSALS = ("differentiated once", "forward-mode", "is not implemented", "not support it") # ours and PyTorch's
-LIMIT = 2e-4 # relative: single precision against double
+# the first one of each op
+CASES = {c.op: c for c in reversed(cases(tiny=True)) if c.grad and c.learns}
+# ours and PyTorch's
+REFUSALS = ("differentiated once", "forward-mode", "is not implemented", "not support it")
+LIMIT = 2e-4  # relative: single precision against double
 
 
 def moved(case, dtype):
@@ -23,14 +26,17 @@ def moved(case, dtype):
 
     def whole(fn, *floats):
         given = list(still)
-        for i, t in zip(places, floats): given[i] = t
+        for i, t in zip(places, floats):
+            given[i] = t
         outs = fn(*given)
         outs = outs if isinstance(outs, (tuple, list)) else (outs,)
         return [o for o in outs if o.is_floating_point()]
+
     return whole, values, ways
 
 
-def seeds(outs): return [torch.linspace(-1, 1, max(1, o.numel()), dtype=o.dtype).view(o.shape) for o in outs]
+def seeds(outs):
+    return [torch.linspace(-1, 1, max(1, o.numel()), dtype=o.dtype).view(o.shape) for o in outs]
 
 
 def tangents(case, fn, dtype):
@@ -45,8 +51,9 @@ def curvature(case, fn, dtype):
     leaves = [v.clone().requires_grad_() for v in values]
     outs = [o for o in whole(fn, *leaves) if o.requires_grad]
     first = torch.autograd.grad(outs, leaves, seeds(outs), create_graph=True)
-    along = sum((g*w).sum() for g, w in zip(first, ways))
-    if not along.requires_grad: return [torch.zeros_like(v) for v in leaves] # linear
+    along = sum((g * w).sum() for g, w in zip(first, ways))
+    if not along.requires_grad:
+        return [torch.zeros_like(v) for v in leaves]  # linear
     return torch.autograd.grad(along, leaves, allow_unused=True, materialize_grads=True)
 
 
@@ -54,16 +61,18 @@ def curvature(case, fn, dtype):
 @pytest.mark.parametrize("what", [tangents, curvature])
 @pytest.mark.parametrize("op", sorted(CASES))
 def test_right_or_refused(op, what, impl):
-    if impl == "triton" and not interpreting(): pytest.skip("kernels run on a CPU with TRITON_INTERPRET=1")
+    if impl == "triton" and not interpreting():
+        pytest.skip("kernels run on a CPU with TRITON_INTERPRET=1")
     case = CASES[op]
     want = what(case, case.plain, torch.float64)
     try:
-        with launches() as seen: got = what(case, lambda *t: case.fn(*t, impl=impl), torch.float32)
+        with launches() as seen:
+            got = what(case, lambda *t: case.fn(*t, impl=impl), torch.float32)
     except RuntimeError as e:
         assert any(word in str(e) for word in REFUSALS), e
         return
     assert impl == "ref" or seen, "no kernel ran"
     scale = max(float(w.norm()) for w in want)
     for i, (w, g) in enumerate(zip(want, got, strict=True)):
-        error = float((w - g).norm())/(scale + 1e-12)
+        error = float((w - g).norm()) / (scale + 1e-12)
         assert error < LIMIT, f"result {i} differs by {error:.1e}: neither right nor refused"

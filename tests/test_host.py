@@ -1,16 +1,22 @@
 "What `measure_host.py` measures: every operator, called as a GPU would call it."
+
 import measure_host
 import torch
 
 from segkern import core
 from segkern.ops.operator import Operator
 
-REFERENCES = {"segkern::upsample_cross_entropy", "segkern::affinity_pieces"} # operators without a kernel
+# operators without a kernel
+REFERENCES = {"segkern::upsample_cross_entropy", "segkern::affinity_pieces"}
 
 
 def test_every_operator_is_measured():
     "A new operator needs a case in the op benchmark; a call that cannot be made is noticed here."
-    ours = {o.name for o in core._ONCE.values() if isinstance(o, Operator) and o.name.startswith("segkern::")}
+    ours = {
+        o.name
+        for o in core._ONCE.values()
+        if isinstance(o, Operator) and o.name.startswith("segkern::")
+    }
     forward = {name for name in ours if not name.endswith("_backward")} - REFERENCES
     assert {o.name for o in measure_host.operator_calls()} == forward
 

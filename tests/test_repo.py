@@ -1,4 +1,5 @@
 "The repository's own rules: notebooks are the source, clean, small and free of this machine's paths."
+
 import ast
 import filecmp
 import json
@@ -12,47 +13,80 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
-PAPERS = sorted((ROOT/"papers").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+PAPERS = sorted((ROOT / "papers").glob("*.ipynb"))
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-ENV.pop("IN_TEST", None) # nbdev exports nothing while it is set
+ENV.pop("IN_TEST", None)  # nbdev exports nothing while it is set
 
 
 def cells(path, kind="code"):
     "Cells of a notebook as (id, source, whole cell)."
-    return [(c["id"], "".join(c["source"]), c) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+    return [
+        (c["id"], "".join(c["source"]), c)
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == kind
+    ]
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     "A copy of the repository's sources."
-    to = tmp_path_factory.mktemp("copy")/"segkern"
-    shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "__pycache__", ".pytest_cache", ".cache", "build", "dist"))
+    to = tmp_path_factory.mktemp("copy") / "segkern"
+    shutil.copytree(
+        ROOT,
+        to,
+        ignore=shutil.ignore_patterns(
+            ".git",
+            ".venv",
+            "runs",
+            "*.egg-info",
+            "__pycache__",
+            ".pytest_cache",
+            ".cache",
+            "build",
+            "dist",
+        ),
+    )
     return to
 
 
 def test_export_is_in_step(copy):
     "The package is what the notebooks export, to the byte."
-    shutil.rmtree(copy/"segkern")
+    shutil.rmtree(copy / "segkern")
     subprocess.run(["nbdev_export"], cwd=copy, env=ENV, check=True, capture_output=True)
-    names = lambda root: sorted(str(p.relative_to(root)) for p in root.rglob("*.py"))
-    assert names(copy/"segkern") == names(ROOT/"segkern")
-    _, different, errors = filecmp.cmpfiles(copy/"segkern", ROOT/"segkern", names(ROOT/"segkern"), shallow=False)
+
+    def names(root):
+        return sorted(str(p.relative_to(root)) for p in root.rglob("*.py"))
+
+    assert names(copy / "segkern") == names(ROOT / "segkern")
+    _, different, errors = filecmp.cmpfiles(
+        copy / "segkern", ROOT / "segkern", names(ROOT / "segkern"), shallow=False
+    )
     assert not different and not errors, f"run `make export`: {different + errors}"
 
 
 def test_notebooks_are_clean(copy):
     "nbdev_clean changes nothing."
     for folder in ("nbs", "papers"):
-        before = {p.name: p.read_bytes() for p in (copy/folder).glob("*.ipynb")}
-        subprocess.run(["nbdev_clean", "--fname", folder], cwd=copy, env=ENV, check=True, capture_output=True)
-        changed = [n for n, b in before.items() if (copy/folder/n).read_bytes() != b]
+        before = {p.name: p.read_bytes() for p in (copy / folder).glob("*.ipynb")}
+        subprocess.run(
+            ["nbdev_clean", "--fname", folder], cwd=copy, env=ENV, check=True, capture_output=True
+        )
+        changed = [n for n, b in before.items() if (copy / folder / n).read_bytes() != b]
         assert not changed, f"run `make clean`: {changed}"
 
 
 def test_readme_is_the_index(tmp_path):
-    subprocess.run([sys.executable, "tests/nbtools.py", "readme", "--out", str(tmp_path)], cwd=ROOT, env=ENV, check=True, capture_output=True)
-    assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text(), "run `make readme`"
+    subprocess.run(
+        [sys.executable, "tests/nbtools.py", "readme", "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=ENV,
+        check=True,
+        capture_output=True,
+    )
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), (
+        "run `make readme`"
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -63,16 +97,22 @@ def test_notebook(path):
         body = [s for s in ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M)).body]
         exported = re.match(r"#\|\s*export", source)
         lines = [line for line in source.splitlines() if line.strip()]
-        if exported: assert len(lines) <= 60, f"exported cell {cid} has {len(lines)} lines"
+        if exported:
+            assert len(lines) <= 60, f"exported cell {cid} has {len(lines)} lines"
         imports = [isinstance(s, (ast.Import, ast.ImportFrom)) for s in body]
-        if not exported and any(imports): assert all(imports), f"cell {cid} mixes imports and code"
-        assert max(map(len, lines), default=0) <= 200, f"cell {cid} has a line of {max(map(len, lines))} characters"
+        if not exported and any(imports):
+            assert all(imports), f"cell {cid} mixes imports and code"
+        assert max(map(len, lines), default=0) <= 200, (
+            f"cell {cid} has a line of {max(map(len, lines))} characters"
+        )
         for out in cell["outputs"]:
             assert out["output_type"] != "error", f"cell {cid} shows a traceback"
             text = json.dumps(out)
             size += len(text)
-            assert not re.search(r"/(home|root|work|tmp)/\w", re.sub(r'"image/png": "[^"]*"', "", text)), f"cell {cid} shows a path of a machine"
-    assert size <= 300_000, f"stored outputs are {size//1000} KB"
+            assert not re.search(
+                r"/(home|root|work|tmp)/\w", re.sub(r'"image/png": "[^"]*"', "", text)
+            ), f"cell {cid} shows a path of a machine"
+    assert size <= 300_000, f"stored outputs are {size // 1000} KB"
 
 
 def test_numbers_are_unique():
@@ -83,55 +123,147 @@ def test_numbers_are_unique():
 @pytest.mark.parametrize("path", PAPERS, ids=lambda p: p.stem)
 def test_paper(path):
     "One parameters cell with typed literals and the common names, one results cell, no stored outputs."
-    tagged = lambda tag: [s for _, s, c in cells(path) if tag in c["metadata"].get("tags", [])]
+
+    def tagged(tag):
+        return [s for _, s, c in cells(path) if tag in c["metadata"].get("tags", [])]
+
     assert len(tagged("parameters")) == 1 and len(tagged("results")) == 1
     body = ast.parse(tagged("parameters")[0]).body
     assert all(isinstance(s, ast.AnnAssign) for s in body)
-    for s in body: ast.literal_eval(s.value)
-    assert {s.target.id for s in body} >= {"variant", "dataset_root", "checkpoint", "steps", "batch", "crop", "lr", "seed", "device", "impl", "scale", "out"}
-    assert not any(c["outputs"] for _, _, c in cells(path)), "committed paper notebooks carry no outputs"
+    for s in body:
+        ast.literal_eval(s.value)
+    assert {s.target.id for s in body} >= {
+        "variant",
+        "dataset_root",
+        "checkpoint",
+        "steps",
+        "batch",
+        "crop",
+        "lr",
+        "seed",
+        "device",
+        "impl",
+        "scale",
+        "out",
+    }
+    assert not any(c["outputs"] for _, _, c in cells(path)), (
+        "committed paper notebooks carry no outputs"
+    )
 
 
 def test_layers_import_downwards():
     "A module only imports from the layers below it."
-    layer = dict(core=0, edges=0, testing=3, ops=2, weights=1, recipes=1, viz=1, data=1, layers=3, losses=3, metrics=3, draw=3, backbones=4, models=5, train=6, infer=6, bench=6, bench_ops=6,
-                 pretrain=7, explain=7, reproduce=7, cli_explain=8, cli=8)
-    known = {"data": {"core", "data", "edges", "viz"}, "losses": {"core", "edges", "losses", "ops"}, "ops": {"core", "ops"}, "weights": {"core"}, "recipes": {"core"}}
-    for path in (ROOT/"segkern").rglob("*.py"):
-        parts = path.relative_to(ROOT/"segkern").with_suffix("").parts
-        if parts[0] in ("__init__", "_modidx"): continue
+    layer = dict(
+        core=0,
+        edges=0,
+        testing=3,
+        ops=2,
+        weights=1,
+        recipes=1,
+        viz=1,
+        data=1,
+        layers=3,
+        losses=3,
+        metrics=3,
+        draw=3,
+        backbones=4,
+        models=5,
+        train=6,
+        infer=6,
+        bench=6,
+        bench_ops=6,
+        pretrain=7,
+        explain=7,
+        reproduce=7,
+        cli_explain=8,
+        cli=8,
+    )
+    known = {
+        "data": {"core", "data", "edges", "viz"},
+        "losses": {"core", "edges", "losses", "ops"},
+        "ops": {"core", "ops"},
+        "weights": {"core"},
+        "recipes": {"core"},
+    }
+    for path in (ROOT / "segkern").rglob("*.py"):
+        parts = path.relative_to(ROOT / "segkern").with_suffix("").parts
+        if parts[0] in ("__init__", "_modidx"):
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not node.module: continue
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
             at_top = node in ast.parse(path.read_text()).body or node.col_offset == 0
-            target = node.module.removeprefix("segkern.").split(".")[0] if node.module.startswith("segkern.") else None
-            if node.level: # relative: count from the module's own folder
-                base = parts[:len(parts) - node.level]
+            target = (
+                node.module.removeprefix("segkern.").split(".")[0]
+                if node.module.startswith("segkern.")
+                else None
+            )
+            if node.level:  # relative: count from the module's own folder
+                base = parts[: len(parts) - node.level]
                 target = (base + tuple(node.module.split(".")))[0]
-            if target not in layer or not at_top: continue
-            assert layer[target] <= layer[parts[0]], f"{path.name} imports {target}, which lies above it"
-            if parts[0] in known: assert target in known[parts[0]], f"{path.name} may not import {target}"
-            if parts[0] in ("train", "infer", "bench"): assert target != "models", f"{path.name} takes models as callables"
+            if target not in layer or not at_top:
+                continue
+            assert layer[target] <= layer[parts[0]], (
+                f"{path.name} imports {target}, which lies above it"
+            )
+            if parts[0] in known:
+                assert target in known[parts[0]], f"{path.name} may not import {target}"
+            if parts[0] in ("train", "infer", "bench"):
+                assert target != "models", f"{path.name} takes models as callables"
 
 
 def test_import_is_light():
     "`import segkern` adds less than 0.3 s to torch and loads nothing heavy."
-    code = ("import sys, torch, time; t = time.perf_counter(); import segkern; "
-            "print(time.perf_counter() - t, [m for m in ('matplotlib', 'timm', 'triton', 'torchvision', 'accelerate', 'torchmetrics', 'nbdev', 'fastcore') if m in sys.modules])")
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split(" ", 1) for _ in range(2)]
+    code = (
+        "import sys, torch, time; t = time.perf_counter(); import segkern; "
+        "print(time.perf_counter() - t, [m for m in ('matplotlib', 'timm', 'triton', "
+        "'torchvision', 'accelerate', 'torchmetrics', 'nbdev', 'fastcore') if m in "
+        "sys.modules])"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout.split(" ", 1)
+        for _ in range(2)
+    ]
     assert min(float(r[0]) for r in runs) < 0.3 and all(r[1].strip() == "[]" for r in runs), runs
-    library = "import sys, segkern.core, segkern.ops, segkern.losses, segkern.models, segkern.data, segkern.metrics; print([m for m in ('matplotlib', 'timm') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", library], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"
+    library = (
+        "import sys, segkern.core, segkern.ops, segkern.losses, segkern.models, segkern.data, "
+        "segkern.metrics; print([m for m in ('matplotlib', 'timm') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", library], capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_ruff():
     pytest.importorskip("ruff")
-    run = subprocess.run([sys.executable, "-m", "ruff", "check", "segkern", "tests", "setup.py"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "segkern", "tests", "setup.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout
 
 
 def test_no_stray_words():
     "No open ends in the package, and no path of a developer's machine anywhere."
-    files = [p for p in (*NOTEBOOKS, *PAPERS, *(ROOT/"segkern").rglob("*.py"), ROOT/"README.md", ROOT/"CHANGELOG.md", ROOT/"CONTRIBUTING.md", ROOT/"Makefile")]
+    files = [
+        p
+        for p in (
+            *NOTEBOOKS,
+            *PAPERS,
+            *(ROOT / "segkern").rglob("*.py"),
+            ROOT / "README.md",
+            ROOT / "CHANGELOG.md",
+            ROOT / "CONTRIBUTING.md",
+            ROOT / "Makefile",
+        )
+    ]
     for p in files:
         text = re.sub(r'"image/png": "[^"]*"', "", p.read_text(encoding="utf-8"))
         assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text), p.name
@@ -140,39 +272,81 @@ def test_no_stray_words():
 
 def test_data_tables():
     "Every table of class names has as many colours, and weights where it has them."
-    for p in (ROOT/"data").glob("*.json"):
+    for p in (ROOT / "data").glob("*.json"):
         t = json.loads(p.read_text())
-        if "classes" not in t: continue
+        if "classes" not in t:
+            continue
         assert len(t["palette"]) == len(t["classes"]) == len(set(t["classes"])), p.name
-        assert t.get("class_weights") is None or len(t["class_weights"]) == len(t["classes"]), p.name
+        assert t.get("class_weights") is None or len(t["class_weights"]) == len(t["classes"]), (
+            p.name
+        )
 
 
-IMPORT = ("import segkern, segkern.core as c; from segkern.models import create_model; from segkern.data import open_dataset; "
-          "assert c.data_path('camvid.json').exists() and c.load_table('cityscapes'); m = create_model('dsanet', 11); "
-          "print(len(segkern.list_models()), c.data_path('camvid.json').parent.name, segkern.__file__)")
+IMPORT = (
+    "import segkern, segkern.core as c; from segkern.models import create_model; from "
+    "segkern.data import open_dataset; "
+    "assert c.data_path('camvid.json').exists() and c.load_table('cityscapes'); m = create_model('dsanet', 11); "
+    "print(len(segkern.list_models()), c.data_path('camvid.json').parent.name, segkern.__file__)"
+)
 
 
 @pytest.mark.slow
 def test_wheel_and_sdist(copy, tmp_path):
-    "Both build, hold all sub-packages and tables, and work from an environment that has only them and the dependencies."
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(tmp_path/"dist")], cwd=copy, env=ENV, check=True, capture_output=True)
-    assert len(list((tmp_path/"dist").glob("*.tar.gz"))) == 1
-    wheel, = (tmp_path/"dist").glob("*.whl")
-    run = lambda *cmd: subprocess.run(cmd, cwd=tmp_path, env=ENV, check=True, capture_output=True, text=True).stdout
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path/"site"), str(wheel))
-    for sub in ("ops", "models", "data", "backbones", "_data"): assert (tmp_path/"site"/"segkern"/sub).is_dir(), sub
-    assert (tmp_path/"site"/"segkern"/"_data"/"bench").is_dir()
-    out = run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path/'site')!r}); {IMPORT}").split()
-    assert out[1] == "_data" and str(tmp_path/"site") in out[2]
+    """Both build, hold all sub-packages and tables, and work from an environment that has only
+    them and the dependencies."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist")],
+        cwd=copy,
+        env=ENV,
+        check=True,
+        capture_output=True,
+    )
+    assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+
+    def run(*cmd):
+        return subprocess.run(
+            cmd, cwd=tmp_path, env=ENV, check=True, capture_output=True, text=True
+        ).stdout
+
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    )
+    for sub in ("ops", "models", "data", "backbones", "_data"):
+        assert (tmp_path / "site" / "segkern" / sub).is_dir(), sub
+    assert (tmp_path / "site" / "segkern" / "_data" / "bench").is_dir()
+    out = run(
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {IMPORT}",
+    ).split()
+    assert out[1] == "_data" and str(tmp_path / "site") in out[2]
 
 
 def test_bare_checkout(copy):
     "A checkout works by its path alone."
-    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(copy)!r}); {IMPORT}"], cwd=copy.parent, env=ENV, check=True, capture_output=True, text=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(copy)!r}); {IMPORT}"],
+        cwd=copy.parent,
+        env=ENV,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
     assert out[1] == "data" and str(copy) in out[2]
 
 
 def test_editable_install():
     "The environment that runs the tests has segkern as an editable install, tables included."
-    out = subprocess.run([sys.executable, "-c", IMPORT], cwd="/", env=ENV, check=True, capture_output=True, text=True).stdout.split()
-    assert out[1] == "data" and Path(out[2]).resolve() == ROOT/"segkern"/"__init__.py"
+    out = subprocess.run(
+        [sys.executable, "-c", IMPORT], cwd="/", env=ENV, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert out[1] == "data" and Path(out[2]).resolve() == ROOT / "segkern" / "__init__.py"

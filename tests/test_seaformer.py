@@ -1,4 +1,5 @@
 "SeaFormer: official keys of both sizes, parity, the specification's equations as plain functions, sizes, forms, files."
+
 import functools
 
 import numpy as np
@@ -7,57 +8,119 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segkern.backbones.seaformer import SEAFORMERS, InvertedResidual, SeaFormer, SqueezeAxialAttention, key_rules
+from segkern.backbones.seaformer import (
+    SEAFORMERS,
+    InvertedResidual,
+    SeaFormer,
+    SqueezeAxialAttention,
+    key_rules,
+)
 from segkern.core import seeded
 from segkern.layers import macs, num_params, set_literal
 from segkern.models import SSA, list_models, load, save
 from segkern.models.seaformer import SeaFormerSegmentor
-from segkern.testing import assert_close, check_model, fill_tensor, fixture, layouts, make_input, relative_l2
+from segkern.testing import (
+    assert_close,
+    check_model,
+    fill_tensor,
+    fixture,
+    layouts,
+    make_input,
+    relative_l2,
+)
 from segkern.weights import load_official, map_key, transfer, unwrap
 
 SIZES = list(SEAFORMERS)
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # kernel, expansion, channels, stride; dims, key widths, depths and ratios of the transformer stages; decoder widths
 TABLE = {
-    "seaformer_b": dict(stem=16, smb=["3,1,16,1 3,4,32,2 3,3,32,1", "5,3,64,2 5,3,64,1", "3,3,128,2 3,3,128,1", "5,4,192,2", "3,6,256,2"], dims=(192, 256), keys=(16, 24), depths=(4, 4), ratios=(2, 4),
-                        head=(128, 160), outs=(64, 192, 256), strides=(8, 32, 64)),
-    "seaformer_l": dict(stem=32, smb=["3,3,32,1 3,4,64,2 3,4,64,1", "5,4,128,2 5,4,128,1", "3,4,192,2 3,4,192,1", "5,4,256,2", "3,6,320,2"], dims=(192, 256, 320), keys=(16, 20, 24), depths=(3, 3, 3),
-                        ratios=(2, 4, 6), head=(128, 160, 192), outs=(128, 192, 256, 320), strides=(8, 16, 32, 64))}
+    "seaformer_b": dict(
+        stem=16,
+        smb=[
+            "3,1,16,1 3,4,32,2 3,3,32,1",
+            "5,3,64,2 5,3,64,1",
+            "3,3,128,2 3,3,128,1",
+            "5,4,192,2",
+            "3,6,256,2",
+        ],
+        dims=(192, 256),
+        keys=(16, 24),
+        depths=(4, 4),
+        ratios=(2, 4),
+        head=(128, 160),
+        outs=(64, 192, 256),
+        strides=(8, 32, 64),
+    ),
+    "seaformer_l": dict(
+        stem=32,
+        smb=[
+            "3,3,32,1 3,4,64,2 3,4,64,1",
+            "5,4,128,2 5,4,128,1",
+            "3,4,192,2 3,4,192,1",
+            "5,4,256,2",
+            "3,6,320,2",
+        ],
+        dims=(192, 256, 320),
+        keys=(16, 20, 24),
+        depths=(3, 3, 3),
+        ratios=(2, 4, 6),
+        head=(128, 160, 192),
+        outs=(128, 192, 256, 320),
+        strides=(8, 16, 32, 64),
+    ),
+}
 
 
-def blocks(name): return [[tuple(map(int, b.split(","))) for b in group.split()] for group in TABLE[name]["smb"]]
+def blocks(name):
+    return [[tuple(map(int, b.split(","))) for b in group.split()] for group in TABLE[name]["smb"]]
 
 
 def official_keys(name, k=150):
     "Keys and shapes of the official segmentor, from the specification's tables."
-    t, keys = TABLE[name], {}
+    t = TABLE[name]
+    keys = {}
+
     def unit(at, c_in, c, kernel=1, groups=1, conv="c"):
-        keys[f"{at}.{conv}.weight"] = (c, c_in//groups, kernel, kernel)
+        keys[f"{at}.{conv}.weight"] = (c, c_in // groups, kernel, kernel)
         keys.update({f"{at}.bn.{n}": () if n == BN[-1] else (c,) for n in BN})
+
     unit("backbone.smb1.stem_block.0", 3, t["stem"], 3)
     c = t["stem"]
     for i, group in enumerate(blocks(name), 1):
         for j, (kernel, ratio, width, _) in enumerate(group, 1):
-            at, wide = f"backbone.smb{i}.layer{j}.conv", round(c*ratio)
-            if ratio > 1: unit(f"{at}.0", c, wide)
+            at = f"backbone.smb{i}.layer{j}.conv"
+            wide = round(c * ratio)
+            if ratio > 1:
+                unit(f"{at}.0", c, wide)
             unit(f"{at}.{2 if ratio > 1 else 0}", wide, wide, kernel, wide)
             unit(f"{at}.{4 if ratio > 1 else 2}", wide, width)
             c = width
-    for i, (dim, key, depth, ratio) in enumerate(zip(t["dims"], t["keys"], t["depths"], t["ratios"]), 1):
-        q, v = 8*key, 16*key
+    for i, (dim, key, depth, ratio) in enumerate(
+        zip(t["dims"], t["keys"], t["depths"], t["ratios"]), 1
+    ):
+        q = 8 * key
+        v = 16 * key
         for j in range(depth):
             at = f"backbone.trans{i}.transformer_blocks.{j}"
-            for n, w in (("to_q", q), ("to_k", q), ("to_v", v)): unit(f"{at}.attn.{n}", dim, w)
+            for n, w in (("to_q", q), ("to_k", q), ("to_v", v)):
+                unit(f"{at}.attn.{n}", dim, w)
             unit(f"{at}.attn.proj.1", v, dim)
             for axis in ("row", "column"):
                 unit(f"{at}.attn.proj_encode_{axis}.1", v, v)
-                for n in "qk": keys[f"{at}.attn.pos_emb_{axis}{n}.pos_embed"] = (1, q, 16)
-            unit(f"{at}.attn.dwconv", 2*v, 2*v, 3, 2*v)
-            unit(f"{at}.attn.pwconv", 2*v, dim)
-            unit(f"{at}.mlp.fc1", dim, ratio*dim)
-            keys[f"{at}.mlp.dwconv.weight"], keys[f"{at}.mlp.dwconv.bias"] = (ratio*dim, 1, 3, 3), (ratio*dim,)
-            unit(f"{at}.mlp.fc2", ratio*dim, dim)
-    keys["decode_head.conv_seg.weight"], keys["decode_head.conv_seg.bias"] = (k, t["head"][-1], 1, 1), (k,)
+                for n in "qk":
+                    keys[f"{at}.attn.pos_emb_{axis}{n}.pos_embed"] = (1, q, 16)
+            unit(f"{at}.attn.dwconv", 2 * v, 2 * v, 3, 2 * v)
+            unit(f"{at}.attn.pwconv", 2 * v, dim)
+            unit(f"{at}.mlp.fc1", dim, ratio * dim)
+            keys[f"{at}.mlp.dwconv.weight"], keys[f"{at}.mlp.dwconv.bias"] = (
+                (ratio * dim, 1, 3, 3),
+                (ratio * dim,),
+            )
+            unit(f"{at}.mlp.fc2", ratio * dim, dim)
+    keys["decode_head.conv_seg.weight"], keys["decode_head.conv_seg.bias"] = (
+        (k, t["head"][-1], 1, 1),
+        (k,),
+    )
     fine = t["outs"][0]
     for i, (coarse, w) in enumerate(zip(t["outs"][1:], t["head"]), 1):
         unit(f"decode_head.fuse{i}.local_embedding", fine, w, conv="conv")
@@ -68,67 +131,133 @@ def official_keys(name, k=150):
 
 
 @functools.lru_cache(4)
-def filled(name, k=150): # integers are counters
-    return {n: fill_tensor(n, s, "torch.int64" if n.endswith("tracked") else "torch.float32") for n, s in official_keys(name, k).items()}
+def filled(name, k=150):  # integers are counters
+    return {
+        n: fill_tensor(n, s, "torch.int64" if n.endswith("tracked") else "torch.float32")
+        for n, s in official_keys(name, k).items()
+    }
 
 
-def meta(keys): return {n: torch.zeros(s, device="meta", dtype=torch.int64 if n.endswith("tracked") else torch.float32) for n, s in keys.items()}
+def meta(keys):
+    return {
+        n: torch.zeros(
+            s, device="meta", dtype=torch.int64 if n.endswith("tracked") else torch.float32
+        )
+        for n, s in keys.items()
+    }
 
 
-def params(keys): return sum(int(np.prod(s)) for n, s in keys.items() if n.rsplit(".", 1)[-1] not in BN[2:])
+def params(keys):
+    return sum(int(np.prod(s)) for n, s in keys.items() if n.rsplit(".", 1)[-1] not in BN[2:])
 
 
 class Plain:
     "The specification's equations on an official state dict, nothing else."
-    def __init__(self, state, name, training=False): self.s, self.name, self.training = state, name, training
+
+    def __init__(self, state, name, training=False):
+        self.s = state
+        self.name = name
+        self.training = training
 
     def unit(self, x, at, conv="c", **kw):
         w = self.s[f"{at}.{conv}.weight"]
-        x = F.conv2d(x, w, padding=w.shape[2]//2, groups=x.shape[1] if w.shape[1] == 1 else 1, **kw)
-        mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) if self.training else (self.s[f"{at}.bn.running_mean"], self.s[f"{at}.bn.running_var"])
-        one = lambda t: t.view(1, -1, 1, 1)
-        return (x - one(mean))/one(var + 1e-5).sqrt()*one(self.s[f"{at}.bn.weight"]) + one(self.s[f"{at}.bn.bias"])
+        x = F.conv2d(
+            x, w, padding=w.shape[2] // 2, groups=x.shape[1] if w.shape[1] == 1 else 1, **kw
+        )
+        mean, var = (
+            (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
+            if self.training
+            else (self.s[f"{at}.bn.running_mean"], self.s[f"{at}.bn.running_var"])
+        )
+
+        def one(t):
+            return t.view(1, -1, 1, 1)
+
+        return (x - one(mean)) / one(var + 1e-5).sqrt() * one(self.s[f"{at}.bn.weight"]) + one(
+            self.s[f"{at}.bn.bias"]
+        )
 
     def attention(self, x, at, heads=8):
-        phi, sigma = (lambda t: t.clamp(0, 6)), (lambda t: (t + 3).clamp(0, 6)/6)
+        def phi(t):
+            return t.clamp(0, 6)
+
+        def sigma(t):
+            return (t + 3).clamp(0, 6) / 6
+
         q, k, v = (self.unit(x, f"{at}to_{n}") for n in "qkv")
         y = v
         for axis, name in ((3, "row"), (2, "column")):
-            place = lambda t, n: t.mean(axis) + F.interpolate(self.s[f"{at}pos_emb_{name}{n}.pos_embed"], size=t.shape[5 - axis], mode="linear", align_corners=False)
-            a, b, c = place(q, "q"), place(k, "k"), v.mean(axis)
-            d = a.shape[1]//heads
-            found = [(c[:, 2*h*d:2*h*d + 2*d] @ torch.softmax(a[:, h*d:h*d + d].transpose(1, 2) @ b[:, h*d:h*d + d]/d**.5, 2).transpose(1, 2)) for h in range(heads)]
+
+            def place(t, n):
+                return t.mean(axis) + F.interpolate(
+                    self.s[f"{at}pos_emb_{name}{n}.pos_embed"],
+                    size=t.shape[5 - axis],
+                    mode="linear",
+                    align_corners=False,
+                )
+
+            a = place(q, "q")
+            b = place(k, "k")
+            c = v.mean(axis)
+            d = a.shape[1] // heads
+            found = [
+                (
+                    c[:, 2 * h * d : 2 * h * d + 2 * d]
+                    @ torch.softmax(
+                        a[:, h * d : h * d + d].transpose(1, 2) @ b[:, h * d : h * d + d] / d**0.5,
+                        2,
+                    ).transpose(1, 2)
+                )
+                for h in range(heads)
+            ]
             y = y + self.unit(phi(torch.cat(found, 1)).unsqueeze(axis), f"{at}proj_encode_{name}.1")
-        return sigma(self.unit(phi(y), f"{at}proj.1"))*self.unit(phi(self.unit(torch.cat([q, k, v], 1), f"{at}dwconv")), f"{at}pwconv")
+        return sigma(self.unit(phi(y), f"{at}proj.1")) * self.unit(
+            phi(self.unit(torch.cat([q, k, v], 1), f"{at}dwconv")), f"{at}pwconv"
+        )
 
     def block(self, x, at):
         x = x + self.attention(x, f"{at}.attn.")
         y = self.unit(x, f"{at}.mlp.fc1")
-        y = F.conv2d(y, self.s[f"{at}.mlp.dwconv.weight"], self.s[f"{at}.mlp.dwconv.bias"], padding=1, groups=y.shape[1])
+        y = F.conv2d(
+            y,
+            self.s[f"{at}.mlp.dwconv.weight"],
+            self.s[f"{at}.mlp.dwconv.bias"],
+            padding=1,
+            groups=y.shape[1],
+        )
         return x + self.unit(y.clamp(0, 6), f"{at}.mlp.fc2")
 
     def encoder(self, x):
-        t, maps = TABLE[self.name], []
+        t = TABLE[self.name]
+        maps = []
         x = F.relu(self.unit(x, "backbone.smb1.stem_block.0", stride=2))
         for i, group in enumerate(blocks(self.name), 1):
             for j, (_, ratio, c, s) in enumerate(group, 1):
-                y, at = x, f"backbone.smb{i}.layer{j}.conv"
-                if ratio > 1: y = F.relu(self.unit(y, f"{at}.0"))
+                y = x
+                at = f"backbone.smb{i}.layer{j}.conv"
+                if ratio > 1:
+                    y = F.relu(self.unit(y, f"{at}.0"))
                 y = F.relu(self.unit(y, f"{at}.{2 if ratio > 1 else 0}", stride=s))
                 y = self.unit(y, f"{at}.{4 if ratio > 1 else 2}")
                 x = x + y if s == 1 and y.shape == x.shape else y
             n = i - 5 + len(t["dims"])
-            for j in range(t["depths"][n - 1] if n > 0 else 0): x = self.block(x, f"backbone.trans{n}.transformer_blocks.{j}")
-            if i == 2 or n > 0: maps.append(x)
+            for j in range(t["depths"][n - 1] if n > 0 else 0):
+                x = self.block(x, f"backbone.trans{n}.transformer_blocks.{j}")
+            if i == 2 or n > 0:
+                maps.append(x)
         return maps
 
     def logits(self, x):
         fine, *coarse = self.encoder(x)
         for i, g in enumerate(coarse, 1):
-            gate = (self.unit(g, f"decode_head.fuse{i}.global_act", "conv") + 3).clamp(0, 6)/6
-            fine = self.unit(fine, f"decode_head.fuse{i}.local_embedding", "conv")*F.interpolate(gate, fine.shape[2:], mode="bilinear", align_corners=False)
+            gate = (self.unit(g, f"decode_head.fuse{i}.global_act", "conv") + 3).clamp(0, 6) / 6
+            fine = self.unit(fine, f"decode_head.fuse{i}.local_embedding", "conv") * F.interpolate(
+                gate, fine.shape[2:], mode="bilinear", align_corners=False
+            )
         feat = F.relu(self.unit(fine, "decode_head.linear_fuse", "conv"))
-        return F.conv2d(feat, self.s["decode_head.conv_seg.weight"], self.s["decode_head.conv_seg.bias"])
+        return F.conv2d(
+            feat, self.s["decode_head.conv_seg.weight"], self.s["decode_head.conv_seg.bias"]
+        )
 
 
 def made(name, k=7, **kw):
@@ -140,119 +269,221 @@ def made(name, k=7, **kw):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_official_keys(name):
-    "Every key of the official files has a place, every tensor of ours is filled once, under every container and prefix."
+    """Every key of the official files has a place, every tensor of ours is filled once, under
+    every container and prefix."""
     shapes = official_keys(name)
     for container, prefix in (("state_dict", ""), ("state_dict_ema", "module.")):
-        with torch.device("meta"): m = SeaFormerSegmentor(name, 150, name)
-        report = load_official(m, {"meta": {}, container: {prefix + n: t for n, t in meta(shapes).items()}})
+        with torch.device("meta"):
+            m = SeaFormerSegmentor(name, 150, name)
+        report = load_official(
+            m, {"meta": {}, container: {prefix + n: t for n, t in meta(shapes).items()}}
+        )
         places = [ours for _, ours in report.loaded]
-        assert len(set(places)) == len(places) and set(places) == set(m.state_dict()) and {n for n, _ in report.loaded} == set(shapes) and not report.ignored
+        assert (
+            len(set(places)) == len(places)
+            and set(places) == set(m.state_dict())
+            and {n for n, _ in report.loaded} == set(shapes)
+            and not report.ignored
+        )
     assert params(shapes) == num_params(m)
-    assert f"{num_params(m)/1e6:.3f}" == dict(seaformer_b="8.606", seaformer_l="13.952")[name] and f"{num_params(m.encoder)/1e6:.3f}" == dict(seaformer_b="8.486", seaformer_l="13.726")[name]
+    assert (
+        f"{num_params(m) / 1e6:.3f}" == dict(seaformer_b="8.606", seaformer_l="13.952")[name]
+        and f"{num_params(m.encoder) / 1e6:.3f}"
+        == dict(seaformer_b="8.486", seaformer_l="13.726")[name]
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_imagenet_files(name):
-    "Names without prefix and a classifier that is dropped; the averaged weights come first; a segmentor's file fills an encoder."
-    own = {n.removeprefix("backbone."): t for n, t in filled(name).items() if n.startswith("backbone.")}
+    """Names without prefix and a classifier that is dropped; the averaged weights come first; a
+    segmentor's file fills an encoder."""
+    own = {
+        n.removeprefix("backbone."): t for n, t in filled(name).items() if n.startswith("backbone.")
+    }
     extra = {"head.linear.weight": torch.zeros(1000, 4), "classifier.bias": torch.zeros(1000)}
     e = SeaFormer(name)
-    report = load_official(e, {"state_dict": {n: torch.zeros_like(t) for n, t in own.items()}, "state_dict_ema": own | extra, "epoch": 3})
-    assert {n for n, *_ in report.ignored} == set(extra) and torch.equal(e.stem.conv.weight, own["smb1.stem_block.0.c.weight"])
-    assert torch.equal(e.stages[-1][1].attn.column_k, own[f"trans{len(e.stages)}.transformer_blocks.1.attn.pos_emb_columnk.pos_embed"])
+    report = load_official(
+        e,
+        {
+            "state_dict": {n: torch.zeros_like(t) for n, t in own.items()},
+            "state_dict_ema": own | extra,
+            "epoch": 3,
+        },
+    )
+    assert {n for n, *_ in report.ignored} == set(extra) and torch.equal(
+        e.stem.conv.weight, own["smb1.stem_block.0.c.weight"]
+    )
+    assert torch.equal(
+        e.stages[-1][1].attn.column_k,
+        own[f"trans{len(e.stages)}.transformer_blocks.1.attn.pos_emb_columnk.pos_embed"],
+    )
     report = load_official(e, filled(name))
     assert all(n.startswith("decode_head.") for n, *_ in report.ignored)
     m = SeaFormerSegmentor(name, 7, name)
     report = transfer(m, {"state_dict_ema": own | extra})
     assert {n.split(".")[0] for n, *_ in report.fresh} == {"head", "classifier"}
-    assert unwrap({"model": {"a": torch.zeros(1)}, "state_dict_ema": {"b": torch.zeros(1)}}).keys() == {"b"}
+    assert unwrap(
+        {"model": {"a": torch.zeros(1)}, "state_dict_ema": {"b": torch.zeros(1)}}
+    ).keys() == {"b"}
 
 
 def test_refused_files():
-    "Wrong size, wrong number of classes, an encoder's file, another network, an unknown key; downloads that do not exist."
-    with torch.device("meta"): m = SeaFormerSegmentor("seaformer_b", 150)
-    with pytest.raises(ValueError, match="looks like seaformer_l with a light head and 171 classes; this model is seaformer_b with 150"): load_official(m, meta(official_keys("seaformer_l", 171)))
-    with pytest.raises(ValueError, match=r"conv_seg.weight is \(19, 160, 1, 1\)"): load_official(m, meta(official_keys("seaformer_b", 19)))
-    with pytest.raises(ValueError, match="seaformer_b, an encoder.s file.*model.encoder"): load_official(m, meta({n: s for n, s in official_keys("seaformer_b").items() if n.startswith("backbone.")}))
-    with pytest.raises(ValueError, match="holds no SeaFormer"): load_official(m, {"backbone.stem.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="trans1.extra.weight"): load_official(m, meta(official_keys("seaformer_b")) | {"backbone.trans1.extra.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="unknown encoder"): SeaFormer("seaformer_x")
-    with pytest.raises(ValueError, match="load_official"): SeaFormer(pretrained=True)
+    """Wrong size, wrong number of classes, an encoder's file, another network, an unknown key;
+    downloads that do not exist."""
+    with torch.device("meta"):
+        m = SeaFormerSegmentor("seaformer_b", 150)
+    with pytest.raises(
+        ValueError,
+        match="looks like seaformer_l with a light head and 171 classes; this model is seaformer_b with 150",
+    ):
+        load_official(m, meta(official_keys("seaformer_l", 171)))
+    with pytest.raises(ValueError, match=r"conv_seg.weight is \(19, 160, 1, 1\)"):
+        load_official(m, meta(official_keys("seaformer_b", 19)))
+    with pytest.raises(ValueError, match="seaformer_b, an encoder.s file.*model.encoder"):
+        load_official(
+            m,
+            meta(
+                {n: s for n, s in official_keys("seaformer_b").items() if n.startswith("backbone.")}
+            ),
+        )
+    with pytest.raises(ValueError, match="holds no SeaFormer"):
+        load_official(m, {"backbone.stem.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="trans1.extra.weight"):
+        load_official(
+            m, meta(official_keys("seaformer_b")) | {"backbone.trans1.extra.weight": torch.zeros(1)}
+        )
+    with pytest.raises(ValueError, match="unknown encoder"):
+        SeaFormer("seaformer_x")
+    with pytest.raises(ValueError, match="load_official"):
+        SeaFormer(pretrained=True)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_parity(layout):
     f = fixture("seaformer_b")
-    if f is None: pytest.skip("the shared fixtures are not beside the checkout")
-    m, seen = SeaFormerSegmentor().eval(), {}
+    if f is None:
+        pytest.skip("the shared fixtures are not beside the checkout")
+    m = SeaFormerSegmentor().eval()
+    seen = {}
     load_official(m, f.state())
     x = layouts(next(iter(f.inputs().values())))[layout]
-    m.encoder.stages[0][0].attn.register_forward_hook(lambda mod, i, o: seen.update(trans1_0_attn=o))
+    m.encoder.stages[0][0].attn.register_forward_hook(
+        lambda mod, i, o: seen.update(trans1_0_attn=o)
+    )
     for change in (lambda: set_literal(m), lambda: set_literal(m, False), m.deploy):
         change()
         with torch.no_grad():
-            maps, feat = m.encoder(x), m.feature(x)
-            for n, t in {**seen, **{f"feat{i}": t for i, t in enumerate(maps)}, "feat": feat, "logits": m(x)}.items(): assert f.error(n, t) < 3e-6, n
+            maps = m.encoder(x)
+            feat = m.feature(x)
+            for n, t in {
+                **seen,
+                **{f"feat{i}": t for i, t in enumerate(maps)},
+                "feat": feat,
+                "logits": m(x),
+            }.items():
+                assert f.error(n, t) < 3e-6, n
 
 
 def test_parity_of_the_attention():
     "Output, both squeezed attentions and all gradients of the golden module."
     f = fixture("sea_attention")
-    if f is None: pytest.skip("the shared fixtures are not beside the checkout")
-    a, at = SqueezeAxialAttention(64, 16, 4).eval(), "trans1.transformer_blocks.0.attn."
-    names = {n: map_key(at + n, key_rules("seaformer_b"))[0].removeprefix("stages.0.0.attn.") for n in f.state()}
+    if f is None:
+        pytest.skip("the shared fixtures are not beside the checkout")
+    a = SqueezeAxialAttention(64, 16, 4).eval()
+    at = "trans1.transformer_blocks.0.attn."
+    names = {
+        n: map_key(at + n, key_rules("seaformer_b"))[0].removeprefix("stages.0.0.attn.")
+        for n in f.state()
+    }
     missing = a.load_state_dict({names[n]: t for n, t in f.state().items()}, strict=False)
     assert not missing.unexpected_keys and all(n.endswith("tracked") for n in missing.missing_keys)
-    x, g = f.inputs()["x"].requires_grad_(), f.inputs()["grad_out"]
+    x = f.inputs()["x"].requires_grad_()
+    g = f.inputs()["grad_out"]
     for literal in (True, False):
-        out, leaves = set_literal(a, literal)(x), dict(a.named_parameters())
+        out = set_literal(a, literal)(x)
+        leaves = dict(a.named_parameters())
         row, column = a.attend(a.project(x))
-        for n, t in {"out": out, "row_attn": row, "col_attn": column}.items(): assert f.error(n, t.detach()) < 1e-5, n
+        for n, t in {"out": out, "row_attn": row, "col_attn": column}.items():
+            assert f.error(n, t.detach()) < 1e-5, n
         wanted = [n for n, *_ in f.spec["outputs"] if n.startswith("grad.")]
         grads = torch.autograd.grad(out, [x, *[leaves[names[n[5:]]] for n in wanted]], g)
         assert f.error("grad_x", grads[0]) < 1e-4 and len(wanted) == 8
         for n, t in zip(wanted, grads[1:]):
             step = {"grad.to_q.c.weight": (4, 4), "grad.to_v.c.weight": (8, 4)}.get(n)
             t = t if t.ndim == 1 else t.flatten(1)
-            assert f.error(n, t[::step[0], ::step[1]] if step else t) < 1e-4, n
+            assert f.error(n, t[:: step[0], :: step[1]] if step else t) < 1e-4, n
 
 
-@pytest.mark.parametrize("name,size", [("seaformer_b", (96, 160)), ("seaformer_b", (64, 9)), ("seaformer_b", (1, 1)), ("seaformer_l", (77, 131))], ids=str)
+@pytest.mark.parametrize(
+    "name,size",
+    [
+        ("seaformer_b", (96, 160)),
+        ("seaformer_b", (64, 9)),
+        ("seaformer_b", (1, 1)),
+        ("seaformer_l", (77, 131)),
+    ],
+    ids=str,
+)
 def test_as_specified(name, size):
-    "The specification as plain functions in double precision: maps and logits of the form as written, ours and the deployed one."
-    m, x = made(name).double(), make_input([2, 3, *size]).double()
+    """The specification as plain functions in double precision: maps and logits of the form as
+    written, ours and the deployed one."""
+    m = made(name).double()
+    x = make_input([2, 3, *size]).double()
     state = {n: t.double() for n, t in filled(name, 7).items()}
     with torch.no_grad():
-        maps, logits = Plain(state, name).encoder(x), Plain(state, name).logits(x)
-        assert [list(t.shape) for t in maps] == [[2, c, *[-(-n//s) for n in size]] for c, s in zip(TABLE[name]["outs"], TABLE[name]["strides"])]
-        assert m.encoder.channels == list(TABLE[name]["outs"]) and m.encoder.strides == list(TABLE[name]["strides"])
+        maps = Plain(state, name).encoder(x)
+        logits = Plain(state, name).logits(x)
+        assert [list(t.shape) for t in maps] == [
+            [2, c, *[-(-n // s) for n in size]]
+            for c, s in zip(TABLE[name]["outs"], TABLE[name]["strides"])
+        ]
+        assert m.encoder.channels == list(TABLE[name]["outs"]) and m.encoder.strides == list(
+            TABLE[name]["strides"]
+        )
         for change in (lambda: set_literal(m), lambda: set_literal(m, False), m.deploy):
             change()
-            for a, b in zip(maps, m.encoder(x)): assert_close("map", a, b, 1e-11)
+            for a, b in zip(maps, m.encoder(x)):
+                assert_close("map", a, b, 1e-11)
             assert_close("logits", logits, m(x), 1e-11)
 
 
-@pytest.mark.parametrize("name,literal", [("seaformer_b", True), ("seaformer_b", False), ("seaformer_l", False)])
+@pytest.mark.parametrize(
+    "name,literal", [("seaformer_b", True), ("seaformer_b", False), ("seaformer_l", False)]
+)
 def test_training_as_specified(name, literal):
     "Batch statistics, and every gradient by name."
     m = set_literal(made(name, drop_path=0.0, dropout=0.0).double().train(), literal)
-    rules, state = m.key_rules({}), {n: t.double().requires_grad_(n.rsplit(".", 1)[-1] not in BN[2:]) for n, t in filled(name, 7).items()}
+    rules = m.key_rules({})
+    state = {
+        n: t.double().requires_grad_(n.rsplit(".", 1)[-1] not in BN[2:])
+        for n, t in filled(name, 7).items()
+    }
     x = make_input([2, 3, 70, 100]).double()
-    ref, got = Plain(state, name, training=True).logits(x), m(x)
+    ref = Plain(state, name, training=True).logits(x)
+    got = m(x)
     assert_close("logits", ref, got, 1e-9)
-    g, leaves, ours = make_input(ref.shape, 5).double(), {n: t for n, t in state.items() if t.requires_grad}, dict(m.named_parameters())
+    g = make_input(ref.shape, 5).double()
+    leaves = {n: t for n, t in state.items() if t.requires_grad}
+    ours = dict(m.named_parameters())
     truth = dict(zip(leaves, torch.autograd.grad(ref, list(leaves.values()), g)))
     grads = dict(zip(ours, torch.autograd.grad(got, list(ours.values()), g)))
     assert len(truth) == len(grads)
-    for n, t in truth.items(): assert (grads[map_key(n, rules)[0]] - t).norm() < 1e-7*t.norm() + 1e-9*g.norm(), n
+    for n, t in truth.items():
+        assert (grads[map_key(n, rules)[0]] - t).norm() < 1e-7 * t.norm() + 1e-9 * g.norm(), n
 
 
 def test_exact_rewrites():
     "Single precision, both modes, with gradients; literal is literal."
-    with seeded(0): a = SqueezeAxialAttention(24, 4)
+    with seeded(0):
+        a = SqueezeAxialAttention(24, 4)
     with seeded(1):
         for n in a.modules():
-            if isinstance(n, nn.BatchNorm2d): _ = nn.init.uniform_(n.weight, .5, 1.5), n.running_var.uniform_(.5, 2), n.running_mean.normal_()
+            if isinstance(n, nn.BatchNorm2d):
+                _ = (
+                    nn.init.uniform_(n.weight, 0.5, 1.5),
+                    n.running_var.uniform_(0.5, 2),
+                    n.running_mean.normal_(),
+                )
     calls = []
     a.q.register_forward_hook(lambda *_: calls.append(1))
     for training in (True, False):
@@ -260,10 +491,14 @@ def test_exact_rewrites():
         for literal in (True, False):
             x = make_input([2, 24, 9, 13]).requires_grad_()
             out = set_literal(a.train(training), literal)(x)
-            got[literal] = [out.detach(), *torch.autograd.grad(out, [x, *a.parameters()], make_input(out.shape, 3))]
+            got[literal] = [
+                out.detach(),
+                *torch.autograd.grad(out, [x, *a.parameters()], make_input(out.shape, 3)),
+            ]
         assert_close("output", *[got[s][0] for s in (True, False)], 1e-6)
         biggest = max(t.norm() for t in got[True])
-        for r, t in zip(got[True], got[False]): assert (r - t).norm() < 1e-5*r.norm() + 1e-6*biggest
+        for r, t in zip(got[True], got[False]):
+            assert (r - t).norm() < 1e-5 * r.norm() + 1e-6 * biggest
     assert len(calls) == 4
     with torch.no_grad():
         ref = a(make_input([2, 24, 9, 13]))
@@ -276,19 +511,24 @@ def test_exact_rewrites():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_costs(name):
-    with torch.device("meta"): m = SeaFormerSegmentor(name, 150, name).eval()
+    with torch.device("meta"):
+        m = SeaFormerSegmentor(name, 150, name).eval()
     official = dict(seaformer_b=1.758, seaformer_l=6.340)[name]
-    assert abs(macs(set_literal(m).outputs, (512, 512))/1e9/official - 1) < .005 and abs(macs(set_literal(m, False).deploy(), (512, 512))/1e9/official - 1) < .005
+    assert (
+        abs(macs(set_literal(m).outputs, (512, 512)) / 1e9 / official - 1) < 0.005
+        and abs(macs(set_literal(m, False).deploy(), (512, 512)) / 1e9 / official - 1) < 0.005
+    )
 
 
 @pytest.mark.parametrize("size", [(100, 140), (33, 97), (5, 3)], ids=str)
 def test_odd_sizes(size):
     "Logits at an eighth, rounded up; one by one as in a batch; the same bits again."
     for name in SIZES:
-        m, x = made(name), make_input([2, 3, *size])
+        m = made(name)
+        x = make_input([2, 3, *size])
         with torch.no_grad():
             ref = m(x)
-            assert ref.shape == (2, 7, *[-(-s//8) for s in size]) and torch.equal(m(x), ref)
+            assert ref.shape == (2, 7, *[-(-s // 8) for s in size]) and torch.equal(m(x), ref)
             assert_close("alone", m(x[1:]), ref[1:], 1e-5)
         assert m.predict(x).shape == (2, *size) and m.predict(x).dtype == torch.uint8
 
@@ -299,24 +539,47 @@ def test_contract(name):
 
 
 def test_training_details():
-    "Drop rates rise from 0 to 0.1 within each stage; position tables are normal, three norms per attention start at zero; one small picture cannot train."
+    """Drop rates rise from 0 to 0.1 within each stage; position tables are normal, three norms per
+    attention start at zero; one small picture cannot train."""
     for name in SIZES:
-        with seeded(0): e = SeaFormer(name)
-        for stage in e.stages: assert [getattr(b.drop, "drop_prob", 0.0) for b in stage] == pytest.approx(torch.linspace(0, .1, len(stage)).tolist())
+        with seeded(0):
+            e = SeaFormer(name)
+        for stage in e.stages:
+            assert [getattr(b.drop, "drop_prob", 0.0) for b in stage] == pytest.approx(
+                torch.linspace(0, 0.1, len(stage)).tolist()
+            )
         a = e.stages[0][0].attn
-        assert all(u.bn.weight.abs().max() == 0 for u in (a.row_out, a.column_out, a.out)) and .9 < a.row_q.std() < 1.1 and a.q.bn.weight.min() == 1
-        with seeded(0): assert all(torch.equal(p, q) for p, q in zip(e.parameters(), SeaFormer(name).parameters()))
-        with pytest.raises(ValueError, match="at least 2 pictures"): e.train()(make_input([1, 3, 64, 128]))
+        assert (
+            all(u.bn.weight.abs().max() == 0 for u in (a.row_out, a.column_out, a.out))
+            and 0.9 < a.row_q.std() < 1.1
+            and a.q.bn.weight.min() == 1
+        )
+        with seeded(0):
+            assert all(
+                torch.equal(p, q) for p, q in zip(e.parameters(), SeaFormer(name).parameters())
+            )
+        with pytest.raises(ValueError, match="at least 2 pictures"):
+            e.train()(make_input([1, 3, 64, 128]))
         assert len(e(make_input([1, 3, 65, 128]))) == len(e.channels)
-    assert isinstance(InvertedResidual(3, 3, 3, 1, 1).expand, type(None)) and InvertedResidual(3, 3, 3, 2, 1).residual
+    assert (
+        isinstance(InvertedResidual(3, 3, 3, 1, 1).expand, type(None))
+        and InvertedResidual(3, 3, 3, 2, 1).residual
+    )
 
 
 def test_compile_and_export():
     "No graph break up to the loss; export holds plain PyTorch and keeps the logits, at odd sizes too."
-    m, x = made("seaformer_b", 5), make_input([2, 3, 77, 101])
-    m.encoder.stages = nn.ModuleList([stage[:1] for stage in m.encoder.stages]) # deeper ones take longer and show the same
+    m = made("seaformer_b", 5)
+    x = make_input([2, 3, 77, 101])
+    # deeper ones take longer and show the same
+    m.encoder.stages = nn.ModuleList([stage[:1] for stage in m.encoder.stages])
     y = torch.zeros(2, 77, 101, dtype=torch.uint8)
-    assert_close("compiled loss", m(x, y)["loss"], torch.compile(m, backend="eager", fullgraph=True)(x, y)["loss"], 1e-5)
+    assert_close(
+        "compiled loss",
+        m(x, y)["loss"],
+        torch.compile(m, backend="eager", fullgraph=True)(x, y)["loss"],
+        1e-5,
+    )
     with torch.no_grad():
         for v in (x, m.deploy() and make_input([1, 3, 64, 96], 1)):
             program = torch.export.export(m, (v,))
@@ -327,10 +590,14 @@ def test_compile_and_export():
 def test_optimized():
     "The fast form has the same logits, and the merged projection is packed."
     from segkern.infer import PackedConv, optimize
-    m, x = made("seaformer_b", 5), make_input([1, 3, 90, 130])
+
+    m = made("seaformer_b", 5)
+    x = make_input([1, 3, 90, 130])
     fast = optimize(m)
-    with torch.no_grad(): assert_close("optimized", m(x), fast(x), 2e-5)
-    if fast.facts["prepacked"]: assert all(isinstance(b.attn.qkv, PackedConv) for s in fast.net.encoder.stages for b in s)
+    with torch.no_grad():
+        assert_close("optimized", m(x), fast(x), 2e-5)
+    if fast.facts["prepacked"]:
+        assert all(isinstance(b.attn.qkv, PackedConv) for s in fast.net.encoder.stages for b in s)
     assert m.encoder.stages[0][0].attn.qkv is None
 
 
@@ -339,20 +606,28 @@ def test_optimized():
 def test_files(name, tmp_path):
     "Options, weights and the deploy form survive a round trip."
     from segkern.models import create_model
-    m, x = create_model(name, 5, drop_path=.05, mean_over="valid", dropout=.2).eval(), make_input([1, 3, 90, 70])
-    back = load(save(m, tmp_path/"a.safetensors"))
+
+    m = create_model(name, 5, drop_path=0.05, mean_over="valid", dropout=0.2).eval()
+    x = make_input([1, 3, 90, 70])
+    back = load(save(m, tmp_path / "a.safetensors"))
     with torch.no_grad():
         ref = m(x)
-        assert torch.equal(back(x), ref) and back.options == m.options and m.options["drop_path"] == .05
-        assert_close("deployed", ref, load(save(m.deploy(), tmp_path/"b.safetensors"))(x), 1e-5)
-    with pytest.raises(RuntimeError, match="deploy form"): m(x, torch.zeros(1, 90, 70, dtype=torch.uint8))
+        assert (
+            torch.equal(back(x), ref)
+            and back.options == m.options
+            and m.options["drop_path"] == 0.05
+        )
+        assert_close("deployed", ref, load(save(m.deploy(), tmp_path / "b.safetensors"))(x), 1e-5)
+    with pytest.raises(RuntimeError, match="deploy form"):
+        m(x, torch.zeros(1, 90, 70, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_adaptive_classifier(name):
     "It sees what the last ReLU gives, at an eighth, and takes the classifier's place."
     m = made(name)
-    seen, x = [], make_input([1, 3, 90, 70])
+    seen = []
+    x = make_input([1, 3, 90, 70])
     with torch.no_grad():
         feat = m.feature(x)
         assert feat.shape == (1, TABLE[name]["head"][-1], 12, 9) and feat.min() == 0
@@ -365,7 +640,10 @@ def test_the_adaptive_classifier(name):
 
 def test_low_precision():
     "bfloat16 without surprises."
-    m, x = made("seaformer_b"), make_input([1, 3, 128, 96])
-    with torch.no_grad(): ref = m(x)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): low = m(x)
-    assert low.dtype == torch.bfloat16 and relative_l2(ref, low.float()) < .05
+    m = made("seaformer_b")
+    x = make_input([1, 3, 128, 96])
+    with torch.no_grad():
+        ref = m(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = m(x)
+    assert low.dtype == torch.bfloat16 and relative_l2(ref, low.float()) < 0.05

@@ -21,32 +21,54 @@ from .vit_adapter import VITS, ViTAdapter
 from ..core import seeded
 
 # %% ../../nbs/28_backbones.ipynb #0a4ea0bd
-_ENCODERS = {**{name: "backbones.resnet:ResNet" for name in RESNETS}, **{name: "backbones.mit:MiT" for name in MITS},
-             **{name: "backbones.swin:Swin" for name in SWINS}, **{name: "backbones.hrnet:HRNet" for name in HRNETS},
-             **{name: "backbones.mscan:MSCAN" for name in MSCANS}, **{name: "backbones.seaformer:SeaFormer" for name in SEAFORMERS},
-             **{name: "backbones.efficientformer:EfficientFormer" for name in EFFICIENTFORMERS},
-             **{name: "backbones.vit_adapter:ViTAdapter" for name in VITS},
-             **{name: "backbones.afformer:AFFormer" for name in AFFORMERS},
-             **{f"sanet_{v}": "models.sanet:SANetEncoder" for v in "sml"}} # name -> module and class, which takes the name first
+_ENCODERS = {
+    **{name: "backbones.resnet:ResNet" for name in RESNETS},
+    **{name: "backbones.mit:MiT" for name in MITS},
+    **{name: "backbones.swin:Swin" for name in SWINS},
+    **{name: "backbones.hrnet:HRNet" for name in HRNETS},
+    **{name: "backbones.mscan:MSCAN" for name in MSCANS},
+    **{name: "backbones.seaformer:SeaFormer" for name in SEAFORMERS},
+    **{name: "backbones.efficientformer:EfficientFormer" for name in EFFICIENTFORMERS},
+    **{name: "backbones.vit_adapter:ViTAdapter" for name in VITS},
+    **{name: "backbones.afformer:AFFormer" for name in AFFORMERS},
+    # name -> module and class, which takes the name first
+    **{f"sanet_{v}": "models.sanet:SANetEncoder" for v in "sml"},
+}
 
 # %% ../../nbs/28_backbones.ipynb #ff761066
 def list_encoders(
-    pattern:str="*", # shell pattern
-)->list: # names
+    pattern: str = "*",  # shell pattern
+) -> list:  # names
     "The encoders that exist."
     return [n for n in _ENCODERS if fnmatch.fnmatch(n, pattern)]
 
 # %% ../../nbs/28_backbones.ipynb #cebe5df4
 def create_encoder(
-    name:str, # e.g. "resnet18"
-    pretrained:bool=False, # download published ImageNet weights
-    seed:int|None=0, # of the random initialisation; `None` uses the global generator
-    **kwargs, # options of the encoder, e.g. `stem_pool=False`
-): # a module: e(x) -> list of maps; e.channels, e.strides
+    name: str,  # e.g. "resnet18"
+    pretrained: bool = False,  # download published ImageNet weights
+    seed: int | None = 0,  # of the random initialisation; `None` uses the global generator
+    **kwargs,  # options of the encoder, e.g. `stem_pool=False`
+):  # a module: e(x) -> list of maps; e.channels, e.strides
     "An encoder by name. Nothing is downloaded unless `pretrained` is set."
-    if name not in _ENCODERS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(_ENCODERS)}")
+    if name not in _ENCODERS:
+        raise ValueError(f"unknown encoder '{name}'; known: {', '.join(_ENCODERS)}")
     module, cls = _ENCODERS[name].split(":")
-    with seeded(seed): return getattr(importlib.import_module(f"segkern.{module}"), cls)(name, pretrained=pretrained, **kwargs)
+    with seeded(seed):
+        return getattr(importlib.import_module(f"segkern.{module}"), cls)(
+            name, pretrained=pretrained, **kwargs
+        )
 
 # %% ../../nbs/28_backbones.ipynb #6b3ea90e
-_all_ = ["create_encoder", "list_encoders", "AFFormer", "EfficientFormer", "HRNet", "MiT", "MSCAN", "ResNet", "SeaFormer", "Swin", "ViTAdapter"]
+_all_ = [
+    "create_encoder",
+    "list_encoders",
+    "AFFormer",
+    "EfficientFormer",
+    "HRNet",
+    "MiT",
+    "MSCAN",
+    "ResNet",
+    "SeaFormer",
+    "Swin",
+    "ViTAdapter",
+]

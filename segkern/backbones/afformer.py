@@ -17,212 +17,368 @@ from ..layers import ConvNormAct
 from ..weights import Rule
 
 # %% ../../nbs/27a_backbones.afformer.ipynb #7fef9b2f
-AFFORMERS = {"afformer_b": ((32, 96, 176, 216), (0, 2, 6, 2))} # widths, layers with attention
-STRIDES = (1, 1), (2, 1), (1, 2), (1, 4) # of both embeddings of each stage
-HEADS, FIELDS = (2, 3, 3), (1, 2, 3, 6) # heads whose values pass windows of 3, 5 and 7; fields along each side
+AFFORMERS = {"afformer_b": ((32, 96, 176, 216), (0, 2, 6, 2))}  # widths, layers with attention
+STRIDES = (1, 1), (2, 1), (1, 2), (1, 4)  # of both embeddings of each stage
+# heads whose values pass windows of 3, 5 and 7; fields along each side
+HEADS = (2, 3, 3)
+FIELDS = (1, 2, 3, 6)
 
 # %% ../../nbs/27a_backbones.afformer.ipynb #ade37733
-def image(x, size): return x.transpose(1, 2).unflatten(2, size) # [b, h*w, c] -> [b, c, h, w]
+def image(x, size):
+    return x.transpose(1, 2).unflatten(2, size)  # [b, h*w, c] -> [b, c, h, w]
 
-def tokens(x): return x.flatten(2).transpose(1, 2) # [b, c, h, w] -> [b, h*w, c]
 
-def grow(x, size, align_corners=False): return F.interpolate(x, size, mode="bilinear", align_corners=align_corners) # [b, c, h, w] -> [b, c, *size]
+def tokens(x):
+    return x.flatten(2).transpose(1, 2)  # [b, c, h, w] -> [b, h*w, c]
 
+
+# [b, c, h, w] -> [b, c, *size]
+def grow(x, size, align_corners=False):
+    return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+
+# %% ../../nbs/27a_backbones.afformer.ipynb #dbbaffd4
 class Filters(nn.Module):
     "High frequencies as the query wants them, and low ones."
-    def __init__(self,
-        c:int, # channels, of 8 heads
+
+    def __init__(
+        self,
+        c: int,  # channels, of 8 heads
     ):
         super().__init__()
-        self.widths = [n*c//sum(HEADS) for n in HEADS]
-        self.high = nn.ModuleList([nn.Conv2d(w, w, k, padding=k//2, groups=w) for w, k in zip(self.widths, (3, 5, 7))])
+        self.widths = [n * c // sum(HEADS) for n in HEADS]
+        self.high = nn.ModuleList(
+            [nn.Conv2d(w, w, k, padding=k // 2, groups=w) for w, k in zip(self.widths, (3, 5, 7))]
+        )
 
-    def low(self, v): # [b, c, h, w] -> [b, c, h, w]
+    def low(self, v):  # [b, c, h, w] -> [b, c, h, w]
         "Averages over fields, resized back."
-        return F.relu(torch.cat([grow(F.adaptive_avg_pool2d(part, s), v.shape[2:]) for part, s in zip(v.chunk(len(FIELDS), 1), FIELDS)], 1))
+        return F.relu(
+            torch.cat(
+                [
+                    grow(F.adaptive_avg_pool2d(part, s), v.shape[2:])
+                    for part, s in zip(v.chunk(len(FIELDS), 1), FIELDS)
+                ],
+                1,
+            )
+        )
 
-    def forward(self, q, v, size): # queries and values [b, n, c]; (h, w) -> [b, n, c]
+    def forward(self, q, v, size):  # queries and values [b, n, c]; (h, w) -> [b, n, c]
         v = image(v, size)
         high = torch.cat([conv(part) for conv, part in zip(self.high, v.split(self.widths, 1))], 1)
-        return q*tokens(high) + tokens(self.low(v))
+        return q * tokens(high) + tokens(self.low(v))
 
+# %% ../../nbs/27a_backbones.afformer.ipynb #38fdba5a
 class LinearAttention(nn.Module):
     "Attention through a matrix of channels by channels, plus filters."
-    def __init__(self,
-        c:int, # channels, of 8 heads
+
+    def __init__(
+        self,
+        c: int,  # channels, of 8 heads
     ):
         super().__init__()
-        self.qkv, self.proj = nn.Linear(c, 3*c), nn.Linear(c, c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.proj = nn.Linear(c, c)
 
-    def forward(self, x, size, filters): # [b, n, c]; (h, w); `Filters` of the stage -> [b, n, c]
+    def forward(self, x, size, filters):  # [b, n, c]; (h, w); `Filters` of the stage -> [b, n, c]
         q, k, v = self.qkv(x).chunk(3, -1)
-        heads = lambda t: t.unflatten(2, (sum(HEADS), -1)).transpose(1, 2) # [b, heads, n, d]
+
+        def heads(t):
+            return t.unflatten(2, (sum(HEADS), -1)).transpose(1, 2)  # [b, heads, n, d]
+
         summary = heads(k.softmax(1)).transpose(2, 3) @ heads(v)
-        far = heads(q) @ (summary*summary.shape[-1]**-0.5)
+        far = heads(q) @ (summary * summary.shape[-1] ** -0.5)
         return self.proj(far.transpose(1, 2).flatten(2) + filters(q, v, size))
 
 # %% ../../nbs/27a_backbones.afformer.ipynb #4588874b
 class Layer(nn.Module):
     "Attention and a feed-forward layer; position and filters are the stage's."
-    def __init__(self,
-        c:int, # channels
-        ratio:int=2, # width of the feed-forward layer
+
+    def __init__(
+        self,
+        c: int,  # channels
+        ratio: int = 2,  # width of the feed-forward layer
     ):
         super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(c, 1e-6), LinearAttention(c), nn.LayerNorm(c, 1e-6)
-        self.fc1, self.near, self.fc2 = nn.Linear(c, ratio*c), nn.Conv2d(ratio*c, ratio*c, 3, padding=1, groups=ratio*c), nn.Linear(ratio*c, c)
+        self.norm1 = nn.LayerNorm(c, 1e-6)
+        self.attn = LinearAttention(c)
+        self.norm2 = nn.LayerNorm(c, 1e-6)
+        self.fc1 = nn.Linear(c, ratio * c)
+        self.near = nn.Conv2d(ratio * c, ratio * c, 3, padding=1, groups=ratio * c)
+        self.fc2 = nn.Linear(ratio * c, c)
 
-    def forward(self, x, size, position, filters): # [b, n, c]; (h, w); the stage's convolution and `Filters` -> [b, n, c]
+    # [b, n, c]; (h, w); the stage's convolution and `Filters` -> [b, n, c]
+    def forward(self, x, size, position, filters):
         x = x + tokens(position(image(x, size)))
         x = x + self.attn(self.norm1(x), size, filters)
         y = self.fc1(self.norm2(x))
         return x + self.fc2(F.gelu(y + tokens(self.near(image(y, size)))))
 
+# %% ../../nbs/27a_backbones.afformer.ipynb #9498f2fd
 class Encoder(nn.Module):
     "Layers with one set of convolutions."
-    def __init__(self,
-        c:int, # channels
-        layers:int, # their number
+
+    def __init__(
+        self,
+        c: int,  # channels
+        layers: int,  # their number
     ):
         super().__init__()
-        self.position, self.filters = nn.Conv2d(c, c, 3, padding=1, groups=c), Filters(c)
+        self.position = nn.Conv2d(c, c, 3, padding=1, groups=c)
+        self.filters = Filters(c)
         self.layers = nn.ModuleList([Layer(c) for _ in range(layers)])
 
-    def forward(self, x): # [b, c, h, w] -> [b, c, h, w]
-        size, x = x.shape[2:], tokens(x)
-        for layer in self.layers: x = layer(x, size, self.position, self.filters)
+    def forward(self, x):  # [b, c, h, w] -> [b, c, h, w]
+        size = x.shape[2:]
+        x = tokens(x)
+        for layer in self.layers:
+            x = layer(x, size, self.position, self.filters)
         return image(x, size)
 
 # %% ../../nbs/27a_backbones.afformer.ipynb #50ce15e4
 class Unit(ConvNormAct):
     "Convolution, norm and hardswish."
-    def __init__(self, c_in, c_out, kernel=1, stride=1): super().__init__(c_in, c_out, kernel, stride, act=None)
 
-    def forward(self, x): return F.hardswish(super().forward(x))
+    def __init__(self, c_in, c_out, kernel=1, stride=1):
+        super().__init__(c_in, c_out, kernel, stride, act=None)
 
+    def forward(self, x):
+        return F.hardswish(super().forward(x))
+
+# %% ../../nbs/27a_backbones.afformer.ipynb #1e647cf1
 class Embed(nn.Module):
     "Depthwise 3×3 convolution, 1×1 convolution, norm and hardswish."
-    def __init__(self,
-        c:int, # channels
-        stride:int, # of the first convolution
+
+    def __init__(
+        self,
+        c: int,  # channels
+        stride: int,  # of the first convolution
     ):
         super().__init__()
-        self.depth, self.point = nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False), Unit(c, c)
+        self.depth = nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False)
+        self.point = Unit(c, c)
 
-    def forward(self, x): return self.point(self.depth(x)) # [b, c, h, w] -> [b, c, ceil(h/stride), ceil(w/stride)]
+    # [b, c, h, w] -> [b, c, ceil(h/stride), ceil(w/stride)]
+    def forward(self, x):
+        return self.point(self.depth(x))
 
+# %% ../../nbs/27a_backbones.afformer.ipynb #98f50692
 class Restore(nn.Module):
     "A bottleneck with a shortcut."
-    def __init__(self,
-        c:int, # channels
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
-        self.inlet, self.depth, self.norm = Unit(c, c//2), nn.Conv2d(c//2, c//2, 3, padding=1, groups=c//2, bias=False), nn.BatchNorm2d(c//2)
-        self.outlet = ConvNormAct(c//2, c, 1, act=None)
+        self.inlet = Unit(c, c // 2)
+        self.depth = nn.Conv2d(c // 2, c // 2, 3, padding=1, groups=c // 2, bias=False)
+        self.norm = nn.BatchNorm2d(c // 2)
+        self.outlet = ConvNormAct(c // 2, c, 1, act=None)
 
-    def forward(self, x): return x + self.outlet(F.hardswish(self.norm(self.depth(self.inlet(x))))) # [b, c, h, w] -> the same shape
+    # [b, c, h, w] -> the same shape
+    def forward(self, x):
+        return x + self.outlet(F.hardswish(self.norm(self.depth(self.inlet(x)))))
 
+# %% ../../nbs/27a_backbones.afformer.ipynb #0cae4539
 class Stage(nn.Module):
     "A fine map for details, a coarse one for attention."
-    def __init__(self,
-        c:int, # channels
-        c_out:int, # of the result
-        strides:tuple, # of the two embeddings
-        layers:int, # 0: no attention
+
+    def __init__(
+        self,
+        c: int,  # channels
+        c_out: int,  # of the result
+        strides: tuple,  # of the two embeddings
+        layers: int,  # 0: no attention
     ):
         super().__init__()
-        self.embeds, self.restore = nn.ModuleList([Embed(c, s) for s in strides]), Restore(c)
-        self.coarser, self.encoder, self.aggregate = strides[1] > 1, Encoder(c, layers) if layers else None, Unit(c, c_out)
+        self.embeds = nn.ModuleList([Embed(c, s) for s in strides])
+        self.restore = Restore(c)
+        self.coarser = strides[1] > 1
+        self.encoder = Encoder(c, layers) if layers else None
+        self.aggregate = Unit(c, c_out)
 
-    def forward(self, x): # [b, c, h, w] -> [b, c_out, h', w']
+    def forward(self, x):  # [b, c, h, w] -> [b, c_out, h', w']
         fine = self.embeds[0](x)
         coarse = self.embeds[1](fine)
-        if self.encoder is None: return self.aggregate(self.restore(fine + coarse))
+        if self.encoder is None:
+            return self.aggregate(self.restore(fine + coarse))
         coarse = self.encoder(coarse)
-        return self.aggregate(self.restore(fine) + (grow(coarse, fine.shape[2:], align_corners=True) if self.coarser else coarse))
+        return self.aggregate(
+            self.restore(fine)
+            + (grow(coarse, fine.shape[2:], align_corners=True) if self.coarser else coarse)
+        )
 
 # %% ../../nbs/27a_backbones.afformer.ipynb #a77950f8
 class AFFormer(nn.Module):
     "AFFormer: a picture of any size to four maps, three of them at 1/8."
-    def __init__(self,
-        name:str="afformer_b", # a name of `AFFORMERS`
-        pretrained:bool=False, # refused: the ImageNet weights are offered as files only
+
+    def __init__(
+        self,
+        name: str = "afformer_b",  # a name of `AFFORMERS`
+        pretrained: bool = False,  # refused: the ImageNet weights are offered as files only
     ):
         super().__init__()
-        if name not in AFFORMERS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(AFFORMERS)}")
-        if pretrained: raise ValueError(f"no package offers {name}'s ImageNet weights: download the authors' file and use segkern.load_official(encoder, path)")
+        if name not in AFFORMERS:
+            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(AFFORMERS)}")
+        if pretrained:
+            raise ValueError(
+                f"no package offers {name}'s ImageNet weights: download the authors' file "
+                f"and use segkern.load_official(encoder, path)"
+            )
         widths, layers = AFFORMERS[name]
-        self.name, self.channels, self.strides = name, [*widths[1:], widths[-1]], [4, 8, 8, 8]
-        self.stem = nn.Sequential(Unit(3, widths[0]//2, 3, 2), Unit(widths[0]//2, widths[0], 3, 2))
-        self.stages = nn.ModuleList([Stage(*args) for args in zip(widths, self.channels, STRIDES, layers)])
+        self.name = name
+        self.channels = [*widths[1:], widths[-1]]
+        self.strides = [4, 8, 8, 8]
+        self.stem = nn.Sequential(
+            Unit(3, widths[0] // 2, 3, 2), Unit(widths[0] // 2, widths[0], 3, 2)
+        )
+        self.stages = nn.ModuleList(
+            [Stage(*args) for args in zip(widths, self.channels, STRIDES, layers)]
+        )
         self.apply(init_weights)
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w]
-    )->list: # four maps [b, c, ceil(h/4), ceil(w/4)], [b, c, ceil(h/8), ceil(w/8)], …
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+    ) -> list:  # four maps [b, c, ceil(h/4), ceil(w/4)], [b, c, ceil(h/8), ceil(w/8)], …
         "The maps of the four stages."
-        x, maps = self.stem(x), []
+        x = self.stem(x)
+        maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
-    def key_rules(self, state): # a segmentor's file fills it too
+    def key_rules(self, state):  # a segmentor's file fills it too
         "Key table of the authors' files."
-        return key_rules() + [Rule(r"decode_head\.", unused="unused: a decoder, which an encoder does not have")]
+        return key_rules() + [
+            Rule(r"decode_head\.", unused="unused: a decoder, which an encoder does not have")
+        ]
 
-    def adapt(self, state, undo): return adapt(state)
+    def adapt(self, state, undo):
+        return adapt(state)
 
+# %% ../../nbs/27a_backbones.afformer.ipynb #b3b01d96
 def init_weights(m):
     "The initialisation of one layer; norms keep PyTorch's."
-    if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=.02)
-    elif isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, std=(2*m.groups/(m.kernel_size[0]*m.kernel_size[1]*m.out_channels))**.5)
-    if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None: nn.init.zeros_(m.bias)
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+    elif isinstance(m, nn.Conv2d):
+        nn.init.normal_(
+            m.weight,
+            std=(2 * m.groups / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)) ** 0.5,
+        )
+    if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None:
+        nn.init.zeros_(m.bias)
 
 # %% ../../nbs/27a_backbones.afformer.ipynb #55a7a9bf
-_SHARED = re.compile(r"(.*mhca_stages\.\d\.mhca_blks\.0\.)(?:MHCA_layers\.\d+\.)?(?:factoratt_crpe\.)?((?:cpe|crpe)\..*)$")
+_SHARED = re.compile(
+    r"(.*mhca_stages\.\d\.mhca_blks\.0\.)(?:MHCA_layers\.\d+\.)?(?:factoratt_crpe\.)?((?:cpe|crpe)\..*)$"
+)
 
+# %% ../../nbs/27a_backbones.afformer.ipynb #a3a0824c
 def adapt(
-    state:dict, # official state dict; changed in place
-)->list: # of notes
+    state: dict,  # official state dict; changed in place
+) -> list:  # of notes
     "Give the stages' own names to what their layers share."
     groups = {}
     for key in state:
-        if m := _SHARED.match(key): groups.setdefault(m[1] + m[2], []).append(key)
+        if m := _SHARED.match(key):
+            groups.setdefault(m[1] + m[2], []).append(key)
     apart = []
     for name, keys in groups.items():
         last = state[keys[-1]]
-        if any(state[k] is not last and not last.is_meta and not torch.equal(state[k], last) for k in keys): apart.append(name)
+        if any(
+            state[k] is not last and not last.is_meta and not torch.equal(state[k], last)
+            for k in keys
+        ):
+            apart.append(name)
         state[name] = last
     names = sum(len(k) for k in groups.values())
-    notes = [f"{names} names of {len(groups)} shared tensors, each of which is stored once"] if names > len(groups) else []
-    return notes + ([f"copies of {len(apart)} shared tensors differ, e.g. {apart[0]}: the last one in the file counts"] if apart else [])
+    notes = (
+        [f"{names} names of {len(groups)} shared tensors, each of which is stored once"]
+        if names > len(groups)
+        else []
+    )
+    return notes + (
+        [
+            f"copies of {len(apart)} shared tensors differ, e.g. {apart[0]}: the last one in the file counts"
+        ]
+        if apart
+        else []
+    )
 
+# %% ../../nbs/27a_backbones.afformer.ipynb #58917b42
 def key_rules(
-    theirs:str=r"(?:backbone\.)?", # pattern of the encoder's prefix in the file
-    ours:str="", # prefix here, e.g. "encoder."
-)->list: # of Rule
+    theirs: str = r"(?:backbone\.)?",  # pattern of the encoder's prefix in the file
+    ours: str = "",  # prefix here, e.g. "encoder."
+) -> list:  # of Rule
     "Key table of the authors' files."
-    stage, to = theirs + r"mhca_stages\.(\d)\.", ours + r"stages.\1."
-    embed, embed_to = theirs + r"patch_embed_stages\.(\d)\.patch_embeds\.(\d)\.patch_conv\.", ours + r"stages.\1.embeds.\2."
-    encoder, layer, layer_to = stage + r"mhca_blks\.0\.", stage + r"mhca_blks\.0\.MHCA_layers\.(\d+)\.", to + r"encoder.layers.\2."
-    pairs = [(theirs + r"stem\.(\d)\.", ours + r"stem.\1."), (embed + r"dwconv\.", embed_to + "depth."), (embed + r"pwconv\.", embed_to + "point.conv."), (embed + r"bn\.", embed_to + "point.bn."),
-             (stage + r"(?:Restore|InvRes)\.conv1\.", to + "restore.inlet."), (stage + r"(?:Restore|InvRes)\.dwconv\.", to + "restore.depth."),
-             (stage + r"(?:Restore|InvRes)\.norm\.", to + "restore.norm."), (stage + r"(?:Restore|InvRes)\.conv2\.", to + "restore.outlet."), (stage + r"aggregate\.", to + "aggregate."),
-             (encoder + r"cpe\.(?:\w+\.)?(weight|bias)$", to + r"encoder.position.\2"), (encoder + r"crpe\.conv_list\.(\d)\.", to + r"encoder.filters.high.\2."),
-             (layer + r"factoratt_crpe\.(qkv|proj)\.", layer_to + r"attn.\3."), (layer + r"(norm[12])\.", layer_to + r"\3."), (layer + r"mlp\.(fc[12])\.", layer_to + r"\3."),
-             (layer + r"mlp\.(?!fc\d)(?:\w+\.)+(weight|bias)$", layer_to + r"near.\3")]
-    return [Rule(layer + r"(?:factoratt_crpe\.)?(?:cpe|crpe)\.", unused="unused: another name of a tensor that the stage's layers share"), *[Rule(a, b) for a, b in pairs],
-            Rule(theirs + r"(?:cls_head|head|classifier)\.", unused="unused: the ImageNet classifier")]
+    stage = theirs + r"mhca_stages\.(\d)\."
+    to = ours + r"stages.\1."
+    embed = theirs + r"patch_embed_stages\.(\d)\.patch_embeds\.(\d)\.patch_conv\."
+    embed_to = ours + r"stages.\1.embeds.\2."
+    encoder = stage + r"mhca_blks\.0\."
+    layer = stage + r"mhca_blks\.0\.MHCA_layers\.(\d+)\."
+    layer_to = to + r"encoder.layers.\2."
+    pairs = [
+        (theirs + r"stem\.(\d)\.", ours + r"stem.\1."),
+        (embed + r"dwconv\.", embed_to + "depth."),
+        (embed + r"pwconv\.", embed_to + "point.conv."),
+        (embed + r"bn\.", embed_to + "point.bn."),
+        (stage + r"(?:Restore|InvRes)\.conv1\.", to + "restore.inlet."),
+        (stage + r"(?:Restore|InvRes)\.dwconv\.", to + "restore.depth."),
+        (stage + r"(?:Restore|InvRes)\.norm\.", to + "restore.norm."),
+        (stage + r"(?:Restore|InvRes)\.conv2\.", to + "restore.outlet."),
+        (stage + r"aggregate\.", to + "aggregate."),
+        (encoder + r"cpe\.(?:\w+\.)?(weight|bias)$", to + r"encoder.position.\2"),
+        (encoder + r"crpe\.conv_list\.(\d)\.", to + r"encoder.filters.high.\2."),
+        (layer + r"factoratt_crpe\.(qkv|proj)\.", layer_to + r"attn.\3."),
+        (layer + r"(norm[12])\.", layer_to + r"\3."),
+        (layer + r"mlp\.(fc[12])\.", layer_to + r"\3."),
+        (layer + r"mlp\.(?!fc\d)(?:\w+\.)+(weight|bias)$", layer_to + r"near.\3"),
+    ]
+    return [
+        Rule(
+            layer + r"(?:factoratt_crpe\.)?(?:cpe|crpe)\.",
+            unused="unused: another name of a tensor that the stage's layers share",
+        ),
+        *[Rule(a, b) for a, b in pairs],
+        Rule(theirs + r"(?:cls_head|head|classifier)\.", unused="unused: the ImageNet classifier"),
+    ]
 
 # %% ../../nbs/27a_backbones.afformer.ipynb #2a124612
 def describe_state(
-    state:dict, # official state dict
-)->str: # a name, or what it is not
+    state: dict,  # official state dict
+) -> str:  # a name, or what it is not
     "Which AFFormer a file holds, read off its keys."
-    keys, find = "\n".join(state), lambda i: next((v for k, v in state.items() if k.endswith(f"patch_embed_stages.{i}.patch_embeds.0.patch_conv.pwconv.weight")), None)
+    keys = "\n".join(state)
+
+    def find(i):
+        return next(
+            (
+                v
+                for k, v in state.items()
+                if k.endswith(f"patch_embed_stages.{i}.patch_embeds.0.patch_conv.pwconv.weight")
+            ),
+            None,
+        )
+
     found = [find(i) for i in range(4)]
-    if any(t is None for t in found): return "no AFFormer"
+    if any(t is None for t in found):
+        return "no AFFormer"
     widths = tuple(len(t) for t in found)
-    layers = tuple(len(set(re.findall(rf"mhca_stages\.{i}\.mhca_blks\.0\.MHCA_layers\.(\d+)\.norm1\.weight", keys))) for i in range(4))
-    return next((n for n, table in AFFORMERS.items() if table == (widths, layers)), f"an AFFormer of widths {widths}")
+    layers = tuple(
+        len(
+            set(
+                re.findall(
+                    rf"mhca_stages\.{i}\.mhca_blks\.0\.MHCA_layers\.(\d+)\.norm1\.weight", keys
+                )
+            )
+        )
+        for i in range(4)
+    )
+    return next(
+        (n for n, table in AFFORMERS.items() if table == (widths, layers)),
+        f"an AFFormer of widths {widths}",
+    )

@@ -17,58 +17,96 @@ from ..weights import Rule
 
 # %% ../../nbs/27_backbones.efficientformer.ipynb #3ad3904e
 EFFICIENTFORMERS = {
-    "efficientformerv2_s0": ((32, 48, 96, 176), (2, 2, 6, 4), 2, 0.0), "efficientformerv2_s1": ((32, 48, 120, 224), (3, 3, 9, 6), 2, 0.0),
-    "efficientformerv2_s2": ((32, 64, 144, 288), (4, 4, 12, 8), 4, 0.02), "efficientformerv2_l": ((40, 80, 192, 384), (5, 5, 15, 10), 6, 0.1),
-} # widths, depths, blocks with attention at the end of stages 3 and 4, drop path
-NARROW = {"s0": (slice(1, 4), slice(1, 3)), "s1": (slice(2, 6), slice(2, 4)), "s2": (slice(2, 8), slice(2, 6)),
-          "l": (slice(4, 11), slice(3, 7))} # blocks of stages 3 and 4 whose inner width is 3 times the outer one, instead of 4
-SIDE = 512 # picture for which the published tables were made
+    "efficientformerv2_s0": ((32, 48, 96, 176), (2, 2, 6, 4), 2, 0.0),
+    "efficientformerv2_s1": ((32, 48, 120, 224), (3, 3, 9, 6), 2, 0.0),
+    "efficientformerv2_s2": ((32, 64, 144, 288), (4, 4, 12, 8), 4, 0.02),
+    "efficientformerv2_l": ((40, 80, 192, 384), (5, 5, 15, 10), 6, 0.1),
+}  # widths, depths, blocks with attention at the end of stages 3 and 4, drop path
+NARROW = {
+    "s0": (slice(1, 4), slice(1, 3)),
+    "s1": (slice(2, 6), slice(2, 4)),
+    "s2": (slice(2, 8), slice(2, 6)),
+    # blocks of stages 3 and 4 whose inner width is 3 times the outer one, instead of 4
+    "l": (slice(4, 11), slice(3, 7)),
+}
+SIDE = 512  # picture for which the published tables were made
 
 # %% ../../nbs/27_backbones.efficientformer.ipynb #a6b9888c
 def spread(
-    table:torch.Tensor, # [heads, h, w]: by distance in rows and columns
-    step:int=1, # queries stand on every step-th row and column
-)->torch.Tensor: # [heads, queries, keys]
+    table: torch.Tensor,  # [heads, h, w]: by distance in rows and columns
+    step: int = 1,  # queries stand on every step-th row and column
+) -> torch.Tensor:  # [heads, queries, keys]
     "The table's value for every pair of places."
-    apart = lambda n: (torch.arange(0, n, step, device=table.device)[:, None] - torch.arange(n, device=table.device)).abs()
-    rows, columns = apart(table.shape[1]), apart(table.shape[2])
+
+    def apart(n):
+        return (
+            torch.arange(0, n, step, device=table.device)[:, None]
+            - torch.arange(n, device=table.device)
+        ).abs()
+
+    rows = apart(table.shape[1])
+    columns = apart(table.shape[2])
     return table[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3).flatten(1, 2)
 
 # %% ../../nbs/27_backbones.efficientformer.ipynb #3e6e81d4
 RESIZES = ("matrix", "table")
-KEPT = 1 << 22 # numbers that one attention may keep
+KEPT = 1 << 22  # numbers that one attention may keep
 
+# %% ../../nbs/27_backbones.efficientformer.ipynb #40b16561
 class BiasedAttention(nn.Module):
     "What both attentions share: the table, and the matrix that it makes for a grid."
-    resize = "matrix" # or "table"
 
-    def __init__(self,
-        theirs:nn.Module, # timm's attention: gives up its layers
-        side:int, # of the keys' grid for which the table is
-        step:int=1, # queries stand on every step-th row and column
+    resize = "matrix"  # or "table"
+
+    def __init__(
+        self,
+        theirs: nn.Module,  # timm's attention: gives up its layers
+        side: int,  # of the keys' grid for which the table is
+        step: int = 1,  # queries stand on every step-th row and column
     ):
         super().__init__()
-        self.heads, self.width, self.side, self.step, self.kept = theirs.num_heads, theirs.key_dim, side, step, {}
-        self.attention_biases = nn.Parameter(torch.zeros(self.heads, side*side))
-        for name in ("q", "k", "v", "v_local", "proj"): self.add_module(name, getattr(theirs, name))
+        self.heads = theirs.num_heads
+        self.width = theirs.key_dim
+        self.side = side
+        self.step = step
+        self.kept = {}
+        self.attention_biases = nn.Parameter(torch.zeros(self.heads, side * side))
+        for name in ("q", "k", "v", "v_local", "proj"):
+            self.add_module(name, getattr(theirs, name))
 
-    def make_bias(self, h, w): # the keys' grid -> [heads, queries, keys]
+    def make_bias(self, h, w):  # the keys' grid -> [heads, queries, keys]
         "The matrix for a grid."
         table = self.attention_biases.unflatten(1, (self.side, self.side))
         if self.resize == "table":
-            if (h, w) != (self.side, self.side): table = F.interpolate(table[None], (h, w), mode="bicubic", align_corners=True)[0]
+            if (h, w) != (self.side, self.side):
+                table = F.interpolate(table[None], (h, w), mode="bicubic", align_corners=True)[0]
             return spread(table, self.step)
-        bias, size = spread(table, self.step), (-(-h//self.step)*-(-w//self.step), h*w)
-        return bias if tuple(bias.shape[1:]) == size else F.interpolate(bias[None], size, mode="bicubic", align_corners=False)[0]
+        bias = spread(table, self.step)
+        size = (-(-h // self.step) * -(-w // self.step), h * w)
+        return (
+            bias
+            if tuple(bias.shape[1:]) == size
+            else F.interpolate(bias[None], size, mode="bicubic", align_corners=False)[0]
+        )
 
-    def bias(self, h, w): # the same, kept in evaluation without gradients
+    def bias(self, h, w):  # the same, kept in evaluation without gradients
         t = self.attention_biases
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or t.is_meta or t.is_inference(): return self.make_bias(h, w)
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or t.is_meta
+            or t.is_inference()
+        ):
+            return self.make_bias(h, w)
         key = (h, w, self.resize, t._version)
         if key not in self.kept:
             made = self.make_bias(h, w)
-            if made.numel() > KEPT: return made
-            if sum(m.numel() for m in self.kept.values()) + made.numel() > KEPT: self.kept.clear()
+            if made.numel() > KEPT:
+                return made
+            if sum(m.numel() for m in self.kept.values()) + made.numel() > KEPT:
+                self.kept.clear()
             self.kept[key] = made
         return self.kept[key]
 
@@ -88,142 +126,253 @@ class BiasedAttention(nn.Module):
         self.forget()
         return super()._load_from_state_dict(*args)
 
-    def __getstate__(self): return {**self.__dict__, "kept": {}}
+    def __getstate__(self):
+        return {**self.__dict__, "kept": {}}
 
-    def tokens(self, x): return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3) # [b, heads*d, h, w] -> [b, heads, hw, d]
+    # [b, heads*d, h, w] -> [b, heads, hw, d]
+    def tokens(self, x):
+        return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
 
 # %% ../../nbs/27_backbones.efficientformer.ipynb #f851df41
 class GlobalAttention(BiasedAttention):
     "Talking heads on the grid of a stage, which the third stage halves."
-    def __init__(self,
-        theirs:nn.Module, # timm's Attention2d
-        side:int, # of the tokens' grid
+
+    def __init__(
+        self,
+        theirs: nn.Module,  # timm's Attention2d
+        side: int,  # of the tokens' grid
     ):
         super().__init__(theirs, side)
-        self.stride_conv, self.talking_head1, self.talking_head2 = theirs.stride_conv, theirs.talking_head1, theirs.talking_head2
+        self.stride_conv = theirs.stride_conv
+        self.talking_head1 = theirs.talking_head1
+        self.talking_head2 = theirs.talking_head2
 
-    def forward(self, x): # [b, c, h, w] -> [b, c, h, w]
-        if self.stride_conv is not None: x = self.stride_conv(x)
+    def forward(self, x):  # [b, c, h, w] -> [b, c, h, w]
+        if self.stride_conv is not None:
+            x = self.stride_conv(x)
         h, w = x.shape[2:]
-        q, k, v = self.tokens(self.q(x)), self.tokens(self.k(x)), self.v(x)
-        scores = self.talking_head1((q @ k.transpose(2, 3))*self.width**-0.5 + self.bias(h, w))
+        q = self.tokens(self.q(x))
+        k = self.tokens(self.k(x))
+        v = self.v(x)
+        scores = self.talking_head1((q @ k.transpose(2, 3)) * self.width**-0.5 + self.bias(h, w))
         y = self.talking_head2(scores.softmax(-1)) @ self.tokens(v)
         y = y.transpose(2, 3).flatten(1, 2).unflatten(2, (h, w)) + self.v_local(v)
-        if self.stride_conv is not None: y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+        if self.stride_conv is not None:
+            y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
         return self.proj(F.gelu(y))
 
+# %% ../../nbs/27_backbones.efficientformer.ipynb #25c7a5de
 class DownAttention(BiasedAttention):
     "From the third stage's map to the fourth one's grid: queries on every second place, all places as keys."
-    def __init__(self,
-        theirs:nn.Module, # timm's Attention2dDownsample
-        side:int, # of the keys' grid
-    ): super().__init__(theirs, side, 2)
 
-    def forward(self, x): # [b, c, h, w] -> [b, c', h/2, w/2]
+    def __init__(
+        self,
+        theirs: nn.Module,  # timm's Attention2dDownsample
+        side: int,  # of the keys' grid
+    ):
+        super().__init__(theirs, side, 2)
+
+    def forward(self, x):  # [b, c, h, w] -> [b, c', h/2, w/2]
         (h, w), v = x.shape[2:], self.v(x)
-        q, k, local = self.tokens(self.q(x)), self.tokens(self.k(x)), self.v_local(v)
+        q = self.tokens(self.q(x))
+        k = self.tokens(self.k(x))
+        local = self.v_local(v)
         bias = self.bias(h, w)
-        y = F.scaled_dot_product_attention(q, k, self.tokens(v), attn_mask=bias.to(q.dtype).expand(len(x), -1, -1, -1), scale=self.width**-0.5)
-        return self.proj(F.gelu(y.transpose(2, 3).flatten(1, 2).unflatten(2, local.shape[2:]) + local))
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            self.tokens(v),
+            attn_mask=bias.to(q.dtype).expand(len(x), -1, -1, -1),
+            scale=self.width**-0.5,
+        )
+        return self.proj(
+            F.gelu(y.transpose(2, 3).flatten(1, 2).unflatten(2, local.shape[2:]) + local)
+        )
 
 # %% ../../nbs/27_backbones.efficientformer.ipynb #6487651a
 class EfficientFormer(nn.Module):
     "EfficientFormerV2 in the form that segmentation uses: maps of four stages, no norm at the end."
-    strides, multiple = [4, 8, 16, 32], 32
 
-    def __init__(self,
-        name:str="efficientformerv2_s2", # a name of `EFFICIENTFORMERS`
-        drop_path:float|None=None, # of the last block; default: the published one
-        resize:str="matrix", # what is resized for other pictures than 512×512: "matrix", as published, or "table"
-        pretrained:bool=False, # download ImageNet weights; the tables start from zero
+    strides = [4, 8, 16, 32]
+    multiple = 32
+
+    def __init__(
+        self,
+        name: str = "efficientformerv2_s2",  # a name of `EFFICIENTFORMERS`
+        drop_path: float | None = None,  # of the last block; default: the published one
+        # what is resized for other pictures than 512×512: "matrix", as published, or "table"
+        resize: str = "matrix",
+        pretrained: bool = False,  # download ImageNet weights; the tables start from zero
     ):
         from timm.models.efficientformer_v2 import EfficientFormerV2
-        super().__init__()
-        if name not in EFFICIENTFORMERS: raise ValueError(f"unknown EfficientFormer '{name}'; known: {', '.join(EFFICIENTFORMERS)}")
-        if resize not in RESIZES: raise ValueError(f"resize must be one of {RESIZES}, got '{resize}'")
-        self.name, (widths, depths, attentions, rate) = name, EFFICIENTFORMERS[name]
-        self.channels, self.drop_path, self.resize = list(widths), rate if drop_path is None else drop_path, resize
-        theirs = EfficientFormerV2(depths, img_size=SIDE, embed_dims=widths, mlp_ratios=ratios(name), num_vit=attentions, drop_path_rate=self.drop_path,
-                                   num_classes=0, distillation=False)
-        self.stem, self.stages = theirs.stem, theirs.stages
-        self.stages[3].downsample.attn = DownAttention(self.stages[3].downsample.attn, SIDE//16)
-        for stage in self.stages[2:]:
-            for block in stage.blocks[-attentions:]: block.token_mixer = GlobalAttention(block.token_mixer, SIDE//32)
-        for m in self.modules():
-            if isinstance(m, BiasedAttention): m.resize = resize
-        if pretrained: download_weights(self)
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w], sides that are multiples of 32
-    )->list: # four maps [b, c, h/4, w/4], …
+        super().__init__()
+        if name not in EFFICIENTFORMERS:
+            raise ValueError(
+                f"unknown EfficientFormer '{name}'; known: {', '.join(EFFICIENTFORMERS)}"
+            )
+        if resize not in RESIZES:
+            raise ValueError(f"resize must be one of {RESIZES}, got '{resize}'")
+        self.name, (widths, depths, attentions, rate) = name, EFFICIENTFORMERS[name]
+        self.channels = list(widths)
+        self.drop_path = rate if drop_path is None else drop_path
+        self.resize = resize
+        theirs = EfficientFormerV2(
+            depths,
+            img_size=SIDE,
+            embed_dims=widths,
+            mlp_ratios=ratios(name),
+            num_vit=attentions,
+            drop_path_rate=self.drop_path,
+            num_classes=0,
+            distillation=False,
+        )
+        self.stem = theirs.stem
+        self.stages = theirs.stages
+        self.stages[3].downsample.attn = DownAttention(self.stages[3].downsample.attn, SIDE // 16)
+        for stage in self.stages[2:]:
+            for block in stage.blocks[-attentions:]:
+                block.token_mixer = GlobalAttention(block.token_mixer, SIDE // 32)
+        for m in self.modules():
+            if isinstance(m, BiasedAttention):
+                m.resize = resize
+        if pretrained:
+            download_weights(self)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w], sides that are multiples of 32
+    ) -> list:  # four maps [b, c, h/4, w/4], …
         "The maps of the four stages."
-        if x.shape[2] % 32 or x.shape[3] % 32 or not x.shape[2]*x.shape[3]:
-            raise ValueError(f"{self.name} takes sides that are multiples of 32, got {x.shape[2]}x{x.shape[3]}: pad or resize the picture")
-        x, maps = self.stem(x), []
+        if x.shape[2] % 32 or x.shape[3] % 32 or not x.shape[2] * x.shape[3]:
+            raise ValueError(
+                f"{self.name} takes sides that are multiples of 32, got "
+                f"{x.shape[2]}x{x.shape[3]}: pad or resize the picture"
+            )
+        x = self.stem(x)
+        maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
-    def key_rules(self, state): # a segmentor's file fills it too
+    def key_rules(self, state):  # a segmentor's file fills it too
         "Key table of the official files and of timm's."
-        return key_rules() + [Rule(r"decode_head\.", unused="unused: a decoder, which an encoder does not have")]
+        return key_rules() + [
+            Rule(r"decode_head\.", unused="unused: a decoder, which an encoder does not have")
+        ]
 
-    def adapt(self, state, undo): return adapt(state)
+    def adapt(self, state, undo):
+        return adapt(state)
 
+# %% ../../nbs/27_backbones.efficientformer.ipynb #01e968bc
 def ratios(
-    name:str, # a name of `EFFICIENTFORMERS`
-)->tuple: # one number or one tuple per stage
+    name: str,  # a name of `EFFICIENTFORMERS`
+) -> tuple:  # one number or one tuple per stage
     "Inner widths of the blocks' convolutions, as multiples of the outer one."
-    depths, narrow = EFFICIENTFORMERS[name][1], NARROW[name.rsplit("_", 1)[1]]
-    return 4, 4, *(tuple(3 if j in range(*n.indices(d)) else 4 for j in range(d)) for d, n in zip(depths[2:], narrow))
+    depths = EFFICIENTFORMERS[name][1]
+    narrow = NARROW[name.rsplit("_", 1)[1]]
+    return (
+        4,
+        4,
+        *(
+            tuple(3 if j in range(*n.indices(d)) else 4 for j in range(d))
+            for d, n in zip(depths[2:], narrow)
+        ),
+    )
 
 # %% ../../nbs/27_backbones.efficientformer.ipynb #d8188fe7
 def key_rules(
-    theirs:str=r"(?:backbone\.)?", # pattern of the encoder's prefix in the file
-    ours:str="", # prefix here, e.g. "encoder."
-)->list: # of Rule
+    theirs: str = r"(?:backbone\.)?",  # pattern of the encoder's prefix in the file
+    ours: str = "",  # prefix here, e.g. "encoder."
+) -> list:  # of Rule
     "Key table of the official files and of timm's."
-    rules, part, unused = [], {"0": "conv", "1": "bn"}, "unused: a table of the classification network, or an index"
-    for i, to in (("0", "conv1.conv"), ("1", "conv1.bn"), ("3", "conv2.conv"), ("4", "conv2.bn")): rules.append(Rule(rf"{theirs}patch_embed\.{i}\.", f"{ours}stem.{to}."))
-    blocks = [(rf"{theirs}network\.{2*s}\.(\d+)\.", rf"{ours}stages.{s}.blocks.\1.") for s in range(4)]
-    mixers = [(a + r"token_mixer\.", b + "token_mixer.") for a, b in blocks] + [(rf"{theirs}network\.5\.attn\.", f"{ours}stages.3.downsample.attn.")]
+    rules = []
+    part = {"0": "conv", "1": "bn"}
+    unused = "unused: a table of the classification network, or an index"
+    for i, to in (("0", "conv1.conv"), ("1", "conv1.bn"), ("3", "conv2.conv"), ("4", "conv2.bn")):
+        rules.append(Rule(rf"{theirs}patch_embed\.{i}\.", f"{ours}stem.{to}."))
+    blocks = [
+        (rf"{theirs}network\.{2 * s}\.(\d+)\.", rf"{ours}stages.{s}.blocks.\1.") for s in range(4)
+    ]
+    mixers = [(a + r"token_mixer\.", b + "token_mixer.") for a, b in blocks] + [
+        (rf"{theirs}network\.5\.attn\.", f"{ours}stages.3.downsample.attn.")
+    ]
     for a, b in mixers:
-        rules += [Rule(a + "attention_biases_seg$", b + "attention_biases"), Rule(a + r"attention_bias(?:es|_idxs|_idxs_seg)$", unused=unused),
-                  Rule(a + r"q\.local\.0\.", b + "q.local."), *(Rule(a + rf"talking_head{i}\.", f"{b}talking_head{i}.") for i in (1, 2))]
-        rules += [Rule(a + rf"{n}\.{i}\.", f"{b}{n}.{to}.") for n in ("stride_conv", "q", "k", "v", "v_local") for i, to in part.items()]
-        rules += [Rule(a + rf"q\.proj\.{i}\.", f"{b}q.proj.{to}.") for i, to in part.items()] + [Rule(a + rf"proj\.{i}\.", f"{b}proj.{to}.") for i, to in (("1", "conv"), ("2", "bn"))]
-    names = ("fc1", "fc1.conv"), ("norm1", "fc1.bn"), ("mid", "mid.conv"), ("mid_norm", "mid.bn"), ("fc2", "fc2.conv"), ("norm2", "fc2.bn")
+        rules += [
+            Rule(a + "attention_biases_seg$", b + "attention_biases"),
+            Rule(a + r"attention_bias(?:es|_idxs|_idxs_seg)$", unused=unused),
+            Rule(a + r"q\.local\.0\.", b + "q.local."),
+            *(Rule(a + rf"talking_head{i}\.", f"{b}talking_head{i}.") for i in (1, 2)),
+        ]
+        rules += [
+            Rule(a + rf"{n}\.{i}\.", f"{b}{n}.{to}.")
+            for n in ("stride_conv", "q", "k", "v", "v_local")
+            for i, to in part.items()
+        ]
+        rules += [Rule(a + rf"q\.proj\.{i}\.", f"{b}q.proj.{to}.") for i, to in part.items()] + [
+            Rule(a + rf"proj\.{i}\.", f"{b}proj.{to}.") for i, to in (("1", "conv"), ("2", "bn"))
+        ]
+    names = (
+        ("fc1", "fc1.conv"),
+        ("norm1", "fc1.bn"),
+        ("mid", "mid.conv"),
+        ("mid_norm", "mid.bn"),
+        ("fc2", "fc2.conv"),
+        ("norm2", "fc2.bn"),
+    )
     for a, b in blocks:
         rules += [Rule(a + r"layer_scale_([12])$", b + r"ls\2.gamma")]
         rules += [Rule(a + rf"mlp\.{n}\.", f"{b}mlp.{to}.") for n, to in names]
-    for s, a in ((1, r"network\.1\.proj"), (2, r"network\.3\.proj"), (3, r"network\.5\.conv")): rules.append(Rule(rf"{theirs}{a}\.", f"{ours}stages.{s}.downsample.conv.conv."))
-    for s, a in ((1, r"network\.1\.norm"), (2, r"network\.3\.norm"), (3, r"network\.5\.bn")): rules.append(Rule(rf"{theirs}{a}\.", f"{ours}stages.{s}.downsample.conv.bn."))
-    return rules + [Rule(theirs + r"((?:stem|stages)\.)", ours + r"\1"), Rule(theirs + r"norm\.", unused="unused: the norm before the ImageNet classifier"),
-                    Rule(theirs + r"(?:head|dist_head|head_dist)\.", unused="unused: the ImageNet classifier")]
+    for s, a in ((1, r"network\.1\.proj"), (2, r"network\.3\.proj"), (3, r"network\.5\.conv")):
+        rules.append(Rule(rf"{theirs}{a}\.", f"{ours}stages.{s}.downsample.conv.conv."))
+    for s, a in ((1, r"network\.1\.norm"), (2, r"network\.3\.norm"), (3, r"network\.5\.bn")):
+        rules.append(Rule(rf"{theirs}{a}\.", f"{ours}stages.{s}.downsample.conv.bn."))
+    return rules + [
+        Rule(theirs + r"((?:stem|stages)\.)", ours + r"\1"),
+        Rule(theirs + r"norm\.", unused="unused: the norm before the ImageNet classifier"),
+        Rule(theirs + r"(?:head|dist_head|head_dist)\.", unused="unused: the ImageNet classifier"),
+    ]
 
 # %% ../../nbs/27_backbones.efficientformer.ipynb #f18c887d
 def adapt(
-    state:dict, # official state dict; changed in place
-)->list: # of notes
+    state: dict,  # official state dict; changed in place
+) -> list:  # of notes
     "Scales of layers as vectors; tables where the file has none for segmentation."
     fresh = 0
     for k in list(state):
-        if re.search(r"layer_scale_[12]$", k): state[k] = state[k].flatten()
-        old = re.search(r"(network\.(\d)|stages\.(\d)\.(?:blocks|downsample))\..*attention_biases$", k)
-        if not old: continue
+        if re.search(r"layer_scale_[12]$", k):
+            state[k] = state[k].flatten()
+        old = re.search(
+            r"(network\.(\d)|stages\.(\d)\.(?:blocks|downsample))\..*attention_biases$", k
+        )
+        if not old:
+            continue
         down = old[2] == "5" or "downsample" in old[1]
-        zeros = torch.zeros(len(state[k]), (SIDE//(16 if down else 32))**2)
-        if old[2] and k + "_seg" not in state: state[k + "_seg"] = zeros
-        elif old[3] and state[k].shape != zeros.shape: state[k] = zeros
-        else: continue
+        zeros = torch.zeros(len(state[k]), (SIDE // (16 if down else 32)) ** 2)
+        if old[2] and k + "_seg" not in state:
+            state[k + "_seg"] = zeros
+        elif old[3] and state[k].shape != zeros.shape:
+            state[k] = zeros
+        else:
+            continue
         fresh += 1
-    return [f"an ImageNet file: {fresh} tables of distances start from zero, its own are for pictures of 224×224"] if fresh else []
+    return (
+        [
+            f"an ImageNet file: {fresh} tables of distances start from zero, its own are for pictures of 224×224"
+        ]
+        if fresh
+        else []
+    )
 
+# %% ../../nbs/27_backbones.efficientformer.ipynb #94afbfd4
 def download_weights(
-    encoder:EfficientFormer, # is filled
+    encoder: EfficientFormer,  # is filled
 ):
     "Fetch the authors' ImageNet weights from timm's collection."
     import timm
     from segkern.weights import load_official
-    load_official(encoder, timm.create_model(f"{encoder.name}.snap_dist_in1k", pretrained=True).state_dict())
+
+    load_official(
+        encoder, timm.create_model(f"{encoder.name}.snap_dist_in1k", pretrained=True).state_dict()
+    )

@@ -14,57 +14,91 @@ from ..weights import Rule
 
 # %% ../../nbs/26_backbones.hrnet.ipynb #139f7d5d
 def fuse(
-    module:nn.Module, # timm's HighResolutionModule: `branches`, `fuse_layers`, `fuse_act`
-    maps:list, # one per branch, finest first
-)->list: # the same shapes
+    module: nn.Module,  # timm's HighResolutionModule: `branches`, `fuse_layers`, `fuse_act`
+    maps: list,  # one per branch, finest first
+) -> list:  # the same shapes
     "Four blocks on every branch, then every branch receives the sum of all."
     maps = [branch(x) for branch, x in zip(module.branches, maps)]
     out = []
     for x, row in zip(maps, module.fuse_layers):
         parts = [resize(f(z), x.shape[2:]) for f, z in zip(row, maps)]
         total = parts[0]
-        for part in parts[1:]: total = total + part
+        for part in parts[1:]:
+            total = total + part
         out.append(module.fuse_act(total))
     return out
 
 # %% ../../nbs/26_backbones.hrnet.ipynb #d526f58c
-HRNETS = {"hrnet_w48": (48, 96, 192, 384), "hrnet_w18": (18, 36, 72, 144)} # channels of the branches
+# channels of the branches
+HRNETS = {"hrnet_w48": (48, 96, 192, 384), "hrnet_w18": (18, 36, 72, 144)}
 
+# %% ../../nbs/26_backbones.hrnet.ipynb #106fe55e
 class HRNet(nn.Module):
     "timm's HRNet with interpolating fusion: a picture of any size to its four branches."
-    def __init__(self,
-        name:str="hrnet_w48", # a name of `HRNETS`
-        pretrained:bool=False, # download timm's copy of the authors' ImageNet weights
+
+    def __init__(
+        self,
+        name: str = "hrnet_w48",  # a name of `HRNETS`
+        pretrained: bool = False,  # download timm's copy of the authors' ImageNet weights
     ):
         super().__init__()
         import timm
-        if name not in HRNETS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(HRNETS)}")
-        self.name, self.channels, self.strides = name, list(HRNETS[name]), [4, 8, 16, 32]
-        self.body = timm.create_model(f"{name}.ms_in1k" if pretrained else name, pretrained=pretrained, features_only=True, feature_location="")
-        for m in self.body.modules():
-            if isinstance(m, nn.Upsample): m.mode, m.align_corners = "bilinear", False
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w]
-    )->list: # four maps
+        if name not in HRNETS:
+            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(HRNETS)}")
+        self.name = name
+        self.channels = list(HRNETS[name])
+        self.strides = [4, 8, 16, 32]
+        self.body = timm.create_model(
+            f"{name}.ms_in1k" if pretrained else name,
+            pretrained=pretrained,
+            features_only=True,
+            feature_location="",
+        )
+        for m in self.body.modules():
+            if isinstance(m, nn.Upsample):
+                m.mode = "bilinear"
+                m.align_corners = False
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+    ) -> list:  # four maps
         "The four branches after the last fusion."
         b = self.body
         x = b.layer1(b.act2(b.bn2(b.conv2(b.act1(b.bn1(b.conv1(x)))))))
         maps = [x]
-        for transition, stage in ((b.transition1, b.stage2), (b.transition2, b.stage3), (b.transition3, b.stage4)):
+        for transition, stage in (
+            (b.transition1, b.stage2),
+            (b.transition2, b.stage3),
+            (b.transition3, b.stage4),
+        ):
             maps = [t(maps[min(i, len(maps) - 1)]) for i, t in enumerate(transition)]
-            for module in stage: maps = fuse(module, maps)
+            for module in stage:
+                maps = fuse(module, maps)
         return maps
 
-    def key_rules(self, state): # a segmentor's file fills it too
+    def key_rules(self, state):  # a segmentor's file fills it too
         "Key table of OpenMMLab's, the authors' and timm's files."
-        return key_rules() + [Rule(r"(?:decode_head|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
+        return key_rules() + [
+            Rule(
+                r"(?:decode_head|auxiliary_head)\.",
+                unused="unused: a decoder, which an encoder does not have",
+            )
+        ]
 
 # %% ../../nbs/26_backbones.hrnet.ipynb #5fac2a31
 def key_rules(
-    theirs:str=r"(?:backbone\.)?", # pattern of the encoder's prefix in the file
-    ours:str="", # prefix here, e.g. "encoder."
-)->list: # of Rule
+    theirs: str = r"(?:backbone\.)?",  # pattern of the encoder's prefix in the file
+    ours: str = "",  # prefix here, e.g. "encoder."
+) -> list:  # of Rule
     "Key table of OpenMMLab's, the authors' and timm's files, which agree."
-    return [Rule(theirs + r"(?=(?:conv[12]|bn[12]|layer1|transition[123]|stage[234])\.)", ours + "body."),
-            Rule(theirs + r"(?:incre_modules|downsamp_modules|final_layer|classifier)\.", unused="unused: the ImageNet classifier")]
+    return [
+        Rule(
+            theirs + r"(?=(?:conv[12]|bn[12]|layer1|transition[123]|stage[234])\.)", ours + "body."
+        ),
+        Rule(
+            theirs + r"(?:incre_modules|downsamp_modules|final_layer|classifier)\.",
+            unused="unused: the ImageNet classifier",
+        ),
+    ]

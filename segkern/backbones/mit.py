@@ -18,211 +18,339 @@ from ..ops.sr_attention import sr_attention
 from ..weights import Rule
 
 # %% ../../nbs/22_backbones.mit.ipynb #49e43413
-MITS = {"mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)), "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2)), "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3)),
-        "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3)), "mit_b4": ((64, 128, 320, 512), (3, 8, 27, 3)), "mit_b5": ((64, 128, 320, 512), (3, 6, 40, 3))} # widths, depths
-HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1) # of the four stages
+MITS = {
+    "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
+    "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2)),
+    "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3)),
+    # widths, depths
+    "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3)),
+    "mit_b4": ((64, 128, 320, 512), (3, 8, 27, 3)),
+    "mit_b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
+}
+# of the four stages
+HEADS = (1, 2, 5, 8)
+REDUCTIONS = (8, 4, 2, 1)
 
+# %% ../../nbs/22_backbones.mit.ipynb #d0486588
 def to_picture(
-    x:torch.Tensor, # [b, n, c] tokens in row order
-    size:tuple, # (h, w), h*w = n
-)->torch.Tensor: # [b, c, h, w], a view
+    x: torch.Tensor,  # [b, n, c] tokens in row order
+    size: tuple,  # (h, w), h*w = n
+) -> torch.Tensor:  # [b, c, h, w], a view
     "Tokens as a channels-last picture."
     return x.transpose(1, 2).unflatten(2, size)
 
+
 def to_tokens(
-    x:torch.Tensor, # [b, c, h, w]
-)->torch.Tensor: # [b, h*w, c]; no copy where the picture is channels-last
+    x: torch.Tensor,  # [b, c, h, w]
+) -> torch.Tensor:  # [b, h*w, c]; no copy where the picture is channels-last
     "A picture as tokens."
     return x.flatten(2).transpose(1, 2)
 
 # %% ../../nbs/22_backbones.mit.ipynb #2f69c246
 class Attention(nn.Module):
     "Multi-head attention whose keys come from a map reduced by `reduction`."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # c/heads is a head's width
-        reduction:int, # kernel and stride of the convolution before the keys; 1: none
-        eps:float, # of the norm after that convolution
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # c/heads is a head's width
+        reduction: int,  # kernel and stride of the convolution before the keys; 1: none
+        eps: float,  # of the norm after that convolution
     ):
         super().__init__()
-        self.heads, self.reduction = heads, reduction
-        self.q, self.kv, self.proj = nn.Linear(c, c), nn.Linear(c, 2*c), nn.Linear(c, c)
-        if reduction > 1: self.sr, self.norm = nn.Conv2d(c, c, reduction, reduction), nn.LayerNorm(c, eps)
+        self.heads = heads
+        self.reduction = reduction
+        self.q = nn.Linear(c, c)
+        self.kv = nn.Linear(c, 2 * c)
+        self.proj = nn.Linear(c, c)
+        if reduction > 1:
+            self.sr = nn.Conv2d(c, c, reduction, reduction)
+            self.norm = nn.LayerNorm(c, eps)
 
-    def forward(self, x, size, keep=None): # [b, n, c], (h, w), a list that collects (queries, keys, key grid) -> [b, n, c]
+    # [b, n, c], (h, w), a list that collects (queries, keys, key grid) -> [b, n, c]
+    def forward(self, x, size, keep=None):
         (b, n, c), y, small = x.shape, x, size
         if self.reduction > 1:
             y = self.sr(to_picture(x, size))
-            small, y = tuple(y.shape[2:]), self.norm(to_tokens(y))
-        q = self.q(x).view(b, n, self.heads, c//self.heads).transpose(1, 2)
-        k, v = self.kv(y).view(b, y.shape[1], 2, self.heads, c//self.heads).permute(2, 0, 3, 1, 4)
-        if keep is not None: keep.append((q, k, small))
+            small = tuple(y.shape[2:])
+            y = self.norm(to_tokens(y))
+        q = self.q(x).view(b, n, self.heads, c // self.heads).transpose(1, 2)
+        k, v = self.kv(y).view(b, y.shape[1], 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        if keep is not None:
+            keep.append((q, k, small))
         return self.proj(sr_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
 
 # %% ../../nbs/22_backbones.mit.ipynb #b2de7336
 class MixFFN(nn.Module):
     "Linear, depthwise 3×3, GELU, linear."
-    def __init__(self,
-        c:int, # channels
-        hidden:int, # channels between
+
+    def __init__(
+        self,
+        c: int,  # channels
+        hidden: int,  # channels between
     ):
         super().__init__()
-        self.fc1, self.dw, self.fc2 = nn.Linear(c, hidden), nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden), nn.Linear(hidden, c)
+        self.fc1 = nn.Linear(c, hidden)
+        self.dw = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, c)
 
-    def forward(self, x, size): # [b, n, c], (h, w) -> [b, n, c]
+    def forward(self, x, size):  # [b, n, c], (h, w) -> [b, n, c]
         return self.fc2(F.gelu(to_tokens(self.dw(to_picture(self.fc1(x), size)))))
 
 # %% ../../nbs/22_backbones.mit.ipynb #e32b27fc
 class Block(nn.Module):
     "Pre-norm transformer block; both branches may be dropped in training."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # of the attention
-        reduction:int, # of its keys
-        drop:float=0.0, # probability that a sample skips a branch
-        norm_eps:float=1e-6, # of both norms
-        embed_eps:float=1e-5, # of the norm before the keys
-        ratio:int=4, # width of the feed-forward layer
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # of the attention
+        reduction: int,  # of its keys
+        drop: float = 0.0,  # probability that a sample skips a branch
+        norm_eps: float = 1e-6,  # of both norms
+        embed_eps: float = 1e-5,  # of the norm before the keys
+        ratio: int = 4,  # width of the feed-forward layer
     ):
         from timm.layers import DropPath
+
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(c, norm_eps), Attention(c, heads, reduction, embed_eps)
-        self.norm2, self.ffn = nn.LayerNorm(c, norm_eps), MixFFN(c, ratio*c)
+        self.norm1 = nn.LayerNorm(c, norm_eps)
+        self.attn = Attention(c, heads, reduction, embed_eps)
+        self.norm2 = nn.LayerNorm(c, norm_eps)
+        self.ffn = MixFFN(c, ratio * c)
         self.drop = DropPath(drop) if drop else nn.Identity()
 
-    def forward(self, x, size, keep=None): # as `Attention`
+    def forward(self, x, size, keep=None):  # as `Attention`
         x = x + self.drop(self.attn(self.norm1(x), size, keep))
         return x + self.drop(self.ffn(self.norm2(x), size))
 
 # %% ../../nbs/22_backbones.mit.ipynb #a59a747e
 class Stage(nn.Module):
     "A strided convolution, blocks, a norm."
-    def __init__(self,
-        c_in:int, # input channels
-        c:int, # channels of the stage
-        stride:int, # 4 takes a 7×7 kernel, others 3×3
-        heads:int, # of every attention
-        reduction:int, # of its keys
-        drops:list, # one rate per block
-        norm_eps:float, # of block and stage norms
-        embed_eps:float, # of the norms after a convolution
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        c: int,  # channels of the stage
+        stride: int,  # 4 takes a 7×7 kernel, others 3×3
+        heads: int,  # of every attention
+        reduction: int,  # of its keys
+        drops: list,  # one rate per block
+        norm_eps: float,  # of block and stage norms
+        embed_eps: float,  # of the norms after a convolution
     ):
         super().__init__()
         kernel = 7 if stride == 4 else 3
-        self.proj, self.proj_norm = nn.Conv2d(c_in, c, kernel, stride, kernel//2), nn.LayerNorm(c, embed_eps)
-        self.blocks = nn.ModuleList([Block(c, heads, reduction, d, norm_eps, embed_eps) for d in drops])
+        self.proj = nn.Conv2d(c_in, c, kernel, stride, kernel // 2)
+        self.proj_norm = nn.LayerNorm(c, embed_eps)
+        self.blocks = nn.ModuleList(
+            [Block(c, heads, reduction, d, norm_eps, embed_eps) for d in drops]
+        )
         self.norm = nn.LayerNorm(c, norm_eps)
 
-    def forward(self, x, keep=None): # [b, c_in, h, w], a list that collects attentions -> [b, c, h', w']
+    # [b, c_in, h, w], a list that collects attentions -> [b, c, h', w']
+    def forward(self, x, keep=None):
         x = self.proj(x)
         size = tuple(x.shape[2:])
         x = self.proj_norm(to_tokens(x))
-        for block in self.blocks: x = block(x, size, keep)
+        for block in self.blocks:
+            x = block(x, size, keep)
         return to_picture(self.norm(x), size)
 
 # %% ../../nbs/22_backbones.mit.ipynb #b55f7b62
 class MiT(nn.Module):
     "Mix Transformer: a picture to four maps."
-    def __init__(self,
-        name:str="mit_b0", # a name of `MITS`
-        strides:tuple=(4, 2, 2, 2), # of the four stages; the sparse SASFormer ends with 1
-        drop_path:float=0.1, # rate of the last block; it rises linearly from 0
-        norm_eps:float=1e-6, # of block and stage norms
-        embed_eps:float=1e-5, # of the norms after a convolution: 1e-5 at NVlabs, 1e-6 at OpenMMLab
-        pretrained:bool=False, # download OpenMMLab's copy of the ImageNet weights
+
+    def __init__(
+        self,
+        name: str = "mit_b0",  # a name of `MITS`
+        strides: tuple = (4, 2, 2, 2),  # of the four stages; the sparse SASFormer ends with 1
+        drop_path: float = 0.1,  # rate of the last block; it rises linearly from 0
+        norm_eps: float = 1e-6,  # of block and stage norms
+        # of the norms after a convolution: 1e-5 at NVlabs, 1e-6 at OpenMMLab
+        embed_eps: float = 1e-5,
+        pretrained: bool = False,  # download OpenMMLab's copy of the ImageNet weights
     ):
         super().__init__()
-        if name not in MITS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(MITS)}")
-        if len(strides) != 4: raise ValueError(f"strides has one number for each of the four stages, got {strides}")
+        if name not in MITS:
+            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(MITS)}")
+        if len(strides) != 4:
+            raise ValueError(f"strides has one number for each of the four stages, got {strides}")
         widths, depths = MITS[name]
-        self.name, self.channels, self.depths, self.step = name, list(widths), depths, tuple(strides)
-        self.strides = [math.prod(strides[:i + 1]) for i in range(4)]
-        rates, first = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist(), [sum(depths[:i]) for i in range(4)]
-        self.stages = nn.ModuleList([Stage(i, c, s, h, r, rates[f:f + d], norm_eps, embed_eps) for i, c, s, h, r, f, d in
-                                     zip((3, *widths), widths, strides, HEADS, REDUCTIONS, first, depths)])
+        self.name = name
+        self.channels = list(widths)
+        self.depths = depths
+        self.step = tuple(strides)
+        self.strides = [math.prod(strides[: i + 1]) for i in range(4)]
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
+        first = [sum(depths[:i]) for i in range(4)]
+        self.stages = nn.ModuleList(
+            [
+                Stage(i, c, s, h, r, rates[f : f + d], norm_eps, embed_eps)
+                for i, c, s, h, r, f, d in zip(
+                    (3, *widths), widths, strides, HEADS, REDUCTIONS, first, depths
+                )
+            ]
+        )
         self.apply(init_weights)
-        if pretrained: download_weights(self)
+        if pretrained:
+            download_weights(self)
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w]
-        keep:list|None=None, # collects one `AttentionMaps` per stage
-    )->list: # four maps
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+        keep: list | None = None,  # collects one `AttentionMaps` per stage
+    ) -> list:  # four maps
         "The maps of the four stages."
-        if min(x.shape[2:]) < 29: raise ValueError(f"{self.name} needs sides of at least 29 pixels, got {x.shape[2]}x{x.shape[3]}: its first keys are 32 pixels apart")
+        if min(x.shape[2:]) < 29:
+            raise ValueError(
+                f"{self.name} needs sides of at least 29 pixels, got "
+                f"{x.shape[2]}x{x.shape[3]}: its first keys are 32 pixels apart"
+            )
         maps = []
         for stage in self.stages:
             seen = None if keep is None else []
             x = stage(x, seen)
             maps.append(x)
-            if keep is not None: keep.append(AttentionMaps([q for q, *_ in seen], [k for _, k, _ in seen], tuple(x.shape[2:]), seen[0][2]))
+            if keep is not None:
+                keep.append(
+                    AttentionMaps(
+                        [q for q, *_ in seen],
+                        [k for _, k, _ in seen],
+                        tuple(x.shape[2:]),
+                        seen[0][2],
+                    )
+                )
         return maps
 
-    def attention_maps(self,
-        x:torch.Tensor, # [b, 3, h, w]
-    )->list: # one `AttentionMaps` per stage; a map exists only while it is looked at
+    def attention_maps(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+    ) -> list:  # one `AttentionMaps` per stage; a map exists only while it is looked at
         "Queries and keys of every block, from which maps are made on demand."
         keep = []
         self(x, keep)
         return keep
 
-    def key_rules(self, state): return key_rules() + [Rule(r"(?:decode_head|decoder|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
+    def key_rules(self, state):
+        return key_rules() + [
+            Rule(
+                r"(?:decode_head|decoder|auxiliary_head)\.",
+                unused="unused: a decoder, which an encoder does not have",
+            )
+        ]
 
-    def adapt(self, state, undo): return follow_eps(self, state, undo)
+    def adapt(self, state, undo):
+        return follow_eps(self, state, undo)
 
 # %% ../../nbs/22_backbones.mit.ipynb #e326a573
 def init_weights(m):
     "The official initialisation of one layer."
-    if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=.02)
-    elif isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, 0, (2/(m.kernel_size[0]*m.kernel_size[1]*m.out_channels/m.groups))**.5)
-    else: return
-    if m.bias is not None: nn.init.zeros_(m.bias)
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+    elif isinstance(m, nn.Conv2d):
+        nn.init.normal_(
+            m.weight,
+            0,
+            (2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels / m.groups)) ** 0.5,
+        )
+    else:
+        return
+    if m.bias is not None:
+        nn.init.zeros_(m.bias)
 
 # %% ../../nbs/22_backbones.mit.ipynb #bc8d8527
 def key_rules(
-    theirs:str=r"(?:backbone\.|encoder\.)?", # pattern of the encoder's prefix in the file
-    ours:str="", # prefix here, e.g. "encoder."
-)->list: # of Rule
+    theirs: str = r"(?:backbone\.|encoder\.)?",  # pattern of the encoder's prefix in the file
+    ours: str = "",  # prefix here, e.g. "encoder."
+) -> list:  # of Rule
     "Key table of both official formats."
     rules = []
     for s in range(4):
-        stage, nv, mm = f"{ours}stages.{s}.", f"{theirs}block{s + 1}\\.", f"{theirs}layers\\.{s}\\.1\\."
-        rules += [Rule(f"{theirs}patch_embed{s + 1}\\.proj\\.", stage + "proj."), Rule(f"{theirs}patch_embed{s + 1}\\.norm\\.", stage + "proj_norm."),
-                  Rule(f"{theirs}norm{s + 1}\\.", stage + "norm."),
-                  Rule(f"{theirs}layers\\.{s}\\.0\\.projection\\.", stage + "proj."), Rule(f"{theirs}layers\\.{s}\\.0\\.norm\\.", stage + "proj_norm."),
-                  Rule(f"{theirs}layers\\.{s}\\.2\\.", stage + "norm."),
-                  Rule(nv + r"(\d+)\.mlp\.dwconv\.dwconv\.", stage + r"blocks.\1.ffn.dw."), Rule(nv + r"(\d+)\.mlp\.", stage + r"blocks.\1.ffn."),
-                  Rule(mm + r"(\d+)\.attn\.attn\.in_proj_", (stage + r"blocks.\1.attn.q.", stage + r"blocks.\1.attn.kv.")),
-                  Rule(mm + r"(\d+)\.attn\.attn\.out_proj\.", stage + r"blocks.\1.attn.proj."),
-                  *[Rule(mm + rf"(\d+)\.ffn\.layers\.{i}\.", stage + rf"blocks.\1.ffn.{n}.") for i, n in ((0, "fc1"), (1, "dw"), (4, "fc2"))],
-                  Rule(f"(?:{nv}|{mm})" + r"(\d+)\.(norm1|norm2|attn)\.", stage + r"blocks.\1.\2.")]
-    return [*rules, Rule(rf"{theirs}head\.(?:weight|bias)$", unused="unused: the ImageNet classifier")]
+        stage = f"{ours}stages.{s}."
+        nv = f"{theirs}block{s + 1}\\."
+        mm = f"{theirs}layers\\.{s}\\.1\\."
+        rules += [
+            Rule(f"{theirs}patch_embed{s + 1}\\.proj\\.", stage + "proj."),
+            Rule(f"{theirs}patch_embed{s + 1}\\.norm\\.", stage + "proj_norm."),
+            Rule(f"{theirs}norm{s + 1}\\.", stage + "norm."),
+            Rule(f"{theirs}layers\\.{s}\\.0\\.projection\\.", stage + "proj."),
+            Rule(f"{theirs}layers\\.{s}\\.0\\.norm\\.", stage + "proj_norm."),
+            Rule(f"{theirs}layers\\.{s}\\.2\\.", stage + "norm."),
+            Rule(nv + r"(\d+)\.mlp\.dwconv\.dwconv\.", stage + r"blocks.\1.ffn.dw."),
+            Rule(nv + r"(\d+)\.mlp\.", stage + r"blocks.\1.ffn."),
+            Rule(
+                mm + r"(\d+)\.attn\.attn\.in_proj_",
+                (stage + r"blocks.\1.attn.q.", stage + r"blocks.\1.attn.kv."),
+            ),
+            Rule(mm + r"(\d+)\.attn\.attn\.out_proj\.", stage + r"blocks.\1.attn.proj."),
+            *[
+                Rule(mm + rf"(\d+)\.ffn\.layers\.{i}\.", stage + rf"blocks.\1.ffn.{n}.")
+                for i, n in ((0, "fc1"), (1, "dw"), (4, "fc2"))
+            ],
+            Rule(f"(?:{nv}|{mm})" + r"(\d+)\.(norm1|norm2|attn)\.", stage + r"blocks.\1.\2."),
+        ]
+    return [
+        *rules,
+        Rule(rf"{theirs}head\.(?:weight|bias)$", unused="unused: the ImageNet classifier"),
+    ]
 
+# %% ../../nbs/22_backbones.mit.ipynb #1da1dbcc
 def follow_eps(
-    model:nn.Module, # an encoder, or a network with one
-    state:dict, # official state dict
-    undo, # an ExitStack: its callbacks run if loading fails
-)->list: # of notes
+    model: nn.Module,  # an encoder, or a network with one
+    state: dict,  # official state dict
+    undo,  # an ExitStack: its callbacks run if loading fails
+) -> list:  # of notes
     "Set the eps of the norms after convolutions to that of the code which a file comes from."
     formats = {1e-5: r"(?:.*\.)?block1\.0\.", 1e-6: r"(?:.*\.)?layers\.0\.1\.0\.attn\.attn\."}
-    eps = next((e for e, pattern in formats.items() if any(re.match(pattern, k) for k in state)), None)
-    norms = [n for m in model.modules() if isinstance(m, Stage) for n in (m.proj_norm, *(b.attn.norm for b in m.blocks if b.attn.reduction > 1))]
-    if eps is None or all(n.eps == eps for n in norms): return []
+    eps = next(
+        (e for e, pattern in formats.items() if any(re.match(pattern, k) for k in state)), None
+    )
+    norms = [
+        n
+        for m in model.modules()
+        if isinstance(m, Stage)
+        for n in (m.proj_norm, *(b.attn.norm for b in m.blocks if b.attn.reduction > 1))
+    ]
+    if eps is None or all(n.eps == eps for n in norms):
+        return []
+
     def put(values):
-        for n, e in zip(norms, values): n.eps = e
+        for n, e in zip(norms, values):
+            n.eps = e
+
     undo.callback(put, [n.eps for n in norms])
-    put([eps]*len(norms))
-    return [f"the norms after convolutions now have eps {eps:g}, as in the {'NVlabs' if eps == 1e-5 else 'OpenMMLab'} code that the file comes from"]
+    put([eps] * len(norms))
+    return [
+        f"the norms after convolutions now have eps {eps:g}, as in the "
+        f"{'NVlabs' if eps == 1e-5 else 'OpenMMLab'} code that the file comes from"
+    ]
 
 # %% ../../nbs/22_backbones.mit.ipynb #30a94e12
-_FILES = {"mit_b0": "7e0fe6dd", "mit_b1": "02e5a6a1", "mit_b2": "66e8bf70", "mit_b3": "13b1141c", "mit_b4": "d588d980", "mit_b5": "658746d9"}
+_FILES = {
+    "mit_b0": "7e0fe6dd",
+    "mit_b1": "02e5a6a1",
+    "mit_b2": "66e8bf70",
+    "mit_b3": "13b1141c",
+    "mit_b4": "d588d980",
+    "mit_b5": "658746d9",
+}
 
+# %% ../../nbs/22_backbones.mit.ipynb #00a1ccd7
 def download_weights(
-    encoder:MiT, # is filled
+    encoder: MiT,  # is filled
 ):
     "Fetch OpenMMLab's ImageNet weights; the checksum is part of the file's name."
     from segkern.weights import load_official
+
     url = f"https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/segformer/{encoder.name}_20220624-{_FILES[encoder.name]}.pth"
-    try: state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    try:
+        state = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
     except (OSError, RuntimeError) as e:
-        raise RuntimeError(f"{url} cannot be fetched ({e}); download it by other means and load it with segkern.load_official(model.encoder, FILE)") from None
+        raise RuntimeError(
+            f"{url} cannot be fetched ({e}); download it by other means and load it with "
+            f"segkern.load_official(model.encoder, FILE)"
+        ) from None
     load_official(encoder, state)

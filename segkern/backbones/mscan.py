@@ -17,30 +17,43 @@ from ..ops.msca import STRIPS, msca, pack_taps
 from ..weights import Rule
 
 # %% ../../nbs/23_backbones.mscan.ipynb #2a2903ef
-MSCANS = {"mscan_t": ((32, 64, 160, 256), (3, 3, 5, 2), 0.1), "mscan_s": ((64, 128, 320, 512), (2, 2, 4, 2), 0.1),
-          "mscan_b": ((64, 128, 320, 512), (3, 3, 12, 3), 0.1), "mscan_l": ((64, 128, 320, 512), (3, 5, 27, 3), 0.3)} # widths, depths, drop path
-RATIOS = (8, 8, 4, 4) # width of the feed-forward layers over that of the stage
+MSCANS = {
+    "mscan_t": ((32, 64, 160, 256), (3, 3, 5, 2), 0.1),
+    "mscan_s": ((64, 128, 320, 512), (2, 2, 4, 2), 0.1),
+    # widths, depths, drop path
+    "mscan_b": ((64, 128, 320, 512), (3, 3, 12, 3), 0.1),
+    "mscan_l": ((64, 128, 320, 512), (3, 5, 27, 3), 0.3),
+}
+RATIOS = (8, 8, 4, 4)  # width of the feed-forward layers over that of the stage
 
 # %% ../../nbs/23_backbones.mscan.ipynb #173785ee
 class StripGate(nn.Module):
     "The large kernel: what the strips see, mixed over channels, times the map itself."
-    def __init__(self,
-        c:int, # channels
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
         self.square = nn.Conv2d(c, c, 5, padding=2, groups=c)
-        self.rows = nn.ModuleList([nn.Conv2d(c, c, (1, k), padding=(0, k//2), groups=c) for k in STRIPS])
-        self.columns = nn.ModuleList([nn.Conv2d(c, c, (k, 1), padding=(k//2, 0), groups=c) for k in STRIPS])
-        self.mix, self.taps = nn.Conv2d(c, c, 1), None
+        self.rows = nn.ModuleList(
+            [nn.Conv2d(c, c, (1, k), padding=(0, k // 2), groups=c) for k in STRIPS]
+        )
+        self.columns = nn.ModuleList(
+            [nn.Conv2d(c, c, (k, 1), padding=(k // 2, 0), groups=c) for k in STRIPS]
+        )
+        self.mix = nn.Conv2d(c, c, 1)
+        self.taps = None
 
-    def forward(self, u): # [b, c, h, w] -> the same shape
+    def forward(self, u):  # [b, c, h, w] -> the same shape
         taps = pack_taps(self.square, self.rows, self.columns) if self.taps is None else self.taps
-        return self.mix(msca(u, taps))*u
+        return self.mix(msca(u, taps)) * u
 
     @torch.no_grad()
-    def fold(self)->int: # number of norms that are gone: none
+    def fold(self) -> int:  # number of norms that are gone: none
         "Keep the packed numbers in place of the seven convolutions, for inference only."
-        if self.taps is not None: return 0
+        if self.taps is not None:
+            return 0
         taps = pack_taps(self.square, self.rows, self.columns)
         self.square = self.rows = self.columns = None
         del self.taps
@@ -50,159 +63,265 @@ class StripGate(nn.Module):
 # %% ../../nbs/23_backbones.mscan.ipynb #11923e91
 class Block(nn.Module):
     "The gate and a feed-forward layer, each behind a norm; both may be dropped in training."
-    def __init__(self,
-        c:int, # channels
-        ratio:int=4, # width of the feed-forward layer
-        drop:float=0.0, # probability that a sample skips a branch
+
+    def __init__(
+        self,
+        c: int,  # channels
+        ratio: int = 4,  # width of the feed-forward layer
+        drop: float = 0.0,  # probability that a sample skips a branch
     ):
         from timm.layers import DropPath
-        super().__init__()
-        self.norm1, self.proj_in, self.gate, self.proj_out = nn.BatchNorm2d(c), nn.Conv2d(c, c, 1), StripGate(c), nn.Conv2d(c, c, 1)
-        self.norm2, self.fc1 = nn.BatchNorm2d(c), nn.Conv2d(c, ratio*c, 1)
-        self.near, self.fc2 = nn.Conv2d(ratio*c, ratio*c, 3, padding=1, groups=ratio*c), nn.Conv2d(ratio*c, c, 1)
-        self.scale1, self.scale2 = (nn.Parameter(torch.full((c,), .01)) for _ in "12")
-        self.drop, self.keep = DropPath(drop) if drop else nn.Identity(), None
 
-    def forward(self, x): # [b, c, h, w] -> the same shape
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(c)
+        self.proj_in = nn.Conv2d(c, c, 1)
+        self.gate = StripGate(c)
+        self.proj_out = nn.Conv2d(c, c, 1)
+        self.norm2 = nn.BatchNorm2d(c)
+        self.fc1 = nn.Conv2d(c, ratio * c, 1)
+        self.near = nn.Conv2d(ratio * c, ratio * c, 3, padding=1, groups=ratio * c)
+        self.fc2 = nn.Conv2d(ratio * c, c, 1)
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((c,), 0.01)) for _ in "12")
+        self.drop = DropPath(drop) if drop else nn.Identity()
+        self.keep = None
+
+    def forward(self, x):  # [b, c, h, w] -> the same shape
         if self.keep is not None:
             x = torch.addcmul(self.proj_out(self.gate(F.gelu(self.proj_in(x)))), x, self.keep)
             return x + self.fc2(F.gelu(self.near(self.fc1(x))))
         n = self.norm1(x)
-        x = x + self.drop(self.scale1[:, None, None]*(self.proj_out(self.gate(F.gelu(self.proj_in(n)))) + n))
-        return x + self.drop(self.scale2[:, None, None]*self.fc2(F.gelu(self.near(self.fc1(self.norm2(x))))))
+        x = x + self.drop(
+            self.scale1[:, None, None] * (self.proj_out(self.gate(F.gelu(self.proj_in(n)))) + n)
+        )
+        return x + self.drop(
+            self.scale2[:, None, None] * self.fc2(F.gelu(self.near(self.fc1(self.norm2(x)))))
+        )
 
     @torch.no_grad()
-    def fold(self)->int: # number of norms that are gone
+    def fold(self) -> int:  # number of norms that are gone
         "Move norms and scales into the 1×1 convolutions, in place and for inference only."
-        if self.keep is not None: return 0
+        if self.keep is not None:
+            return 0
         gain, shift = _affine(self.norm1)
-        s1, s2 = self.scale1.double(), self.scale2.double()
+        s1 = self.scale1.double()
+        s2 = self.scale2.double()
         _into(self.proj_in, gain, shift)
-        _behind(self.proj_out, s1, s1*shift)
+        _behind(self.proj_out, s1, s1 * shift)
         _into(self.fc1, *_affine(self.norm2))
-        _behind(self.fc2, s2, 0*s2)
-        keep = (1 + s1*gain).to(self.scale1.dtype)[:, None, None]
-        self.norm1, self.norm2, self.scale1, self.scale2, self.drop = nn.Identity(), nn.Identity(), None, None, nn.Identity()
+        _behind(self.fc2, s2, 0 * s2)
+        keep = (1 + s1 * gain).to(self.scale1.dtype)[:, None, None]
+        self.norm1 = nn.Identity()
+        self.norm2 = nn.Identity()
+        self.scale1 = None
+        self.scale2 = None
+        self.drop = nn.Identity()
         del self.keep
         self.register_buffer("keep", keep)
         return 2
 
+# %% ../../nbs/23_backbones.mscan.ipynb #abeaa635
 def _affine(norm):
     "Factor and summand of a norm in inference, in double precision."
-    gain = norm.weight.double()*(norm.running_var.double() + norm.eps).rsqrt()
-    return gain, norm.bias.double() - gain*norm.running_mean.double()
+    gain = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    return gain, norm.bias.double() - gain * norm.running_mean.double()
+
 
 def _into(conv, gain, shift):
     "A 1×1 convolution that does what gain*x + shift and then the convolution did."
-    w, b = conv.weight.double(), conv.bias.double()
+    w = conv.weight.double()
+    b = conv.bias.double()
     conv.bias.copy_(b + w[:, :, 0, 0] @ shift)
-    conv.weight.copy_(w*gain[:, None, None])
+    conv.weight.copy_(w * gain[:, None, None])
 
+# %% ../../nbs/23_backbones.mscan.ipynb #bec17b0c
 def _behind(conv, gain, shift):
     "A convolution that does what the convolution and then gain*x + shift did."
-    conv.bias.copy_(gain*conv.bias.double() + shift)
-    conv.weight.copy_(conv.weight.double()*gain[:, None, None, None])
+    conv.bias.copy_(gain * conv.bias.double() + shift)
+    conv.weight.copy_(conv.weight.double() * gain[:, None, None, None])
 
 # %% ../../nbs/23_backbones.mscan.ipynb #2f978126
 class ChannelNorm(nn.LayerNorm):
     "Layer norm over the channels of a map."
-    def forward(self, x): return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) # [b, c, h, w] -> the same shape
+
+    # [b, c, h, w] -> the same shape
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
 
 def _down(c_in, c_out):
     "A 3×3 convolution of stride 2 and its norm."
     return [nn.Conv2d(c_in, c_out, 3, 2, 1), nn.BatchNorm2d(c_out)]
 
+# %% ../../nbs/23_backbones.mscan.ipynb #803faed2
 class Stage(nn.Module):
     "Halve the map (the first stage: quarter it), then blocks and a norm."
-    def __init__(self,
-        c_in:int, # channels of the map before; 3 for a picture
-        c:int, # channels
-        ratio:int, # of the feed-forward layers
-        drops:list, # one rate per block
+
+    def __init__(
+        self,
+        c_in: int,  # channels of the map before; 3 for a picture
+        c: int,  # channels
+        ratio: int,  # of the feed-forward layers
+        drops: list,  # one rate per block
     ):
         super().__init__()
-        self.down = nn.Sequential(*(_down(3, c//2) + [nn.GELU()] + _down(c//2, c) if c_in == 3 else _down(c_in, c)))
-        self.blocks, self.norm = nn.Sequential(*[Block(c, ratio, d) for d in drops]), ChannelNorm(c)
+        self.down = nn.Sequential(
+            *(_down(3, c // 2) + [nn.GELU()] + _down(c // 2, c) if c_in == 3 else _down(c_in, c))
+        )
+        self.blocks = nn.Sequential(*[Block(c, ratio, d) for d in drops])
+        self.norm = ChannelNorm(c)
 
-    def forward(self, x): return self.norm(self.blocks(self.down(x))) # [b, c_in, h, w] -> [b, c, h', w']
+    # [b, c_in, h, w] -> [b, c, h', w']
+    def forward(self, x):
+        return self.norm(self.blocks(self.down(x)))
 
 # %% ../../nbs/23_backbones.mscan.ipynb #ee95a20d
 class MSCAN(nn.Module):
     "MSCAN: a picture of any size to four maps."
-    def __init__(self,
-        name:str="mscan_t", # a name of `MSCANS`
-        drop_path:float|None=None, # rate of the last block, it rises linearly from 0; None: the published one
-        pretrained:bool=False, # there is no source to download from: the authors' files are loaded with `load_official`
+
+    def __init__(
+        self,
+        name: str = "mscan_t",  # a name of `MSCANS`
+        # rate of the last block, it rises linearly from 0; None: the published one
+        drop_path: float | None = None,
+        # there is no source to download from: the authors' files are loaded with `load_official`
+        pretrained: bool = False,
     ):
         super().__init__()
-        if name not in MSCANS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(MSCANS)}")
-        if pretrained: raise ValueError(f"there are no weights of {name} that could be downloaded: load a file of the authors with load_official")
+        if name not in MSCANS:
+            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(MSCANS)}")
+        if pretrained:
+            raise ValueError(
+                f"there are no weights of {name} that could be downloaded: load a file of "
+                f"the authors with load_official"
+            )
         widths, depths, published = MSCANS[name]
-        self.name, self.channels, self.strides, self.depths = name, list(widths), [4, 8, 16, 32], depths
+        self.name = name
+        self.channels = list(widths)
+        self.strides = [4, 8, 16, 32]
+        self.depths = depths
         self.drop_path = published if drop_path is None else drop_path
-        rates, first = torch.linspace(0, self.drop_path, sum(depths), device="cpu").tolist(), [sum(depths[:i]) for i in range(4)]
-        self.stages = nn.ModuleList([Stage(*cs, r, rates[f:f + d]) for *cs, r, f, d in zip((3, *widths), widths, RATIOS, first, depths)])
+        rates = torch.linspace(0, self.drop_path, sum(depths), device="cpu").tolist()
+        first = [sum(depths[:i]) for i in range(4)]
+        self.stages = nn.ModuleList(
+            [
+                Stage(*cs, r, rates[f : f + d])
+                for *cs, r, f, d in zip((3, *widths), widths, RATIOS, first, depths)
+            ]
+        )
         self.apply(init_weights)
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w]
-    )->list: # four maps [b, c, ceil(h/4), ceil(w/4)], …
-        "The maps of the four stages. On a processor without gradients they are channels-last, which depthwise convolutions like."
-        if x.device.type == "cpu" and not torch.is_grad_enabled(): x = x.contiguous(memory_format=torch.channels_last)
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+    ) -> list:  # four maps [b, c, ceil(h/4), ceil(w/4)], …
+        """The maps of the four stages. On a processor without gradients they are channels-last,
+        which depthwise convolutions like."""
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            x = x.contiguous(memory_format=torch.channels_last)
         maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
-    def key_rules(self, state): # a segmentor's file fills it too
+    def key_rules(self, state):  # a segmentor's file fills it too
         "Key table of the authors' and OpenMMLab's files."
-        return key_rules() + [Rule(r"(?:decode_head|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
+        return key_rules() + [
+            Rule(
+                r"(?:decode_head|auxiliary_head)\.",
+                unused="unused: a decoder, which an encoder does not have",
+            )
+        ]
 
-    def adapt(self, state, undo): return adapt(state)
+    def adapt(self, state, undo):
+        return adapt(state)
 
-    def hint(self, state): return f"the checkpoint looks like {describe_state(state)}; this encoder is {self.name}"
+    def hint(self, state):
+        return f"the checkpoint looks like {describe_state(state)}; this encoder is {self.name}"
 
+# %% ../../nbs/23_backbones.mscan.ipynb #81497c0a
 def init_weights(m):
     "Convolutions: normal, as wide as their outputs per group ask for; biases 0."
     if isinstance(m, nn.Conv2d):
-        nn.init.normal_(m.weight, std=(2*m.groups/(m.kernel_size[0]*m.kernel_size[1]*m.out_channels))**.5)
+        nn.init.normal_(
+            m.weight,
+            std=(2 * m.groups / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)) ** 0.5,
+        )
         nn.init.zeros_(m.bias)
 
 # %% ../../nbs/23_backbones.mscan.ipynb #3c62b19a
-_RENAMED = re.compile(r"(?:.*\.)?block\d\.\d+\.mlp\.dwconv\.weight$") # OpenMMLab's spelling
+_RENAMED = re.compile(r"(?:.*\.)?block\d\.\d+\.mlp\.dwconv\.weight$")  # OpenMMLab's spelling
 
+# %% ../../nbs/23_backbones.mscan.ipynb #2825f2eb
 def key_rules(
-    theirs:str=r"(?:backbone\.)?", # pattern of the encoder's prefix in the file
-    ours:str="", # prefix here, e.g. "encoder."
-)->list: # of Rule
+    theirs: str = r"(?:backbone\.)?",  # pattern of the encoder's prefix in the file
+    ours: str = "",  # prefix here, e.g. "encoder."
+) -> list:  # of Rule
     "Key table of the authors' files and of OpenMMLab's copies."
-    at, rules, strips = theirs + r"block{s}\.(\d+)\.", [], r"attn\.spatial_gating_unit\."
+    at = theirs + r"block{s}\.(\d+)\."
+    rules = []
+    strips = r"attn\.spatial_gating_unit\."
     for s in "1234":
         i = int(s) - 1
-        to, block = f"{ours}stages.{i}.", at.format(s=s)
-        for theirs_, ours_ in ((strips + r"conv0\.", "gate.square."), (strips + r"conv3\.", "gate.mix."), (strips + r"conv([012])_1\.", r"gate.rows.\2."),
-                               (strips + r"conv([012])_2\.", r"gate.columns.\2."), (r"attn\.proj_1\.", "proj_in."), (r"attn\.proj_2\.", "proj_out."),
-                               (r"layer_scale_([12])$", r"scale\2"), (r"norm([12])\.", r"norm\2."), (r"mlp\.fc([12])\.", r"fc\2."),
-                               (r"mlp\.dwconv\.(?:dwconv\.)?", "near.")):
+        to = f"{ours}stages.{i}."
+        block = at.format(s=s)
+        for theirs_, ours_ in (
+            (strips + r"conv0\.", "gate.square."),
+            (strips + r"conv3\.", "gate.mix."),
+            (strips + r"conv([012])_1\.", r"gate.rows.\2."),
+            (strips + r"conv([012])_2\.", r"gate.columns.\2."),
+            (r"attn\.proj_1\.", "proj_in."),
+            (r"attn\.proj_2\.", "proj_out."),
+            (r"layer_scale_([12])$", r"scale\2"),
+            (r"norm([12])\.", r"norm\2."),
+            (r"mlp\.fc([12])\.", r"fc\2."),
+            (r"mlp\.dwconv\.(?:dwconv\.)?", "near."),
+        ):
             rules.append(Rule(block + theirs_, to + r"blocks.\1." + ours_))
-        rules += [Rule(f"{theirs}norm{s}\\.", to + "norm."), Rule(f"{theirs}patch_embed{s}\\.proj\\." + (r"(\d)\." if s == "1" else ""), to + (r"down.\1." if s == "1" else "down.0.")),
-                  Rule(f"{theirs}patch_embed{s}\\.norm\\.", to + "down.1.")]
-    return rules + [Rule(theirs + r"head\.(?:weight|bias|fc\.weight|fc\.bias)$", unused="unused: the ImageNet classifier")]
+        rules += [
+            Rule(f"{theirs}norm{s}\\.", to + "norm."),
+            Rule(
+                f"{theirs}patch_embed{s}\\.proj\\." + (r"(\d)\." if s == "1" else ""),
+                to + (r"down.\1." if s == "1" else "down.0."),
+            ),
+            Rule(f"{theirs}patch_embed{s}\\.norm\\.", to + "down.1."),
+        ]
+    return rules + [
+        Rule(
+            theirs + r"head\.(?:weight|bias|fc\.weight|fc\.bias)$",
+            unused="unused: the ImageNet classifier",
+        )
+    ]
 
+# %% ../../nbs/23_backbones.mscan.ipynb #4bbe867c
 def adapt(
-    state:dict, # official state dict
-)->list: # of notes
+    state: dict,  # official state dict
+) -> list:  # of notes
     "Say which spelling a file has."
     n = sum(bool(_RENAMED.match(k)) for k in state)
-    return [f"OpenMMLab's spelling (mlp.dwconv, not mlp.dwconv.dwconv): {n} depthwise convolutions that the SSA project leaves random are loaded"] if n else []
+    return (
+        [
+            f"OpenMMLab's spelling (mlp.dwconv, not mlp.dwconv.dwconv): {n} depthwise "
+            f"convolutions that the SSA project leaves random are loaded"
+        ]
+        if n
+        else []
+    )
 
+# %% ../../nbs/23_backbones.mscan.ipynb #8a5b65bd
 def describe_state(
-    state:dict, # official state dict
-)->str: # a name, or what it is not
+    state: dict,  # official state dict
+) -> str:  # a name, or what it is not
     "Which MSCAN a file holds, read off its keys."
     keys = "\n".join(state)
     depths = tuple(len(set(re.findall(rf"block{s}\.(\d+)\.layer_scale_1", keys))) for s in "1234")
-    if not depths[0]: return "no MSCAN"
-    widths = tuple(next((len(v) for k, v in state.items() if re.search(rf"block{s}\.0\.layer_scale_1$", k)), 0) for s in "1234")
-    return next((n for n, (w, d, _) in MSCANS.items() if (w, d) == (widths, depths)), f"an MSCAN of depths {depths} and widths {widths}")
+    if not depths[0]:
+        return "no MSCAN"
+    widths = tuple(
+        next((len(v) for k, v in state.items() if re.search(rf"block{s}\.0\.layer_scale_1$", k)), 0)
+        for s in "1234"
+    )
+    return next(
+        (n for n, (w, d, _) in MSCANS.items() if (w, d) == (widths, depths)),
+        f"an MSCAN of depths {depths} and widths {widths}",
+    )

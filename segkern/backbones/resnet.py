@@ -12,36 +12,62 @@ from torch import nn
 from ..weights import Rule
 
 # %% ../../nbs/21_backbones.resnet.ipynb #b65ede84
-RESNETS = {"resnet18": (64, 128, 256, 512), "resnet34": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048),
-           "resnet101": (256, 512, 1024, 2048), "resnet152": (256, 512, 1024, 2048)} # channels of the four stages
+RESNETS = {
+    "resnet18": (64, 128, 256, 512),
+    "resnet34": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+    # channels of the four stages
+    "resnet101": (256, 512, 1024, 2048),
+    "resnet152": (256, 512, 1024, 2048),
+}
 
 # %% ../../nbs/21_backbones.resnet.ipynb #57ff1631
 class ResNet(nn.Module):
     "A timm ResNet that returns the maps of its four stages."
-    def __init__(self,
-        name:str="resnet18", # a name of `RESNETS`
-        stem_pool:bool=True, # max-pool in the stem; without it all strides halve
-        pretrained:bool=False, # download timm's `tv_in1k` weights, those the papers started from
+
+    def __init__(
+        self,
+        name: str = "resnet18",  # a name of `RESNETS`
+        stem_pool: bool = True,  # max-pool in the stem; without it all strides halve
+        # download timm's `tv_in1k` weights, those the papers started from
+        pretrained: bool = False,
     ):
         super().__init__()
         import timm
-        if name not in RESNETS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(RESNETS)}")
-        self.name, self.channels = name, list(RESNETS[name])
-        self.strides = [4, 8, 16, 32] if stem_pool else [2, 4, 8, 16]
-        deep = self.channels[-1] == 2048 # a fresh deep network would overflow before its norms have seen data: its blocks start as identities
-        self.body = timm.create_model(f"{name}.tv_in1k" if pretrained else name, pretrained=pretrained, num_classes=0, global_pool="", zero_init_last=deep)
-        if not stem_pool: self.body.maxpool = nn.Identity()
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w]
-    )->list: # four maps
+        if name not in RESNETS:
+            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(RESNETS)}")
+        self.name = name
+        self.channels = list(RESNETS[name])
+        self.strides = [4, 8, 16, 32] if stem_pool else [2, 4, 8, 16]
+        # a fresh deep network would overflow before its norms have seen data: its blocks start as
+        # identities
+        deep = self.channels[-1] == 2048
+        self.body = timm.create_model(
+            f"{name}.tv_in1k" if pretrained else name,
+            pretrained=pretrained,
+            num_classes=0,
+            global_pool="",
+            zero_init_last=deep,
+        )
+        if not stem_pool:
+            self.body.maxpool = nn.Identity()
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+    ) -> list:  # four maps
         b = self.body
-        x, maps = b.maxpool(b.act1(b.bn1(b.conv1(x)))), []
+        x = b.maxpool(b.act1(b.bn1(b.conv1(x))))
+        maps = []
         for stage in (b.layer1, b.layer2, b.layer3, b.layer4):
             x = stage(x)
             maps.append(x)
         return maps
 
-    def key_rules(self, state): # torchvision's and timm's own keys
+    def key_rules(self, state):  # torchvision's and timm's own keys
         "Key table of ImageNet checkpoints."
-        return [Rule(r"fc\.", unused="unused: ImageNet classifier"), Rule(r"(?=conv1\.|bn1\.|layer[1-4]\.)", "body.")]
+        return [
+            Rule(r"fc\.", unused="unused: ImageNet classifier"),
+            Rule(r"(?=conv1\.|bn1\.|layer[1-4]\.)", "body."),
+        ]

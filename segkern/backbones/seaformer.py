@@ -19,182 +19,321 @@ from ..weights import Rule
 
 # %% ../../nbs/24_backbones.seaformer.ipynb #d2fb940c
 SEAFORMERS = {
-    "seaformer_b": (16, (((3, 1, 16, 1), (3, 4, 32, 2), (3, 3, 32, 1)), ((5, 3, 64, 2), (5, 3, 64, 1)), ((3, 3, 128, 2), (3, 3, 128, 1)), ((5, 4, 192, 2),), ((3, 6, 256, 2),)),
-                    ((16, 4, 2), (24, 4, 4))),
-    "seaformer_l": (32, (((3, 3, 32, 1), (3, 4, 64, 2), (3, 4, 64, 1)), ((5, 4, 128, 2), (5, 4, 128, 1)), ((3, 4, 192, 2), (3, 4, 192, 1)), ((5, 4, 256, 2),), ((3, 6, 320, 2),)),
-                    ((16, 3, 2), (20, 3, 4), (24, 3, 6)))}
-HEADS, PLACES = 8, 16 # of the attention; of the position tables
+    "seaformer_b": (
+        16,
+        (
+            ((3, 1, 16, 1), (3, 4, 32, 2), (3, 3, 32, 1)),
+            ((5, 3, 64, 2), (5, 3, 64, 1)),
+            ((3, 3, 128, 2), (3, 3, 128, 1)),
+            ((5, 4, 192, 2),),
+            ((3, 6, 256, 2),),
+        ),
+        ((16, 4, 2), (24, 4, 4)),
+    ),
+    "seaformer_l": (
+        32,
+        (
+            ((3, 3, 32, 1), (3, 4, 64, 2), (3, 4, 64, 1)),
+            ((5, 4, 128, 2), (5, 4, 128, 1)),
+            ((3, 4, 192, 2), (3, 4, 192, 1)),
+            ((5, 4, 256, 2),),
+            ((3, 6, 320, 2),),
+        ),
+        ((16, 3, 2), (20, 3, 4), (24, 3, 6)),
+    ),
+}
+
+# %% ../../nbs/24_backbones.seaformer.ipynb #d6bf83ef
+HEADS = 8  # of the attention
+PLACES = 16  # of the position tables
 
 # %% ../../nbs/24_backbones.seaformer.ipynb #d5c367c5
 class InvertedResidual(nn.Module):
     "MobileNetV2's block, with ReLU."
-    def __init__(self,
-        c_in:int, # channels
-        c:int, # output channels
-        kernel:int, # of the depthwise convolution
-        ratio:int, # of the width between; 1: no convolution before the depthwise one
-        stride:int, # of the depthwise convolution
+
+    def __init__(
+        self,
+        c_in: int,  # channels
+        c: int,  # output channels
+        kernel: int,  # of the depthwise convolution
+        ratio: int,  # of the width between; 1: no convolution before the depthwise one
+        stride: int,  # of the depthwise convolution
     ):
         super().__init__()
-        wide = ratio*c_in
+        wide = ratio * c_in
         self.expand = ConvNormAct(c_in, wide, 1) if ratio > 1 else None
         self.depthwise = ConvNormAct(wide, wide, kernel, stride, groups=wide)
-        self.project, self.residual = ConvNormAct(wide, c, 1, act=None), stride == 1 and c_in == c
+        self.project = ConvNormAct(wide, c, 1, act=None)
+        self.residual = stride == 1 and c_in == c
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c, ceil(h/stride), ceil(w/stride)]
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c, ceil(h/stride), ceil(w/stride)]
         y = self.project(self.depthwise(x if self.expand is None else self.expand(x)))
         return x + y if self.residual else y
 
 # %% ../../nbs/24_backbones.seaformer.ipynb #c4f74a0a
 class SqueezeAxialAttention(nn.Module):
     "Attention along rows and columns of averages, times a detail branch."
-    literal = False # three projections, averages of their outputs, one step after the other, as written in the paper
 
-    def __init__(self,
-        c:int, # channels
-        key:int, # width of a head's queries and keys; values are twice as wide
-        heads:int=HEADS, # of the attention
-        places:int=PLACES, # of the position tables
+    # three projections, averages of their outputs, one step after the other, as written in the
+    # paper
+    literal = False
+
+    def __init__(
+        self,
+        c: int,  # channels
+        key: int,  # width of a head's queries and keys; values are twice as wide
+        heads: int = HEADS,  # of the attention
+        places: int = PLACES,  # of the position tables
     ):
         super().__init__()
-        keys, values, unit = heads*key, 2*heads*key, lambda i, o, k=1, g=1: ConvNormAct(i, o, k, groups=g, act=None)
-        self.heads, self.widths, self.qkv = heads, (keys, keys, values), None # a convolution after `merge`
-        self.q, self.k, self.v = unit(c, keys), unit(c, keys), unit(c, values)
-        self.row_out, self.column_out, self.out = unit(values, values), unit(values, values), unit(values, c)
-        self.row_q, self.row_k, self.column_q, self.column_k = (nn.Parameter(torch.randn(1, keys, places)) for _ in range(4))
-        self.mix, self.detail = unit(2*values, 2*values, 3, 2*values), unit(2*values, c)
-        for m in (self.row_out, self.column_out, self.out): nn.init.zeros_(m.bn.weight)
+        keys = heads * key
+        values = 2 * heads * key
+
+        def unit(i, o, k=1, g=1):
+            return ConvNormAct(i, o, k, groups=g, act=None)
+
+        # a convolution after `merge`
+        self.heads = heads
+        self.widths = (keys, keys, values)
+        self.qkv = None
+        self.q = unit(c, keys)
+        self.k = unit(c, keys)
+        self.v = unit(c, values)
+        self.row_out = unit(values, values)
+        self.column_out = unit(values, values)
+        self.out = unit(values, c)
+        self.row_q, self.row_k, self.column_q, self.column_k = (
+            nn.Parameter(torch.randn(1, keys, places)) for _ in range(4)
+        )
+        self.mix = unit(2 * values, 2 * values, 3, 2 * values)
+        self.detail = unit(2 * values, c)
+        for m in (self.row_out, self.column_out, self.out):
+            nn.init.zeros_(m.bn.weight)
 
     @property
-    def tables(self): return self.row_q, self.row_k, self.column_q, self.column_k
+    def tables(self):
+        return self.row_q, self.row_k, self.column_q, self.column_k
 
-    def folded(self): # [2 keys + values, c, 1, 1], [2 keys + values]
+    def folded(self):  # [2 keys + values, c, 1, 1], [2 keys + values]
         "The three projections as one convolution, norms included."
         units = (self.q, self.k, self.v)
-        weight, mean, var, gain, bias = (torch.cat(t) for t in zip(*[(u.conv.weight, u.bn.running_mean, u.bn.running_var, u.bn.weight, u.bn.bias) for u in units]))
-        gain = gain*torch.rsqrt(var + self.q.bn.eps)
-        return weight*gain[:, None, None, None], bias - gain*mean
+        weight, mean, var, gain, bias = (
+            torch.cat(t)
+            for t in zip(
+                *[
+                    (u.conv.weight, u.bn.running_mean, u.bn.running_var, u.bn.weight, u.bn.bias)
+                    for u in units
+                ]
+            )
+        )
+        gain = gain * torch.rsqrt(var + self.q.bn.eps)
+        return weight * gain[:, None, None, None], bias - gain * mean
 
     @torch.no_grad()
     def merge(self):
         "Keep the one convolution in place of the three projections, for use only."
-        if self.qkv is not None: return
-        like, exact = self.q.conv.weight, copy.deepcopy(self).double()
-        self.qkv = nn.Conv2d(like.shape[1], sum(self.widths), 1, device=like.device, dtype=like.dtype).train(self.training)
-        for p, t in zip((self.qkv.weight, self.qkv.bias), exact.folded()): p.copy_(t)
+        if self.qkv is not None:
+            return
+        like = self.q.conv.weight
+        exact = copy.deepcopy(self).double()
+        self.qkv = nn.Conv2d(
+            like.shape[1], sum(self.widths), 1, device=like.device, dtype=like.dtype
+        ).train(self.training)
+        for p, t in zip((self.qkv.weight, self.qkv.bias), exact.folded()):
+            p.copy_(t)
         self.q = self.k = self.v = None
 
-    def project(self, x): # [b, c, h, w] -> q, k and v in one map
+    def project(self, x):  # [b, c, h, w] -> q, k and v in one map
         return torch.cat([self.q(x), self.k(x), self.v(x)], 1) if self.qkv is None else self.qkv(x)
 
-    def attend(self, qkv): # [b, 2 keys + values, h, w] -> [b, values, h], [b, values, w]
+    def attend(self, qkv):  # [b, 2 keys + values, h, w] -> [b, values, h], [b, values, w]
         "What rows and columns find."
-        if not self.literal: return squeeze_axial(qkv, *self.tables, self.heads)
-        out, split = [], lambda t: t.unflatten(1, (self.heads, -1))
+        if not self.literal:
+            return squeeze_axial(qkv, *self.tables, self.heads)
+        out = []
+
+        def split(t):
+            return t.unflatten(1, (self.heads, -1))
+
         for axis, tq, tk in ((3, self.row_q, self.row_k), (2, self.column_q, self.column_k)):
             q, k, v = qkv.mean(axis).split(self.widths, 1)
-            q, k = (split(t + F.interpolate(p, t.shape[2], mode="linear")) for t, p in ((q, tq), (k, tk)))
-            weights = torch.softmax(q.transpose(2, 3) @ k*q.shape[2]**-.5, 3)
+            q, k = (
+                split(t + F.interpolate(p, t.shape[2], mode="linear"))
+                for t, p in ((q, tq), (k, tk))
+            )
+            weights = torch.softmax(q.transpose(2, 3) @ k * q.shape[2] ** -0.5, 3)
             out.append((split(v) @ weights.transpose(2, 3)).flatten(1, 2))
         return out
 
-    def forward(self, x): # [b, c, h, w] -> the same shape
+    def forward(self, x):  # [b, c, h, w] -> the same shape
         qkv = self.project(x)
         row, column = self.attend(qkv)
-        row, column = self.row_out(F.relu6(row)[..., None]), self.column_out(F.relu6(column)[:, :, None])
-        v = qkv[:, -self.widths[2]:]
-        y = F.relu6(v + row + column) if self.literal else axial_add(v, row.squeeze(3), column.squeeze(2))
-        return F.hardsigmoid(self.out(y))*self.detail(F.relu6(self.mix(qkv)))
+        row = self.row_out(F.relu6(row)[..., None])
+        column = self.column_out(F.relu6(column)[:, :, None])
+        v = qkv[:, -self.widths[2] :]
+        y = (
+            F.relu6(v + row + column)
+            if self.literal
+            else axial_add(v, row.squeeze(3), column.squeeze(2))
+        )
+        return F.hardsigmoid(self.out(y)) * self.detail(F.relu6(self.mix(qkv)))
 
 # %% ../../nbs/24_backbones.seaformer.ipynb #d9e8166a
 class Block(nn.Module):
-    "Attention and a feed-forward layer with a depthwise convolution; both may be dropped in training. No norms of its own."
-    def __init__(self,
-        c:int, # channels
-        key:int, # width of a head's keys
-        ratio:int, # width of the feed-forward layer
-        drop:float=0.0, # probability that a sample skips a branch
+    """Attention and a feed-forward layer with a depthwise convolution; both may be dropped in
+    training. No norms of its own."""
+
+    def __init__(
+        self,
+        c: int,  # channels
+        key: int,  # width of a head's keys
+        ratio: int,  # width of the feed-forward layer
+        drop: float = 0.0,  # probability that a sample skips a branch
     ):
         from timm.layers import DropPath
-        super().__init__()
-        self.attn, self.drop = SqueezeAxialAttention(c, key), DropPath(drop) if drop else nn.Identity()
-        self.fc1, self.fc2 = ConvNormAct(c, ratio*c, 1, act=None), ConvNormAct(ratio*c, c, 1, act=None)
-        self.depthwise = nn.Conv2d(ratio*c, ratio*c, 3, padding=1, groups=ratio*c)
 
-    def forward(self, x): # [b, c, h, w] -> the same shape
+        super().__init__()
+        self.attn = SqueezeAxialAttention(c, key)
+        self.drop = DropPath(drop) if drop else nn.Identity()
+        self.fc1 = ConvNormAct(c, ratio * c, 1, act=None)
+        self.fc2 = ConvNormAct(ratio * c, c, 1, act=None)
+        self.depthwise = nn.Conv2d(ratio * c, ratio * c, 3, padding=1, groups=ratio * c)
+
+    def forward(self, x):  # [b, c, h, w] -> the same shape
         x = x + self.drop(self.attn(x))
         return x + self.drop(self.fc2(F.relu6(self.depthwise(self.fc1(x)))))
 
 # %% ../../nbs/24_backbones.seaformer.ipynb #1989d21d
 class SeaFormer(nn.Module):
     "SeaFormer: a picture of any size to the map at 1/8 and one per transformer stage."
-    def __init__(self,
-        name:str="seaformer_b", # a name of `SEAFORMERS`
-        drop_path:float=0.1, # rate of a transformer stage's last block; it rises linearly from 0 within each stage
-        pretrained:bool=False, # refused: the ImageNet weights are offered as files only
+
+    def __init__(
+        self,
+        name: str = "seaformer_b",  # a name of `SEAFORMERS`
+        # rate of a transformer stage's last block; it rises linearly from 0 within each stage
+        drop_path: float = 0.1,
+        pretrained: bool = False,  # refused: the ImageNet weights are offered as files only
     ):
         super().__init__()
-        if name not in SEAFORMERS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(SEAFORMERS)}")
-        if pretrained: raise ValueError(f"no package offers {name}'s ImageNet weights: download the authors' file and use segkern.load_official(encoder, path)")
+        if name not in SEAFORMERS:
+            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(SEAFORMERS)}")
+        if pretrained:
+            raise ValueError(
+                f"no package offers {name}'s ImageNet weights: download the authors' file "
+                f"and use segkern.load_official(encoder, path)"
+            )
         stem, groups, attention = SEAFORMERS[name]
-        self.name, self.stem, self.groups = name, ConvNormAct(3, stem, 3, 2), nn.ModuleList()
-        c, stride = stem, 2
-        self.channels, self.strides, first = [], [], len(groups) - len(attention)
+        self.name = name
+        self.stem = ConvNormAct(3, stem, 3, 2)
+        self.groups = nn.ModuleList()
+        c = stem
+        stride = 2
+        self.channels = []
+        self.strides = []
+        first = len(groups) - len(attention)
         for i, blocks in enumerate(groups):
             self.groups.append(nn.Sequential())
             for k, t, width, s in blocks:
                 self.groups[i].append(InvertedResidual(c, width, k, t, s))
-                c, stride = width, stride*s
+                c = width
+                stride = stride * s
             if i == 1 or i >= first:
                 self.channels.append(c)
                 self.strides.append(stride)
-        self.stages = nn.ModuleList([nn.Sequential(*[Block(w, key, ratio, d) for d in torch.linspace(0, drop_path, depth, device="cpu").tolist()])
-                                     for w, (key, depth, ratio) in zip(self.channels[1:], attention)])
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(
+                    *[
+                        Block(w, key, ratio, d)
+                        for d in torch.linspace(0, drop_path, depth, device="cpu").tolist()
+                    ]
+                )
+                for w, (key, depth, ratio) in zip(self.channels[1:], attention)
+            ]
+        )
         self.apply(init_weights)
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w]
-    )->list: # maps [b, c, ceil(h/stride), ceil(w/stride)], finest first
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+    ) -> list:  # maps [b, c, ceil(h/stride), ceil(w/stride)], finest first
         "The map at 1/8, and those behind the transformer stages."
         if self.training and len(x) == 1 and min(x.shape[2:]) <= self.strides[-1]:
-            raise ValueError(f"{self.name} normalises one value per channel and picture at this size: training needs at least 2 pictures, or sides above {self.strides[-1]}; "
-                             f"got 1 of {x.shape[2]}x{x.shape[3]}")
-        x, maps, first = self.stem(x), [], len(self.groups) - len(self.stages)
+            raise ValueError(
+                f"{self.name} normalises one value per channel and picture at this size: "
+                f"training needs at least 2 pictures, or sides above {self.strides[-1]}; "
+                f"got 1 of {x.shape[2]}x{x.shape[3]}"
+            )
+        x = self.stem(x)
+        maps = []
+        first = len(self.groups) - len(self.stages)
         for i, group in enumerate(self.groups):
             x = group(x)
-            if i >= first: x = self.stages[i - first](x)
-            if i == 1 or i >= first: maps.append(x)
+            if i >= first:
+                x = self.stages[i - first](x)
+            if i == 1 or i >= first:
+                maps.append(x)
         return maps
 
-    def key_rules(self, state): # a segmentor's file fills it too
+    def key_rules(self, state):  # a segmentor's file fills it too
         "Key table of the official files."
-        return key_rules(self.name) + [Rule(r"decode_head\.", unused="unused: a decoder, which an encoder does not have")]
+        return key_rules(self.name) + [
+            Rule(r"decode_head\.", unused="unused: a decoder, which an encoder does not have")
+        ]
 
+# %% ../../nbs/24_backbones.seaformer.ipynb #3fed7653
 def init_weights(m):
     "Normal numbers by the fan-out of a convolution."
     if isinstance(m, nn.Conv2d):
         nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-        if m.bias is not None: nn.init.zeros_(m.bias)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
 
 # %% ../../nbs/24_backbones.seaformer.ipynb #d596b135
-_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", r"proj\.1": "out", r"proj_encode_row\.1": "row_out", r"proj_encode_column\.1": "column_out", "dwconv": "mix", "pwconv": "detail"}
+_ATTENTION = {
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    r"proj\.1": "out",
+    r"proj_encode_row\.1": "row_out",
+    r"proj_encode_column\.1": "column_out",
+    "dwconv": "mix",
+    "pwconv": "detail",
+}
 
+# %% ../../nbs/24_backbones.seaformer.ipynb #526520c8
 def key_rules(
-    name:str, # of `SEAFORMERS`
-    theirs:str=r"(?:backbone\.)?", # pattern of the encoder's prefix in the file
-    ours:str="", # prefix here, e.g. "encoder."
-)->list: # of Rule
+    name: str,  # of `SEAFORMERS`
+    theirs: str = r"(?:backbone\.)?",  # pattern of the encoder's prefix in the file
+    ours: str = "",  # prefix here, e.g. "encoder."
+) -> list:  # of Rule
     "Key table of the official files."
     pairs = [(r"smb1\.stem_block\.0", "stem")]
     for i, blocks in enumerate(SEAFORMERS[name][1]):
         for j, (_, t, _, _) in enumerate(blocks):
-            parts = ("expand", "depthwise", "project")[t == 1:]
-            pairs += [(rf"smb{i + 1}\.layer{j + 1}\.conv\.{2*n}", f"groups.{i}.{j}.{part}") for n, part in enumerate(parts)]
+            parts = ("expand", "depthwise", "project")[t == 1 :]
+            pairs += [
+                (rf"smb{i + 1}\.layer{j + 1}\.conv\.{2 * n}", f"groups.{i}.{j}.{part}")
+                for n, part in enumerate(parts)
+            ]
     for i in range(len(SEAFORMERS[name][2])):
-        at, block = rf"trans{i + 1}\.transformer_blocks\.(\d+)\.", rf"stages.{i}.\1."
-        pairs += [(f"{at}attn\\.{a}", f"{block}attn.{b}") for a, b in _ATTENTION.items()] + [(f"{at}mlp\\.{f}", block + f) for f in ("fc1", "fc2")]
-    rules = [Rule(f"{theirs}{a}\\.{c}\\.", f"{ours}{b}.{n}.") for a, b in pairs for c, n in (("c", "conv"), ("bn", "bn"))]
+        at = rf"trans{i + 1}\.transformer_blocks\.(\d+)\."
+        block = rf"stages.{i}.\1."
+        pairs += [(f"{at}attn\\.{a}", f"{block}attn.{b}") for a, b in _ATTENTION.items()] + [
+            (f"{at}mlp\\.{f}", block + f) for f in ("fc1", "fc2")
+        ]
+    rules = [
+        Rule(f"{theirs}{a}\\.{c}\\.", f"{ours}{b}.{n}.")
+        for a, b in pairs
+        for c, n in (("c", "conv"), ("bn", "bn"))
+    ]
     for i in range(len(SEAFORMERS[name][2])):
-        at, block = rf"{theirs}trans{i + 1}\.transformer_blocks\.(\d+)\.", rf"{ours}stages.{i}.\1."
-        rules += [Rule(f"{at}mlp\\.dwconv\\.", block + "depthwise."), Rule(at + r"attn\.pos_emb_(row|column)([qk])\.pos_embed$", block + r"attn.\2_\3")]
-    return rules + [Rule(theirs + r"(?:head|classifier|linear|fc)\.", unused="unused: the ImageNet classifier")]
+        at = rf"{theirs}trans{i + 1}\.transformer_blocks\.(\d+)\."
+        block = rf"{ours}stages.{i}.\1."
+        rules += [
+            Rule(f"{at}mlp\\.dwconv\\.", block + "depthwise."),
+            Rule(at + r"attn\.pos_emb_(row|column)([qk])\.pos_embed$", block + r"attn.\2_\3"),
+        ]
+    return rules + [
+        Rule(theirs + r"(?:head|classifier|linear|fc)\.", unused="unused: the ImageNet classifier")
+    ]

@@ -16,211 +16,325 @@ from torch import nn
 from ..weights import Rule
 
 # %% ../../nbs/25_backbones.swin.ipynb #cb544641
-SWINS = {"swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24)), "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
-         "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48))} # width of the first stage, depths, heads
-WINDOW, SHIFT = 7, 3
+SWINS = {
+    "swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    # width of the first stage, depths, heads
+    "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+WINDOW = 7
+SHIFT = 3
 
 # %% ../../nbs/25_backbones.swin.ipynb #4c6d11f5
 def cut(
-    x:torch.Tensor, # [b, h, w, c]
-    shift:int=0, # the windows begin here, and the last ones continue at the other side
-)->torch.Tensor: # [b*n, 49, c] for n windows in row order
+    x: torch.Tensor,  # [b, h, w, c]
+    shift: int = 0,  # the windows begin here, and the last ones continue at the other side
+) -> torch.Tensor:  # [b*n, 49, c] for n windows in row order
     "The windows of a grid, padded with zeros to whole windows."
     h, w = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -w % WINDOW, 0, -h % WINDOW))
-    if shift: x = x.roll((-shift, -shift), (1, 2))
+    if shift:
+        x = x.roll((-shift, -shift), (1, 2))
     b, h, w, c = x.shape
-    return x.view(b, h//WINDOW, WINDOW, w//WINDOW, WINDOW, c).transpose(2, 3).reshape(-1, WINDOW*WINDOW, c)
+    return (
+        x.view(b, h // WINDOW, WINDOW, w // WINDOW, WINDOW, c)
+        .transpose(2, 3)
+        .reshape(-1, WINDOW * WINDOW, c)
+    )
 
+# %% ../../nbs/25_backbones.swin.ipynb #b900ed63
 def paste(
-    x:torch.Tensor, # [b*n, 49, c]
-    size:tuple, # (h, w) of the grid before padding
-    shift:int=0, # as for `cut`
-)->torch.Tensor: # [b, h, w, c]
+    x: torch.Tensor,  # [b*n, 49, c]
+    size: tuple,  # (h, w) of the grid before padding
+    shift: int = 0,  # as for `cut`
+) -> torch.Tensor:  # [b, h, w, c]
     "The grid that `cut` took apart."
     (h, w), c = size, x.shape[2]
-    rows, columns = -(-h//WINDOW), -(-w//WINDOW)
-    x = x.view(-1, rows, columns, WINDOW, WINDOW, c).transpose(2, 3).reshape(-1, rows*WINDOW, columns*WINDOW, c)
+    rows = -(-h // WINDOW)
+    columns = -(-w // WINDOW)
+    x = (
+        x.view(-1, rows, columns, WINDOW, WINDOW, c)
+        .transpose(2, 3)
+        .reshape(-1, rows * WINDOW, columns * WINDOW, c)
+    )
     return (x.roll((shift, shift), (1, 2)) if shift else x)[:, :h, :w]
 
 # %% ../../nbs/25_backbones.swin.ipynb #7501189b
 def seam_mask(
-    h:int, # grid, before padding
-    w:int,
-    like:torch.Tensor, # gives type and device
-)->torch.Tensor: # [n, 1, 49, 49]: 0 or -100
+    h: int,  # grid, before padding
+    w: int,
+    like: torch.Tensor,  # gives type and device
+) -> torch.Tensor:  # [n, 1, 49, 49]: 0 or -100
     "What must not meet in the moved windows."
+
     def regions(size):
-        i, end = torch.arange(size + -size % WINDOW, device=like.device), size + -size % WINDOW
+        i = torch.arange(size + -size % WINDOW, device=like.device)
+        end = size + -size % WINDOW
         return (i >= end - WINDOW).long() + (i >= end - SHIFT)
-    ids = cut((3*regions(h)[:, None] + regions(w))[None, :, :, None]).squeeze(2) # [n, 49]
+
+    ids = cut((3 * regions(h)[:, None] + regions(w))[None, :, :, None]).squeeze(2)  # [n, 49]
     return torch.where(ids[:, None, :] == ids[:, :, None], 0.0, -100.0).to(like.dtype)[:, None]
 
 # %% ../../nbs/25_backbones.swin.ipynb #de9902ff
 class WindowAttention(nn.Module):
     "Multi-head attention within windows, with a bias for every difference of position."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # c/heads is a head's width
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # c/heads is a head's width
     ):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(c, 3*c), nn.Linear(c, c)
-        self.bias_table = nn.Parameter(torch.zeros((2*WINDOW - 1)**2, heads))
+        self.heads = heads
+        self.qkv = nn.Linear(c, 3 * c)
+        self.proj = nn.Linear(c, c)
+        self.bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, heads))
 
-    def bias(self): # [1, heads, 49, 49]
+    def bias(self):  # [1, heads, 49, 49]
         "The table, spread over all pairs of places: windows of a 13×13 map, mirrored."
-        t = self.bias_table.view(2*WINDOW - 1, 2*WINDOW - 1, self.heads).unfold(0, WINDOW, 1).unfold(1, WINDOW, 1)
+        t = (
+            self.bias_table.view(2 * WINDOW - 1, 2 * WINDOW - 1, self.heads)
+            .unfold(0, WINDOW, 1)
+            .unfold(1, WINDOW, 1)
+        )
         return t.flip(3, 4).permute(2, 0, 1, 3, 4).reshape(1, self.heads, WINDOW**2, WINDOW**2)
 
-    def forward(self, x, shift=0, mask=None): # [b, h, w, c], 0 or 3, `seam_mask` -> [b, h, w, c]
+    def forward(self, x, shift=0, mask=None):  # [b, h, w, c], 0 or 3, `seam_mask` -> [b, h, w, c]
         b, h, w, c = x.shape
         q, k, v = self.qkv(cut(x, shift)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.bias()
-        if mask is not None: bias = (bias + mask).expand(b, -1, -1, -1, -1).flatten(0, 1)
+        if mask is not None:
+            bias = (bias + mask).expand(b, -1, -1, -1, -1).flatten(0, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return paste(self.proj(y.transpose(1, 2).flatten(2)), (h, w), shift)
 
 # %% ../../nbs/25_backbones.swin.ipynb #f26a52cc
 class Block(nn.Module):
     "Windowed attention and a feed-forward layer, each after a norm; both may be dropped in training."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # of the attention
-        shift:int=0, # 0, or 3 for moved windows
-        drop:float=0.0, # probability that a sample skips a branch
-        ratio:int=4, # width of the feed-forward layer
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # of the attention
+        shift: int = 0,  # 0, or 3 for moved windows
+        drop: float = 0.0,  # probability that a sample skips a branch
+        ratio: int = 4,  # width of the feed-forward layer
     ):
         from timm.layers import DropPath
+
         super().__init__()
-        self.shift, self.norm1, self.attn = shift, nn.LayerNorm(c), WindowAttention(c, heads)
-        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(c), nn.Linear(c, ratio*c), nn.Linear(ratio*c, c)
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(c)
+        self.attn = WindowAttention(c, heads)
+        self.norm2 = nn.LayerNorm(c)
+        self.fc1 = nn.Linear(c, ratio * c)
+        self.fc2 = nn.Linear(ratio * c, c)
         self.drop = DropPath(drop) if drop else nn.Identity()
 
-    def forward(self, x, mask): # [b, h, w, c], `seam_mask` -> the same shape
+    def forward(self, x, mask):  # [b, h, w, c], `seam_mask` -> the same shape
         x = x + self.drop(self.attn(self.norm1(x), self.shift, mask if self.shift else None))
         return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
+# %% ../../nbs/25_backbones.swin.ipynb #4007dae0
 class Merge(nn.Module):
     "2×2 tokens become one of twice the channels; odd grids are padded with zeros."
-    def __init__(self,
-        c:int, # channels
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
-        self.norm, self.reduction = nn.LayerNorm(4*c), nn.Linear(4*c, 2*c, bias=False)
+        self.norm = nn.LayerNorm(4 * c)
+        self.reduction = nn.Linear(4 * c, 2 * c, bias=False)
 
-    def forward(self, x): # [b, h, w, c] -> [b, ceil(h/2), ceil(w/2), 2c]
+    def forward(self, x):  # [b, h, w, c] -> [b, ceil(h/2), ceil(w/2), 2c]
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         b, h, w, c = x.shape
-        return self.reduction(self.norm(x.view(b, h//2, 2, w//2, 2, c).permute(0, 1, 3, 5, 2, 4).reshape(b, h//2, w//2, 4*c)))
+        return self.reduction(
+            self.norm(
+                x.view(b, h // 2, 2, w // 2, 2, c)
+                .permute(0, 1, 3, 5, 2, 4)
+                .reshape(b, h // 2, w // 2, 4 * c)
+            )
+        )
 
+# %% ../../nbs/25_backbones.swin.ipynb #d9fd2ea0
 class Stage(nn.Module):
     "Blocks with resting and moved windows in turn, and the norm of the stage's map."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # of every attention
-        drops:list, # one rate per block
-        merge:bool, # whether a stage follows
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # of every attention
+        drops: list,  # one rate per block
+        merge: bool,  # whether a stage follows
     ):
         super().__init__()
-        self.blocks = nn.ModuleList([Block(c, heads, SHIFT*(i % 2), d) for i, d in enumerate(drops)])
-        self.norm, self.merge = nn.LayerNorm(c), Merge(c) if merge else None
+        self.blocks = nn.ModuleList(
+            [Block(c, heads, SHIFT * (i % 2), d) for i, d in enumerate(drops)]
+        )
+        self.norm = nn.LayerNorm(c)
+        self.merge = Merge(c) if merge else None
 
-    def forward(self, x): # [b, h, w, c] -> map [b, c, h, w], merged grid or None
+    def forward(self, x):  # [b, h, w, c] -> map [b, c, h, w], merged grid or None
         mask = seam_mask(*x.shape[1:3], x)
-        for block in self.blocks: x = block(x, mask)
+        for block in self.blocks:
+            x = block(x, mask)
         return self.norm(x).permute(0, 3, 1, 2), None if self.merge is None else self.merge(x)
 
 # %% ../../nbs/25_backbones.swin.ipynb #e16208ca
 class Swin(nn.Module):
     "Swin Transformer: a picture of any size to four maps."
-    def __init__(self,
-        name:str="swin_t", # a name of `SWINS`
-        drop_path:float=0.3, # rate of the last block; it rises linearly from 0
-        pretrained:bool=False, # download timm's copy of Microsoft's weights: ImageNet-1k for T and B, 22k for L
+
+    def __init__(
+        self,
+        name: str = "swin_t",  # a name of `SWINS`
+        drop_path: float = 0.3,  # rate of the last block; it rises linearly from 0
+        # download timm's copy of Microsoft's weights: ImageNet-1k for T and B, 22k for L
+        pretrained: bool = False,
     ):
         super().__init__()
-        if name not in SWINS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(SWINS)}")
+        if name not in SWINS:
+            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(SWINS)}")
         c, depths, heads = SWINS[name]
-        self.name, self.channels, self.strides, self.depths = name, [c, 2*c, 4*c, 8*c], [4, 8, 16, 32], depths
-        self.embed, self.embed_norm = nn.Conv2d(3, c, 4, 4), nn.LayerNorm(c)
-        rates, first = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist(), [sum(depths[:i]) for i in range(4)]
-        self.stages = nn.ModuleList([Stage(w, h, rates[f:f + d], i < 3) for i, (w, h, f, d) in enumerate(zip(self.channels, heads, first, depths))])
+        self.name = name
+        self.channels = [c, 2 * c, 4 * c, 8 * c]
+        self.strides = [4, 8, 16, 32]
+        self.depths = depths
+        self.embed = nn.Conv2d(3, c, 4, 4)
+        self.embed_norm = nn.LayerNorm(c)
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
+        first = [sum(depths[:i]) for i in range(4)]
+        self.stages = nn.ModuleList(
+            [
+                Stage(w, h, rates[f : f + d], i < 3)
+                for i, (w, h, f, d) in enumerate(zip(self.channels, heads, first, depths))
+            ]
+        )
         self.apply(init_weights)
-        if pretrained: download_weights(self)
+        if pretrained:
+            download_weights(self)
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w]
-    )->list: # four maps [b, c, ceil(h/4), ceil(w/4)], …
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+    ) -> list:  # four maps [b, c, ceil(h/4), ceil(w/4)], …
         "The maps of the four stages, each after a norm of its own."
-        x, maps = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4)), []
+        x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        maps = []
         x = self.embed_norm(self.embed(x).permute(0, 2, 3, 1))
         for stage in self.stages:
             y, x = stage(x)
             maps.append(y)
         return maps
 
-    def key_rules(self, state): # a segmentor's file fills it too
+    def key_rules(self, state):  # a segmentor's file fills it too
         "Key table of OpenMMLab's, Microsoft's and timm's files."
-        return key_rules(state) + [Rule(r"(?:decode_head|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
+        return key_rules(state) + [
+            Rule(
+                r"(?:decode_head|auxiliary_head)\.",
+                unused="unused: a decoder, which an encoder does not have",
+            )
+        ]
 
-    def adapt(self, state, undo): return adapt(state)
+    def adapt(self, state, undo):
+        return adapt(state)
 
+# %% ../../nbs/25_backbones.swin.ipynb #6c5fc2c7
 def init_weights(m):
     "The initialisation of one layer; norms and the first convolution keep PyTorch's."
     if isinstance(m, nn.Linear):
-        nn.init.trunc_normal_(m.weight, std=.02)
-        if m.bias is not None: nn.init.zeros_(m.bias)
-    elif isinstance(m, WindowAttention): nn.init.trunc_normal_(m.bias_table, std=.02)
+        nn.init.trunc_normal_(m.weight, std=0.02)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+    elif isinstance(m, WindowAttention):
+        nn.init.trunc_normal_(m.bias_table, std=0.02)
 
 # %% ../../nbs/25_backbones.swin.ipynb #fc9972df
-_IMAGENET = re.compile(r"(?:.*\.)?layers\.\d\.blocks\.\d+\.attn\.qkv\.weight$") # Microsoft's and timm's names
+# Microsoft's and timm's names
+_IMAGENET = re.compile(r"(?:.*\.)?layers\.\d\.blocks\.\d+\.attn\.qkv\.weight$")
 
+# %% ../../nbs/25_backbones.swin.ipynb #452fa9db
 def key_rules(
-    state:dict, # official state dict: whether the merging begins or ends a layer
-    theirs:str=r"(?:backbone\.)?", # pattern of the encoder's prefix in the file
-    ours:str="", # prefix here, e.g. "encoder."
-)->list: # of Rule
+    state: dict,  # official state dict: whether the merging begins or ends a layer
+    theirs: str = r"(?:backbone\.)?",  # pattern of the encoder's prefix in the file
+    ours: str = "",  # prefix here, e.g. "encoder."
+) -> list:  # of Rule
     "Key table of OpenMMLab's, Microsoft's and timm's files."
-    block, late = ours + r"stages.\1.blocks.\2.", any(re.search(r"layers\.3\.downsample\.", k) for k in state)
+    block = ours + r"stages.\1.blocks.\2."
+    late = any(re.search(r"layers\.3\.downsample\.", k) for k in state)
     at = f"{theirs}(?:stages|layers)" + r"\.(\d)\.blocks\.(\d+)\."
-    merges = [Rule(f"{theirs}layers\\.{i + late}\\.downsample\\.", f"{ours}stages.{i}.merge.") for i in range(3)]
-    return [Rule(f"{theirs}patch_embed\\.proj(?:ection)?\\.", ours + "embed."), Rule(f"{theirs}patch_embed\\.norm\\.", ours + "embed_norm."),
-            Rule(at + r"attn\.(?:w_msa\.)?relative_position_index$", unused="counter or index table"),
-            Rule(at + "attn_mask$", unused="a mask for one size of picture"),
-            Rule(at + r"attn\.(?:w_msa\.)?relative_position_bias_table$", block + "attn.bias_table"), Rule(at + r"attn\.(?:w_msa\.)?", block + "attn."),
-            Rule(at + r"(?:mlp\.fc1|ffn\.layers\.0\.0)\.", block + "fc1."), Rule(at + r"(?:mlp\.fc2|ffn\.layers\.1)\.", block + "fc2."),
-            Rule(at + r"(norm[12])\.", block + r"\3."), Rule(f"{theirs}norm" + r"([0-3])\.", ours + r"stages.\1.norm."),
-            Rule(f"{theirs}stages" + r"\.([012])\.downsample\.", ours + r"stages.\1.merge."), *merges,
-            Rule(f"{theirs}norm" + r"\.(?:weight|bias)$", unused="unused: the norm before the ImageNet classifier"),
-            Rule(f"{theirs}head" + r"\.(?:fc\.)?(?:weight|bias)$", unused="unused: the ImageNet classifier")]
+    merges = [
+        Rule(f"{theirs}layers\\.{i + late}\\.downsample\\.", f"{ours}stages.{i}.merge.")
+        for i in range(3)
+    ]
+    return [
+        Rule(f"{theirs}patch_embed\\.proj(?:ection)?\\.", ours + "embed."),
+        Rule(f"{theirs}patch_embed\\.norm\\.", ours + "embed_norm."),
+        Rule(at + r"attn\.(?:w_msa\.)?relative_position_index$", unused="counter or index table"),
+        Rule(at + "attn_mask$", unused="a mask for one size of picture"),
+        Rule(at + r"attn\.(?:w_msa\.)?relative_position_bias_table$", block + "attn.bias_table"),
+        Rule(at + r"attn\.(?:w_msa\.)?", block + "attn."),
+        Rule(at + r"(?:mlp\.fc1|ffn\.layers\.0\.0)\.", block + "fc1."),
+        Rule(at + r"(?:mlp\.fc2|ffn\.layers\.1)\.", block + "fc2."),
+        Rule(at + r"(norm[12])\.", block + r"\3."),
+        Rule(f"{theirs}norm" + r"([0-3])\.", ours + r"stages.\1.norm."),
+        Rule(f"{theirs}stages" + r"\.([012])\.downsample\.", ours + r"stages.\1.merge."),
+        *merges,
+        Rule(
+            f"{theirs}norm" + r"\.(?:weight|bias)$",
+            unused="unused: the norm before the ImageNet classifier",
+        ),
+        Rule(
+            f"{theirs}head" + r"\.(?:fc\.)?(?:weight|bias)$",
+            unused="unused: the ImageNet classifier",
+        ),
+    ]
 
 # %% ../../nbs/25_backbones.swin.ipynb #962f0866
 def merge_order(
-    t:torch.Tensor, # [..., 4c]: blocks of channels in the order 00, 10, 01, 11
-)->torch.Tensor: # [..., 4c]: neighbours of one channel beside each other, in the order 00, 01, 10, 11
+    t: torch.Tensor,  # [..., 4c]: blocks of channels in the order 00, 10, 01, 11
+    # [..., 4c]: neighbours of one channel beside each other, in the order 00, 01, 10, 11
+) -> torch.Tensor:
     "From Microsoft's order of a merging's inputs to OpenMMLab's."
     return t.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2)
 
+# %% ../../nbs/25_backbones.swin.ipynb #cb80f4b6
 def adapt(
-    state:dict, # official state dict; changed in place
-)->list: # of notes
+    state: dict,  # official state dict; changed in place
+) -> list:  # of notes
     "Bring an ImageNet file of Microsoft or timm into OpenMMLab's order."
     first = next((k for k in state if _IMAGENET.match(k)), None)
-    if first is None: return []
-    for k in [k for k in state if re.search(r"downsample\.(?:norm\.(?:weight|bias)|reduction\.weight)$", k)]: state[k] = merge_order(state[k])
-    prefix, width = first[:first.index("layers.")], state[first].shape[1]
+    if first is None:
+        return []
+    for k in [
+        k
+        for k in state
+        if re.search(r"downsample\.(?:norm\.(?:weight|bias)|reduction\.weight)$", k)
+    ]:
+        state[k] = merge_order(state[k])
+    prefix = first[: first.index("layers.")]
+    width = state[first].shape[1]
     for i in range(4):
         state.setdefault(f"{prefix}norm{i}.weight", torch.ones(width << i))
         state.setdefault(f"{prefix}norm{i}.bias", torch.zeros(width << i))
-    return ["an ImageNet file: the merging's inputs are reordered, the norms of the four maps start as 1 and 0"]
+    return [
+        "an ImageNet file: the merging's inputs are reordered, the norms of the four maps start as 1 and 0"
+    ]
 
 # %% ../../nbs/25_backbones.swin.ipynb #bd40c7c6
-_TIMM = {"swin_t": "swin_tiny_patch4_window7_224.ms_in1k", "swin_b": "swin_base_patch4_window7_224.ms_in1k", "swin_l": "swin_large_patch4_window7_224.ms_in22k"}
+_TIMM = {
+    "swin_t": "swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_b": "swin_base_patch4_window7_224.ms_in1k",
+    "swin_l": "swin_large_patch4_window7_224.ms_in22k",
+}
+
 
 def download_weights(
-    encoder:Swin, # is filled
+    encoder: Swin,  # is filled
 ):
     "Fetch Microsoft's ImageNet weights from timm's collection."
     import timm
     from segkern.weights import load_official
+
     load_official(encoder, timm.create_model(_TIMM[encoder.name], pretrained=True).state_dict())

@@ -19,290 +19,518 @@ from ..layers import ConvNormAct
 from ..weights import Rule
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #bfa20728
-VITS = {"vit_adapter_l": (1024, 24, 16, 24)} # width, blocks, heads, side of the position table (pictures of 384×384)
-POINTS, EPS = 4, 1e-6 # points per head and map; of all norms of tokens
+# width, blocks, heads, side of the position table (pictures of 384×384)
+VITS = {"vit_adapter_l": (1024, 24, 16, 24)}
+POINTS = 4  # points per head and map
+EPS = 1e-6  # of all norms of tokens
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #73692185
 def centres(
-    sizes:list, # (h, w) of grids
-    like:torch.Tensor, # gives the device, and double precision where it has that
-)->torch.Tensor: # [n, 2]: (x, y) between 0 and 1
+    sizes: list,  # (h, w) of grids
+    like: torch.Tensor,  # gives the device, and double precision where it has that
+) -> torch.Tensor:  # [n, 2]: (x, y) between 0 and 1
     "The centres of all cells, grid after grid, in row order."
     exact = torch.promote_types(like.dtype, torch.float32)
+
     def one(h, w):
-        y, x = ((torch.arange(n, device=like.device, dtype=exact) + .5)/n for n in (h, w))
+        y, x = ((torch.arange(n, device=like.device, dtype=exact) + 0.5) / n for n in (h, w))
         return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1)
+
     return torch.cat([one(h, w) for h, w in sizes])
 
+# %% ../../nbs/27b_backbones.vit_adapter.ipynb #12cf7bcc
 def read_between(
-    v:torch.Tensor, # [n, d, h, w]
-    at:torch.Tensor, # [n, q, p, 2]: (x, y) between 0 and 1
-)->torch.Tensor: # [n, d, q, p]
+    v: torch.Tensor,  # [n, d, h, w]
+    at: torch.Tensor,  # [n, q, p, 2]: (x, y) between 0 and 1
+) -> torch.Tensor:  # [n, d, q, p]
     "Bilinear reading, written out: four cells, each with a weight, those outside left out."
     h, w = v.shape[2:]
-    x, y = at[..., 0]*w - .5, at[..., 1]*h - .5
-    left, top = x.floor(), y.floor()
-    out, flat = 0, v.flatten(2)
+    x = at[..., 0] * w - 0.5
+    y = at[..., 1] * h - 0.5
+    left = x.floor()
+    top = y.floor()
+    out = 0
+    flat = v.flatten(2)
     for i, wy in ((top, top + 1 - y), (top + 1, y - top)):
         for j, wx in ((left, left + 1 - x), (left + 1, x - left)):
-            weight = wx*wy*((i >= 0) & (i < h) & (j >= 0) & (j < w))
-            index = (i.clamp(0, h - 1)*w + j.clamp(0, w - 1)).long().flatten(1)
-            out = out + flat.gather(2, index[:, None].expand(-1, v.shape[1], -1)).unflatten(2, at.shape[1:3])*weight[:, None]
+            weight = wx * wy * ((i >= 0) & (i < h) & (j >= 0) & (j < w))
+            index = (i.clamp(0, h - 1) * w + j.clamp(0, w - 1)).long().flatten(1)
+            out = (
+                out
+                + flat.gather(2, index[:, None].expand(-1, v.shape[1], -1)).unflatten(
+                    2, at.shape[1:3]
+                )
+                * weight[:, None]
+            )
     return out
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #b560505b
 class DeformableAttention(nn.Module):
     "Every query reads a few points of every map."
-    literal = False # reading written out
 
-    def __init__(self,
-        c:int, # channels of queries and tokens
-        levels:int, # maps
-        heads:int, # each with points of its own
-        points:int=POINTS, # per map and head
-        ratio:float=0.5, # width of the values, as a part of c
+    literal = False  # reading written out
+
+    def __init__(
+        self,
+        c: int,  # channels of queries and tokens
+        levels: int,  # maps
+        heads: int,  # each with points of its own
+        points: int = POINTS,  # per map and head
+        ratio: float = 0.5,  # width of the values, as a part of c
     ):
         super().__init__()
-        wide = int(c*ratio)
-        if wide % heads: raise ValueError(f"values of width {wide} cannot be divided among {heads} heads")
-        self.heads, self.levels, self.points = heads, levels, points
-        self.offsets, self.weights = nn.Linear(c, heads*levels*points*2), nn.Linear(c, heads*levels*points)
-        self.value, self.out = nn.Linear(c, wide), nn.Linear(wide, c)
+        wide = int(c * ratio)
+        if wide % heads:
+            raise ValueError(f"values of width {wide} cannot be divided among {heads} heads")
+        self.heads = heads
+        self.levels = levels
+        self.points = points
+        self.offsets = nn.Linear(c, heads * levels * points * 2)
+        self.weights = nn.Linear(c, heads * levels * points)
+        self.value = nn.Linear(c, wide)
+        self.out = nn.Linear(wide, c)
 
-    def forward(self,
-        query:torch.Tensor, # [b, q, c]
-        places:torch.Tensor, # [q, 2]: (x, y) of the queries
-        tokens:torch.Tensor, # [b, n, c]: all maps, one after the other
-        sizes:list, # (h, w) of the maps
-    )->torch.Tensor: # [b, q, c]
+    def forward(
+        self,
+        query: torch.Tensor,  # [b, q, c]
+        places: torch.Tensor,  # [q, 2]: (x, y) of the queries
+        tokens: torch.Tensor,  # [b, n, c]: all maps, one after the other
+        sizes: list,  # (h, w) of the maps
+    ) -> torch.Tensor:  # [b, q, c]
         b, q, _ = query.shape
         exact = torch.promote_types(query.dtype, torch.float32)
         each = (self.heads, self.levels, self.points)
-        weights = self.weights(query).to(exact).unflatten(2, (self.heads, -1)).softmax(-1).unflatten(3, each[1:]).permute(3, 0, 2, 1, 4).flatten(1, 2) # [l, b*heads, q, p]
-        moves = self.offsets(query).to(exact).unflatten(2, (*each, 2)).permute(3, 0, 2, 1, 4, 5).flatten(1, 2) # [l, b*heads, q, p, 2]
-        values = self.value(tokens).to(exact).transpose(1, 2).reshape(b*self.heads, -1, tokens.shape[1]) # [b*heads, d, n]
-        out, places = 0, places.to(exact)[:, None]
-        for v, (h, w), move, weight in zip(values.split([h*w for h, w in sizes], 2), sizes, moves, weights):
-            v, at = v.unflatten(2, (h, w)), places + move/constants((w, h), move, exact)
-            read = read_between(v, at) if self.literal else F.grid_sample(v, 2*at - 1, mode="bilinear", padding_mode="zeros", align_corners=False)
-            out = out + (read*weight[:, None]).sum(3) # [b*heads, d, q]
+        # [l, b*heads, q, p]
+        weights = (
+            self.weights(query)
+            .to(exact)
+            .unflatten(2, (self.heads, -1))
+            .softmax(-1)
+            .unflatten(3, each[1:])
+            .permute(3, 0, 2, 1, 4)
+            .flatten(1, 2)
+        )
+        # [l, b*heads, q, p, 2]
+        moves = (
+            self.offsets(query)
+            .to(exact)
+            .unflatten(2, (*each, 2))
+            .permute(3, 0, 2, 1, 4, 5)
+            .flatten(1, 2)
+        )
+        # [b*heads, d, n]
+        values = (
+            self.value(tokens)
+            .to(exact)
+            .transpose(1, 2)
+            .reshape(b * self.heads, -1, tokens.shape[1])
+        )
+        out = 0
+        places = places.to(exact)[:, None]
+        for v, (h, w), move, weight in zip(
+            values.split([h * w for h, w in sizes], 2), sizes, moves, weights
+        ):
+            v = v.unflatten(2, (h, w))
+            at = places + move / constants((w, h), move, exact)
+            read = (
+                read_between(v, at)
+                if self.literal
+                else F.grid_sample(
+                    v, 2 * at - 1, mode="bilinear", padding_mode="zeros", align_corners=False
+                )
+            )
+            out = out + (read * weight[:, None]).sum(3)  # [b*heads, d, q]
         return self.out(out.reshape(b, -1, q).transpose(1, 2).to(query.dtype))
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #2faf639f
 class GridMLP(nn.Module):
     "Two linear layers with a depthwise 3×3 convolution on every grid in between."
-    def __init__(self,
-        c:int, # channels
-        ratio:float=0.25, # width inside
+
+    def __init__(
+        self,
+        c: int,  # channels
+        ratio: float = 0.25,  # width inside
     ):
         super().__init__()
-        wide = int(c*ratio)
-        self.fc1, self.near, self.fc2 = nn.Linear(c, wide), nn.Conv2d(wide, wide, 3, padding=1, groups=wide), nn.Linear(wide, c)
+        wide = int(c * ratio)
+        self.fc1 = nn.Linear(c, wide)
+        self.near = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
+        self.fc2 = nn.Linear(wide, c)
 
-    def forward(self, x, sizes): # [b, n, c], (h, w) of the grids -> [b, n, c]
-        parts = self.fc1(x).split([h*w for h, w in sizes], 1)
-        parts = [self.near(p.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2) for p, size in zip(parts, sizes)]
+    def forward(self, x, sizes):  # [b, n, c], (h, w) of the grids -> [b, n, c]
+        parts = self.fc1(x).split([h * w for h, w in sizes], 1)
+        parts = [
+            self.near(p.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
+            for p, size in zip(parts, sizes)
+        ]
         return self.fc2(F.gelu(torch.cat(parts, 1)))
 
+# %% ../../nbs/27b_backbones.vit_adapter.ipynb #fdf09731
 class Injector(nn.Module):
     "The transformer reads the three grids of the side path."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # of the attention
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # of the attention
     ):
         super().__init__()
-        self.query_norm, self.feat_norm, self.attn = nn.LayerNorm(c, EPS), nn.LayerNorm(c, EPS), DeformableAttention(c, 3, heads)
+        self.query_norm = nn.LayerNorm(c, EPS)
+        self.feat_norm = nn.LayerNorm(c, EPS)
+        self.attn = DeformableAttention(c, 3, heads)
         self.gamma = nn.Parameter(torch.zeros(c))
 
-    def forward(self, x, places, tokens, sizes): return x + self.gamma*self.attn(self.query_norm(x), places, self.feat_norm(tokens), sizes) # [b, n, c] -> the same shape
+    # [b, n, c] -> the same shape
+    def forward(self, x, places, tokens, sizes):
+        return x + self.gamma * self.attn(self.query_norm(x), places, self.feat_norm(tokens), sizes)
 
+# %% ../../nbs/27b_backbones.vit_adapter.ipynb #5e636cd5
 class Extractor(nn.Module):
     "The side path reads the transformer, then mixes each grid with itself."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # of the attention
-        drop:float=0.0, # probability that a sample skips the mixing
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # of the attention
+        drop: float = 0.0,  # probability that a sample skips the mixing
     ):
         from timm.layers import DropPath
-        super().__init__()
-        self.query_norm, self.feat_norm, self.attn = nn.LayerNorm(c, EPS), nn.LayerNorm(c, EPS), DeformableAttention(c, 1, heads)
-        self.norm, self.mlp, self.drop = nn.LayerNorm(c, EPS), GridMLP(c), DropPath(drop) if drop else nn.Identity()
 
-    def forward(self, c, places, tokens, size, sizes): # [b, n, c]; transformer's grid; own grids -> the same shape
+        super().__init__()
+        self.query_norm = nn.LayerNorm(c, EPS)
+        self.feat_norm = nn.LayerNorm(c, EPS)
+        self.attn = DeformableAttention(c, 1, heads)
+        self.norm = nn.LayerNorm(c, EPS)
+        self.mlp = GridMLP(c)
+        self.drop = DropPath(drop) if drop else nn.Identity()
+
+    # [b, n, c]; transformer's grid; own grids -> the same shape
+    def forward(self, c, places, tokens, size, sizes):
         c = c + self.attn(self.query_norm(c), places, self.feat_norm(tokens), [size])
         return c + self.drop(self.mlp(self.norm(c), sizes))
 
+# %% ../../nbs/27b_backbones.vit_adapter.ipynb #94f10c30
 class Interaction(nn.Module):
     "What stands before and after a group of blocks."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # of the attentions
-        drop:float=0.0, # of the extractors
-        extractors:int=1, # one after the other
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # of the attentions
+        drop: float = 0.0,  # of the extractors
+        extractors: int = 1,  # one after the other
     ):
         super().__init__()
-        self.injector, self.extractors = Injector(c, heads), nn.ModuleList([Extractor(c, heads, drop) for _ in range(extractors)])
+        self.injector = Injector(c, heads)
+        self.extractors = nn.ModuleList([Extractor(c, heads, drop) for _ in range(extractors)])
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #74e8aaf4
 class Block(nn.Module):
     "Attention among all tokens and a feed-forward layer, each after a norm and scaled per channel."
-    def __init__(self,
-        c:int, # channels
-        heads:int, # of the attention
-        drop:float=0.0, # probability that a sample skips a branch
-        ratio:int=4, # width of the feed-forward layer
+
+    def __init__(
+        self,
+        c: int,  # channels
+        heads: int,  # of the attention
+        drop: float = 0.0,  # probability that a sample skips a branch
+        ratio: int = 4,  # width of the feed-forward layer
     ):
         from timm.layers import DropPath
+
         super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(c, EPS), nn.LayerNorm(c, EPS)
-        self.qkv, self.proj, self.fc1, self.fc2 = nn.Linear(c, 3*c), nn.Linear(c, c), nn.Linear(c, ratio*c), nn.Linear(ratio*c, c)
-        self.gamma1, self.gamma2 = nn.Parameter(torch.ones(c)), nn.Parameter(torch.ones(c))
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(c, EPS)
+        self.norm2 = nn.LayerNorm(c, EPS)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.proj = nn.Linear(c, c)
+        self.fc1 = nn.Linear(c, ratio * c)
+        self.fc2 = nn.Linear(ratio * c, c)
+        self.gamma1 = nn.Parameter(torch.ones(c))
+        self.gamma2 = nn.Parameter(torch.ones(c))
         self.drop = DropPath(drop) if drop else nn.Identity()
 
-    def forward(self, x): # [b, n, c] -> [b, n, c]
+    def forward(self, x):  # [b, n, c] -> [b, n, c]
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.drop(self.gamma1*self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
-        return x + self.drop(self.gamma2*self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        x = x + self.drop(
+            self.gamma1
+            * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        )
+        return x + self.drop(self.gamma2 * self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
+# %% ../../nbs/27b_backbones.vit_adapter.ipynb #46850b15
 class SpatialPrior(nn.Module):
     "Maps at 1/4 to 1/32 from convolutions alone, all projected to the transformer's width."
-    def __init__(self,
-        c:int, # output channels
-        inner:int=64, # channels at 1/4
+
+    def __init__(
+        self,
+        c: int,  # output channels
+        inner: int = 64,  # channels at 1/4
     ):
         super().__init__()
-        self.stem = nn.Sequential(ConvNormAct(3, inner, 3, 2), ConvNormAct(inner, inner), ConvNormAct(inner, inner), nn.MaxPool2d(3, 2, 1))
-        widths = (inner, 2*inner, 4*inner, 4*inner)
+        self.stem = nn.Sequential(
+            ConvNormAct(3, inner, 3, 2),
+            ConvNormAct(inner, inner),
+            ConvNormAct(inner, inner),
+            nn.MaxPool2d(3, 2, 1),
+        )
+        widths = (inner, 2 * inner, 4 * inner, 4 * inner)
         self.steps = nn.ModuleList([ConvNormAct(a, b, 3, 2) for a, b in zip(widths, widths[1:])])
         self.out = nn.ModuleList([nn.Conv2d(w, c, 1) for w in widths])
 
-    def forward(self, x): # [b, 3, h, w] -> four maps [b, c, h/4, w/4], …
+    def forward(self, x):  # [b, 3, h, w] -> four maps [b, c, h/4, w/4], …
         maps = [self.stem(x)]
-        for step in self.steps: maps.append(step(maps[-1]))
+        for step in self.steps:
+            maps.append(step(maps[-1]))
         return [conv(m) for conv, m in zip(self.out, maps)]
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #c37a9dee
 class ViTAdapter(nn.Module):
     "A Vision Transformer with an adapter: a picture with sides that are multiples of 32 to four maps."
+
     multiple = 32
 
-    def __init__(self,
-        name:str="vit_adapter_l", # a name of `VITS`
-        drop_path:float=0.4, # rate of the transformer's last block, rising linearly from 0, and of all extractors
-        width:int|None=None, # channels; default: the published ones, also for the next two
-        depth:int|None=None, # blocks, a multiple of 4
-        heads:int|None=None, # of all attentions
-        inner:int=64, # channels of the spatial prior at 1/4
-        pretrained:bool=False, # download the transformer's ImageNet weights (AugReg, 384×384) from timm
+    def __init__(
+        self,
+        name: str = "vit_adapter_l",  # a name of `VITS`
+        # rate of the transformer's last block, rising linearly from 0, and of all extractors
+        drop_path: float = 0.4,
+        width: int | None = None,  # channels; default: the published ones, also for the next two
+        depth: int | None = None,  # blocks, a multiple of 4
+        heads: int | None = None,  # of all attentions
+        inner: int = 64,  # channels of the spatial prior at 1/4
+        # download the transformer's ImageNet weights (AugReg, 384×384) from timm
+        pretrained: bool = False,
     ):
         super().__init__()
-        if name not in VITS: raise ValueError(f"unknown encoder '{name}'; known: {', '.join(VITS)}")
-        c, n, heads, side = (own or published for own, published in zip((width, depth, heads, None), VITS[name]))
-        if n % 4 or c % (2*heads): raise ValueError(f"{name} wants blocks in 4 equal groups and heads that divide half of the width, got {n} blocks, {heads} heads, width {c}")
-        self.name, self.channels, self.strides, self.side, self.heads = name, [c]*4, [4, 8, 16, 32], side, heads
+        if name not in VITS:
+            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(VITS)}")
+        c, n, heads, side = (
+            own or published for own, published in zip((width, depth, heads, None), VITS[name])
+        )
+        if n % 4 or c % (2 * heads):
+            raise ValueError(
+                f"{name} wants blocks in 4 equal groups and heads that divide half of the "
+                f"width, got {n} blocks, {heads} heads, width {c}"
+            )
+        self.name = name
+        self.channels = [c] * 4
+        self.strides = [4, 8, 16, 32]
+        self.side = side
+        self.heads = heads
         rates = torch.linspace(0, drop_path, n, device="cpu").tolist()
-        self.embed, self.pos_embed = nn.Conv2d(3, c, 16, 16), nn.Parameter(torch.zeros(1, 1 + side*side, c))
+        self.embed = nn.Conv2d(3, c, 16, 16)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, c))
         self.blocks = nn.ModuleList([Block(c, heads, rate) for rate in rates])
-        self.level_embed, self.prior = nn.Parameter(torch.zeros(3, c)), SpatialPrior(c, inner)
-        self.interactions = nn.ModuleList([Interaction(c, heads, drop_path, 3 if i == 3 else 1) for i in range(4)])
-        self.up, self.norms = nn.ConvTranspose2d(c, c, 2, 2), nn.ModuleList([nn.BatchNorm2d(c) for _ in range(4)])
-        for part in (self.blocks, self.prior, self.interactions, self.up): part.apply(init_weights)
-        nn.init.trunc_normal_(self.pos_embed, std=.02)
+        self.level_embed = nn.Parameter(torch.zeros(3, c))
+        self.prior = SpatialPrior(c, inner)
+        self.interactions = nn.ModuleList(
+            [Interaction(c, heads, drop_path, 3 if i == 3 else 1) for i in range(4)]
+        )
+        self.up = nn.ConvTranspose2d(c, c, 2, 2)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(c) for _ in range(4)])
+        for part in (self.blocks, self.prior, self.interactions, self.up):
+            part.apply(init_weights)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.level_embed)
-        if pretrained: download_weights(self)
+        if pretrained:
+            download_weights(self)
 
-    def positions(self, h, w): # grid -> [1, h*w, c]
+    def positions(self, h, w):  # grid -> [1, h*w, c]
         "The position table, resized to a grid."
         table = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (self.side, self.side))
-        return F.interpolate(table, (h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+        return (
+            F.interpolate(table, (h, w), mode="bicubic", align_corners=False)
+            .flatten(2)
+            .transpose(1, 2)
+        )
 
-    def exchange(self, x, c, h, w): # tokens of the transformer and of the side path; grid at 1/16 -> four grids of tokens; the side path's
+    # tokens of the transformer and of the side path; grid at 1/16 -> four grids of tokens; the
+    # side path's
+    def exchange(self, x, c, h, w):
         "Four times: injector, blocks, extractors."
-        sizes, kept, n = [(2*h, 2*w), (h, w), (h//2, w//2)], [], len(self.blocks)//4
-        own, theirs = centres([(h, w)], x), centres(sizes, x)
+        sizes = [(2 * h, 2 * w), (h, w), (h // 2, w // 2)]
+        kept = []
+        n = len(self.blocks) // 4
+        own = centres([(h, w)], x)
+        theirs = centres(sizes, x)
         for i, pair in enumerate(self.interactions):
             x = pair.injector(x, own, c, sizes)
-            for block in self.blocks[i*n:(i + 1)*n]: x = block(x)
-            for extractor in pair.extractors: c = extractor(c, theirs, x, (h, w), sizes)
+            for block in self.blocks[i * n : (i + 1) * n]:
+                x = block(x)
+            for extractor in pair.extractors:
+                c = extractor(c, theirs, x, (h, w), sizes)
             kept.append(x.transpose(1, 2).unflatten(2, (h, w)))
-        return kept, [t.transpose(1, 2).unflatten(2, size) for t, size in zip(c.split([a*b for a, b in sizes], 1), sizes)]
+        return kept, [
+            t.transpose(1, 2).unflatten(2, size)
+            for t, size in zip(c.split([a * b for a, b in sizes], 1), sizes)
+        ]
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w], sides that are multiples of 32
-    )->list: # four maps [b, c, h/4, w/4], …
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w], sides that are multiples of 32
+    ) -> list:  # four maps [b, c, h/4, w/4], …
         "The maps of the side path, with the transformer's added."
-        if x.shape[2] % 32 or x.shape[3] % 32 or not x.shape[2]*x.shape[3]:
-            raise ValueError(f"{self.name} takes sides that are multiples of 32, got {x.shape[2]}x{x.shape[3]}: pad or resize the picture")
-        h, w = x.shape[2]//16, x.shape[3]//16
+        if x.shape[2] % 32 or x.shape[3] % 32 or not x.shape[2] * x.shape[3]:
+            raise ValueError(
+                f"{self.name} takes sides that are multiples of 32, got "
+                f"{x.shape[2]}x{x.shape[3]}: pad or resize the picture"
+            )
+        h = x.shape[2] // 16
+        w = x.shape[3] // 16
         fine, *coarse = self.prior(x)
-        tokens = torch.cat([t.flatten(2).transpose(1, 2) + e for t, e in zip(coarse, self.level_embed)], 1)
-        kept, maps = self.exchange(self.embed(x).flatten(2).transpose(1, 2) + self.positions(h, w), tokens, h, w)
-        maps, sizes = [self.up(maps[0]) + fine, *maps], [(4*h, 4*w), (2*h, 2*w), (h, w), (h//2, w//2)]
-        grow = lambda t, size: F.interpolate(t, size, mode="bilinear", align_corners=False)
-        return [norm(m + (t if i == 2 else grow(t, size))) for i, (norm, m, t, size) in enumerate(zip(self.norms, maps, kept, sizes))]
+        tokens = torch.cat(
+            [t.flatten(2).transpose(1, 2) + e for t, e in zip(coarse, self.level_embed)], 1
+        )
+        kept, maps = self.exchange(
+            self.embed(x).flatten(2).transpose(1, 2) + self.positions(h, w), tokens, h, w
+        )
+        maps = [self.up(maps[0]) + fine, *maps]
+        sizes = [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
 
-    def key_rules(self, state): # a segmentor's file fills it too
+        def grow(t, size):
+            return F.interpolate(t, size, mode="bilinear", align_corners=False)
+
+        return [
+            norm(m + (t if i == 2 else grow(t, size)))
+            for i, (norm, m, t, size) in enumerate(zip(self.norms, maps, kept, sizes))
+        ]
+
+    def key_rules(self, state):  # a segmentor's file fills it too
         "Key table of the authors' files, and of timm's for the transformer."
-        return key_rules() + [Rule(r"(?:decode_head|auxiliary_head)\.", unused="unused: a decoder, which an encoder does not have")]
+        return key_rules() + [
+            Rule(
+                r"(?:decode_head|auxiliary_head)\.",
+                unused="unused: a decoder, which an encoder does not have",
+            )
+        ]
 
-    def hint(self, state): return f"the checkpoint looks like {describe_state(state)}; this encoder is {self.name}"
+    def hint(self, state):
+        return f"the checkpoint looks like {describe_state(state)}; this encoder is {self.name}"
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #e5b09ef4
 def init_weights(m):
     "The initialisation of one layer; a deformable attention comes after its own layers."
-    if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=.02)
-    elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): nn.init.normal_(m.weight, std=(2*m.groups/(m.kernel_size[0]*m.kernel_size[1]*m.out_channels))**.5)
-    if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and m.bias is not None: nn.init.zeros_(m.bias)
-    if not isinstance(m, DeformableAttention): return
-    for layer in (m.offsets, m.weights): nn.init.zeros_(layer.weight)
-    for layer in (m.value, m.out): nn.init.xavier_uniform_(layer.weight)
-    angle = torch.arange(m.heads, dtype=torch.float32)*(2*torch.pi/m.heads)
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+    elif isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(
+            m.weight,
+            std=(2 * m.groups / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)) ** 0.5,
+        )
+    if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and m.bias is not None:
+        nn.init.zeros_(m.bias)
+    if not isinstance(m, DeformableAttention):
+        return
+    for layer in (m.offsets, m.weights):
+        nn.init.zeros_(layer.weight)
+    for layer in (m.value, m.out):
+        nn.init.xavier_uniform_(layer.weight)
+    angle = torch.arange(m.heads, dtype=torch.float32) * (2 * torch.pi / m.heads)
     way = torch.stack([angle.cos(), angle.sin()], -1)
-    way = way/way.abs().amax(-1, keepdim=True) # length 1 in the maximum norm
-    with torch.no_grad(): m.offsets.bias.copy_((way[:, None, None]*torch.arange(1, m.points + 1)[:, None]).expand(-1, m.levels, -1, -1).flatten())
+    way = way / way.abs().amax(-1, keepdim=True)  # length 1 in the maximum norm
+    with torch.no_grad():
+        m.offsets.bias.copy_(
+            (way[:, None, None] * torch.arange(1, m.points + 1)[:, None])
+            .expand(-1, m.levels, -1, -1)
+            .flatten()
+        )
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #3da16851
 def key_rules(
-    theirs:str=r"(?:backbone\.)?", # pattern of the encoder's prefix in the file
-    ours:str="", # prefix here, e.g. "encoder."
-)->list: # of Rule
+    theirs: str = r"(?:backbone\.)?",  # pattern of the encoder's prefix in the file
+    ours: str = "",  # prefix here, e.g. "encoder."
+) -> list:  # of Rule
     "Key table of the authors' files, and of timm's for the transformer."
-    block, to = theirs + r"blocks\.(\d+)\.", ours + r"blocks.\1."
+    block = theirs + r"blocks\.(\d+)\."
+    to = ours + r"blocks.\1."
     rules = [Rule(theirs + n + "$", ours + n) for n in ("pos_embed", "level_embed")]
-    rules += [Rule(theirs + r"patch_embed\.proj\.", ours + "embed."), Rule(theirs + r"up\.", ours + "up."), Rule(block + r"(norm[12]|gamma[12])", to + r"\2"),
-              Rule(block + r"attn\.(qkv|proj)\.", to + r"\2."), Rule(block + r"mlp\.(fc[12])\.", to + r"\2.")]
+    rules += [
+        Rule(theirs + r"patch_embed\.proj\.", ours + "embed."),
+        Rule(theirs + r"up\.", ours + "up."),
+        Rule(block + r"(norm[12]|gamma[12])", to + r"\2"),
+        Rule(block + r"attn\.(qkv|proj)\.", to + r"\2."),
+        Rule(block + r"mlp\.(fc[12])\.", to + r"\2."),
+    ]
     rules += [Rule(rf"{theirs}norm{i + 1}\.", f"{ours}norms.{i}.") for i in range(4)]
-    for i in range(3): rules += [Rule(rf"{theirs}spm\.stem\.{3*i + j}\.", f"{ours}prior.stem.{i}.{n}.") for j, n in enumerate(("conv", "bn"))]
-    for i in range(3): rules += [Rule(rf"{theirs}spm\.conv{i + 2}\.{j}\.", f"{ours}prior.steps.{i}.{n}.") for j, n in enumerate(("conv", "bn"))]
+    for i in range(3):
+        rules += [
+            Rule(rf"{theirs}spm\.stem\.{3 * i + j}\.", f"{ours}prior.stem.{i}.{n}.")
+            for j, n in enumerate(("conv", "bn"))
+        ]
+    for i in range(3):
+        rules += [
+            Rule(rf"{theirs}spm\.conv{i + 2}\.{j}\.", f"{ours}prior.steps.{i}.{n}.")
+            for j, n in enumerate(("conv", "bn"))
+        ]
     rules += [Rule(rf"{theirs}spm\.fc{i + 1}\.", f"{ours}prior.out.{i}.") for i in range(4)]
-    sides = [(r"interactions\.(\d)\.injector\.", r"interactions.\1.injector."), (r"interactions\.(\d)\.extractor\.", r"interactions.\1.extractors.0."),
-             *[(rf"interactions\.(\d)\.extra_extractors\.{i}\.", rf"interactions.\1.extractors.{i + 1}.") for i in (0, 1)]]
-    parts = [(r"attn\.sampling_offsets\.", "attn.offsets."), (r"attn\.attention_weights\.", "attn.weights."), (r"attn\.value_proj\.", "attn.value."), (r"attn\.output_proj\.", "attn.out."),
-             (r"(gamma$|query_norm\.|feat_norm\.)", r"\2"), (r"ffn_norm\.", "norm."), (r"ffn\.dwconv\.dwconv\.", "mlp.near."), (r"ffn\.(fc[12])\.", r"mlp.\2.")]
+    sides = [
+        (r"interactions\.(\d)\.injector\.", r"interactions.\1.injector."),
+        (r"interactions\.(\d)\.extractor\.", r"interactions.\1.extractors.0."),
+        *[
+            (
+                rf"interactions\.(\d)\.extra_extractors\.{i}\.",
+                rf"interactions.\1.extractors.{i + 1}.",
+            )
+            for i in (0, 1)
+        ],
+    ]
+    parts = [
+        (r"attn\.sampling_offsets\.", "attn.offsets."),
+        (r"attn\.attention_weights\.", "attn.weights."),
+        (r"attn\.value_proj\.", "attn.value."),
+        (r"attn\.output_proj\.", "attn.out."),
+        (r"(gamma$|query_norm\.|feat_norm\.)", r"\2"),
+        (r"ffn_norm\.", "norm."),
+        (r"ffn\.dwconv\.dwconv\.", "mlp.near."),
+        (r"ffn\.(fc[12])\.", r"mlp.\2."),
+    ]
     rules += [Rule(theirs + a + b, ours + x + y) for a, x in sides for b, y in parts]
-    return rules + [Rule(theirs + "cls_token$", unused="unused: the class token"), Rule(theirs + r"(?:fc_)?norm\.(?:weight|bias)$", unused="unused: the norm before the ImageNet classifier"),
-                    Rule(theirs + r"(?:head|pre_logits\.fc)\.(?:weight|bias)$", unused="unused: the ImageNet classifier")]
+    return rules + [
+        Rule(theirs + "cls_token$", unused="unused: the class token"),
+        Rule(
+            theirs + r"(?:fc_)?norm\.(?:weight|bias)$",
+            unused="unused: the norm before the ImageNet classifier",
+        ),
+        Rule(
+            theirs + r"(?:head|pre_logits\.fc)\.(?:weight|bias)$",
+            unused="unused: the ImageNet classifier",
+        ),
+    ]
 
 # %% ../../nbs/27b_backbones.vit_adapter.ipynb #abb3f9ee
 def describe_state(
-    state:dict, # official state dict
-)->str: # a name, or what it is not
+    state: dict,  # official state dict
+) -> str:  # a name, or what it is not
     "Which Vision Transformer a file holds, read off its keys."
     keys = [k.removeprefix("backbone.") for k in state]
     depth = len({m[1] for k in keys if (m := re.match(r"blocks\.(\d+)\.norm1\.weight", k))})
     table = next((v for k, v in state.items() if k.endswith("pos_embed")), None)
-    if not depth or table is None or table.ndim != 3: return "no Vision Transformer"
+    if not depth or table is None or table.ndim != 3:
+        return "no Vision Transformer"
     adapter = any(k.startswith("interactions.") for k in keys)
-    size = next((n for n, (c, d, _, side) in VITS.items() if (c, d, 1 + side*side) == (table.shape[2], depth, table.shape[1])), None)
-    if adapter: return size or f"a ViT-Adapter of width {table.shape[2]} and {depth} blocks"
-    return f"a plain Vision Transformer of width {table.shape[2]} and {depth} blocks" + (", whose weights segkern.transfer takes" if size else "")
+    size = next(
+        (
+            n
+            for n, (c, d, _, side) in VITS.items()
+            if (c, d, 1 + side * side) == (table.shape[2], depth, table.shape[1])
+        ),
+        None,
+    )
+    if adapter:
+        return size or f"a ViT-Adapter of width {table.shape[2]} and {depth} blocks"
+    return f"a plain Vision Transformer of width {table.shape[2]} and {depth} blocks" + (
+        ", whose weights segkern.transfer takes" if size else ""
+    )
 
+# %% ../../nbs/27b_backbones.vit_adapter.ipynb #cbe945b0
 _TIMM = {"vit_adapter_l": "vit_large_patch16_384.augreg_in21k_ft_in1k"}
 
+
 def download_weights(
-    encoder:ViTAdapter, # its transformer is filled
+    encoder: ViTAdapter,  # its transformer is filled
 ):
     "Fetch the AugReg weights of the plain transformer from timm's collection."
     import timm
     from segkern.weights import transfer
+
     transfer(encoder, timm.create_model(_TIMM[encoder.name], pretrained=True).state_dict())

@@ -12,57 +12,131 @@ from pathlib import Path
 # %% ../../nbs/59_data.ipynb #f9ae3db8
 # name -> (module, class, needs a folder, splits, what it is)
 DATASETS = dict(
-    streets=("streets", "Streets", False, "train val test", "generated road scenes, CamVid's classes"),
-    camvid=("camvid", "CamVid", True, "train val trainval test", "CamVid, 11 classes, both layouts, order=segnet|sanet"),
-    cityscapes=("cityscapes", "Cityscapes", True, "train val trainval test", "Cityscapes, 19 classes, annotation=fine|coarse"),
+    streets=(
+        "streets",
+        "Streets",
+        False,
+        "train val test",
+        "generated road scenes, CamVid's classes",
+    ),
+    camvid=(
+        "camvid",
+        "CamVid",
+        True,
+        "train val trainval test",
+        "CamVid, 11 classes, both layouts, order=segnet|sanet",
+    ),
+    cityscapes=(
+        "cityscapes",
+        "Cityscapes",
+        True,
+        "train val trainval test",
+        "Cityscapes, 19 classes, annotation=fine|coarse",
+    ),
     gtav=("gtav", "GTAV", True, "train val trainval test", "GTA V, classes=19|35"),
-    ade20k=("ade20k", "ADE20K", True, "train val trainval", "ADE20K, the 150 classes of scene parsing"),
-    coco_stuff10k=("coco_stuff", "COCOStuff", True, "train val trainval", "COCO-Stuff 10K, 171 classes"),
-    pascal_context=("pascal_context", "PascalContext", True, "train val trainval", "PASCAL-Context, classes=59|60"),
-    voc2012=("voc", "VOC2012", True, "train val trainval",
-             "VOC 2012 with SBD, 21 classes, annotation=full|scribble|point|scribble_png"),
+    ade20k=(
+        "ade20k",
+        "ADE20K",
+        True,
+        "train val trainval",
+        "ADE20K, the 150 classes of scene parsing",
+    ),
+    coco_stuff10k=(
+        "coco_stuff",
+        "COCOStuff",
+        True,
+        "train val trainval",
+        "COCO-Stuff 10K, 171 classes",
+    ),
+    pascal_context=(
+        "pascal_context",
+        "PascalContext",
+        True,
+        "train val trainval",
+        "PASCAL-Context, classes=59|60",
+    ),
+    voc2012=(
+        "voc",
+        "VOC2012",
+        True,
+        "train val trainval",
+        "VOC 2012 with SBD, 21 classes, annotation=full|scribble|point|scribble_png",
+    ),
     folder=("folder", "Folder", True, "train val trainval test all", "your own pictures and masks"),
 )
 
-_LAZY = dict(SegDataset="base", Streets="streets", CamVid="camvid", Cityscapes="cityscapes", GTAV="gtav", ADE20K="ade20k", COCOStuff="coco_stuff",
-             PascalContext="pascal_context", Folder="folder",
-             TrainTransform="transforms", EvalTransform="transforms", Augment="augment", transform_for="augment",
-             check="checks", make="checks", Report="checks", weights_from_counts="checks",
-             to_label_ids="cityscapes", save_submission="cityscapes", weak_labels="sparse", scribbles_from_mask="sparse",
-             points_from_mask="sparse")
+# %% ../../nbs/59_data.ipynb #b10a28cb
+_LAZY = dict(
+    SegDataset="base",
+    Streets="streets",
+    CamVid="camvid",
+    Cityscapes="cityscapes",
+    GTAV="gtav",
+    ADE20K="ade20k",
+    COCOStuff="coco_stuff",
+    PascalContext="pascal_context",
+    Folder="folder",
+    TrainTransform="transforms",
+    EvalTransform="transforms",
+    Augment="augment",
+    transform_for="augment",
+    check="checks",
+    make="checks",
+    Report="checks",
+    weights_from_counts="checks",
+    to_label_ids="cityscapes",
+    save_submission="cityscapes",
+    weak_labels="sparse",
+    scribbles_from_mask="sparse",
+    points_from_mask="sparse",
+)
 
+# %% ../../nbs/59_data.ipynb #2ca25088
 def __getattr__(name):
     "A public name, looked up in the module that holds it."
-    if name in _LAZY: return getattr(importlib.import_module(f"segkern.data.{_LAZY[name]}"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"segkern.data.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'segkern.data' has no attribute '{name}'")
 
 # %% ../../nbs/59_data.ipynb #760748af
 def open_dataset(
-    name:str, # one of `DATASETS`
-    root:str|Path|None=None, # its folder; `streets` needs none
-    split:str="train", # "train" | "val" | "trainval" | "test", as far as the dataset has them
-    **kwargs, # the dataset's own options, e.g. order="sanet"
-): # a dataset: ds[i] is (image uint8 [3, h, w], target uint8 [h, w])
+    name: str,  # one of `DATASETS`
+    root: str | Path | None = None,  # its folder; `streets` needs none
+    split: str = "train",  # "train" | "val" | "trainval" | "test", as far as the dataset has them
+    **kwargs,  # the dataset's own options, e.g. order="sanet"
+):  # a dataset: ds[i] is (image uint8 [3, h, w], target uint8 [h, w])
     "A dataset by name."
     if name not in DATASETS:
-        close = difflib.get_close_matches(str(name).lower(), DATASETS, 1, .5)
-        raise ValueError(f"there is no dataset '{name}'; there are {', '.join(DATASETS)}."
-                         + (f" Did you mean '{close[0]}'?" if close else ""))
+        close = difflib.get_close_matches(str(name).lower(), DATASETS, 1, 0.5)
+        raise ValueError(
+            f"there is no dataset '{name}'; there are {', '.join(DATASETS)}."
+            + (f" Did you mean '{close[0]}'?" if close else "")
+        )
     module, cls, needs_root, *_ = DATASETS[name]
     make = getattr(importlib.import_module(f"segkern.data.{module}"), cls)
-    try: return make(root, split=split, **kwargs) if needs_root else make(split=split, **kwargs)
+    try:
+        return make(root, split=split, **kwargs) if needs_root else make(split=split, **kwargs)
     except TypeError as e:
-        if "unexpected keyword" in str(e): raise ValueError(f"{name}: {str(e).split('() ')[-1]}; see help(segkern.data.{cls})") from e
+        if "unexpected keyword" in str(e):
+            raise ValueError(
+                f"{name}: {str(e).split('() ')[-1]}; see help(segkern.data.{cls})"
+            ) from e
         raise
 
 # %% ../../nbs/59_data.ipynb #435bec02
 def permutation(
-    from_classes:list, # names by id, e.g. of a checkpoint
-    to_classes:list, # names by id, e.g. of a dataset
-)->list: # p with to_classes[p[i]] == from_classes[i]: ids go `p[id]`, and logits `x[:, p]` go from the order of `to` to that of `from`
+    from_classes: list,  # names by id, e.g. of a checkpoint
+    to_classes: list,  # names by id, e.g. of a dataset
+    # p with to_classes[p[i]] == from_classes[i]: ids go `p[id]`, and logits `x[:, p]` go from the
+    # order of `to` to that of `from`
+) -> list:
     "Where each class of the first list stands in the second."
     if gone := [c for c in from_classes if c not in to_classes]:
-        raise ValueError(f"classes {gone} are not among {list(to_classes)}: the two class lists differ by more than their order")
+        raise ValueError(
+            f"classes {gone} are not among {list(to_classes)}: the two class lists differ by more than their order"
+        )
     if extra := [c for c in to_classes if c not in from_classes]:
-        raise ValueError(f"classes {extra} are not among {list(from_classes)}: the two class lists differ by more than their order")
+        raise ValueError(
+            f"classes {extra} are not among {list(from_classes)}: the two class lists differ by more than their order"
+        )
     return [to_classes.index(c) for c in from_classes]

@@ -11,5 +11,9 @@ from .base import ShiftedDataset
 # %% ../../nbs/53b_data.ade20k.ipynb #0f2b73ed
 class ADE20K(ShiftedDataset):
     "The 150 classes of the scene parsing benchmark; the root may be the folder above ADEChallengeData2016."
-    key, layout = "ade20k", "images/training/*.jpg and annotations/training/*.png, and the same with validation"
-    parts, inside, hint = dict(train="training", val="validation"), "ADEChallengeData2016", "in ADEChallengeData2016"
+
+    key = "ade20k"
+    layout = "images/training/*.jpg and annotations/training/*.png, and the same with validation"
+    parts = dict(train="training", val="validation")
+    inside = "ADEChallengeData2016"
+    hint = "in ADEChallengeData2016"

@@ -12,21 +12,29 @@ import math
 import torch
 
 from ..core import IGNORE
-from .transforms import TrainTransform, check_pair, nearest_window, resize_window, scaled_size
+from segkern.data.transforms import (
+    TrainTransform,
+    check_pair,
+    nearest_window,
+    resize_window,
+    scaled_size,
+)
 from ..edges import boundary_target
 
 # %% ../../nbs/50c_data.augment.ipynb #9e713204
 def uniform(
-    low:float, high:float, # ends of the interval
-    generator:torch.Generator|None=None, # where the number comes from
-)->float: # in [low, high)
+    low: float,
+    high: float,  # ends of the interval
+    generator: torch.Generator | None = None,  # where the number comes from
+) -> float:  # in [low, high)
     "A number drawn uniformly."
-    return low + (high - low)*float(torch.rand((), generator=generator))
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
 
 def below(
-    n:int, # at least 1
-    generator:torch.Generator|None=None, # where the number comes from
-)->int: # in 0 … n-1
+    n: int,  # at least 1
+    generator: torch.Generator | None = None,  # where the number comes from
+) -> int:  # in 0 … n-1
     "A whole number drawn uniformly."
     return int(torch.randint(n, (), generator=generator))
 
@@ -34,58 +42,72 @@ def below(
 def _division(top):
     "The table of top/i with 12 fractional bits, 0 for i = 0, as OpenCV builds it."
     i = torch.arange(256, dtype=torch.float64)
-    return torch.where(i > 0, (top*4096)/i.clamp(min=1), 0.).round().int()
+    return torch.where(i > 0, (top * 4096) / i.clamp(min=1), 0.0).round().int()
 
-_SATURATION, _HUE = _division(255), _division(180/6)
 
+_SATURATION = _division(255)
+_HUE = _division(180 / 6)
+
+# %% ../../nbs/50c_data.augment.ipynb #f6e0f233
 def rgb_to_hsv(
-    image:torch.Tensor, # uint8 [3, h, w]
-)->torch.Tensor: # uint8 [3, h, w]: hue 0 … 179, saturation, value 0 … 255
+    image: torch.Tensor,  # uint8 [3, h, w]
+) -> torch.Tensor:  # uint8 [3, h, w]: hue 0 … 179, saturation, value 0 … 255
     "OpenCV's hue, saturation and value."
     r, g, b = image.short()
     value = image.amax(0)
     v = value.short()
     d = v - image.amin(0)
-    over = lambda table, i: table.index_select(0, i.int().flatten()).view(i.shape)
-    hue = torch.where(v == r, g - b, torch.where(v == g, b - r + 2*d, r - g + 4*d))
+
+    def over(table, i):
+        return table.index_select(0, i.int().flatten()).view(i.shape)
+
+    hue = torch.where(v == r, g - b, torch.where(v == g, b - r + 2 * d, r - g + 4 * d))
     hue = ((hue.int().mul_(over(_HUE, d)).add_(2048)) >> 12).short()
     saturation = d.int().mul_(over(_SATURATION, v)).add_(2048) >> 12
-    return torch.stack([hue.add_((hue < 0).short(), alpha=180).to(torch.uint8), saturation.to(torch.uint8), value])
+    return torch.stack(
+        [hue.add_((hue < 0).short(), alpha=180).to(torch.uint8), saturation.to(torch.uint8), value]
+    )
 
+# %% ../../nbs/50c_data.augment.ipynb #4b8f34f6
 def hsv_to_rgb(
-    hsv:torch.Tensor, # uint8 [3, h, w] as `rgb_to_hsv` gives it
-)->torch.Tensor: # uint8 [3, h, w]
+    hsv: torch.Tensor,  # uint8 [3, h, w] as `rgb_to_hsv` gives it
+) -> torch.Tensor:  # uint8 [3, h, w]
     "The way back."
-    hue, saturation, value = hsv[0].float()/30, hsv[1].float()/255, hsv[2].float()
+    hue = hsv[0].float() / 30
+    saturation = hsv[1].float() / 255
+    value = hsv[2].float()
     out = torch.empty(3, *hue.shape)
     for i, n in enumerate((5, 3, 1)):
         k = hue + n
         k.sub_((k >= 6).float(), alpha=6)
         out[i] = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return (value - out.mul_(saturation).mul_(value)).to(torch.uint8) # cut, as OpenCV's vector path does
+    # cut, as OpenCV's vector path does
+    return (value - out.mul_(saturation).mul_(value)).to(torch.uint8)
 
 # %% ../../nbs/50c_data.augment.ipynb #99349276
 def linear(
-    image:torch.Tensor, # uint8
-    factor:float=1., # contrast
-    offset:float=0., # brightness
-)->torch.Tensor: # uint8
+    image: torch.Tensor,  # uint8
+    factor: float = 1.0,  # contrast
+    offset: float = 0.0,  # brightness
+) -> torch.Tensor:  # uint8
     "Bytes times a factor plus an offset, clipped and cut."
     return image.float().mul_(factor).add_(offset).clamp_(0, 255).to(torch.uint8)
 
+# %% ../../nbs/50c_data.augment.ipynb #726d9dcd
 def saturate(
-    image:torch.Tensor, # uint8 [3, h, w]
-    factor:float, # 0: grey
-)->torch.Tensor: # uint8 [3, h, w]
+    image: torch.Tensor,  # uint8 [3, h, w]
+    factor: float,  # 0: grey
+) -> torch.Tensor:  # uint8 [3, h, w]
     "Scale the saturation."
     hsv = rgb_to_hsv(image)
     hsv[1] = linear(hsv[1], factor)
     return hsv_to_rgb(hsv)
 
+# %% ../../nbs/50c_data.augment.ipynb #e1968d36
 def turn_hue(
-    image:torch.Tensor, # uint8 [3, h, w]
-    by:int, # in units of two degrees
-)->torch.Tensor: # uint8 [3, h, w]
+    image: torch.Tensor,  # uint8 [3, h, w]
+    by: int,  # in units of two degrees
+) -> torch.Tensor:  # uint8 [3, h, w]
     "Turn the colour circle."
     hsv = rgb_to_hsv(image)
     hsv[0] = (hsv[0].int() + by).remainder(180).to(torch.uint8)
@@ -93,171 +115,263 @@ def turn_hue(
 
 # %% ../../nbs/50c_data.augment.ipynb #1f8e91d8
 def photometric(
-    image:torch.Tensor, # uint8 RGB [3, h, w]
-    generator:torch.Generator|None=None, # the only source of chance
-    brightness:float=32., # offsets are drawn from -brightness … brightness
-    contrast:tuple=(.5, 1.5), # factors of contrast and of saturation
-    hue:int=18, # turns are drawn from -hue … hue-1
-)->torch.Tensor: # uint8 RGB [3, h, w]
+    image: torch.Tensor,  # uint8 RGB [3, h, w]
+    generator: torch.Generator | None = None,  # the only source of chance
+    brightness: float = 32.0,  # offsets are drawn from -brightness … brightness
+    contrast: tuple = (0.5, 1.5),  # factors of contrast and of saturation
+    hue: int = 18,  # turns are drawn from -hue … hue-1
+) -> torch.Tensor:  # uint8 RGB [3, h, w]
     "OpenMMLab's photometric distortion."
-    coin = lambda: below(2, generator)
-    if coin(): image = linear(image, offset=uniform(-brightness, brightness, generator))
+
+    def coin():
+        return below(2, generator)
+
+    if coin():
+        image = linear(image, offset=uniform(-brightness, brightness, generator))
     early = coin()
-    if early and coin(): image = linear(image, uniform(*contrast, generator))
-    if coin(): image = saturate(image, uniform(*contrast, generator))
-    if coin(): image = turn_hue(image, below(2*hue, generator) - hue)
-    if not early and coin(): image = linear(image, uniform(*contrast, generator))
+    if early and coin():
+        image = linear(image, uniform(*contrast, generator))
+    if coin():
+        image = saturate(image, uniform(*contrast, generator))
+    if coin():
+        image = turn_hue(image, below(2 * hue, generator) - hue)
+    if not early and coin():
+        image = linear(image, uniform(*contrast, generator))
     return image
 
+# %% ../../nbs/50c_data.augment.ipynb #f793c884
 def shifted(
-    image:torch.Tensor, # uint8
-    by:int, # grey levels
-)->torch.Tensor: # uint8
+    image: torch.Tensor,  # uint8
+    by: int,  # grey levels
+) -> torch.Tensor:  # uint8
     "The same number added to every byte, clipped."
     return (image.short() + by).clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/50c_data.augment.ipynb #c5938122
 def _cubic_taps(n, factor, start, count):
     "Four neighbours of every output pixel, [4, count], and their weights."
-    at = (torch.arange(start, start + count, dtype=torch.float64) + .5)/factor - .5
-    low, a = at.floor(), -.75
+    at = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) / factor - 0.5
+    low = at.floor()
+    a = -0.75
     t = at - low
-    outer = lambda x: ((a*x - 5*a)*x + 8*a)*x - 4*a
-    inner = lambda x: ((a + 2)*x - (a + 3))*x*x + 1
+
+    def outer(x):
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    def inner(x):
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
     weights = torch.stack([outer(t + 1), inner(t), inner(1 - t), outer(2 - t)])
     return (low.long() + torch.arange(-1, 3)[:, None]).clamp_(0, n - 1), weights.float()
 
+# %% ../../nbs/50c_data.augment.ipynb #246f5966
 def cubic_window(
-    image:torch.Tensor, # uint8 [c, h, w]
-    factor:float|tuple, # scale of the whole picture, or of its height and its width
-    top:int, left:int, # place of the window in the scaled picture
-    height:int, width:int, # size of the window
-)->torch.Tensor: # uint8 [c, height, width]
+    image: torch.Tensor,  # uint8 [c, h, w]
+    factor: float | tuple,  # scale of the whole picture, or of its height and its width
+    top: int,
+    left: int,  # place of the window in the scaled picture
+    height: int,
+    width: int,  # size of the window
+) -> torch.Tensor:  # uint8 [c, height, width]
     "A window of the picture scaled by cubic interpolation; what lies outside the window is not computed."
     down, across = factor if isinstance(factor, tuple) else (factor, factor)
-    if down == across == 1: return image[:, top:top + height, left:left + width]
-    (ys, wy), (xs, wx) = _cubic_taps(image.shape[1], down, top, height), _cubic_taps(image.shape[2], across, left, width)
+    if down == across == 1:
+        return image[:, top : top + height, left : left + width]
+    (ys, wy), (xs, wx) = (
+        _cubic_taps(image.shape[1], down, top, height),
+        _cubic_taps(image.shape[2], across, left, width),
+    )
     first, (c, _, _) = int(xs.min()), image.shape
-    part = image[:, :, first:int(xs.max()) + 1].float()
+    part = image[:, :, first : int(xs.max()) + 1].float()
     rows = torch.zeros(c, height, part.shape[2])
-    for y, w in zip(ys, wy): rows.addcmul_(part[:, y], w[:, None])
+    for y, w in zip(ys, wy):
+        rows.addcmul_(part[:, y], w[:, None])
     out = torch.zeros(c, height, width)
-    for x, w in zip(xs - first, wx): out.addcmul_(rows[..., x], w)
+    for x, w in zip(xs - first, wx):
+        out.addcmul_(rows[..., x], w)
     return out.round_().clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/50c_data.augment.ipynb #3040d7bb
 def fitted_size(
-    size:tuple, # (height, width) of a picture
-    frame:tuple, # (long, short) side of the frame
-    scale:float=1., # of the frame
-)->tuple: # (height, width)
+    size: tuple,  # (height, width) of a picture
+    frame: tuple,  # (long, short) side of the frame
+    scale: float = 1.0,  # of the frame
+) -> tuple:  # (height, width)
     "The largest size in the frame with the same aspect."
-    long, short = (int(s*scale) for s in (max(frame), min(frame)))
-    factor = min(long/max(size), short/min(size))
-    return tuple(max(1, int(n*factor + .5)) for n in size)
+    long, short = (int(s * scale) for s in (max(frame), min(frame)))
+    factor = min(long / max(size), short / min(size))
+    return tuple(max(1, int(n * factor + 0.5)) for n in size)
 
+# %% ../../nbs/50c_data.augment.ipynb #2d82c786
 def stretched_size(
-    size:tuple, # (height, width) of a picture
-    scale:float, # of both sides
-    aspect:float, # width over height becomes larger by this
-)->tuple: # (height, width)
+    size: tuple,  # (height, width) of a picture
+    scale: float,  # of both sides
+    aspect: float,  # width over height becomes larger by this
+) -> tuple:  # (height, width)
     "A size scaled and stretched, truncated to whole pixels."
-    return max(1, int(size[0]*math.sqrt(1/aspect)*scale)), max(1, int(size[1]*math.sqrt(aspect)*scale))
+    return max(1, int(size[0] * math.sqrt(1 / aspect) * scale)), max(
+        1, int(size[1] * math.sqrt(aspect) * scale)
+    )
 
 # %% ../../nbs/50c_data.augment.ipynb #0881a28f
 def balanced(
-    labels:torch.Tensor, # uint8, void 255
-    limit:float, # largest share of one class
-)->bool: # False also where there is one class only, or none
+    labels: torch.Tensor,  # uint8, void 255
+    limit: float,  # largest share of one class
+) -> bool:  # False also where there is one class only, or none
     "Whether no class dominates a crop."
     counts = torch.bincount(labels.flatten(), minlength=256)[:IGNORE]
-    return int((counts > 0).sum()) > 1 and counts.max().item() < limit*counts.sum().item()
+    return int((counts > 0).sum()) > 1 and counts.max().item() < limit * counts.sum().item()
 
 # %% ../../nbs/50c_data.augment.ipynb #f932891c
 def _draw_size(t, size, generator):
     "A drawn size for a picture of (height, width), and the factors between."
-    scale = uniform(*t.scale_range, generator) if t.scale_range else t.scales[below(len(t.scales), generator)]
-    aspect = uniform(*t.aspect, generator) if t.aspect else 1.
-    if not t.fit_size and not t.aspect: return scaled_size(size, scale, t.base_size)
-    if t.fit_size: new = fitted_size(size, t.fit_size, scale)
-    else: new = scaled_size(size, scale, t.base_size)[0] if t.base_size else None
-    if t.aspect: new = stretched_size(new or size, 1. if new else scale, aspect)
-    return new, tuple(a/b for a, b in zip(new, size))
+    scale = (
+        uniform(*t.scale_range, generator)
+        if t.scale_range
+        else t.scales[below(len(t.scales), generator)]
+    )
+    aspect = uniform(*t.aspect, generator) if t.aspect else 1.0
+    if not t.fit_size and not t.aspect:
+        return scaled_size(size, scale, t.base_size)
+    if t.fit_size:
+        new = fitted_size(size, t.fit_size, scale)
+    else:
+        new = scaled_size(size, scale, t.base_size)[0] if t.base_size else None
+    if t.aspect:
+        new = stretched_size(new or size, 1.0 if new else scale, aspect)
+    return new, tuple(a / b for a, b in zip(new, size))
 
+# %% ../../nbs/50c_data.augment.ipynb #d0795f26
 def _draw_window(t, target, new, factor, generator):
     "A drawn window of the scaled picture, and its labels."
     (h, w), (ch, cw) = new, t.crop
     for again in range(11 if t.cat_max_ratio else 1):
-        top, left = below(max(h - ch, 0) + 1, generator), below(max(w - cw, 0) + 1, generator)
+        top = below(max(h - ch, 0) + 1, generator)
+        left = below(max(w - cw, 0) + 1, generator)
         window = factor, top, left, min(h, ch), min(w, cw)
         labels = nearest_window(target, *window)
-        if again == 10 or not t.cat_max_ratio or balanced(labels, t.cat_max_ratio): return window, labels
+        if again == 10 or not t.cat_max_ratio or balanced(labels, t.cat_max_ratio):
+            return window, labels
 
+# %% ../../nbs/50c_data.augment.ipynb #2ee93b82
 def _lay(t, x, y, generator):
     "Recolour by a shift, pad, normalise."
     by = below(21, generator) - 10 if t.colour.startswith("shift") else 0
-    if by and (t.colour == "shift_picture" or t.pad == "mean"): x, by = shifted(x, by), 0
+    if by and (t.colour == "shift_picture" or t.pad == "mean"):
+        x = shifted(x, by)
+        by = 0
     spare = [t.crop[i] - x.shape[i + 1] for i in (0, 1)]
     top, left = [below(s + 1, generator) for s in spare] if t.place == "random" else (0, 0)
-    if t.pad == "mean": x = t.preprocess(x)
-    full, void = x.new_zeros(3, *t.crop), y.new_full((*y.shape[:-2], *t.crop), IGNORE)
-    if y.ndim == 3: void[1] = 0
+    if t.pad == "mean":
+        x = t.preprocess(x)
+    full = x.new_zeros(3, *t.crop)
+    void = y.new_full((*y.shape[:-2], *t.crop), IGNORE)
+    if y.ndim == 3:
+        void[1] = 0
     where = slice(top, top + x.shape[1]), slice(left, left + x.shape[2])
     full[(slice(None), *where)], void[(..., *where)] = x, y
     return full if t.pad == "mean" else t.preprocess(shifted(full, by) if by else full), void
 
 # %% ../../nbs/50c_data.augment.ipynb #337f296b
-_PLAIN = dict(scale_range=(), fit_size=(), aspect=(), interpolation="linear", flip_first=False, cat_max_ratio=0., colour="none", place="corner", inside=False)
+_PLAIN = dict(
+    scale_range=(),
+    fit_size=(),
+    aspect=(),
+    interpolation="linear",
+    flip_first=False,
+    cat_max_ratio=0.0,
+    colour="none",
+    place="corner",
+    inside=False,
+)
 
+# %% ../../nbs/50c_data.augment.ipynb #725dbe9a
 class Augment(TrainTransform):
-    "Flip, scale, crop, recolour, pad and normalise a picture with its mask; which of it, and in which order, is what the fields say."
-    def __init__(self,
-        *args, # as for `TrainTransform`
-        scale_range:tuple=(), # (low, high): the scale is drawn from here instead of from `scales`
-        fit_size:tuple=(), # (long, short) of the frame that the scale refers to
-        aspect:tuple=(), # (low, high) of the stretch
-        interpolation:str="linear", # "linear" | "cubic"
-        flip_first:bool=False, # before scaling
-        cat_max_ratio:float=0., # limit of `balanced`; 0: any crop will do
-        colour:str="none", # "mmseg": `photometric` | "shift": `shifted`, padding too | "shift_picture": without it
-        place:str="corner", # of a picture smaller than the crop: "corner" (top left) | "random"
-        inside:bool=False, # targets become [2, h, w]: ids, and 1 where the picture is
-        **kwargs, # as for `TrainTransform`
+    """Flip, scale, crop, recolour, pad and normalise a picture with its mask; which of it, and in
+    which order, is what the fields say."""
+
+    def __init__(
+        self,
+        *args,  # as for `TrainTransform`
+        # (low, high): the scale is drawn from here instead of from `scales`
+        scale_range: tuple = (),
+        fit_size: tuple = (),  # (long, short) of the frame that the scale refers to
+        aspect: tuple = (),  # (low, high) of the stretch
+        interpolation: str = "linear",  # "linear" | "cubic"
+        flip_first: bool = False,  # before scaling
+        cat_max_ratio: float = 0.0,  # limit of `balanced`; 0: any crop will do
+        # "mmseg": `photometric` | "shift": `shifted`, padding too | "shift_picture": without it
+        colour: str = "none",
+        # of a picture smaller than the crop: "corner" (top left) | "random"
+        place: str = "corner",
+        inside: bool = False,  # targets become [2, h, w]: ids, and 1 where the picture is
+        **kwargs,  # as for `TrainTransform`
     ):
         super().__init__(*args, **kwargs)
-        for name, value, known in (("interpolation", interpolation, ("linear", "cubic")), ("colour", colour, ("none", "mmseg", "shift", "shift_picture")),
-                                   ("place", place, ("corner", "random"))):
-            if value not in known: raise ValueError(f"{name} must be one of {list(known)}, got '{value}'")
-        if inside and self.edges: raise ValueError("a target has one second plane: inside or edges, not both")
-        self.scale_range, self.fit_size, self.aspect, self.cubic, self.flip_first = tuple(scale_range), tuple(fit_size), tuple(aspect), interpolation == "cubic", flip_first
-        self.cat_max_ratio, self.colour, self.place, self.inside = cat_max_ratio, colour, place, inside
+        for name, value, known in (
+            ("interpolation", interpolation, ("linear", "cubic")),
+            ("colour", colour, ("none", "mmseg", "shift", "shift_picture")),
+            ("place", place, ("corner", "random")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {list(known)}, got '{value}'")
+        if inside and self.edges:
+            raise ValueError("a target has one second plane: inside or edges, not both")
+        self.scale_range = tuple(scale_range)
+        self.fit_size = tuple(fit_size)
+        self.aspect = tuple(aspect)
+        self.cubic = interpolation == "cubic"
+        self.flip_first = flip_first
+        self.cat_max_ratio = cat_max_ratio
+        self.colour = colour
+        self.place = place
+        self.inside = inside
 
-    def __call__(self,
-        image:torch.Tensor, # uint8 RGB [3, h, w]
-        target:torch.Tensor, # uint8 [h, w], void 255
-        generator:torch.Generator|None=None, # the only source of chance; default: torch's own
-    )->tuple: # float32 [3, crop height, crop width] normalised, uint8 [crop height, crop width] ([2, …] with edges or inside)
+    def __call__(
+        self,
+        image: torch.Tensor,  # uint8 RGB [3, h, w]
+        target: torch.Tensor,  # uint8 [h, w], void 255
+        # the only source of chance; default: torch's own
+        generator: torch.Generator | None = None,
+        # float32 [3, crop height, crop width] normalised, uint8 [crop height, crop width] ([2, …]
+        # with edges or inside)
+    ) -> tuple:
         check_pair(image, target)
-        turn = lambda: uniform(0, 1, generator) < self.flip
-        if self.flip_first and turn(): image, target = image.flip(-1), target.flip(-1)
+
+        def turn():
+            return uniform(0, 1, generator) < self.flip
+
+        if self.flip_first and turn():
+            image = image.flip(-1)
+            target = target.flip(-1)
         new, factor = _draw_size(self, tuple(image.shape[1:]), generator)
         window, y = _draw_window(self, target, new, factor, generator)
         x = (cubic_window if self.cubic else resize_window)(image, *window)
-        if self.edges: y = torch.stack([y, nearest_window(boundary_target(target, self.edge_frame), *window)])
-        if self.inside: y = torch.stack([y, torch.ones_like(y)])
-        if not self.flip_first and turn(): x, y = x.flip(-1), y.flip(-1)
-        if self.colour == "mmseg": x = photometric(x, generator)
+        if self.edges:
+            y = torch.stack([y, nearest_window(boundary_target(target, self.edge_frame), *window)])
+        if self.inside:
+            y = torch.stack([y, torch.ones_like(y)])
+        if not self.flip_first and turn():
+            x = x.flip(-1)
+            y = y.flip(-1)
+        if self.colour == "mmseg":
+            x = photometric(x, generator)
         return _lay(self, x, y, generator)
 
     def __repr__(self):
         own = {k: self.__dict__.get(k, "cubic" if self.cubic else "linear") for k in _PLAIN}
-        return f"Augment(crop={self.crop}, " + ", ".join(f"{k}={v}" for k, v in own.items() if v != _PLAIN[k]) + ")"
+        return (
+            f"Augment(crop={self.crop}, "
+            + ", ".join(f"{k}={v}" for k, v in own.items() if v != _PLAIN[k])
+            + ")"
+        )
 
 # %% ../../nbs/50c_data.augment.ipynb #a1413e0c
 def transform_for(
-    recipe, # a `Recipe`
-)->TrainTransform: # `TrainTransform` where that is enough
+    recipe,  # a `Recipe`
+) -> TrainTransform:  # `TrainTransform` where that is enough
     "The training transform that a recipe asks for."
-    r, more = recipe, {k: getattr(recipe, k) for k in _PLAIN}
+    r = recipe
+    more = {k: getattr(recipe, k) for k in _PLAIN}
     common = r.preprocess, r.crop, r.scales, r.flip, r.pad, r.base_size, r.edges, r.edge_frame
     return TrainTransform(*common) if more == _PLAIN else Augment(*common, **more)

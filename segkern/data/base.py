@@ -19,7 +19,8 @@ from ..core import IGNORE, load_table
 # %% ../../nbs/50a_data.base.ipynb #9414e56c
 def _open(path, convert):
     "Decode an image file completely and hand it to `convert`; a missing or broken file is a clear error."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -31,51 +32,64 @@ def _open(path, convert):
 
 # %% ../../nbs/50a_data.base.ipynb #47e63aec
 def read_image(
-    path:str|Path, # any picture that Pillow reads
-)->torch.Tensor: # uint8 RGB [3, h, w]
+    path: str | Path,  # any picture that Pillow reads
+) -> torch.Tensor:  # uint8 RGB [3, h, w]
     "A picture as a tensor."
     a = _open(path, lambda f: np.array(f if f.mode == "RGB" else f.convert("RGB")))
     return torch.from_numpy(a).permute(2, 0, 1).contiguous()
 
 # %% ../../nbs/50a_data.base.ipynb #14b4c40e
 def read_ids(
-    path:str|Path, # an 8- or 16-bit grey PNG or a palette PNG
-)->np.ndarray: # [h, w], the stored numbers
+    path: str | Path,  # an 8- or 16-bit grey PNG or a palette PNG
+) -> np.ndarray:  # [h, w], the stored numbers
     "A mask that stores a number per pixel. The colours of a palette PNG are for people; its indices are the ids."
+
     def ids(f):
         "The stored numbers of an opened mask."
         if f.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
-            raise ValueError(f"mode {f.mode}, but a mask of ids has one channel; colour masks need a dataset with a colour table")
+            raise ValueError(
+                f"mode {f.mode}, but a mask of ids has one channel; colour masks need a dataset with a colour table"
+            )
         return np.array(f).astype(np.int32 if f.mode.startswith("I") else np.uint8)
+
     return _open(path, ids)
 
 # %% ../../nbs/50a_data.base.ipynb #fc8e4322
 def lookup(
-    ids:np.ndarray, # stored numbers [h, w]
-    table:dict, # stored id -> class id or 255
-    path:str|Path, # for the message
-    hint:str="", # how to repair it
-)->np.ndarray: # uint8 [h, w]
+    ids: np.ndarray,  # stored numbers [h, w]
+    table: dict,  # stored id -> class id or 255
+    path: str | Path,  # for the message
+    hint: str = "",  # how to repair it
+) -> np.ndarray:  # uint8 [h, w]
     "Stored ids as class ids; an id that the table does not know is an error."
     size = max(max(table, default=0), int(ids.max(initial=0))) + 1
-    if ids.min(initial=0) < 0 or size > 65536: raise ValueError(f"{path} holds ids {ids.min()}..{ids.max()}; expected 0..255")
+    if ids.min(initial=0) < 0 or size > 65536:
+        raise ValueError(f"{path} holds ids {ids.min()}..{ids.max()}; expected 0..255")
     lut = np.full(size, -1, np.int16)
     for k, v in table.items():
-        if k >= 0: lut[k] = v
+        if k >= 0:
+            lut[k] = v
     out = lut[ids]
     if (out < 0).any():
         bad, n = np.unique(ids[out < 0], return_counts=True)
-        known = ", ".join(str(k) for k in sorted(table) if k >= 0) if len(table) < 16 else f"{len(table)} ids"
-        raise ValueError(f"{path} holds label {int(bad[0])} in {int(n[0])} pixels"
-                         + (f" (and labels {bad[1:6].tolist()})" if len(bad) > 1 else "") + f"; known are {known}. {hint}".rstrip())
+        known = (
+            ", ".join(str(k) for k in sorted(table) if k >= 0)
+            if len(table) < 16
+            else f"{len(table)} ids"
+        )
+        raise ValueError(
+            f"{path} holds label {int(bad[0])} in {int(n[0])} pixels"
+            + (f" (and labels {bad[1:6].tolist()})" if len(bad) > 1 else "")
+            + f"; known are {known}. {hint}".rstrip()
+        )
     return out.astype(np.uint8)
 
 # %% ../../nbs/50a_data.base.ipynb #980a5886
 def read_colours(
-    path:str|Path, # an RGB or palette PNG
-    colours:list, # the colour of each class
-    other:int|None=IGNORE, # id of any other colour; None: an error
-)->np.ndarray: # uint8 [h, w]
+    path: str | Path,  # an RGB or palette PNG
+    colours: list,  # the colour of each class
+    other: int | None = IGNORE,  # id of any other colour; None: an error
+) -> np.ndarray:  # uint8 [h, w]
     "A mask of colours as class ids."
     rgb = _open(path, lambda f: np.array(f.convert("RGB"))).astype(np.int32)
     packed = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
@@ -84,151 +98,219 @@ def read_colours(
     unknown = [k for k in keys.tolist() if k not in ids]
     if unknown and other is None:
         k = unknown[0]
-        raise ValueError(f"{path} holds the colour ({k >> 16}, {k >> 8 & 255}, {k & 255}), not one of the palette's {len(colours)}. "
-                         "Add it to the palette, or save the mask without anti-aliasing and lossy compression")
-    return np.array([ids.get(k, other) for k in keys.tolist()], np.uint8)[where].reshape(packed.shape)
+        raise ValueError(
+            f"{path} holds the colour ({k >> 16}, {k >> 8 & 255}, {k & 255}), not one of the palette's {len(colours)}. "
+            "Add it to the palette, or save the mask without anti-aliasing and lossy compression"
+        )
+    return np.array([ids.get(k, other) for k in keys.tolist()], np.uint8)[where].reshape(
+        packed.shape
+    )
 
 # %% ../../nbs/50a_data.base.ipynb #3b4c097d
 def stored_as_colour(
-    path:str|Path, # a mask
-)->bool: # True: colours; False: numbers
+    path: str | Path,  # a mask
+) -> bool:  # True: colours; False: numbers
     "Whether a mask stores colours: it has more than one channel. Only the file's header is read."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
     try:
-        with Image.open(path) as f: return f.mode not in ("L", "P", "1") and not f.mode.startswith("I")
-    except (OSError, SyntaxError, ValueError) as e: raise ValueError(f"{path} is not a readable image ({e}): replace or remove it") from e
+        with Image.open(path) as f:
+            return f.mode not in ("L", "P", "1") and not f.mode.startswith("I")
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f"{path} is not a readable image ({e}): replace or remove it") from e
 
 # %% ../../nbs/50a_data.base.ipynb #e4f631e1
 class SegDataset(torch.utils.data.Dataset):
     "Pictures with a class per pixel: `ds[i]` is (image uint8 [3, h, w] RGB, target uint8 [h, w] with void 255)."
-    def __init__(self,
-        name:str, # as `open_dataset` knows it
-        split:str, # which part of the data
-        files:list, # (image path, mask path or None) per sample
-        classes:list, # class names, by id
-        palette:list, # an rgb triple per class
-        class_weights:list|None=None, # for a weighted cross-entropy
-        read_target=None, # mask path -> uint8 array [h, w]; default: the ids as stored
+
+    def __init__(
+        self,
+        name: str,  # as `open_dataset` knows it
+        split: str,  # which part of the data
+        files: list,  # (image path, mask path or None) per sample
+        classes: list,  # class names, by id
+        palette: list,  # an rgb triple per class
+        class_weights: list | None = None,  # for a weighted cross-entropy
+        read_target=None,  # mask path -> uint8 array [h, w]; default: the ids as stored
     ):
-        if not files: raise ValueError(f"{name}: the split '{split}' is empty")
-        self.name, self.split, self.files = name, split, files
-        self.classes, self.palette, self.class_weights = list(classes), list(palette), class_weights
+        if not files:
+            raise ValueError(f"{name}: the split '{split}' is empty")
+        self.name = name
+        self.split = split
+        self.files = files
+        self.classes = list(classes)
+        self.palette = list(palette)
+        self.class_weights = class_weights
         self._read = read_target or self._plain
 
     def _plain(self, path):
         "A mask whose numbers are class ids already."
-        return lookup(read_ids(path), {**{i: i for i in range(len(self.classes))}, IGNORE: IGNORE}, path)
+        return lookup(
+            read_ids(path), {**{i: i for i in range(len(self.classes))}, IGNORE: IGNORE}, path
+        )
 
     @property
     def num_classes(self):
         "How many classes there are."
         return len(self.classes)
 
-    def __len__(self): return len(self.files)
+    def __len__(self):
+        return len(self.files)
 
-    def __repr__(self): return f"{type(self).__name__}({self.name}, split={self.split}, {len(self)} images, {len(self.classes)} classes)"
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}({self.name}, split={self.split}, {len(self)} images, "
+            f"{len(self.classes)} classes)"
+        )
 
     def _index(self, i):
         "A valid index, so that iteration ends and a negative index counts from the end."
-        if not -len(self) <= i < len(self): raise IndexError(f"{self.name}: index {i}, but the split '{self.split}' has {len(self)} images")
+        if not -len(self) <= i < len(self):
+            raise IndexError(
+                f"{self.name}: index {i}, but the split '{self.split}' has {len(self)} images"
+            )
         return int(i) % len(self)
 
-    def image(self, i)->torch.Tensor: # uint8 RGB [3, h, w]
+    def image(self, i) -> torch.Tensor:  # uint8 RGB [3, h, w]
         "The picture alone."
         return read_image(self.files[self._index(i)][0])
 
-    def target(self, i)->torch.Tensor|None: # uint8 [h, w], or None where the sample has no mask
+    def target(
+        self, i
+    ) -> torch.Tensor | None:  # uint8 [h, w], or None where the sample has no mask
         "The mask alone."
         path = self.files[self._index(i)][1]
-        if path is None: return None
+        if path is None:
+            return None
         return torch.from_numpy(np.ascontiguousarray(self._read(path), dtype=np.uint8))
 
     def __getitem__(self, i):
-        image, target = self.image(i), self.target(i)
-        if target is None: return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
+        image = self.image(i)
+        target = self.target(i)
+        if target is None:
+            return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
         if target.shape != image.shape[1:]:
             image_path, mask_path = self.files[self._index(i)]
-            raise ValueError(f"{image_path} is {tuple(image.shape[1:])} (height, width), but its mask {mask_path} is {tuple(target.shape)}")
+            raise ValueError(
+                f"{image_path} is {tuple(image.shape[1:])} (height, width), but its mask "
+                f"{mask_path} is {tuple(target.shape)}"
+            )
         return image, target
 
 # %% ../../nbs/50a_data.base.ipynb #89265c39
-class MissingSplit(FileNotFoundError): "The dataset is there, but not this part of it."
+class MissingSplit(FileNotFoundError):
+    "The dataset is there, but not this part of it."
+
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
+# %% ../../nbs/50a_data.base.ipynb #70b55a96
 def need_root(
-    name:str, # dataset
-    root, # what the user gave
-    layout:str, # what should be inside
-)->Path: # an existing folder
+    name: str,  # dataset
+    root,  # what the user gave
+    layout: str,  # what should be inside
+) -> Path:  # an existing folder
     "The dataset's folder, or an error that says what it should hold."
-    if root is None or str(root) == "": raise ValueError(f"{name} needs root=, the folder that holds {layout}")
-    if not Path(root).is_dir(): raise FileNotFoundError(f"{name}: the folder {root} does not exist; it should hold {layout}")
+    if root is None or str(root) == "":
+        raise ValueError(f"{name} needs root=, the folder that holds {layout}")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(
+            f"{name}: the folder {root} does not exist; it should hold {layout}"
+        )
     return Path(root)
 
+# %% ../../nbs/50a_data.base.ipynb #1ee20333
 def list_images(
-    folder:Path, # where to look
-    deep:bool=False, # also in folders below
-)->list: # paths, sorted by name
+    folder: Path,  # where to look
+    deep: bool = False,  # also in folders below
+) -> list:  # paths, sorted by name
     "The picture files of a folder."
     it = folder.rglob("*") if deep else folder.iterdir()
     return sorted(p for p in it if p.suffix.lower() in IMAGES and not p.name.startswith("."))
 
+
 _tolerant = contextvars.ContextVar("tolerant", default=False)
 
+# %% ../../nbs/50a_data.base.ipynb #8ff56bb4
 @contextlib.contextmanager
 def unpaired():
     "Inside this block `pair` passes over missing masks; `check` reports them itself."
     token = _tolerant.set(True)
-    try: yield
-    finally: _tolerant.reset(token)
+    try:
+        yield
+    finally:
+        _tolerant.reset(token)
 
+# %% ../../nbs/50a_data.base.ipynb #41e828b3
 def pair(
-    name:str, # dataset, for the message
-    images:list, # picture paths
-    mask_of, # picture path -> mask path
-)->list: # (image, mask)
+    name: str,  # dataset, for the message
+    images: list,  # picture paths
+    mask_of,  # picture path -> mask path
+) -> list:  # (image, mask)
     "Pictures with their masks; the error says how many are missing."
     files = [(p, Path(mask_of(p))) for p in images]
     gone = [m for _, m in files if not m.is_file()]
     if gone and not _tolerant.get():
-        raise FileNotFoundError(f"{name}: {len(gone)} of {len(files)} images have no mask, the first missing is {gone[0]}. "
-                                "`segkern data check` lists them all")
+        raise FileNotFoundError(
+            f"{name}: {len(gone)} of {len(files)} images have no mask, the first missing is {gone[0]}. "
+            "`segkern data check` lists them all"
+        )
     return files
 
 # %% ../../nbs/50a_data.base.ipynb #36d44bcf
 def read_list(
-    path:str|Path, # text file, a sample per line: an image path, or image and mask separated by a tab or blanks
-    root:Path, # what relative paths start from
-)->list: # (image path, mask path or None)
+    # text file, a sample per line: an image path, or image and mask separated by a tab or blanks
+    path: str | Path,
+    root: Path,  # what relative paths start from
+) -> list:  # (image path, mask path or None)
     "The samples that a list file names."
-    if not Path(path).is_file(): raise FileNotFoundError(f"the list file {path} does not exist")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the list file {path} does not exist")
     rows = []
     for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"): continue
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
         parts = [p.strip() for p in line.split("\t") if p.strip()] if "\t" in line else line.split()
         if len(parts) > 2:
-            raise ValueError(f"{path}, line {n}: expected an image and a mask, got {len(parts)} words; put a tab between paths with blanks")
-        rows.append(tuple(_locate(root, p) for p in parts) + (None,)*(2 - len(parts)))
-    if not rows: raise ValueError(f"the list file {path} names no image")
+            raise ValueError(
+                f"{path}, line {n}: expected an image and a mask, got {len(parts)} words; "
+                f"put a tab between paths with blanks"
+            )
+        rows.append(tuple(_locate(root, p) for p in parts) + (None,) * (2 - len(parts)))
+    if not rows:
+        raise ValueError(f"the list file {path} names no image")
     gone = [i for i, _ in rows if not i.is_file()]
     if gone and not _tolerant.get():
-        raise FileNotFoundError(f"{len(gone)} of {len(rows)} images in {path} do not exist, the first is {gone[0]}")
+        raise FileNotFoundError(
+            f"{len(gone)} of {len(rows)} images in {path} do not exist, the first is {gone[0]}"
+        )
     return rows
 
+# %% ../../nbs/50a_data.base.ipynb #fb7ce29a
 def _locate(root, text):
-    "A path of a list file below `root`, as jpg or png. SegNet's lists begin with '/SegNet/CamVid', which is on no other machine."
+    """A path of a list file below `root`, as jpg or png. SegNet's lists begin with
+    '/SegNet/CamVid', which is on no other machine."""
     path = Path(text)
-    tries = [path if path.is_absolute() else root/path] + [root/Path(*path.parts[k:]) for k in range(1, len(path.parts))
-                                                           if path.is_absolute()]
-    return next((q for p in tries for q in (p, p.with_suffix(".jpg"), p.with_suffix(".png")) if q.is_file()), tries[0])
+    tries = [path if path.is_absolute() else root / path] + [
+        root / Path(*path.parts[k:]) for k in range(1, len(path.parts)) if path.is_absolute()
+    ]
+    return next(
+        (
+            q
+            for p in tries
+            for q in (p, p.with_suffix(".jpg"), p.with_suffix(".png"))
+            if q.is_file()
+        ),
+        tries[0],
+    )
 
+# %% ../../nbs/50a_data.base.ipynb #37fd36b5
 def listed(
-    name:str, # dataset, for the message
-    path:str|Path, # list file
-    root:Path, # what relative paths start from
-    mask_of, # picture path -> mask path, for lines that name none
-)->list: # (image, mask)
+    name: str,  # dataset, for the message
+    path: str | Path,  # list file
+    root: Path,  # what relative paths start from
+    mask_of,  # picture path -> mask path, for lines that name none
+) -> list:  # (image, mask)
     "The pictures of a list file with their masks."
     rows = read_list(path, root)
     masks = {i: m or mask_of(i) for i, m in rows}
@@ -236,35 +318,67 @@ def listed(
 
 # %% ../../nbs/50a_data.base.ipynb #fa2159c8
 class ShiftedDataset(SegDataset):
-    "Pictures in images/ and masks in annotations/ whose numbers are one above the class ids. A subclass fills in the names."
-    key, layout = "", ""      # name of the dataset and its table; what the folder holds
-    parts, suffix = {}, ".png" # split -> folder; how a mask's name goes on after the picture's
-    inside, hint = "", ""     # a folder that may lie between; what masks should hold
+    """Pictures in images/ and masks in annotations/ whose numbers are one above the class ids. A
+    subclass fills in the names."""
 
-    def __init__(self,
-        root:str|Path, # folder with images/ and annotations/
-        split:str="train", # "train" | "val" | "trainval"
-        list:str|Path|None=None, # list file instead of the folders: image, tab, mask
+    key = ""  # name of the dataset and its table
+    layout = ""  # what the folder holds
+    parts = {}  # split -> folder
+    suffix = ".png"  # how a mask's name goes on after the picture's
+    inside = ""  # a folder that may lie between
+    hint = ""  # what masks should hold
+
+    def __init__(
+        self,
+        root: str | Path,  # folder with images/ and annotations/
+        split: str = "train",  # "train" | "val" | "trainval"
+        list: str | Path | None = None,  # list file instead of the folders: image, tab, mask
     ):
         splits = [*self.parts, "trainval"]
-        if split not in splits and not list: raise ValueError(f"{self.key} has the splits {splits}, got '{split}'")
-        root, table = need_root(self.key, root, self.layout), load_table(self.key)
-        if self.inside and not (root/"images").is_dir() and (root/self.inside).is_dir(): root = root/self.inside
-        files = listed(self.key, list, root, self.mask_path) if list else [f for s in (self.parts if split == "trainval" else [split]) for f in self._files(root, s)]
-        super().__init__(self.key, split, files, table["classes"], table["palette"], table.get("class_weights"))
+        if split not in splits and not list:
+            raise ValueError(f"{self.key} has the splits {splits}, got '{split}'")
+        root = need_root(self.key, root, self.layout)
+        table = load_table(self.key)
+        if self.inside and not (root / "images").is_dir() and (root / self.inside).is_dir():
+            root = root / self.inside
+        files = (
+            listed(self.key, list, root, self.mask_path)
+            if list
+            else [
+                f
+                for s in (self.parts if split == "trainval" else [split])
+                for f in self._files(root, s)
+            ]
+        )
+        super().__init__(
+            self.key, split, files, table["classes"], table["palette"], table.get("class_weights")
+        )
 
     @classmethod
-    def mask_path(cls, image): # .../images/PART/X.jpg -> .../annotations/PART/X.png
+    def mask_path(cls, image):  # .../images/PART/X.jpg -> .../annotations/PART/X.png
         "Where the mask of a picture lies."
-        return image.parent.parent.parent/"annotations"/image.parent.name/f"{image.stem}{cls.suffix}"
+        return (
+            image.parent.parent.parent
+            / "annotations"
+            / image.parent.name
+            / f"{image.stem}{cls.suffix}"
+        )
 
     def _files(self, root, split):
         "The (image, mask) pairs of one folder."
-        folder = root/"images"/self.parts[split]
-        if not folder.is_dir(): raise MissingSplit(f"{self.key}: {folder} does not exist; {root} should hold {self.layout}")
+        folder = root / "images" / self.parts[split]
+        if not folder.is_dir():
+            raise MissingSplit(
+                f"{self.key}: {folder} does not exist; {root} should hold {self.layout}"
+            )
         return pair(self.key, list_images(folder), self.mask_path)
 
     def _plain(self, path):
         "A mask with its numbers moved down by one."
         k = len(self.classes)
-        return lookup(read_ids(path), {0: IGNORE, **{i + 1: i for i in range(k)}, IGNORE: IGNORE}, path, f"Masks hold 0 for no class and 1..{k}, as {self.hint}.")
+        return lookup(
+            read_ids(path),
+            {0: IGNORE, **{i + 1: i for i in range(k)}, IGNORE: IGNORE},
+            path,
+            f"Masks hold 0 for no class and 1..{k}, as {self.hint}.",
+        )

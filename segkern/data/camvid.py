@@ -9,60 +9,101 @@ __all__ = ['LAYOUT', 'SPLITS', 'camvid_files', 'CamVid']
 from pathlib import Path
 
 from ..core import IGNORE, load_table
-from .base import (MissingSplit, SegDataset, list_images, listed, lookup, need_root, pair, read_colours, read_ids,
-                               stored_as_colour)
+from segkern.data.base import (
+    MissingSplit,
+    SegDataset,
+    list_images,
+    listed,
+    lookup,
+    need_root,
+    pair,
+    read_colours,
+    read_ids,
+    stored_as_colour,
+)
 
 # %% ../../nbs/52_data.camvid.ipynb #8c0682a7
-LAYOUT = ("train/ and trainannot/ (360x480 masks of ids, likewise val and test), "
-          "or images/ and labels/ (720x960 masks of colours) with train.txt, val.txt, test.txt")
+LAYOUT = (
+    "train/ and trainannot/ (360x480 masks of ids, likewise val and test), "
+    "or images/ and labels/ (720x960 masks of colours) with train.txt, val.txt, test.txt"
+)
 SPLITS = ("train", "val", "trainval", "test")
 
+# %% ../../nbs/52_data.camvid.ipynb #5bbf68d0
 def camvid_files(
-    root:Path, # dataset folder
-    split:str, # "train" | "val" | "trainval" | "test"
-    list:str|Path|None=None, # list file instead of the split's own
-)->list: # (image, mask) paths
+    root: Path,  # dataset folder
+    split: str,  # "train" | "val" | "trainval" | "test"
+    list: str | Path | None = None,  # list file instead of the split's own
+) -> list:  # (image, mask) paths
     "The files of a split, from a list file or from the folders."
-    name = Path(list) if list else root/f"{split}.txt"
-    if list or name.is_file(): return listed("camvid", name, root, lambda image: _mask_of(root, image))
-    if split == "trainval": return camvid_files(root, "train") + camvid_files(root, "val")
-    folder = next((f for f in (root/split, root/"images"/split) if f.is_dir()), None)
+    name = Path(list) if list else root / f"{split}.txt"
+    if list or name.is_file():
+        return listed("camvid", name, root, lambda image: _mask_of(root, image))
+    if split == "trainval":
+        return camvid_files(root, "train") + camvid_files(root, "val")
+    folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
     if folder is None:
         have = sorted(p.name for p in root.iterdir())[:12]
-        raise MissingSplit(f"camvid: {root} has neither {split}.txt nor a folder {split}/; it should hold {LAYOUT}. It holds {have}")
+        raise MissingSplit(
+            f"camvid: {root} has neither {split}.txt nor a folder {split}/; it should hold {LAYOUT}. It holds {have}"
+        )
     return pair("camvid", list_images(folder), lambda p: _mask_of(root, p))
 
+# %% ../../nbs/52_data.camvid.ipynb #bb2d0017
 def _mask_of(root, image):
     "Where the mask of a picture lies: the first place that has it, else the place of the layout at hand."
-    up, stem, folder = image.parent.parent, image.stem, image.parent.name
-    places = [up/f"{folder}annot"/f"{stem}.png", up/f"{folder}_labels"/f"{stem}_L.png", up/"labels"/f"{stem}_L.png",
-              up/"labels"/f"{stem}.png",
-              root/"labels"/folder/f"{stem}_L.png", root/"labels"/folder/f"{stem}.png", root/"labels"/f"{stem}_L.png"]
+    up = image.parent.parent
+    stem = image.stem
+    folder = image.parent.name
+    places = [
+        up / f"{folder}annot" / f"{stem}.png",
+        up / f"{folder}_labels" / f"{stem}_L.png",
+        up / "labels" / f"{stem}_L.png",
+        up / "labels" / f"{stem}.png",
+        root / "labels" / folder / f"{stem}_L.png",
+        root / "labels" / folder / f"{stem}.png",
+        root / "labels" / f"{stem}_L.png",
+    ]
     fallback = next((p for p in places if p.parent.is_dir()), places[0])
     return next((p for p in places if p.is_file()), fallback)
 
 # %% ../../nbs/52_data.camvid.ipynb #313deb55
 class CamVid(SegDataset):
     "CamVid with eleven classes; void and the 21 other classes of the original are 255."
-    def __init__(self,
-        root:str|Path, # folder of either layout
-        split:str="train", # "train" | "val" | "trainval" | "test"
-        order:str="segnet", # class order: "segnet" (most papers) | "sanet" (alphabetical by the original's names)
-        list:str|Path|None=None, # list file of your own: image and mask per line
+
+    def __init__(
+        self,
+        root: str | Path,  # folder of either layout
+        split: str = "train",  # "train" | "val" | "trainval" | "test"
+        # class order: "segnet" (most papers) | "sanet" (alphabetical by the original's names)
+        order: str = "segnet",
+        list: str | Path | None = None,  # list file of your own: image and mask per line
     ):
         table = load_table("camvid")
-        if order not in table["orders"]: raise ValueError(f"camvid: order must be one of {[*table['orders']]}, got '{order}'")
-        if split not in SPLITS and not list: raise ValueError(f"camvid has the splits {[*SPLITS]}, got '{split}'")
+        if order not in table["orders"]:
+            raise ValueError(f"camvid: order must be one of {[*table['orders']]}, got '{order}'")
+        if split not in SPLITS and not list:
+            raise ValueError(f"camvid has the splits {[*SPLITS]}, got '{split}'")
         files = camvid_files(need_root("camvid", root, LAYOUT), split, list)
-        names, stored = table["orders"][order], table["orders"]["segnet"]
+        names = table["orders"][order]
+        stored = table["orders"]["segnet"]
         take = [stored.index(n) for n in names]
-        pick = lambda key: [table[key][i] for i in take]
+
+        def pick(key):
+            return [table[key][i] for i in take]
+
         super().__init__("camvid", split, files, names, pick("palette"), pick("class_weights"))
-        self.order, self._colours = order, pick("label_colours")
-        self._ids = {**{i: names.index(n) for i, n in enumerate(stored)}, table["void_id"]: IGNORE, IGNORE: IGNORE}
+        self.order = order
+        self._colours = pick("label_colours")
+        self._ids = {
+            **{i: names.index(n) for i, n in enumerate(stored)},
+            table["void_id"]: IGNORE,
+            IGNORE: IGNORE,
+        }
 
     def _plain(self, path):
         "A mask of either layout as class ids."
-        if stored_as_colour(path): return read_colours(path, self._colours)
+        if stored_as_colour(path):
+            return read_colours(path, self._colours)
         hint = "CamVid's masks hold 0..10 and 11 for void; masks of another tool go through the dataset `folder`."
         return lookup(read_ids(path), self._ids, path, hint)

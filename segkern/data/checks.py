@@ -19,19 +19,28 @@ from .sparse import points_from_mask, scribbles_from_mask
 
 # %% ../../nbs/55_data.checks.ipynb #f64de649
 def weights_from_counts(
-    counts:list, # labelled pixels per class
-)->list: # a weight per class
+    counts: list,  # labelled pixels per class
+) -> list:  # a weight per class
     "Class weights 1/ln(1.10 + p) from pixel counts."
     total = max(sum(counts), 1)
-    return [round(1/math.log(1.10 + n/total), 8) for n in counts]
+    return [round(1 / math.log(1.10 + n / total), 8) for n in counts]
 
 # %% ../../nbs/55_data.checks.ipynb #60268c3c
 class Report:
     "What `check` found. Shows itself as a table and a list."
+
     def __init__(self, name, root):
-        self.name, self.root, self.classes, self.counts, self.void = name, root, [], None, 0
-        self.splits, self.sizes = {}, {} # split -> pictures, (height, width) -> pictures
-        self.problems, self.notes = [], [] # what stops a training, what is worth knowing
+        self.name = name
+        self.root = root
+        self.classes = []
+        self.counts = None
+        self.void = 0
+        # split -> pictures, (height, width) -> pictures
+        self.splits = {}
+        self.sizes = {}
+        # what stops a training, what is worth knowing
+        self.problems = []
+        self.notes = []
 
     @property
     def ok(self):
@@ -47,47 +56,79 @@ class Report:
     def table(self):
         "Pixels, share and weight per class."
         total = max(sum(self.counts or [0]), 1)
-        return Table([{"id": i, "class": c, "pixels": n, "share %": 100*n/total, "weight": w}
-                      for i, (c, n, w) in enumerate(zip(self.classes, self.counts or [], self.class_weights
-                                                        or []))], ["id", "class", "pixels", "share %", "weight"])
+        return Table(
+            [
+                {"id": i, "class": c, "pixels": n, "share %": 100 * n / total, "weight": w}
+                for i, (c, n, w) in enumerate(
+                    zip(self.classes, self.counts or [], self.class_weights or [])
+                )
+            ],
+            ["id", "class", "pixels", "share %", "weight"],
+        )
 
     def _lines(self):
         "The findings as lines of text."
-        seen, count = ", ".join(f"{s} {n}" for s, n in self.splits.items()) or "none", len(self.problems)
-        sizes = ", ".join(f"{h}x{w} ({n})" for (h, w), n in sorted(self.sizes.items(), key=lambda kv: -kv[1])[:4])
-        head = [f"{self.name} in {self.root}" if self.root else self.name, f"images: {seen}",
-                f"sizes: {sizes}" + (" …" if len(self.sizes) > 4 else "") if sizes else "",
-                f"void: {self.void:,} pixels" if self.void else "", *[f"note: {n}" for n in self.notes]]
-        body = [f"{count} problem{'s'*(count > 1)}:", *[f"  {p}" for p in self.problems[:50]]] if count else ["no problems"]
+        seen = ", ".join(f"{s} {n}" for s, n in self.splits.items()) or "none"
+        count = len(self.problems)
+        sizes = ", ".join(
+            f"{h}x{w} ({n})" for (h, w), n in sorted(self.sizes.items(), key=lambda kv: -kv[1])[:4]
+        )
+        head = [
+            f"{self.name} in {self.root}" if self.root else self.name,
+            f"images: {seen}",
+            f"sizes: {sizes}" + (" …" if len(self.sizes) > 4 else "") if sizes else "",
+            f"void: {self.void:,} pixels" if self.void else "",
+            *[f"note: {n}" for n in self.notes],
+        ]
+        body = (
+            [f"{count} problem{'s' * (count > 1)}:", *[f"  {p}" for p in self.problems[:50]]]
+            if count
+            else ["no problems"]
+        )
         return [*filter(None, head), *body, *([f"  … and {count - 50} more"] if count > 50 else [])]
 
-    def __str__(self): return "\n".join(self._lines() + (["", str(self.table)] if self.counts else []))
+    def __str__(self):
+        return "\n".join(self._lines() + (["", str(self.table)] if self.counts else []))
+
     __repr__ = __str__
 
-    def _repr_markdown_(self): return "\n".join(["```", *self._lines(), "```", "", self.table._repr_markdown_() if self.counts else ""])
+    def _repr_markdown_(self):
+        return "\n".join(
+            ["```", *self._lines(), "```", "", self.table._repr_markdown_() if self.counts else ""]
+        )
 
 # %% ../../nbs/55_data.checks.ipynb #212e6e92
 def check(
-    name:str, # a name that `open_dataset` knows
-    root:str|Path|None=None, # the dataset's folder
-    split:str|None=None, # one split; default: every split that the dataset has
-    limit:int|None=None, # look at this many pictures per split only, evenly spread
-    **kwargs, # options of the dataset, e.g. order="sanet"
-)->Report: # `.ok`, `.problems`, `.counts`, `.class_weights`
+    name: str,  # a name that `open_dataset` knows
+    root: str | Path | None = None,  # the dataset's folder
+    split: str | None = None,  # one split; default: every split that the dataset has
+    limit: int | None = None,  # look at this many pictures per split only, evenly spread
+    **kwargs,  # options of the dataset, e.g. order="sanet"
+) -> Report:  # `.ok`, `.problems`, `.counts`, `.class_weights`
     "Read a dataset through and report all that is wrong with it."
-    if name not in DATASETS: open_dataset(name)
+    if name not in DATASETS:
+        open_dataset(name)
     report = Report(name, root)
-    wanted = [split] if split else [s for s in DATASETS[name][3].split() if s not in ("trainval", "all")]
-    if "list" in kwargs: wanted = wanted[:1]
-    for s in wanted: _check_split(report, s, dict(kwargs), limit, optional=split is None)
-    if not report.splits and not report.problems: report.problems, report.notes = report.notes or ["no split could be opened"], []
-    if empty := [c for c, n in zip(report.classes, report.counts or []) if not n]: report.notes.append(f"no pixel of {', '.join(empty)}")
+    wanted = (
+        [split] if split else [s for s in DATASETS[name][3].split() if s not in ("trainval", "all")]
+    )
+    if "list" in kwargs:
+        wanted = wanted[:1]
+    for s in wanted:
+        _check_split(report, s, dict(kwargs), limit, optional=split is None)
+    if not report.splits and not report.problems:
+        report.problems = report.notes or ["no split could be opened"]
+        report.notes = []
+    if empty := [c for c, n in zip(report.classes, report.counts or []) if not n]:
+        report.notes.append(f"no pixel of {', '.join(empty)}")
     return report
 
+# %% ../../nbs/55_data.checks.ipynb #c989e297
 def _check_split(report, split, kwargs, limit, optional):
     "Add one split to the report."
     try:
-        with unpaired(): ds = open_dataset(report.name, report.root, split, **kwargs)
+        with unpaired():
+            ds = open_dataset(report.name, report.root, split, **kwargs)
     except MissingSplit as e:
         (report.notes if optional else report.problems).append(f"{split}: {e}")
         return
@@ -95,94 +136,153 @@ def _check_split(report, split, kwargs, limit, optional):
         report.problems.append(f"{split}: {e}")
         return
     report.splits[split], report.classes = len(ds), ds.classes
-    if report.counts is None: report.counts = [0]*len(ds.classes)
-    step = max(1, len(ds)//limit) if limit else 1
-    for i in progress(range(0, len(ds), step), f"checking {report.name} {split}"): _check_sample(report, ds, i, split)
+    if report.counts is None:
+        report.counts = [0] * len(ds.classes)
+    step = max(1, len(ds) // limit) if limit else 1
+    for i in progress(range(0, len(ds), step), f"checking {report.name} {split}"):
+        _check_sample(report, ds, i, split)
 
+# %% ../../nbs/55_data.checks.ipynb #e9e5f564
 def _check_sample(report, ds, i, split):
     "Add one picture and its mask to the report."
     image_path, mask_path = ds.files[i]
     size = target = None
-    try: size = tuple(ds.image(i).shape[1:])
-    except (OSError, ValueError) as e: report.problems.append(f"{split}: {e}")
-    else: report.sizes[size] = report.sizes.get(size, 0) + 1
+    try:
+        size = tuple(ds.image(i).shape[1:])
+    except (OSError, ValueError) as e:
+        report.problems.append(f"{split}: {e}")
+    else:
+        report.sizes[size] = report.sizes.get(size, 0) + 1
     try:
         if mask_path is not None and not Path(mask_path).is_file():
             raise FileNotFoundError(f"{image_path} has no mask; expected {mask_path}")
         target = ds.target(i)
-    except (OSError, ValueError) as e: report.problems.append(f"{split}: {e}")
-    if target is None: return
+    except (OSError, ValueError) as e:
+        report.problems.append(f"{split}: {e}")
+    if target is None:
+        return
     if size and tuple(target.shape) != size:
-        report.problems.append(f"{split}: {image_path} is {size} (height, width), but its mask {mask_path} is {tuple(target.shape)}")
+        report.problems.append(
+            f"{split}: {image_path} is {size} (height, width), but its mask {mask_path} is {tuple(target.shape)}"
+        )
     n = np.bincount(target.numpy().ravel(), minlength=256)
     report.counts = [a + int(b) for a, b in zip(report.counts, n)]
     report.void += int(n[IGNORE])
 
 # %% ../../nbs/55_data.checks.ipynb #ba1c39e2
 def make(
-    name:str, # "cityscapes" | "streets" | "scribbles" | "points"
-    root:str|Path, # the Cityscapes folder, the folder to write streets to, or a folder of masks
-    out:str|Path|None=None, # scribbles, points: folder to write to
-    n:int|None=None, # streets: pictures of train; val and test get a quarter each
-    size:tuple=(192, 256), # streets: height and width
-    seed:int=0, # streets: the town; scribbles, points: other strokes
-    annotation:str="full", # streets: "full" | "scribble" | "point"
-    width:int=3, # scribbles, points: of the strokes and spots, pixels
-    smallest:int|None=None, # scribbles, points: regions of fewer pixels get none
-)->int: # files written
+    name: str,  # "cityscapes" | "streets" | "scribbles" | "points"
+    # the Cityscapes folder, the folder to write streets to, or a folder of masks
+    root: str | Path,
+    out: str | Path | None = None,  # scribbles, points: folder to write to
+    n: int | None = None,  # streets: pictures of train; val and test get a quarter each
+    size: tuple = (192, 256),  # streets: height and width
+    seed: int = 0,  # streets: the town; scribbles, points: other strokes
+    annotation: str = "full",  # streets: "full" | "scribble" | "point"
+    width: int = 3,  # scribbles, points: of the strokes and spots, pixels
+    smallest: int | None = None,  # scribbles, points: regions of fewer pixels get none
+) -> int:  # files written
     "Write what a dataset can do without, but other tools want."
-    if name in ("scribbles", "points"): return _make_sparse(name, Path(root), out, seed, width, smallest)
-    if out is not None: raise ValueError(f"'{name}' takes one folder, got {root} and {out}")
-    if name == "cityscapes": return _make_train_ids(Path(root))
-    if name == "streets": return _make_streets(Path(root), n or 256, size, seed, annotation)
-    raise ValueError(f"there is nothing to make for '{name}'; there are 'cityscapes' (train-id masks), 'streets' (generated pictures), "
-                     "'scribbles' and 'points' (from a folder of masks)")
+    if name in ("scribbles", "points"):
+        return _make_sparse(name, Path(root), out, seed, width, smallest)
+    if out is not None:
+        raise ValueError(f"'{name}' takes one folder, got {root} and {out}")
+    if name == "cityscapes":
+        return _make_train_ids(Path(root))
+    if name == "streets":
+        return _make_streets(Path(root), n or 256, size, seed, annotation)
+    raise ValueError(
+        f"there is nothing to make for '{name}'; there are 'cityscapes' (train-id masks), "
+        f"'streets' (generated pictures), "
+        "'scribbles' and 'points' (from a folder of masks)"
+    )
 
+# %% ../../nbs/55_data.checks.ipynb #991dcb13
 def _make_train_ids(root):
     "Write *_labelTrainIds.png beside every *_labelIds.png."
     from segkern.data.cityscapes import id_table
-    files = sorted(p for kind in ("gtFine", "gtCoarse") if (root/kind).is_dir() for p in (root/kind).rglob("*_labelIds.png"))
-    if not files: raise FileNotFoundError(f"cityscapes: {root} holds no gtFine/ or gtCoarse/ with *_labelIds.png")
+
+    files = sorted(
+        p
+        for kind in ("gtFine", "gtCoarse")
+        if (root / kind).is_dir()
+        for p in (root / kind).rglob("*_labelIds.png")
+    )
+    if not files:
+        raise FileNotFoundError(
+            f"cityscapes: {root} holds no gtFine/ or gtCoarse/ with *_labelIds.png"
+        )
     written = 0
     for p in progress(files, "writing train ids"):
         path = p.with_name(p.name.replace("_labelIds", "_labelTrainIds"))
-        if path.exists(): continue
-        with atomic_path(path) as tmp: Image.fromarray(lookup(read_ids(p), id_table(), p)).save(tmp, "PNG")
+        if path.exists():
+            continue
+        with atomic_path(path) as tmp:
+            Image.fromarray(lookup(read_ids(p), id_table(), p)).save(tmp, "PNG")
         written += 1
     return written
 
+# %% ../../nbs/55_data.checks.ipynb #09a7b640
 def _make_streets(out, n, size, seed, annotation):
     "Write generated pictures with masks, split by folders."
-    table, written = load_table("streets"), 0
-    write_json(out/"classes.json", {k: table[k] for k in ("classes", "palette", "class_weights")})
-    for split, length in (("train", n), ("val", max(1, n//4)), ("test", max(1, n//4))):
-        ds = open_dataset("streets", split=split, length=length, size=size, seed=seed, annotation=annotation if split == "train"
-                          else "full")
+    table = load_table("streets")
+    written = 0
+    write_json(out / "classes.json", {k: table[k] for k in ("classes", "palette", "class_weights")})
+    for split, length in (("train", n), ("val", max(1, n // 4)), ("test", max(1, n // 4))):
+        ds = open_dataset(
+            "streets",
+            split=split,
+            length=length,
+            size=size,
+            seed=seed,
+            annotation=annotation if split == "train" else "full",
+        )
         for i in progress(range(length), f"drawing {split}"):
-            image, mask = (out/split/f/f"{i:05d}.png" for f in ("images", "masks"))
-            if image.exists() and mask.exists(): continue
+            image, mask = (out / split / f / f"{i:05d}.png" for f in ("images", "masks"))
+            if image.exists() and mask.exists():
+                continue
             picture, target = ds[i]
             for path, a in ((image, picture.permute(1, 2, 0).numpy()), (mask, target.numpy())):
-                with atomic_path(path) as tmp: Image.fromarray(a).save(tmp, "PNG")
+                with atomic_path(path) as tmp:
+                    Image.fromarray(a).save(tmp, "PNG")
                 written += 1
     return written
 
 # %% ../../nbs/55_data.checks.ipynb #ad9ed217
 def _make_sparse(kind, masks, out, seed, width, smallest):
-    "Write a sparse label PNG for every id mask of a folder; the strokes of a mask depend on its name, not on its neighbours."
-    if out is None: raise ValueError(f"making {kind} needs two folders: the masks, and where to write to")
-    if not masks.is_dir(): raise FileNotFoundError(f"the folder {masks} does not exist; it should hold masks of class ids with void 255")
+    """Write a sparse label PNG for every id mask of a folder; the strokes of a mask depend on its
+    name, not on its neighbours."""
+    if out is None:
+        raise ValueError(f"making {kind} needs two folders: the masks, and where to write to")
+    if not masks.is_dir():
+        raise FileNotFoundError(
+            f"the folder {masks} does not exist; it should hold masks of class ids with void 255"
+        )
     out = Path(out)
     files = [p for p in list_images(masks, deep=True) if out.resolve() not in p.resolve().parents]
-    if out.resolve() == masks.resolve(): raise ValueError(f"{out} holds the masks: write the {kind} to another folder")
-    if not files: raise FileNotFoundError(f"{masks} holds no masks")
-    draw, written = scribbles_from_mask if kind == "scribbles" else points_from_mask, 0
+    if out.resolve() == masks.resolve():
+        raise ValueError(f"{out} holds the masks: write the {kind} to another folder")
+    if not files:
+        raise FileNotFoundError(f"{masks} holds no masks")
+    draw = scribbles_from_mask if kind == "scribbles" else points_from_mask
+    written = 0
     for p in progress(files, f"drawing {kind}"):
         name = p.relative_to(masks).with_suffix(".png")
-        if (out/name).exists(): continue
-        try: sparse = draw(read_ids(p), (seed, zlib.crc32(name.as_posix().encode())), width, smallest)
-        except ValueError as e: raise e if str(p) in str(e) else ValueError(f"{p}: {e}") from e
-        with atomic_path(out/name) as tmp: Image.fromarray(sparse).save(tmp, "PNG")
+        if (out / name).exists():
+            continue
+        try:
+            sparse = draw(
+                read_ids(p), (seed, zlib.crc32(name.as_posix().encode())), width, smallest
+            )
+        except ValueError as e:
+            raise e if str(p) in str(e) else ValueError(f"{p}: {e}") from e
+        with atomic_path(out / name) as tmp:
+            Image.fromarray(sparse).save(tmp, "PNG")
         written += 1
-    if written < len(files): logger.info("%d %s were there already and stay as they are; delete them for new ones", len(files) - written, kind)
+    if written < len(files):
+        logger.info(
+            "%d %s were there already and stay as they are; delete them for new ones",
+            len(files) - written,
+            kind,
+        )
     return written

@@ -13,71 +13,132 @@ import torch
 from PIL import Image
 
 from ..core import IGNORE, atomic_path, load_table
-from .base import MissingSplit, SegDataset, list_images, listed, lookup, need_root, pair, read_ids, read_list
+from segkern.data.base import (
+    MissingSplit,
+    SegDataset,
+    list_images,
+    listed,
+    lookup,
+    need_root,
+    pair,
+    read_ids,
+    read_list,
+)
 
 # %% ../../nbs/53_data.cityscapes.ipynb #942079d8
-LAYOUT = "leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png"
-ANNOTATIONS = dict(fine=("gtFine", "train val trainval test".split()), coarse=("gtCoarse", "train train_extra val trainval".split()))
+LAYOUT = (
+    "leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png"
+)
+ANNOTATIONS = dict(
+    fine=("gtFine", "train val trainval test".split()),
+    coarse=("gtCoarse", "train train_extra val trainval".split()),
+)
 
-def id_table()->dict: # label id -> train id or 255
+# %% ../../nbs/53_data.cityscapes.ipynb #46309ebb
+def id_table() -> dict:  # label id -> train id or 255
     "The official mapping. The ids 0..33 outside the 19 classes are void."
     ids = load_table("cityscapes")["label_ids"]
-    return {**{i: IGNORE for i in range(34)}, IGNORE: IGNORE, **{old: new for new, old in enumerate(ids)}}
+    return {
+        **{i: IGNORE for i in range(34)},
+        IGNORE: IGNORE,
+        **{old: new for new, old in enumerate(ids)},
+    }
+
 
 def stem(
-    path:str|Path, # an image of the dataset
-)->str: # e.g. "aachen_000000_000019"
+    path: str | Path,  # an image of the dataset
+) -> str:  # e.g. "aachen_000000_000019"
     "City, sequence and frame: what the files of one picture share."
     return Path(path).name.split("_leftImg8bit")[0]
 
+# %% ../../nbs/53_data.cityscapes.ipynb #b8397366
 def mask_path(
-    image:Path, # .../leftImg8bit[_trainextra]/<split>/<city>/X_leftImg8bit.png
-    kind:str, # "gtFine" | "gtCoarse"
-)->Path: # the train-id mask if it is there, else the label-id mask
+    image: Path,  # .../leftImg8bit[_trainextra]/<split>/<city>/X_leftImg8bit.png
+    kind: str,  # "gtFine" | "gtCoarse"
+) -> Path:  # the train-id mask if it is there, else the label-id mask
     "Where the mask of a picture lies."
     folder = Path(*[kind if p.startswith("leftImg8bit") else p for p in image.parts[:-1]])
-    ready = folder/f"{stem(image)}_{kind}_labelTrainIds.png"
-    return ready if ready.is_file() else folder/f"{stem(image)}_{kind}_labelIds.png"
+    ready = folder / f"{stem(image)}_{kind}_labelTrainIds.png"
+    return ready if ready.is_file() else folder / f"{stem(image)}_{kind}_labelIds.png"
 
 # %% ../../nbs/53_data.cityscapes.ipynb #35d45940
 class Cityscapes(SegDataset):
     "Cityscapes with 19 classes. The test split has no masks: its targets are all void."
-    def __init__(self,
-        root:str|Path, # folder with leftImg8bit/ and gtFine/ or gtCoarse/
-        split:str="train", # "train" | "val" | "trainval" | "test"; coarse also "train_extra"
-        annotation:str="fine", # "fine" | "coarse"
-        list:str|Path|None=None, # list file instead of the folders: image, tab, mask
+
+    def __init__(
+        self,
+        root: str | Path,  # folder with leftImg8bit/ and gtFine/ or gtCoarse/
+        split: str = "train",  # "train" | "val" | "trainval" | "test"; coarse also "train_extra"
+        annotation: str = "fine",  # "fine" | "coarse"
+        list: str | Path | None = None,  # list file instead of the folders: image, tab, mask
     ):
-        if annotation not in ANNOTATIONS: raise ValueError(f"cityscapes: annotation must be 'fine' or 'coarse', got '{annotation}'")
+        if annotation not in ANNOTATIONS:
+            raise ValueError(
+                f"cityscapes: annotation must be 'fine' or 'coarse', got '{annotation}'"
+            )
         kind, splits = ANNOTATIONS[annotation]
-        if split not in splits and not list: raise ValueError(f"cityscapes ({annotation}) has the splits {splits}, got '{split}'")
-        root, table = need_root("cityscapes", root, LAYOUT), load_table("cityscapes")
-        super().__init__("cityscapes", split, self._files(root, split, kind, list), table["classes"], table["palette"],
-                         table["class_weights"])
+        if split not in splits and not list:
+            raise ValueError(f"cityscapes ({annotation}) has the splits {splits}, got '{split}'")
+        root = need_root("cityscapes", root, LAYOUT)
+        table = load_table("cityscapes")
+        super().__init__(
+            "cityscapes",
+            split,
+            self._files(root, split, kind, list),
+            table["classes"],
+            table["palette"],
+            table["class_weights"],
+        )
         self.annotation = annotation
 
     @staticmethod
     def _files(root, split, kind, list):
         "The (image, mask) pairs of a split."
         if list:
-            if split == "test": return [(i, None) for i, _ in read_list(list, root)]
+            if split == "test":
+                return [(i, None) for i, _ in read_list(list, root)]
             return listed("cityscapes", list, root, lambda image: mask_path(image, kind))
-        if split == "trainval": return [f for s in ("train", "val") for f in Cityscapes._files(root, s, kind, None)]
-        folder = next((f for f in (root/"leftImg8bit"/split, root/"leftImg8bit_trainextra"/split) if f.is_dir()), None)
-        if folder is None: raise MissingSplit(f"cityscapes: {root/'leftImg8bit'/split} does not exist; {root} should hold {LAYOUT}")
+        if split == "trainval":
+            return [f for s in ("train", "val") for f in Cityscapes._files(root, s, kind, None)]
+        folder = next(
+            (
+                f
+                for f in (root / "leftImg8bit" / split, root / "leftImg8bit_trainextra" / split)
+                if f.is_dir()
+            ),
+            None,
+        )
+        if folder is None:
+            raise MissingSplit(
+                f"cityscapes: {root / 'leftImg8bit' / split} does not exist; {root} should hold {LAYOUT}"
+            )
         images = list_images(folder, deep=True)
-        return [(p, None) for p in images] if split == "test" else pair("cityscapes", images, lambda p: mask_path(p, kind))
+        return (
+            [(p, None) for p in images]
+            if split == "test"
+            else pair("cityscapes", images, lambda p: mask_path(p, kind))
+        )
 
     def _plain(self, path):
         "A mask of label ids or train ids as train ids."
-        if "TrainIds" in path.name: return lookup(read_ids(path), {**{i: i for i in range(19)}, IGNORE: IGNORE}, path,
-                                                  "Remove it: the labelIds file is read instead.")
-        return lookup(read_ids(path), id_table(), path, "Label ids are 0..33; a file of train ids must be named *_labelTrainIds.png.")
+        if "TrainIds" in path.name:
+            return lookup(
+                read_ids(path),
+                {**{i: i for i in range(19)}, IGNORE: IGNORE},
+                path,
+                "Remove it: the labelIds file is read instead.",
+            )
+        return lookup(
+            read_ids(path),
+            id_table(),
+            path,
+            "Label ids are 0..33; a file of train ids must be named *_labelTrainIds.png.",
+        )
 
 # %% ../../nbs/53_data.cityscapes.ipynb #217669e3
 def to_label_ids(
-    labels, # train ids 0..18, or 255: array or tensor of any shape
-)->np.ndarray: # uint8 of the same shape; void becomes 0, "unlabeled"
+    labels,  # train ids 0..18, or 255: array or tensor of any shape
+) -> np.ndarray:  # uint8 of the same shape; void becomes 0, "unlabeled"
     "Train ids as the label ids that the test server expects."
     a = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if a.size and (a.min() < 0 or ((a > 18) & (a != IGNORE)).any()):
@@ -86,13 +147,17 @@ def to_label_ids(
     lut[:19] = load_table("cityscapes")["label_ids"]
     return lut[a]
 
+# %% ../../nbs/53_data.cityscapes.ipynb #aaf3778f
 def save_submission(
-    labels, # train ids [h, w]
-    image:str|Path, # the picture they belong to: it gives the name
-    out:str|Path, # folder
-)->Path: # the file written
+    labels,  # train ids [h, w]
+    image: str | Path,  # the picture they belong to: it gives the name
+    out: str | Path,  # folder
+) -> Path:  # the file written
     "Write one prediction for the test server."
-    ids, path = to_label_ids(labels), Path(out)/f"{Path(image).stem}.png"
-    if ids.ndim != 2: raise ValueError(f"a prediction must be [h, w], got {list(ids.shape)}")
-    with atomic_path(path) as tmp: Image.fromarray(ids).save(tmp, "PNG")
+    ids = to_label_ids(labels)
+    path = Path(out) / f"{Path(image).stem}.png"
+    if ids.ndim != 2:
+        raise ValueError(f"a prediction must be [h, w], got {list(ids.shape)}")
+    with atomic_path(path) as tmp:
+        Image.fromarray(ids).save(tmp, "PNG")
     return path

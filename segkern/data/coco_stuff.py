@@ -11,5 +11,9 @@ from .base import ShiftedDataset
 # %% ../../nbs/53c_data.coco_stuff.ipynb #944a4f70
 class COCOStuff(ShiftedDataset):
     "The 171 classes of COCO-Stuff 10K; val is the published test part."
-    key, layout = "coco_stuff10k", "images/train2014/*.jpg and annotations/train2014/*_labelTrainIds.png, and the same with test2014"
-    parts, suffix, hint = dict(train="train2014", val="test2014"), "_labelTrainIds.png", "the common conversion writes *_labelTrainIds.png"
+
+    key = "coco_stuff10k"
+    layout = "images/train2014/*.jpg and annotations/train2014/*_labelTrainIds.png, and the same with test2014"
+    parts = dict(train="train2014", val="test2014")
+    suffix = "_labelTrainIds.png"
+    hint = "the common conversion writes *_labelTrainIds.png"

@@ -12,98 +12,175 @@ from pathlib import Path
 import numpy as np
 
 from ..core import IGNORE
-from .base import (MissingSplit, SegDataset, list_images, listed, lookup, need_root, pair, read_colours, read_ids,
-                               stored_as_colour)
+from segkern.data.base import (
+    MissingSplit,
+    SegDataset,
+    list_images,
+    listed,
+    lookup,
+    need_root,
+    pair,
+    read_colours,
+    read_ids,
+    stored_as_colour,
+)
 
 # %% ../../nbs/54_data.folder.ipynb #e51eee49
 LAYOUT = "images/ and masks/, or train/images/ and train/masks/ and so on, and classes.json"
 SPLITS = ("train", "val", "trainval", "test", "all")
 
+
 def hash_split(
-    name:str, # file name without ending
-)->str: # "train" | "val" | "test"
+    name: str,  # file name without ending
+) -> str:  # "train" | "val" | "test"
     "A split that depends on the name alone: 80, 10 and 10 %."
     k = hashlib.sha256(name.encode()).digest()[0]
     return "val" if k < 26 else "test" if k < 52 else "train"
 
+# %% ../../nbs/54_data.folder.ipynb #b415fa64
 def make_palette(
-    n:int, # number of classes
-)->list: # n rgb triples, easy to tell apart
+    n: int,  # number of classes
+) -> list:  # n rgb triples, easy to tell apart
     "Colours for classes that have none: golden-ratio steps around the colour circle."
-    return [[round(255*c) for c in colorsys.hsv_to_rgb(i*.61803398875 % 1, (.85, .55, 1.)[i//3 % 3], (.95, .65, .8)[i % 3])]
-            for i in range(n)]
+    return [
+        [
+            round(255 * c)
+            for c in colorsys.hsv_to_rgb(
+                i * 0.61803398875 % 1, (0.85, 0.55, 1.0)[i // 3 % 3], (0.95, 0.65, 0.8)[i % 3]
+            )
+        ]
+        for i in range(n)
+    ]
 
 # %% ../../nbs/54_data.folder.ipynb #0ff1c85e
 def read_classes(
-    root:Path, # dataset folder
-    classes=None, # names, or a JSON file; default: classes.json in the folder
-    palette=None, # an rgb triple per class; default: from the file, else generated
-)->tuple: # names, palette, whether the palette was given
-    "Class names and colours. The file holds a list of names, a dict name -> rgb, or a dict with `classes` and `palette`."
-    if classes is None and (root/"classes.json").is_file(): classes = root/"classes.json"
-    if classes is None: raise ValueError(f"folder: {root} has no classes.json and classes= is not given; write a list of names, by id")
+    root: Path,  # dataset folder
+    classes=None,  # names, or a JSON file; default: classes.json in the folder
+    palette=None,  # an rgb triple per class; default: from the file, else generated
+) -> tuple:  # names, palette, whether the palette was given
+    """Class names and colours. The file holds a list of names, a dict name -> rgb, or a dict with
+    `classes` and `palette`."""
+    if classes is None and (root / "classes.json").is_file():
+        classes = root / "classes.json"
+    if classes is None:
+        raise ValueError(
+            f"folder: {root} has no classes.json and classes= is not given; write a list of names, by id"
+        )
     if isinstance(classes, (str, Path)):
-        try: content = json.loads(Path(classes).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e: raise ValueError(f"folder: cannot read the class table {classes}: {e}") from e
-        if isinstance(content, dict) and "classes" in content: classes, palette = content["classes"], palette or content.get("palette")
-        elif isinstance(content, dict): classes, palette = [*content], palette or [*content.values()]
-        else: classes = content
+        try:
+            content = json.loads(Path(classes).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise ValueError(f"folder: cannot read the class table {classes}: {e}") from e
+        if isinstance(content, dict) and "classes" in content:
+            classes = content["classes"]
+            palette = palette or content.get("palette")
+        elif isinstance(content, dict):
+            classes = [*content]
+            palette = palette or [*content.values()]
+        else:
+            classes = content
     classes = [str(c) for c in classes]
     if not 1 <= len(classes) <= 255 or len(set(classes)) < len(classes):
         raise ValueError(f"folder: expected 1 to 255 different class names, got {classes}")
-    if palette is not None and len(palette) != len(classes): raise ValueError(f"folder: {len(classes)} classes, but {len(palette)} colours")
-    return classes, [list(map(int, c)) for c in palette or make_palette(len(classes))], palette is not None
+    if palette is not None and len(palette) != len(classes):
+        raise ValueError(f"folder: {len(classes)} classes, but {len(palette)} colours")
+    return (
+        classes,
+        [list(map(int, c)) for c in palette or make_palette(len(classes))],
+        palette is not None,
+    )
 
 # %% ../../nbs/54_data.folder.ipynb #ae1726d2
 class Folder(SegDataset):
     "Pictures and masks of your own."
-    def __init__(self,
-        root:str|Path, # see `LAYOUT`
-        split:str="train", # "train" | "val" | "trainval" | "test" | "all"
-        classes:list|str|Path|None=None, # names by id, or a JSON file
-        palette:list|None=None, # rgb per class; needed for masks of colours
-        list:str|Path|None=None, # list file: image and mask per line
-        class_weights:list|None=None, # `check(...).class_weights` suggests some
-        void:tuple=(255,), # stored ids that mean "no class"
-        annotation:str="masks", # folder of the training masks, e.g. "scribbles"; val and test always have "masks"
+
+    def __init__(
+        self,
+        root: str | Path,  # see `LAYOUT`
+        split: str = "train",  # "train" | "val" | "trainval" | "test" | "all"
+        classes: list | str | Path | None = None,  # names by id, or a JSON file
+        palette: list | None = None,  # rgb per class; needed for masks of colours
+        list: str | Path | None = None,  # list file: image and mask per line
+        class_weights: list | None = None,  # `check(...).class_weights` suggests some
+        void: tuple = (255,),  # stored ids that mean "no class"
+        # folder of the training masks, e.g. "scribbles"; val and test always have "masks"
+        annotation: str = "masks",
     ):
-        if split not in SPLITS and not list: raise ValueError(f"folder has the splits {[*SPLITS]}, got '{split}'")
+        if split not in SPLITS and not list:
+            raise ValueError(f"folder has the splits {[*SPLITS]}, got '{split}'")
         root = need_root("folder", root, LAYOUT)
         names, colours, given = read_classes(root, classes, palette)
         folder = "masks" if split in ("val", "test") and not list else annotation
-        super().__init__("folder", split, self._files(root, split, list, folder), names, colours, class_weights)
-        self._given, self.annotation = given, folder
-        self._ids = {**{i: i for i in range(len(names))}, **{v: IGNORE for v in void}, IGNORE: IGNORE}
+        super().__init__(
+            "folder", split, self._files(root, split, list, folder), names, colours, class_weights
+        )
+        self._given = given
+        self.annotation = folder
+        self._ids = {
+            **{i: i for i in range(len(names))},
+            **{v: IGNORE for v in void},
+            IGNORE: IGNORE,
+        }
 
     @staticmethod
     def _files(root, split, list, masks):
         "The (image, mask) pairs of a split."
         mask_beside = functools.partial(_mask_beside, folder=masks)
-        file = Path(list) if list else root/f"{split}.txt"
-        if list or file.is_file(): return listed("folder", file, root, mask_beside)
-        if split == "all" and (root/"images").is_dir(): return pair("folder", list_images(root/"images"), mask_beside)
-        if split in ("trainval", "all"): return [f for s in ("train", "val", "test")[:2 if split == "trainval" else 3]
-                                                 for f in Folder._files(root, s, None, masks)]
-        if (root/split/"images").is_dir(): return pair("folder", list_images(root/split/"images"), mask_beside)
-        if (root/"images"/split).is_dir(): return pair("folder", list_images(root/"images"/split),
-                                                       lambda p: _with_ending(root/masks/split/p.name))
-        if not (root/"images").is_dir():
-            raise MissingSplit(f"folder: {root} holds neither images/ nor {split}/images/; it should hold {LAYOUT}")
-        return pair("folder", [p for p in list_images(root/"images") if hash_split(p.stem) == split], mask_beside)
+        file = Path(list) if list else root / f"{split}.txt"
+        if list or file.is_file():
+            return listed("folder", file, root, mask_beside)
+        if split == "all" and (root / "images").is_dir():
+            return pair("folder", list_images(root / "images"), mask_beside)
+        if split in ("trainval", "all"):
+            return [
+                f
+                for s in ("train", "val", "test")[: 2 if split == "trainval" else 3]
+                for f in Folder._files(root, s, None, masks)
+            ]
+        if (root / split / "images").is_dir():
+            return pair("folder", list_images(root / split / "images"), mask_beside)
+        if (root / "images" / split).is_dir():
+            return pair(
+                "folder",
+                list_images(root / "images" / split),
+                lambda p: _with_ending(root / masks / split / p.name),
+            )
+        if not (root / "images").is_dir():
+            raise MissingSplit(
+                f"folder: {root} holds neither images/ nor {split}/images/; it should hold {LAYOUT}"
+            )
+        return pair(
+            "folder",
+            [p for p in list_images(root / "images") if hash_split(p.stem) == split],
+            mask_beside,
+        )
 
     def _plain(self, path):
         "A mask of ids or, with a palette, of colours."
-        if not stored_as_colour(path): return lookup(read_ids(path), self._ids, path,
-                                                     "Add the class to the table, or name the id in void=.")
-        if not self._given: raise ValueError(f"{path} holds colours, but no palette is given: pass palette= or put it into classes.json")
+        if not stored_as_colour(path):
+            return lookup(
+                read_ids(path),
+                self._ids,
+                path,
+                "Add the class to the table, or name the id in void=.",
+            )
+        if not self._given:
+            raise ValueError(
+                f"{path} holds colours, but no palette is given: pass palette= or put it into classes.json"
+            )
         void = [] if [0, 0, 0] in self.palette else [[0, 0, 0]]
         ids = read_colours(path, self.palette + void, None)
         return np.where(ids == len(self.palette), IGNORE, ids)
 
-def _mask_beside(image, folder): # …/images/x.jpg -> …/FOLDER/x.png
+# %% ../../nbs/54_data.folder.ipynb #2bfadace
+def _mask_beside(image, folder):  # …/images/x.jpg -> …/FOLDER/x.png
     "The mask that belongs to a picture."
-    return _with_ending(image.parent.parent/folder/image.name)
+    return _with_ending(image.parent.parent / folder / image.name)
+
 
 def _with_ending(path):
     "The mask as png, or as another picture file that is there."
-    return next((p for e in (".png", ".tif", ".bmp") if (p := path.with_suffix(e)).is_file()), path.with_suffix(".png"))
+    return next(
+        (p for e in (".png", ".tif", ".bmp") if (p := path.with_suffix(e)).is_file()),
+        path.with_suffix(".png"),
+    )

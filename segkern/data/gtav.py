@@ -9,49 +9,81 @@ __all__ = ['LAYOUT', 'SPLITS', 'frame_split', 'GTAV']
 from pathlib import Path
 
 from ..core import IGNORE, load_table
-from .base import SegDataset, list_images, listed, lookup, need_root, pair, read_colours, read_ids, stored_as_colour
+from segkern.data.base import (
+    SegDataset,
+    list_images,
+    listed,
+    lookup,
+    need_root,
+    pair,
+    read_colours,
+    read_ids,
+    stored_as_colour,
+)
 
 # %% ../../nbs/53a_data.gtav.ipynb #8f82a00f
 LAYOUT = "images/00001.png … and labels/00001.png …"
 SPLITS = ("train", "val", "trainval", "test")
 
+
 def frame_split(
-    frame:int, # number in the file name, from 1
-)->str|None: # "train" | "val" | "test", or None for a frame that is left out
+    frame: int,  # number in the file name, from 1
+) -> str | None:  # "train" | "val" | "test", or None for a frame that is left out
     "The split a frame belongs to."
     table = load_table("gtav")
     first, last = table["left_out"]
-    if frame in table["invalid_frames"] or first <= frame <= last: return None
-    return {2: "val", 5: "test"}.get((frame - 1)//100 % 8, "train")
+    if frame in table["invalid_frames"] or first <= frame <= last:
+        return None
+    return {2: "val", 5: "test"}.get((frame - 1) // 100 % 8, "train")
 
 # %% ../../nbs/53a_data.gtav.ipynb #747a7f3b
 class GTAV(SegDataset):
     "GTA V frames with Cityscapes' 19 classes, or with all 35 label ids."
-    def __init__(self,
-        root:str|Path, # folder with images/ and labels/
-        split:str="train", # "train" | "val" | "trainval" | "test"
-        classes:int=19, # 19: Cityscapes' train ids; 35: label ids 0..33 and the licence plate as 34
-        list:str|Path|None=None, # list file instead of the rule: image and mask per line
+
+    def __init__(
+        self,
+        root: str | Path,  # folder with images/ and labels/
+        split: str = "train",  # "train" | "val" | "trainval" | "test"
+        # 19: Cityscapes' train ids; 35: label ids 0..33 and the licence plate as 34
+        classes: int = 19,
+        list: str | Path | None = None,  # list file instead of the rule: image and mask per line
     ):
-        if classes not in (19, 35): raise ValueError(f"gtav has 19 or 35 classes, got {classes}")
-        if split not in SPLITS and not list: raise ValueError(f"gtav has the splits {[*SPLITS]}, got '{split}'")
-        root, table = need_root("gtav", root, LAYOUT), load_table("gtav")
+        if classes not in (19, 35):
+            raise ValueError(f"gtav has 19 or 35 classes, got {classes}")
+        if split not in SPLITS and not list:
+            raise ValueError(f"gtav has the splits {[*SPLITS]}, got '{split}'")
+        root = need_root("gtav", root, LAYOUT)
+        table = load_table("gtav")
         names = load_table("cityscapes") if classes == 19 else table
-        super().__init__("gtav", split, self._files(root, split, list), names["classes"], names["palette"], None)
+        super().__init__(
+            "gtav", split, self._files(root, split, list), names["classes"], names["palette"], None
+        )
         train = {old: new for new, old in enumerate(table["label_ids19"])}
-        self._ids = {**{i: i if classes == 35 else train.get(i, IGNORE) for i in range(35)}, IGNORE: IGNORE}
+        self._ids = {
+            **{i: i if classes == 35 else train.get(i, IGNORE) for i in range(35)},
+            IGNORE: IGNORE,
+        }
         self._colours = names["palette"]
 
     @staticmethod
     def _files(root, split, list):
         "The (image, mask) pairs of a split."
-        if list: return listed("gtav", list, root, lambda image: root/"labels"/f"{image.stem}.png")
-        if not (root/"images").is_dir(): raise FileNotFoundError(f"gtav: {root/'images'} does not exist; {root} should hold {LAYOUT}")
+        if list:
+            return listed("gtav", list, root, lambda image: root / "labels" / f"{image.stem}.png")
+        if not (root / "images").is_dir():
+            raise FileNotFoundError(
+                f"gtav: {root / 'images'} does not exist; {root} should hold {LAYOUT}"
+            )
         want = ("train", "val") if split == "trainval" else (split,)
-        images = [p for p in list_images(root/"images") if p.stem.isdigit() and frame_split(int(p.stem)) in want]
-        return pair("gtav", images, lambda p: root/"labels"/f"{p.stem}.png")
+        images = [
+            p
+            for p in list_images(root / "images")
+            if p.stem.isdigit() and frame_split(int(p.stem)) in want
+        ]
+        return pair("gtav", images, lambda p: root / "labels" / f"{p.stem}.png")
 
     def _plain(self, path):
         "A mask of ids (grey or palette) or of colours as class ids."
-        if stored_as_colour(path): return read_colours(path, self._colours)
+        if stored_as_colour(path):
+            return read_colours(path, self._colours)
         return lookup(read_ids(path), self._ids, path, "GTA V's masks hold label ids 0..34.")

@@ -14,39 +14,86 @@ from .base import MissingSplit, SegDataset, listed, lookup, need_root, pair, rea
 # %% ../../nbs/53d_data.pascal_context.ipynb #087df7e0
 LAYOUT = "JPEGImages/*.jpg, SegmentationClassContext/*.png and ImageSets/SegmentationContext/{train,val}.txt"
 
+
 def id_table(
-    classes:int=59, # 59 | 60
-)->dict: # stored id -> class id or 255
+    classes: int = 59,  # 59 | 60
+) -> dict:  # stored id -> class id or 255
     "0 is void or background."
-    return {**{i: i - (classes == 59) for i in range(60)}, **({0: IGNORE} if classes == 59 else {}), IGNORE: IGNORE}
+    return {
+        **{i: i - (classes == 59) for i in range(60)},
+        **({0: IGNORE} if classes == 59 else {}),
+        IGNORE: IGNORE,
+    }
 
 # %% ../../nbs/53d_data.pascal_context.ipynb #ba92ae7f
 class PascalContext(SegDataset):
     "59 classes, or 60 with background."
-    def __init__(self,
-        root:str|Path, # VOC2010, or a folder above it (VOCdevkit)
-        split:str="train", # "train" | "val" | "trainval"
-        classes:int=59, # 59 | 60
-        list:str|Path|None=None, # list file instead of the folders: image, tab, mask
+
+    def __init__(
+        self,
+        root: str | Path,  # VOC2010, or a folder above it (VOCdevkit)
+        split: str = "train",  # "train" | "val" | "trainval"
+        classes: int = 59,  # 59 | 60
+        list: str | Path | None = None,  # list file instead of the folders: image, tab, mask
     ):
-        if split not in ("train", "val", "trainval") and not list: raise ValueError(f"pascal_context has the splits ['train', 'val', 'trainval'], got '{split}'")
-        if classes not in (59, 60): raise ValueError(f"pascal_context has 59 or 60 classes, got {classes}")
-        root, table = need_root("pascal_context", root, LAYOUT), load_table("pascal_context")
-        root = next((r for r in (root, root/"VOC2010", root/"VOCdevkit"/"VOC2010") if (r/"JPEGImages").is_dir()), root)
+        if split not in ("train", "val", "trainval") and not list:
+            raise ValueError(
+                f"pascal_context has the splits ['train', 'val', 'trainval'], got '{split}'"
+            )
+        if classes not in (59, 60):
+            raise ValueError(f"pascal_context has 59 or 60 classes, got {classes}")
+        root = need_root("pascal_context", root, LAYOUT)
+        table = load_table("pascal_context")
+        root = next(
+            (
+                r
+                for r in (root, root / "VOC2010", root / "VOCdevkit" / "VOC2010")
+                if (r / "JPEGImages").is_dir()
+            ),
+            root,
+        )
         names, palette = (["background"], [[0, 0, 0]]) if classes == 60 else ([], [])
         self.count = classes
-        super().__init__("pascal_context", split, self._files(root, split, list), names + table["classes"], palette + table["palette"], table.get("class_weights"))
+        super().__init__(
+            "pascal_context",
+            split,
+            self._files(root, split, list),
+            names + table["classes"],
+            palette + table["palette"],
+            table.get("class_weights"),
+        )
 
     @staticmethod
     def _files(root, split, list):
         "The (image, mask) pairs of a split."
-        mask = lambda image: image.parent.parent/"SegmentationClassContext"/f"{image.stem}.png"
-        if list: return listed("pascal_context", list, root, mask)
-        if split == "trainval": return [f for s in ("train", "val") for f in PascalContext._files(root, s, None)]
-        names = root/"ImageSets"/"SegmentationContext"/f"{split}.txt"
-        if not names.is_file(): raise MissingSplit(f"pascal_context: {names} does not exist; {root} should hold {LAYOUT}")
-        return pair("pascal_context", [root/"JPEGImages"/f"{n.strip()}.jpg" for n in names.read_text().splitlines() if n.strip()], mask)
+
+        def mask(image):
+            return image.parent.parent / "SegmentationClassContext" / f"{image.stem}.png"
+
+        if list:
+            return listed("pascal_context", list, root, mask)
+        if split == "trainval":
+            return [f for s in ("train", "val") for f in PascalContext._files(root, s, None)]
+        names = root / "ImageSets" / "SegmentationContext" / f"{split}.txt"
+        if not names.is_file():
+            raise MissingSplit(
+                f"pascal_context: {names} does not exist; {root} should hold {LAYOUT}"
+            )
+        return pair(
+            "pascal_context",
+            [
+                root / "JPEGImages" / f"{n.strip()}.jpg"
+                for n in names.read_text().splitlines()
+                if n.strip()
+            ],
+            mask,
+        )
 
     def _plain(self, path):
         "A mask of 59 or 60 classes."
-        return lookup(read_ids(path), id_table(self.count), path, "Masks hold 0 for the rest and 1..59, as the common conversion writes them.")
+        return lookup(
+            read_ids(path),
+            id_table(self.count),
+            path,
+            "Masks hold 0 for the rest and 1..59, as the common conversion writes them.",
+        )

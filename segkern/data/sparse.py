@@ -15,44 +15,58 @@ from ..core import IGNORE
 
 # %% ../../nbs/50b_data.sparse.ipynb #7937d058
 def rasterise_scribbles(
-    polylines:list, # (class id, points [n, 2] of x and y) in drawing order; open, a single point is a click
-    size:tuple, # height and width
-    width:int=3, # of the stroke, pixels
-    start:np.ndarray|None=None, # uint8 [h, w] to draw on; default: all 255
-)->np.ndarray: # uint8 [h, w], 255 where nothing was drawn
+    # (class id, points [n, 2] of x and y) in drawing order; open, a single point is a click
+    polylines: list,
+    size: tuple,  # height and width
+    width: int = 3,  # of the stroke, pixels
+    start: np.ndarray | None = None,  # uint8 [h, w] to draw on; default: all 255
+) -> np.ndarray:  # uint8 [h, w], 255 where nothing was drawn
     "Polylines as a label map; the class 255 erases."
-    canvas = Image.new("L", (size[1], size[0]), IGNORE) if start is None else Image.fromarray(start.astype(np.uint8))
-    draw, r = ImageDraw.Draw(canvas), width/2
+    canvas = (
+        Image.new("L", (size[1], size[0]), IGNORE)
+        if start is None
+        else Image.fromarray(start.astype(np.uint8))
+    )
+    draw = ImageDraw.Draw(canvas)
+    r = width / 2
     for label, points in polylines:
         points = [(float(x), float(y)) for x, y in points]
-        if not points: raise ValueError(f"a polyline of class {label} has no points")
-        if not 0 <= label <= IGNORE: raise ValueError(f"class ids are 0..254, or 255 to erase, got {label}")
-        if len(points) > 1: draw.line(points, fill=int(label), width=width, joint="curve")
-        for x, y in points: draw.ellipse((x - r, y - r, x + r, y + r), fill=int(label))
+        if not points:
+            raise ValueError(f"a polyline of class {label} has no points")
+        if not 0 <= label <= IGNORE:
+            raise ValueError(f"class ids are 0..254, or 255 to erase, got {label}")
+        if len(points) > 1:
+            draw.line(points, fill=int(label), width=width, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=int(label))
     return np.array(canvas)
 
+# %% ../../nbs/50b_data.sparse.ipynb #9fdf6efe
 def rasterise_points(
-    clicks:list, # (class id, x, y) in drawing order
-    size:tuple, # height and width
-    width:int=3, # of the disc, pixels
-)->np.ndarray: # uint8 [h, w], 255 where nothing was drawn
+    clicks: list,  # (class id, x, y) in drawing order
+    size: tuple,  # height and width
+    width: int = 3,  # of the disc, pixels
+) -> np.ndarray:  # uint8 [h, w], 255 where nothing was drawn
     "Clicks as a label map; a click outside the picture leaves nothing."
     return rasterise_scribbles([(label, [(x, y)]) for label, x, y in clicks], size, width)
 
 # %% ../../nbs/50b_data.sparse.ipynb #93b80847
 class Dice:
     "Random numbers that are the same on every machine and with every NumPy."
+
     def __init__(self, *key):
-        self.bits, self.pool = np.random.PCG64(np.random.SeedSequence(key)), []
+        self.bits = np.random.PCG64(np.random.SeedSequence(key))
+        self.pool = []
 
     def u(self):
         "Uniform in [0, 1)."
-        if not self.pool: self.pool = (self.bits.random_raw(512) >> np.uint64(11)).tolist()
+        if not self.pool:
+            self.pool = (self.bits.random_raw(512) >> np.uint64(11)).tolist()
         return self.pool.pop() * 2.0**-53
 
     def span(self, a, b):
         "Uniform between `a` and `b`."
-        return a + (b - a)*self.u()
+        return a + (b - a) * self.u()
 
     def chance(self, p):
         "True with probability `p`."
@@ -60,7 +74,7 @@ class Dice:
 
     def below(self, n):
         "One of 0 … n-1."
-        return int(self.u()*n)
+        return int(self.u() * n)
 
     def pick(self, seq):
         "One of the values."
@@ -74,113 +88,162 @@ class Dice:
     def noise(self, *shape):
         "An array of random bytes."
         n = math.prod(shape)
-        return self.bits.random_raw(n//8 + 1).astype("<u8").view(np.uint8)[:n].reshape(shape)
+        return self.bits.random_raw(n // 8 + 1).astype("<u8").view(np.uint8)[:n].reshape(shape)
 
 # %% ../../nbs/50b_data.sparse.ipynb #404c7dc6
 def regions(mask):
-    "Runs of equal labels as rows (row, start, end, class, region), with a common region number for touching runs of a class."
+    """Runs of equal labels as rows (row, start, end, class, region), with a common region number
+    for touching runs of a class."""
     h, w = mask.shape
     cut = np.ones((h, w), bool)
     cut[:, 1:] = mask[:, 1:] != mask[:, :-1]
     start = np.flatnonzero(cut)
-    row, a, b, label = start//w, start % w, np.append(start[1:], h*w) - start + start % w, mask.ravel()[start]
+    row = start // w
+    a = start % w
+    b = np.append(start[1:], h * w) - start + start % w
+    label = mask.ravel()[start]
     parent = list(range(len(start)))
+
     def find(i):
         "The region that run `i` belongs to so far."
-        while parent[i] != i: parent[i] = i = parent[parent[i]]
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
         return i
+
     first = np.searchsorted(row, np.arange(h + 1)).tolist()
-    A, B, L = a.tolist(), b.tolist(), label.tolist()
+    A = a.tolist()
+    B = b.tolist()
+    L = label.tolist()
     for y in range(1, h):
-        i, j, ie, je = first[y - 1], first[y], first[y], first[y + 1]
+        i = first[y - 1]
+        j = first[y]
+        ie = first[y]
+        je = first[y + 1]
         while i < ie and j < je:
-            if L[i] == L[j] and A[i] < B[j] and A[j] < B[i]: parent[find(j)] = find(i)
-            if B[i] < B[j]: i += 1
-            else: j += 1
+            if L[i] == L[j] and A[i] < B[j] and A[j] < B[i]:
+                parent[find(j)] = find(i)
+            if B[i] < B[j]:
+                i += 1
+            else:
+                j += 1
     return np.stack([row, a, b, label, [find(i) for i in range(len(start))]], 1)
 
+# %% ../../nbs/50b_data.sparse.ipynb #0cbb6700
 def _stroke(runs, d):
     "A thread down the runs of one region, as (row, start, end) pieces."
     by_row = {}
-    for y, a, b in runs: by_row.setdefault(y, []).append((a, b))
+    for y, a, b in runs:
+        by_row.setdefault(y, []).append((a, b))
     rows = sorted(by_row)
-    y, t, out = rows[d.below(max(len(rows)//4, 1))], d.span(.3, .7), []
+    y = rows[d.below(max(len(rows) // 4, 1))]
+    t = d.span(0.3, 0.7)
+    out = []
     a, b = max(by_row[y], key=lambda r: r[1] - r[0])
-    x = a + int(t*(b - a))
-    last = rows[-1 - d.below(max(len(rows)//4, 1))]
+    x = a + int(t * (b - a))
+    last = rows[-1 - d.below(max(len(rows) // 4, 1))]
     while y in by_row and y <= last:
         fits = [r for r in by_row[y] if r[0] <= x + 1 and x - 1 < r[1]]
-        if not fits: break
+        if not fits:
+            break
         a, b = max(fits, key=lambda r: r[1] - r[0])
-        if d.chance(.06): t = d.span(.25, .75)
-        new = min(b - 1, max(a, x + max(-1, min(1, a + int(t*(b - a)) - x))))
+        if d.chance(0.06):
+            t = d.span(0.25, 0.75)
+        new = min(b - 1, max(a, x + max(-1, min(1, a + int(t * (b - a)) - x))))
         out.append((y, max(a, min(x, new)), min(b, max(x, new) + 1)))
-        x, y = new, y + 1
+        x = new
+        y = y + 1
     return out
 
 # %% ../../nbs/50b_data.sparse.ipynb #0ca70048
 def weak_labels(
-    mask:np.ndarray, # uint8 [h, w], 255 void
-    kind:str, # "scribble" | "point"
-    *key, # numbers that seed the strokes
-    smallest:int=12, # regions of fewer pixels stay void
-    width:int=1, # of the stroke or spot, pixels; it never leaves the class
-)->np.ndarray: # uint8 [h, w]: strokes or pixels of the mask, 255 elsewhere
+    mask: np.ndarray,  # uint8 [h, w], 255 void
+    kind: str,  # "scribble" | "point"
+    *key,  # numbers that seed the strokes
+    smallest: int = 12,  # regions of fewer pixels stay void
+    width: int = 1,  # of the stroke or spot, pixels; it never leaves the class
+) -> np.ndarray:  # uint8 [h, w]: strokes or pixels of the mask, 255 elsewhere
     "A full mask reduced to strokes or points."
-    if kind not in ("scribble", "point"): raise ValueError(f"kind must be 'scribble' or 'point', got '{kind}'")
-    if width < 1: raise ValueError(f"width must be at least 1, got {width}")
-    d, out, groups = Dice(*key), np.full_like(mask, IGNORE), {}
-    tall, flat = regions(mask), regions(mask.T)
+    if kind not in ("scribble", "point"):
+        raise ValueError(f"kind must be 'scribble' or 'point', got '{kind}'")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    d = Dice(*key)
+    out = np.full_like(mask, IGNORE)
+    groups = {}
+    tall = regions(mask)
+    flat = regions(mask.T)
     for axis, runs in ((0, tall), (1, flat)):
         for y, a, b, label, r in runs.tolist():
-            if label != IGNORE: groups.setdefault((axis, r), []).append((y, a, b))
+            if label != IGNORE:
+                groups.setdefault((axis, r), []).append((y, a, b))
     for (axis, r), runs in groups.items():
-        ys, lo, hi = [q[0] for q in runs], min(q[1] for q in runs), max(q[2] for q in runs)
-        high, broad = max(ys) - min(ys) + 1, hi - lo
-        if sum(b - a for _, a, b in runs) < smallest or (high < broad if axis == 0 else high <= broad): continue
+        ys = [q[0] for q in runs]
+        lo = min(q[1] for q in runs)
+        hi = max(q[2] for q in runs)
+        high = max(ys) - min(ys) + 1
+        broad = hi - lo
+        if sum(b - a for _, a, b in runs) < smallest or (
+            high < broad if axis == 0 else high <= broad
+        ):
+            continue
         view, source = (out, mask) if axis == 0 else (out.T, mask.T)
         if kind == "point":
-            middle = sorted(runs)[len(runs)//4:len(runs) - len(runs)//4]
+            middle = sorted(runs)[len(runs) // 4 : len(runs) - len(runs) // 4]
             y, a, b = max((d.pick(middle) for _ in range(3)), key=lambda q: q[2] - q[1])
-            view[y, (a + b)//2] = source[y, (a + b)//2]
+            view[y, (a + b) // 2] = source[y, (a + b) // 2]
         else:
-            for y, a, b in _stroke(runs, d): view[y, a:b] = source[y, a:b]
+            for y, a, b in _stroke(runs, d):
+                view[y, a:b] = source[y, a:b]
     return out if width == 1 else _thicken(out, mask, width)
 
+# %% ../../nbs/50b_data.sparse.ipynb #777d0207
 def _thicken(weak, mask, width):
     "Labels spread over a square of `width` pixels, as far as the mask agrees."
     out, (h, w) = weak.copy(), weak.shape
     wide = np.pad(weak, width, constant_values=IGNORE)
-    for dy in range(-(width//2), (width + 1)//2):
-        for dx in range(-(width//2), (width + 1)//2):
-            near = wide[width + dy:width + dy + h, width + dx:width + dx + w]
+    for dy in range(-(width // 2), (width + 1) // 2):
+        for dx in range(-(width // 2), (width + 1) // 2):
+            near = wide[width + dy : width + dy + h, width + dx : width + dx + w]
             out = np.where((out == IGNORE) & (near == mask), near, out)
     return out
 
 # %% ../../nbs/50b_data.sparse.ipynb #ade85efa
 def scribbles_from_mask(
-    mask, # [h, w] class ids with void 255, array or tensor
-    seed:int|tuple=0, # another seed, other strokes
-    width:int=3, # of the strokes, pixels
-    smallest:int|None=None, # regions of fewer pixels get none; default: a 1500th of the picture, at least 16
-)->np.ndarray: # uint8 [h, w], 255 off the strokes
+    mask,  # [h, w] class ids with void 255, array or tensor
+    seed: int | tuple = 0,  # another seed, other strokes
+    width: int = 3,  # of the strokes, pixels
+    # regions of fewer pixels get none; default: a 1500th of the picture, at least 16
+    smallest: int | None = None,
+) -> np.ndarray:  # uint8 [h, w], 255 off the strokes
     "One scribble per region of a full mask."
     return _from_mask(mask, "scribble", seed, width, smallest)
 
+# %% ../../nbs/50b_data.sparse.ipynb #797a45d5
 def points_from_mask(
-    mask, # [h, w] class ids with void 255, array or tensor
-    seed:int|tuple=0, # another seed, other points
-    width:int=3, # of a point, pixels
-    smallest:int|None=None, # regions of fewer pixels get none; default: a 1500th of the picture, at least 16
-)->np.ndarray: # uint8 [h, w], 255 off the points
+    mask,  # [h, w] class ids with void 255, array or tensor
+    seed: int | tuple = 0,  # another seed, other points
+    width: int = 3,  # of a point, pixels
+    # regions of fewer pixels get none; default: a 1500th of the picture, at least 16
+    smallest: int | None = None,
+) -> np.ndarray:  # uint8 [h, w], 255 off the points
     "One point per region of a full mask."
     return _from_mask(mask, "point", seed, width, smallest)
 
+# %% ../../nbs/50b_data.sparse.ipynb #0e295573
 def _from_mask(mask, kind, seed, width, smallest):
     "A full mask of any integer kind as sparse labels."
     a = np.asarray(mask)
-    if a.ndim != 2 or a.dtype.kind not in "iub": raise ValueError(f"a mask is [h, w] of integers, got {list(a.shape)} of {a.dtype}")
-    if a.size and not 0 <= a.min() <= a.max() <= IGNORE: raise ValueError(f"masks hold 0..254 and 255 for void, got {a.min()}..{a.max()}")
-    if not a.size: return a.astype(np.uint8)
+    if a.ndim != 2 or a.dtype.kind not in "iub":
+        raise ValueError(f"a mask is [h, w] of integers, got {list(a.shape)} of {a.dtype}")
+    if a.size and not 0 <= a.min() <= a.max() <= IGNORE:
+        raise ValueError(f"masks hold 0..254 and 255 for void, got {a.min()}..{a.max()}")
+    if not a.size:
+        return a.astype(np.uint8)
     key = seed if isinstance(seed, tuple) else (seed,)
-    return weak_labels(a.astype(np.uint8), kind, *key, width=width, smallest=max(16, a.size//1500) if smallest is None else smallest)
+    return weak_labels(
+        a.astype(np.uint8),
+        kind,
+        *key,
+        width=width,
+        smallest=max(16, a.size // 1500) if smallest is None else smallest,
+    )

@@ -26,15 +26,19 @@ SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLI
 # %% ../../nbs/51_data.streets.ipynb #764f27f6
 class Stamp:
     "A drawing in metres: x to the right, y up from the ground. Each method paints one shape and returns the stamp."
+
     def __init__(self, width, height, density=40):
-        th, tw = max(int(height*density + .5), 1), max(int(width*density + .5), 1)
-        self.width, self.height, self.t = width, height, np.zeros((th, tw), np.uint8)
-        self.x = (np.arange(tw) + .5)*(width/tw)
-        self.y = (height - (np.arange(th) + .5)*(height/th))[:, None]
+        th = max(int(height * density + 0.5), 1)
+        tw = max(int(width * density + 0.5), 1)
+        self.width = width
+        self.height = height
+        self.t = np.zeros((th, tw), np.uint8)
+        self.x = (np.arange(tw) + 0.5) * (width / tw)
+        self.y = (height - (np.arange(th) + 0.5) * (height / th))[:, None]
 
     def put(self, mask, mat, shade=8):
         "Paint where the mask is set; material 0 makes it transparent again."
-        self.t[mask] = mat + 16*shade if mat else 0
+        self.t[mask] = mat + 16 * shade if mat else 0
         return self
 
     def box(self, mat, x0, y0, x1, y1, shade=8):
@@ -43,232 +47,461 @@ class Stamp:
 
     def disc(self, mat, x, y, rx, ry=None, shade=8):
         "An ellipse about (x, y)."
-        dx, dy = (self.x - x)/rx, (self.y - y)/(ry or rx)
-        return self.put(dx*dx + dy*dy < 1, mat, shade)
+        dx = (self.x - x) / rx
+        dy = (self.y - y) / (ry or rx)
+        return self.put(dx * dx + dy * dy < 1, mat, shade)
 
     def bar(self, mat, x0, y0, x1, y1, thick, shade=8):
         "A thick line with round ends."
-        dx, dy, px, py = x1 - x0, y1 - y0, self.x - x0, self.y - y0
-        s = np.clip((px*dx + py*dy)/(dx*dx + dy*dy), 0, 1)
-        ex, ey = px - s*dx, py - s*dy
-        return self.put(ex*ex + ey*ey < thick*thick/4, mat, shade)
+        dx = x1 - x0
+        dy = y1 - y0
+        px = self.x - x0
+        py = self.y - y0
+        s = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
+        ex = px - s * dx
+        ey = py - s * dy
+        return self.put(ex * ex + ey * ey < thick * thick / 4, mat, shade)
 
     def poly(self, mat, points, shade=8):
         "A polygon."
         inside = np.zeros(self.t.shape, bool)
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
-            if y0 != y1: inside ^= ((self.y >= y0) != (self.y >= y1)) & (self.x < x0 + (self.y - y0)*((x1 - x0)/(y1 - y0)))
+            if y0 != y1:
+                inside ^= ((self.y >= y0) != (self.y >= y1)) & (
+                    self.x < x0 + (self.y - y0) * ((x1 - x0) / (y1 - y0))
+                )
         return self.put(inside, mat, shade)
 
 # %% ../../nbs/51_data.streets.ipynb #c8edcadb
 # length, width, height, then along the side: end of the boot, start and end of the roof, foot of the windscreen
-VEHICLES = dict(hatch=(3.9, 1.75, 1.5, .1, .5, 2.2, 2.95), saloon=(4.5, 1.8, 1.44, 1.0, 1.6, 2.75, 3.5),
-                estate=(4.6, 1.8, 1.5, .08, .4, 2.7, 3.5),
-                suv=(4.5, 1.9, 1.75, .06, .35, 2.8, 3.4), van=(5.0, 2.0, 2.2, .02, .05, 3.9, 4.5), bus=(9.5, 2.5, 3.0, .02, .04, 9.3, 9.45),
-                lorry=(7.0, 2.4, 3.1, .02, .04, 6.6, 6.9))
+VEHICLES = dict(
+    hatch=(3.9, 1.75, 1.5, 0.1, 0.5, 2.2, 2.95),
+    saloon=(4.5, 1.8, 1.44, 1.0, 1.6, 2.75, 3.5),
+    estate=(4.6, 1.8, 1.5, 0.08, 0.4, 2.7, 3.5),
+    suv=(4.5, 1.9, 1.75, 0.06, 0.35, 2.8, 3.4),
+    van=(5.0, 2.0, 2.2, 0.02, 0.05, 3.9, 4.5),
+    bus=(9.5, 2.5, 3.0, 0.02, 0.04, 9.3, 9.45),
+    lorry=(7.0, 2.4, 3.1, 0.02, 0.04, 6.6, 6.9),
+)
 
+# %% ../../nbs/51_data.streets.ipynb #69e0ab72
 def _side(kind):
     "A vehicle from its right side, front to the right."
     n, _, h, boot, roof0, roof1, cowl = VEHICLES[kind]
-    big, r = kind in ("bus", "lorry"), .48 if kind in ("bus", "lorry") else .32
-    belt, low = h*(.42 if big else .6), .45 if big else .24
+    big = kind in ("bus", "lorry")
+    r = 0.48 if kind in ("bus", "lorry") else 0.32
+    belt = h * (0.42 if big else 0.6)
+    low = 0.45 if big else 0.24
     s = Stamp(n, h, 28 if big else 44)
-    s.poly(1, [(0, low), (0, belt), (boot, belt + .04), (roof0, h), (roof1, h - .02), (cowl, belt + .02), (n - .1, belt - .1),
-               (n, low + .12), (n - .06, low)])
-    s.put((s.t > 0) & (s.y > h - .09), 1, 10)
-    s.put((s.t > 0) & (s.y < low + .16), 1, 5)
-    s.put((s.t > 0) & (abs(s.y - belt + .05) < .025), 1, 6)
+    s.poly(
+        1,
+        [
+            (0, low),
+            (0, belt),
+            (boot, belt + 0.04),
+            (roof0, h),
+            (roof1, h - 0.02),
+            (cowl, belt + 0.02),
+            (n - 0.1, belt - 0.1),
+            (n, low + 0.12),
+            (n - 0.06, low),
+        ],
+    )
+    s.put((s.t > 0) & (s.y > h - 0.09), 1, 10)
+    s.put((s.t > 0) & (s.y < low + 0.16), 1, 5)
+    s.put((s.t > 0) & (abs(s.y - belt + 0.05) < 0.025), 1, 6)
     if kind == "lorry":
-        s.box(8, 0, .7, n - 1.9, h, 8).box(8, 0, h - .15, n - 1.9, h, 10).box(3, n - 1.9, low, n - 1.75, h)
-        s.box(2, n - 1.3, 1.6, n - .35, 2.5)
-    elif kind == "van": s.poly(2, [(2.9, belt + .05), (2.9, h - .3), (3.75, h - .32), (4.2, belt + .05)]).box(1, 2.75, low, 2.79, h, 5)
-    elif kind == "bus": s.box(2, .3, belt, n - .2, h - .45).box(8, 0, belt - .35, n, belt - .1)
+        s.box(8, 0, 0.7, n - 1.9, h, 8).box(8, 0, h - 0.15, n - 1.9, h, 10).box(
+            3, n - 1.9, low, n - 1.75, h
+        )
+        s.box(2, n - 1.3, 1.6, n - 0.35, 2.5)
+    elif kind == "van":
+        s.poly(2, [(2.9, belt + 0.05), (2.9, h - 0.3), (3.75, h - 0.32), (4.2, belt + 0.05)]).box(
+            1, 2.75, low, 2.79, h, 5
+        )
+    elif kind == "bus":
+        s.box(2, 0.3, belt, n - 0.2, h - 0.45).box(8, 0, belt - 0.35, n, belt - 0.1)
     else:
-        s.poly(2, [(boot + .22, belt + .05), (roof0 + .16, h - .11), (roof1 - .06, h - .11), (cowl - .22, belt + .05)])
-        for x in (.5*(boot + cowl) - .05, boot + .62): s.box(1, x, belt, x + .07, h)
-        for x in (.5*(boot + cowl) - .03, cowl - .12): s.box(1, x, low + .1, x + .03, belt, 5)
+        s.poly(
+            2,
+            [
+                (boot + 0.22, belt + 0.05),
+                (roof0 + 0.16, h - 0.11),
+                (roof1 - 0.06, h - 0.11),
+                (cowl - 0.22, belt + 0.05),
+            ],
+        )
+        for x in (0.5 * (boot + cowl) - 0.05, boot + 0.62):
+            s.box(1, x, belt, x + 0.07, h)
+        for x in (0.5 * (boot + cowl) - 0.03, cowl - 0.12):
+            s.box(1, x, low + 0.1, x + 0.03, belt, 5)
     if kind == "bus":
-        for x in np.arange(1.5, n - .5, 1.4): s.box(1, x, belt, x + .1, h - .4)
-    s.box(5, 0, belt - .22, .1, belt - .02).box(6, n - .22, belt - .28, n - .04, belt - .14)
-    for x in (.19*n, .8*n): s.disc(3, x, r + .06, r + .07).disc(3, x, r, r).disc(4, x, r, r*.58).disc(3, x, r, r*.16)
+        for x in np.arange(1.5, n - 0.5, 1.4):
+            s.box(1, x, belt, x + 0.1, h - 0.4)
+    s.box(5, 0, belt - 0.22, 0.1, belt - 0.02).box(6, n - 0.22, belt - 0.28, n - 0.04, belt - 0.14)
+    for x in (0.19 * n, 0.8 * n):
+        s.disc(3, x, r + 0.06, r + 0.07).disc(3, x, r, r).disc(4, x, r, r * 0.58).disc(
+            3, x, r, r * 0.16
+        )
     return s
 
+# %% ../../nbs/51_data.streets.ipynb #4542d93d
 def _end(kind, front):
     "A vehicle from behind or from the front."
     _, w, h, *_ = VEHICLES[kind]
-    big, low, inset = kind in ("bus", "lorry"), .28, .03 if kind in ("bus", "lorry", "van") else .17
-    belt = h*(.45 if big else .6)
+    big = kind in ("bus", "lorry")
+    low = 0.28
+    inset = 0.03 if kind in ("bus", "lorry", "van") else 0.17
+    belt = h * (0.45 if big else 0.6)
     s = Stamp(w, h, 28 if big else 44)
-    s.box(3, .08, 0, .3, .5).box(3, w - .3, 0, w - .08, .5)
-    s.poly(1, [(.02, low), (0, belt), (inset, h - .08), (inset + .1, h), (w - inset - .1, h), (w - inset, h - .08), (w, belt),
-               (w - .02, low)])
-    s.put((s.t > 0) & (s.y > h - .08), 1, 10)
-    if kind == "lorry" and not front: s.box(8, 0, .7, w, h).box(8, w/2 - .03, .8, w/2, h - .1, 5)
-    else: s.poly(2, [(inset*.6 + .08, belt + .04), (inset + .1, h - .14), (w - inset - .1, h - .14), (w - inset*.6 - .08, belt + .04)])
-    if front: s.box(3, .4, belt - .32, w - .4, belt - .17).disc(6, .24, belt - .2, .17, .1).disc(6, w - .24, belt - .2, .17, .1)
-    else: s.box(5, .05, belt - .3, .3, belt - .08).box(5, w - .3, belt - .3, w - .05, belt - .08)
-    s.box(3, .03, low, w - .03, low + .14, 9)
-    return s.box(7, w/2 - .26, low + .12, w/2 + .26, low + .25)
+    s.box(3, 0.08, 0, 0.3, 0.5).box(3, w - 0.3, 0, w - 0.08, 0.5)
+    s.poly(
+        1,
+        [
+            (0.02, low),
+            (0, belt),
+            (inset, h - 0.08),
+            (inset + 0.1, h),
+            (w - inset - 0.1, h),
+            (w - inset, h - 0.08),
+            (w, belt),
+            (w - 0.02, low),
+        ],
+    )
+    s.put((s.t > 0) & (s.y > h - 0.08), 1, 10)
+    if kind == "lorry" and not front:
+        s.box(8, 0, 0.7, w, h).box(8, w / 2 - 0.03, 0.8, w / 2, h - 0.1, 5)
+    else:
+        s.poly(
+            2,
+            [
+                (inset * 0.6 + 0.08, belt + 0.04),
+                (inset + 0.1, h - 0.14),
+                (w - inset - 0.1, h - 0.14),
+                (w - inset * 0.6 - 0.08, belt + 0.04),
+            ],
+        )
+    if front:
+        s.box(3, 0.4, belt - 0.32, w - 0.4, belt - 0.17).disc(6, 0.24, belt - 0.2, 0.17, 0.1).disc(
+            6, w - 0.24, belt - 0.2, 0.17, 0.1
+        )
+    else:
+        s.box(5, 0.05, belt - 0.3, 0.3, belt - 0.08).box(
+            5, w - 0.3, belt - 0.3, w - 0.05, belt - 0.08
+        )
+    s.box(3, 0.03, low, w - 0.03, low + 0.14, 9)
+    return s.box(7, w / 2 - 0.26, low + 0.12, w / 2 + 0.26, low + 0.25)
 
 # %% ../../nbs/51_data.streets.ipynb #dd7eeed8
 def _person(stride, arm, skirt, bag):
     "A walker: `stride` and `arm` in metres at foot and hand."
     s = Stamp(1.0, 1.75, 48)
     for d, shade in ((-stride, 6), (stride, 8)):
-        s.bar(4, .5, .9, .5 + d*.6, .48, .17, shade).bar(4, .5 + d*.6, .48, .5 + d, .08, .13, shade).bar(5, .5 + d, .05, .58 + d, .04, .1)
-    if skirt: s.poly(4, [(.36, .95), (.27, .5), (.73, .5), (.64, .95)])
-    s.bar(3, .5, 1.25, .5 - arm, .88, .12, 6).poly(3, [(.36, .85), (.31, 1.42), (.4, 1.5), (.6, 1.5), (.69, 1.42), (.64, .85)])
-    s.bar(3, .52, 1.4, .52 + arm, .95, .12, 10).disc(1, .52 + arm, .9, .05)
-    if bag: s.box(6, .22, .95, .4, 1.4)
-    return s.disc(1, .5, 1.52, .06, .08, 6).disc(2, .49, 1.64, .11, .12).disc(1, .52, 1.61, .085, .105)
+        s.bar(4, 0.5, 0.9, 0.5 + d * 0.6, 0.48, 0.17, shade).bar(
+            4, 0.5 + d * 0.6, 0.48, 0.5 + d, 0.08, 0.13, shade
+        ).bar(5, 0.5 + d, 0.05, 0.58 + d, 0.04, 0.1)
+    if skirt:
+        s.poly(4, [(0.36, 0.95), (0.27, 0.5), (0.73, 0.5), (0.64, 0.95)])
+    s.bar(3, 0.5, 1.25, 0.5 - arm, 0.88, 0.12, 6).poly(
+        3, [(0.36, 0.85), (0.31, 1.42), (0.4, 1.5), (0.6, 1.5), (0.69, 1.42), (0.64, 0.85)]
+    )
+    s.bar(3, 0.52, 1.4, 0.52 + arm, 0.95, 0.12, 10).disc(1, 0.52 + arm, 0.9, 0.05)
+    if bag:
+        s.box(6, 0.22, 0.95, 0.4, 1.4)
+    return (
+        s.disc(1, 0.5, 1.52, 0.06, 0.08, 6)
+        .disc(2, 0.49, 1.64, 0.11, 0.12)
+        .disc(1, 0.52, 1.61, 0.085, 0.105)
+    )
 
+# %% ../../nbs/51_data.streets.ipynb #f3ce3aee
 def _cyclist(side):
     "A cyclist from the side (riding to the right) or from behind."
-    s = Stamp(1.9 if side else .8, 1.8, 48)
+    s = Stamp(1.9 if side else 0.8, 1.8, 48)
     if not side:
-        s.box(7, .36, 0, .44, .68).bar(8, .1, 1.02, .7, 1.02, .05).bar(4, .33, .9, .27, .35, .14, 7).bar(4, .47, .9, .53, .45, .14)
-        s.box(5, .2, .28, .33, .36).box(5, .47, .38, .6, .46)
-        s.poly(3, [(.26, .85), (.2, 1.38), (.3, 1.5), (.5, 1.5), (.6, 1.38), (.54, .85)])
-        s.bar(3, .23, 1.38, .12, 1.05, .11, 7).bar(3, .57, 1.38, .68, 1.05, .11, 7)
-        return s.disc(1, .4, 1.58, .1, .13).disc(2, .4, 1.65, .12, .12).box(5, .36, .75, .44, .86)
-    for x in (.36, 1.54): s.disc(7, x, .34, .34).disc(0, x, .34, .275).bar(7, x - .27, .34, x + .27, .34, .02).bar(7, x, .07, x, .6, .02)
-    frame = (.36, .34, .72, .8), (.72, .8, 1.32, .82), (.36, .34, .85, .3), (.85, .3, 1.32, .82), (.72, .85, .85, .3), (1.54, .34, 1.28, 1.)
-    for ends in frame: s.bar(8, *ends, .05)
-    s.bar(4, .72, .95, 1.1, .72, .17, 6).bar(4, 1.1, .72, .95, .25, .13, 6).bar(4, .7, .95, 1.02, .62, .17)
-    s.bar(4, 1.02, .62, .8, .2, .13).bar(5, .76, .16, .9, .15, .09)
-    s.poly(3, [(.58, .92), (.78, 1.42), (1.0, 1.46), (.9, .95)]).bar(3, .93, 1.38, 1.3, 1.05, .11, 10).disc(1, 1.3, 1.04, .05)
-    return s.disc(1, 1.06, 1.56, .1, .13).disc(2, 1.03, 1.64, .13, .1)
+        s.box(7, 0.36, 0, 0.44, 0.68).bar(8, 0.1, 1.02, 0.7, 1.02, 0.05).bar(
+            4, 0.33, 0.9, 0.27, 0.35, 0.14, 7
+        ).bar(4, 0.47, 0.9, 0.53, 0.45, 0.14)
+        s.box(5, 0.2, 0.28, 0.33, 0.36).box(5, 0.47, 0.38, 0.6, 0.46)
+        s.poly(3, [(0.26, 0.85), (0.2, 1.38), (0.3, 1.5), (0.5, 1.5), (0.6, 1.38), (0.54, 0.85)])
+        s.bar(3, 0.23, 1.38, 0.12, 1.05, 0.11, 7).bar(3, 0.57, 1.38, 0.68, 1.05, 0.11, 7)
+        return (
+            s.disc(1, 0.4, 1.58, 0.1, 0.13)
+            .disc(2, 0.4, 1.65, 0.12, 0.12)
+            .box(5, 0.36, 0.75, 0.44, 0.86)
+        )
+    for x in (0.36, 1.54):
+        s.disc(7, x, 0.34, 0.34).disc(0, x, 0.34, 0.275).bar(
+            7, x - 0.27, 0.34, x + 0.27, 0.34, 0.02
+        ).bar(7, x, 0.07, x, 0.6, 0.02)
+    frame = (
+        (0.36, 0.34, 0.72, 0.8),
+        (0.72, 0.8, 1.32, 0.82),
+        (0.36, 0.34, 0.85, 0.3),
+        (0.85, 0.3, 1.32, 0.82),
+        (0.72, 0.85, 0.85, 0.3),
+        (1.54, 0.34, 1.28, 1.0),
+    )
+    for ends in frame:
+        s.bar(8, *ends, 0.05)
+    s.bar(4, 0.72, 0.95, 1.1, 0.72, 0.17, 6).bar(4, 1.1, 0.72, 0.95, 0.25, 0.13, 6).bar(
+        4, 0.7, 0.95, 1.02, 0.62, 0.17
+    )
+    s.bar(4, 1.02, 0.62, 0.8, 0.2, 0.13).bar(5, 0.76, 0.16, 0.9, 0.15, 0.09)
+    s.poly(3, [(0.58, 0.92), (0.78, 1.42), (1.0, 1.46), (0.9, 0.95)]).bar(
+        3, 0.93, 1.38, 1.3, 1.05, 0.11, 10
+    ).disc(1, 1.3, 1.04, 0.05)
+    return s.disc(1, 1.06, 1.56, 0.1, 0.13).disc(2, 1.03, 1.64, 0.13, 0.1)
 
 # %% ../../nbs/51_data.streets.ipynb #ba5f4ae3
 def _tree(i, kind):
     "A tree of one of four kinds."
     d = Dice(91, i)
-    w, h, low, squeeze = dict(round=(5, 6.5, 2.0, 0.), tall=(3, 9, 1.2, .3), cone=(3.4, 8, .9, 1.), bush=(2.6, 1.7, .1, 0.))[kind]
-    s = Stamp(w, h, 96/h)
-    s.bar(1, w/2, 0, w/2, h*.6, .24, 7)
-    if kind != "bush": s.bar(1, w/2, low*.8, w*.3, h*.5, .12, 6).bar(1, w/2, low*.9, w*.72, h*.55, .12, 9)
-    rag, cy, ry = d.noise(*s.t.shape), (low + h)/2, (h - low)/2
+    w, h, low, squeeze = dict(
+        round=(5, 6.5, 2.0, 0.0),
+        tall=(3, 9, 1.2, 0.3),
+        cone=(3.4, 8, 0.9, 1.0),
+        bush=(2.6, 1.7, 0.1, 0.0),
+    )[kind]
+    s = Stamp(w, h, 96 / h)
+    s.bar(1, w / 2, 0, w / 2, h * 0.6, 0.24, 7)
+    if kind != "bush":
+        s.bar(1, w / 2, low * 0.8, w * 0.3, h * 0.5, 0.12, 6).bar(
+            1, w / 2, low * 0.9, w * 0.72, h * 0.55, 0.12, 9
+        )
+    rag = d.noise(*s.t.shape)
+    cy = (low + h) / 2
+    ry = (h - low) / 2
     for k in range(70):
-        a, b = d.span(-1, 1), d.span(-1, 1)
-        if a*a + b*b > 1: continue
-        wide = 1 - squeeze*.5*(b + 1)
-        x, y, r = w/2 + a*wide*w*.38, cy + b*ry*.82, d.span(.16, .3)*min(w, h - low)*.5*(.5 + .5*wide)
-        dx, dy = (s.x - x)/r, (s.y - y)/r
-        s.put(dx*dx + dy*dy + rag/400. < 1.1, 2 + (k & 1), min(12, max(3, int(8 + 3.2*b - 1.6*a + d.span(-1, 1)))))
+        a = d.span(-1, 1)
+        b = d.span(-1, 1)
+        if a * a + b * b > 1:
+            continue
+        wide = 1 - squeeze * 0.5 * (b + 1)
+        x = w / 2 + a * wide * w * 0.38
+        y = cy + b * ry * 0.82
+        r = d.span(0.16, 0.3) * min(w, h - low) * 0.5 * (0.5 + 0.5 * wide)
+        dx = (s.x - x) / r
+        dy = (s.y - y) / r
+        s.put(
+            dx * dx + dy * dy + rag / 400.0 < 1.1,
+            2 + (k & 1),
+            min(12, max(3, int(8 + 3.2 * b - 1.6 * a + d.span(-1, 1)))),
+        )
     return s
 
 # %% ../../nbs/51_data.streets.ipynb #b85d7c30
 def _board(shape):
     "A traffic sign without its post. Materials: 1 rim, 2 field, 3 mark, 4 back."
-    s = Stamp(.8, .8, 40)
-    tri = [(.02, .06), (.4, .76), (.78, .06)]
-    if shape == "ban": s.disc(1, .4, .4, .39).disc(2, .4, .4, .28).box(3, .2, .35, .6, .45)
-    elif shape == "duty": s.disc(2, .4, .4, .39).disc(1, .4, .4, .36).bar(2, .4, .18, .4, .6, .1).poly(2, [(.24, .5), (.4, .7), (.56, .5)])
-    elif shape == "warn": s.poly(1, tri).poly(2, [(.15, .14), (.4, .58), (.65, .14)]).box(3, .36, .2, .44, .42)
+    s = Stamp(0.8, 0.8, 40)
+    tri = [(0.02, 0.06), (0.4, 0.76), (0.78, 0.06)]
+    if shape == "ban":
+        s.disc(1, 0.4, 0.4, 0.39).disc(2, 0.4, 0.4, 0.28).box(3, 0.2, 0.35, 0.6, 0.45)
+    elif shape == "duty":
+        s.disc(2, 0.4, 0.4, 0.39).disc(1, 0.4, 0.4, 0.36).bar(2, 0.4, 0.18, 0.4, 0.6, 0.1).poly(
+            2, [(0.24, 0.5), (0.4, 0.7), (0.56, 0.5)]
+        )
+    elif shape == "warn":
+        s.poly(1, tri).poly(2, [(0.15, 0.14), (0.4, 0.58), (0.65, 0.14)]).box(
+            3, 0.36, 0.2, 0.44, 0.42
+        )
     elif shape == "stop":
-        s.poly(1, [(.25, .02), (.02, .25), (.02, .55), (.25, .78), (.55, .78), (.78, .55), (.78, .25), (.55, .02)])
-        s.box(2, .14, .33, .66, .47)
-    else: s.box(2, .02, .04, .78, .76).box(1, .06, .08, .74, .72).box(2, .14, .5, .6, .6).box(2, .14, .26, .5, .36)
+        s.poly(
+            1,
+            [
+                (0.25, 0.02),
+                (0.02, 0.25),
+                (0.02, 0.55),
+                (0.25, 0.78),
+                (0.55, 0.78),
+                (0.78, 0.55),
+                (0.78, 0.25),
+                (0.55, 0.02),
+            ],
+        )
+        s.box(2, 0.14, 0.33, 0.66, 0.47)
+    else:
+        s.box(2, 0.02, 0.04, 0.78, 0.76).box(1, 0.06, 0.08, 0.74, 0.72).box(
+            2, 0.14, 0.5, 0.6, 0.6
+        ).box(2, 0.14, 0.26, 0.5, 0.36)
     return s
 
+# %% ../../nbs/51_data.streets.ipynb #cfa49442
 def _lights():
     "A traffic light. Materials: 1 case, 2 red, 3 amber, 4 green."
-    s = Stamp(.42, 1.1, 50).box(1, 0, 0, .42, 1.1)
-    return s.disc(2, .21, .9, .13).disc(3, .21, .55, .13, shade=3).disc(4, .21, .2, .13, shade=3)
+    s = Stamp(0.42, 1.1, 50).box(1, 0, 0, 0.42, 1.1)
+    return (
+        s.disc(2, 0.21, 0.9, 0.13)
+        .disc(3, 0.21, 0.55, 0.13, shade=3)
+        .disc(4, 0.21, 0.2, 0.13, shade=3)
+    )
 
+# %% ../../nbs/51_data.streets.ipynb #d86bde4c
 def _thing(kind):
     "Street furniture that belongs to no class."
-    s = Stamp(*dict(bin=(.6, 1.1), cone=(.5, .75), box=(1.1, 1.3), bench=(1.6, .9))[kind], 40)
-    if kind == "bin": return s.box(1, .04, 0, .56, 1.).box(1, 0, .95, .6, 1.1, 10).box(2, .12, .6, .48, .78).box(1, .44, 0, .56, .95, 6)
-    if kind == "cone": return s.poly(1, [(.06, .05), (.2, .75), (.3, .75), (.44, .05)]).box(1, 0, 0, .5, .06, 6).box(2, .12, .3, .38, .42)
-    if kind == "box": return s.box(1, 0, 0, 1.1, 1.3).box(1, 0, 1.2, 1.1, 1.3, 11).box(1, .54, .1, .57, 1.2, 5).box(2, .2, .7, .4, .85)
-    return s.box(1, 0, .4, 1.6, .5).box(1, .05, .55, 1.55, .9, 7).box(2, .15, 0, .22, .9).box(2, 1.38, 0, 1.45, .9)
+    s = Stamp(*dict(bin=(0.6, 1.1), cone=(0.5, 0.75), box=(1.1, 1.3), bench=(1.6, 0.9))[kind], 40)
+    if kind == "bin":
+        return (
+            s.box(1, 0.04, 0, 0.56, 1.0)
+            .box(1, 0, 0.95, 0.6, 1.1, 10)
+            .box(2, 0.12, 0.6, 0.48, 0.78)
+            .box(1, 0.44, 0, 0.56, 0.95, 6)
+        )
+    if kind == "cone":
+        return (
+            s.poly(1, [(0.06, 0.05), (0.2, 0.75), (0.3, 0.75), (0.44, 0.05)])
+            .box(1, 0, 0, 0.5, 0.06, 6)
+            .box(2, 0.12, 0.3, 0.38, 0.42)
+        )
+    if kind == "box":
+        return (
+            s.box(1, 0, 0, 1.1, 1.3)
+            .box(1, 0, 1.2, 1.1, 1.3, 11)
+            .box(1, 0.54, 0.1, 0.57, 1.2, 5)
+            .box(2, 0.2, 0.7, 0.4, 0.85)
+        )
+    return (
+        s.box(1, 0, 0.4, 1.6, 0.5)
+        .box(1, 0.05, 0.55, 1.55, 0.9, 7)
+        .box(2, 0.15, 0, 0.22, 0.9)
+        .box(2, 1.38, 0, 1.45, 0.9)
+    )
 
 # %% ../../nbs/51_data.streets.ipynb #f4c7e34d
 @functools.lru_cache(maxsize=None)
-def stamps()->dict: # name -> list of stamps
+def stamps() -> dict:  # name -> list of stamps
     "All stamps, drawn on first use."
-    people = [_person(st, a, sk, b) for st, a, sk, b in ((.05, .12, 0, 0), (.22, .22, 0, 0), (.3, .28, 0, 1), (.14, .18, 1, 0),
-                                                         (.2, .2, 1, 1), (.02, .16, 0, 1))]
-    trees = [_tree(i, k) for i, k in enumerate("round round round tall cone tall round cone".split())]
-    return dict(side={k: _side(k) for k in VEHICLES}, back={k: _end(k, False) for k in VEHICLES},
-                front={k: _end(k, True) for k in VEHICLES},
-                person=people, rider_side=[_cyclist(True)], rider_back=[_cyclist(False)],
-                tree=trees, bush=[_tree(20 + i, "bush") for i in range(3)], thing=[_thing(k) for k in ("bin", "cone", "box", "bench")],
-                board={k: _board(k) for k in ("ban", "duty", "warn", "stop", "info")}, lights=[_lights()])
+    people = [
+        _person(st, a, sk, b)
+        for st, a, sk, b in (
+            (0.05, 0.12, 0, 0),
+            (0.22, 0.22, 0, 0),
+            (0.3, 0.28, 0, 1),
+            (0.14, 0.18, 1, 0),
+            (0.2, 0.2, 1, 1),
+            (0.02, 0.16, 0, 1),
+        )
+    ]
+    trees = [
+        _tree(i, k) for i, k in enumerate("round round round tall cone tall round cone".split())
+    ]
+    return dict(
+        side={k: _side(k) for k in VEHICLES},
+        back={k: _end(k, False) for k in VEHICLES},
+        front={k: _end(k, True) for k in VEHICLES},
+        person=people,
+        rider_side=[_cyclist(True)],
+        rider_back=[_cyclist(False)],
+        tree=trees,
+        bush=[_tree(20 + i, "bush") for i in range(3)],
+        thing=[_thing(k) for k in ("bin", "cone", "box", "bench")],
+        board={k: _board(k) for k in ("ban", "duty", "warn", "stop", "info")},
+        lights=[_lights()],
+    )
 
 # %% ../../nbs/51_data.streets.ipynb #545216e3
 class Scene:
     "Buffers and camera of one picture."
+
     def __init__(self, size, dice):
         self.h, self.w = size
         self.buf = np.full(size, 128 << 16, "<u4")
-        self.mat, self.shade, self.haze = self.buf.view("<u2")[:, ::2], self.buf.view(np.uint8)[:, 2::4], self.buf.view(np.uint8)[:, 3::4]
-        self.colours, self.labels, self.front = [], [], np.full(self.w, 1e9)
+        self.mat, self.shade, self.haze = (
+            self.buf.view("<u2")[:, ::2],
+            self.buf.view(np.uint8)[:, 2::4],
+            self.buf.view(np.uint8)[:, 3::4],
+        )
+        self.colours = []
+        self.labels = []
+        self.front = np.full(self.w, 1e9)
         d = self.dice = dice
-        self.f = max(1.05*self.h, .8*self.w)
-        self.horizon, self.vanish = self.h*d.span(.4, .52), self.w*d.span(.36, .64)
-        self.eye, self.bend, self.cam = d.span(1.35, 1.8), d.pick((0, 0, 0, d.span(-.0016, .0016))), 0.
+        self.f = max(1.05 * self.h, 0.8 * self.w)
+        self.horizon = self.h * d.span(0.4, 0.52)
+        self.vanish = self.w * d.span(0.36, 0.64)
+        self.eye = d.span(1.35, 1.8)
+        self.bend = d.pick((0, 0, 0, d.span(-0.0016, 0.0016)))
+        self.cam = 0.0
         self.visibility = d.pick((90, 140, 220, 400))
 
     def paint(self, colours, labels):
         "Enter materials; the result plus k is the k-th of them, counted from 1."
         self.colours += colours
-        self.labels += labels if isinstance(labels, list) else [labels]*len(colours)
+        self.labels += labels if isinstance(labels, list) else [labels] * len(colours)
         return len(self.colours) - len(colours) - 1
 
     def x(self, X, Z):
         "Image column of a place."
-        return self.vanish + self.f*((X - self.cam)/Z + self.bend*Z)
+        return self.vanish + self.f * ((X - self.cam) / Z + self.bend * Z)
 
     def y(self, Y, Z):
         "Image row of a height."
-        return self.horizon + self.f*(self.eye - Y)/Z
+        return self.horizon + self.f * (self.eye - Y) / Z
 
     def fog(self, Z):
         "Haze at a distance, 0 … 200 of 256."
-        return int(200*(1 - 1/(1 + Z/self.visibility)**2))
+        return int(200 * (1 - 1 / (1 + Z / self.visibility) ** 2))
 
 # %% ../../nbs/51_data.streets.ipynb #651205ee
 _k = np.arange(256, dtype=np.uint32)
-BYTE = (_k & 15) | (64 + ((_k & 240) >> 1)) << 16 # what a byte of a stamp becomes in the buffer
+BYTE = (_k & 15) | (64 + ((_k & 240) >> 1)) << 16  # what a byte of a stamp becomes in the buffer
 
+# %% ../../nbs/51_data.streets.ipynb #2689a07c
 def stand(sc, stamp, base, left, right, bottom, top):
-    "Draw a stamp on an upright plane from (X, Z) `left` to `right`, between two heights in metres. Seen from behind it is not drawn."
+    """Draw a stamp on an upright plane from (X, Z) `left` to `right`, between two heights in
+    metres. Seen from behind it is not drawn."""
     (xl, zl), (xr, zr) = left, right
-    if zl < 1.2 or zr < 1.2: return
-    a, b = sc.x(xl, zl), sc.x(xr, zr)
-    i0 = math.ceil(a - .5)
-    i1 = min(max(math.ceil(b - .5), i0 + 1), sc.w)
+    if zl < 1.2 or zr < 1.2:
+        return
+    a = sc.x(xl, zl)
+    b = sc.x(xr, zr)
+    i0 = math.ceil(a - 0.5)
+    i1 = min(max(math.ceil(b - 0.5), i0 + 1), sc.w)
     i0 = max(i0, 0)
-    if b <= a or i0 >= i1: return
+    if b <= a or i0 >= i1:
+        return
     th, tw = stamp.shape
-    s = np.minimum((np.arange(i0, i1) + (.5 - a))*(1/(b - a)), .9999)
-    y1, y0 = sc.y(top, zl), sc.y(bottom, zl)
+    s = np.minimum((np.arange(i0, i1) + (0.5 - a)) * (1 / (b - a)), 0.9999)
+    y1 = sc.y(top, zl)
+    y0 = sc.y(bottom, zl)
     if zl != zr:
-        iz = 1/zl + s*(1/zr - 1/zl)
-        y1, y0, s = sc.horizon + sc.f*(sc.eye - top)*iz, sc.horizon + sc.f*(sc.eye - bottom)*iz, s/(zr*iz)
+        iz = 1 / zl + s * (1 / zr - 1 / zl)
+        y1 = sc.horizon + sc.f * (sc.eye - top) * iz
+        y0 = sc.horizon + sc.f * (sc.eye - bottom) * iz
+        s = s / (zr * iz)
     upper, lower = (y1, y0) if zl == zr else (min(y1[0], y1[-1]), max(y0[0], y0[-1]))
-    j0 = math.ceil(upper - .5)
-    j1 = min(max(math.ceil(lower - .5), j0 + 1), sc.h)
+    j0 = math.ceil(upper - 0.5)
+    j1 = min(max(math.ceil(lower - 0.5), j0 + 1), sc.h)
     j0 = max(j0, 0)
-    if j0 >= j1: return
-    row = ((np.arange(j0, j1)[:, None] + .5 - y1)*(th/(y0 - y1))).astype(np.int32)
-    px = stamp[np.minimum(np.maximum(row, 0), th - 1), (s*tw).astype(np.int32)]
+    if j0 >= j1:
+        return
+    row = ((np.arange(j0, j1)[:, None] + 0.5 - y1) * (th / (y0 - y1))).astype(np.int32)
+    px = stamp[np.minimum(np.maximum(row, 0), th - 1), (s * tw).astype(np.int32)]
     shown = px > 0
-    if (hidden := sc.front[i0:i1] <= min(zl, zr)).any(): shown &= ~hidden
-    if zl != zr: shown &= (row >= 0) & (row < th)
+    if (hidden := sc.front[i0:i1] <= min(zl, zr)).any():
+        shown &= ~hidden
+    if zl != zr:
+        shown &= (row >= 0) & (row < th)
     np.copyto(sc.buf[j0:j1, i0:i1], BYTE[px] + np.uint32(base + (sc.fog(zl) << 24)), where=shown)
 
+# %% ../../nbs/51_data.streets.ipynb #8d22d91d
 def shadow(sc, X, Z, wide, deep):
     "Darken an ellipse on the ground."
-    if Z - deep < 1.5 or Z > 40: return
-    x0, x1, y0, y1 = sc.x(X - wide, Z), sc.x(X + wide, Z), sc.y(0, Z + deep), sc.y(0, Z - deep)
-    i0, i1, j0, j1 = max(int(x0), 0), min(int(x1) + 1, sc.w), max(int(y0), 0), min(int(y1) + 1, sc.h)
-    if i0 >= i1 or j0 >= j1: return
-    dx, dy = (np.arange(i0, i1) + .5 - (x0 + x1)/2)*(2/(x1 - x0)), (np.arange(j0, j1)[:, None] + .5 - (y0 + y1)/2)*(2/(y1 - y0))
+    if Z - deep < 1.5 or Z > 40:
+        return
+    x0 = sc.x(X - wide, Z)
+    x1 = sc.x(X + wide, Z)
+    y0 = sc.y(0, Z + deep)
+    y1 = sc.y(0, Z - deep)
+    i0 = max(int(x0), 0)
+    i1 = min(int(x1) + 1, sc.w)
+    j0 = max(int(y0), 0)
+    j1 = min(int(y1) + 1, sc.h)
+    if i0 >= i1 or j0 >= j1:
+        return
+    dx = (np.arange(i0, i1) + 0.5 - (x0 + x1) / 2) * (2 / (x1 - x0))
+    dy = (np.arange(j0, j1)[:, None] + 0.5 - (y0 + y1) / 2) * (2 / (y1 - y0))
     view = sc.shade[j0:j1, i0:i1]
-    np.copyto(view, view//8*5, where=dx*dx + dy*dy < 1)
+    np.copyto(view, view // 8 * 5, where=dx * dx + dy * dy < 1)
 
 # %% ../../nbs/51_data.streets.ipynb #2ad8e288
 @functools.lru_cache(maxsize=None)
@@ -276,371 +509,794 @@ def sheet_of_noise(n=256):
     "A tile of smooth noise, bytes, the same on both rims: four octaves of a random grid, enlarged linearly."
     total = np.zeros((n, n), np.int64)
     for octave, weight in ((8, 8), (16, 4), (32, 2), (64, 1)):
-        g, k = Dice(5, octave).noise(octave, octave).astype(np.int64), n//octave
+        g = Dice(5, octave).noise(octave, octave).astype(np.int64)
+        k = n // octave
         t = np.arange(k)
-        for _ in range(2): g = (g[:, None]*(k - t)[:, None] + np.roll(g, -1, 0)[:, None]*t[:, None]).reshape(-1, g.shape[1]).T
-        total += g*weight//(k*k)
-    return ((total - total.min())*255//(total.max() - total.min())).astype(np.uint8)
+        for _ in range(2):
+            g = (
+                (g[:, None] * (k - t)[:, None] + np.roll(g, -1, 0)[:, None] * t[:, None])
+                .reshape(-1, g.shape[1])
+                .T
+            )
+        total += g * weight // (k * k)
+    return ((total - total.min()) * 255 // (total.max() - total.min())).astype(np.uint8)
 
+# %% ../../nbs/51_data.streets.ipynb #0db1af32
 # sky above, sky at the horizon, light (r, g, b in 1/128), clouds 0..8, sharp shadows
-MOODS = [((70, 120, 200), (190, 212, 235), (132, 130, 124), 3, 1), ((95, 145, 210), (205, 222, 238), (136, 134, 126), 5, 1),
-         ((165, 172, 182), (208, 211, 214), (112, 114, 118), 7, 0),
-         ((190, 196, 202), (226, 228, 228), (120, 121, 122), 2, 0), ((90, 110, 170), (246, 206, 160), (138, 122, 104), 4,
-                                                                     1), ((60, 72, 110), (190, 160, 160), (92, 92, 106), 4, 0),
-         ((225, 230, 236), (246, 247, 247), (124, 124, 122), 0, 0)]
+MOODS = [
+    ((70, 120, 200), (190, 212, 235), (132, 130, 124), 3, 1),
+    ((95, 145, 210), (205, 222, 238), (136, 134, 126), 5, 1),
+    ((165, 172, 182), (208, 211, 214), (112, 114, 118), 7, 0),
+    ((190, 196, 202), (226, 228, 228), (120, 121, 122), 2, 0),
+    ((90, 110, 170), (246, 206, 160), (138, 122, 104), 4, 1),
+    ((60, 72, 110), (190, 160, 160), (92, 92, 106), 4, 0),
+    ((225, 230, 236), (246, 247, 247), (124, 124, 122), 0, 0),
+]
 
+# %% ../../nbs/51_data.streets.ipynb #0602317e
 def draw_sky(sc, mood):
     "Gradient and clouds above the horizon, and a far skyline of trees and roofs."
     d, (high, low, _, cover, _) = sc.dice, mood
     n = min(math.ceil(sc.horizon), sc.h)
-    g, k, high, low = np.arange(16)[:, None, None], np.arange(8)[:, None], np.array(high), np.array(low)
-    base = sc.paint((((high*(15 - g) + low*g)//15*(7 - k) + (496 + low)//3*k)//7).reshape(-1, 3).tolist(), SKY) + 1
-    up = (n - np.arange(n))/n
-    v = (d.below(256) + 60/(up + .12)).astype(np.int64) & 255
-    u = (d.below(256) + (np.arange(sc.w) - sc.vanish)*(1/sc.w)*(70/(up + .25))[:, None]).astype(np.int64) & 255
-    cloud = np.clip((sheet_of_noise()[v[:, None], u].astype(np.int16) - (190 - 14*cover))//(12 + d.below(10)), 0, 7 if cover else 0)
-    sc.mat[:n] = base + (15 - 15*up).astype(np.int64)[:, None]*8 + cloud
-    for depth, label, colour in ((320, BUILDING, (130, 126, 124)), (240, TREE, (84, 104, 70)), (170, TREE, (70, 92, 52))):
-        line, rough = sheet_of_noise()[d.below(256)], d.pick((1, 2, 3))
-        at = np.arange(sc.w)*(256//rough)//sc.w + d.below(256) if label == TREE else np.arange(sc.w)*40//sc.w*5
+    g = np.arange(16)[:, None, None]
+    k = np.arange(8)[:, None]
+    high = np.array(high)
+    low = np.array(low)
+    base = (
+        sc.paint(
+            (((high * (15 - g) + low * g) // 15 * (7 - k) + (496 + low) // 3 * k) // 7)
+            .reshape(-1, 3)
+            .tolist(),
+            SKY,
+        )
+        + 1
+    )
+    up = (n - np.arange(n)) / n
+    v = (d.below(256) + 60 / (up + 0.12)).astype(np.int64) & 255
+    u = (
+        d.below(256) + (np.arange(sc.w) - sc.vanish) * (1 / sc.w) * (70 / (up + 0.25))[:, None]
+    ).astype(np.int64) & 255
+    cloud = np.clip(
+        (sheet_of_noise()[v[:, None], u].astype(np.int16) - (190 - 14 * cover))
+        // (12 + d.below(10)),
+        0,
+        7 if cover else 0,
+    )
+    sc.mat[:n] = base + (15 - 15 * up).astype(np.int64)[:, None] * 8 + cloud
+    for depth, label, colour in (
+        (320, BUILDING, (130, 126, 124)),
+        (240, TREE, (84, 104, 70)),
+        (170, TREE, (70, 92, 52)),
+    ):
+        line = sheet_of_noise()[d.below(256)]
+        rough = d.pick((1, 2, 3))
+        at = (
+            np.arange(sc.w) * (256 // rough) // sc.w + d.below(256)
+            if label == TREE
+            else np.arange(sc.w) * 40 // sc.w * 5
+        )
         tall = line[at & 255]
-        top = sc.horizon - sc.f*np.maximum(tall.astype(np.float64)*(d.span(.3, 1)*20/255) + d.span(0, 5), 0)/depth
+        top = (
+            sc.horizon
+            - sc.f
+            * np.maximum(tall.astype(np.float64) * (d.span(0.3, 1) * 20 / 255) + d.span(0, 5), 0)
+            / depth
+        )
         j = max(min(int(top.min()), n), 0)
-        mask = np.arange(j, n)[:, None] + .5 > top
-        np.copyto(sc.mat[j:n], sc.paint([d.tint(colour, 14)], label) + 1, where=mask, casting="unsafe")
+        mask = np.arange(j, n)[:, None] + 0.5 > top
+        np.copyto(
+            sc.mat[j:n], sc.paint([d.tint(colour, 14)], label) + 1, where=mask, casting="unsafe"
+        )
         np.copyto(sc.haze[j:n], np.uint8(sc.fog(depth)), where=mask)
 
 # %% ../../nbs/51_data.streets.ipynb #9e7842a7
-CELL, SPAN = 8, 32 # cells of the ground table per metre, metres to each side
+# cells of the ground table per metre, metres to each side
+CELL = 8
+SPAN = 32
 
+# %% ../../nbs/51_data.streets.ipynb #d2db19b7
 def draw_ground(sc, plan, mood):
     "Road, lines, kerbs and pavements from the plan; its rows far away fade into the haze."
     d = sc.dice
     j0 = max(int(sc.horizon) + 1, 0)
-    if j0 >= sc.h: return
+    if j0 >= sc.h:
+        return
     grey = d.below(45) + 62
-    base = sc.paint([(grey, grey, grey + 3), d.pick(((214, 214, 208), (200, 198, 190))),
-                     d.tint(d.pick(((150, 146, 140), (168, 158, 146), (138, 136, 138), (160, 140, 126))), 10),
-                     (176, 174, 168), (grey - 12, grey - 12, grey - 10), d.pick(((205, 175, 60), (214, 214, 208))),
-                     d.tint(d.pick(((92, 116, 58), (110, 122, 62), (78, 108, 54))),
-                            12)], [ROAD, ROAD, PAVEMENT, PAVEMENT, ROAD, ROAD, TREE])
-    x = (np.arange(2*SPAN*CELL) + .5)/CELL - SPAN
-    a, side = abs(x), x > 0
-    strip = np.where(a < plan.half, 1, np.where(a < plan.half + .22, 4, 3))
+    base = sc.paint(
+        [
+            (grey, grey, grey + 3),
+            d.pick(((214, 214, 208), (200, 198, 190))),
+            d.tint(
+                d.pick(((150, 146, 140), (168, 158, 146), (138, 136, 138), (160, 140, 126))), 10
+            ),
+            (176, 174, 168),
+            (grey - 12, grey - 12, grey - 10),
+            d.pick(((205, 175, 60), (214, 214, 208))),
+            d.tint(d.pick(((92, 116, 58), (110, 122, 62), (78, 108, 54))), 12),
+        ],
+        [ROAD, ROAD, PAVEMENT, PAVEMENT, ROAD, ROAD, TREE],
+    )
+    x = (np.arange(2 * SPAN * CELL) + 0.5) / CELL - SPAN
+    a = abs(x)
+    side = x > 0
+    strip = np.where(a < plan.half, 1, np.where(a < plan.half + 0.22, 4, 3))
     for k in (-1, 1):
-        if plan.kind[k] != "houses": strip[(x*k > plan.half + plan.pave[k])] = 7
-    strip[(a > plan.half - .32) & (a < plan.half - .18) & plan.edge_lines] = 6
-    dash, zebra, left, right = strip.copy(), strip.copy(), strip.copy(), strip.copy()
-    dash[a < .09] = 2
-    if plan.half > 5: dash[abs(a - plan.half/2) < .09] = 2
-    zebra[(a < plan.half - .2) & ((a*2).astype(np.int64) % 2 == 0)] = 2
-    left[~side & (a > plan.half - .1)] = 1
-    right[side & (a > plan.half - .1)] = 1
-    z = sc.f*sc.eye/(np.arange(j0, sc.h) + .5 - sc.horizon)
-    kind = np.where((z*.25).astype(np.int64) % 2 == 0, 1, 0)
-    for at, deep, k in plan.rows: kind[(z >= at) & (z < at + deep)] = k
-    X = ((np.arange(sc.w) + .5 - sc.vanish).astype(np.float32)*(z/sc.f).astype(np.float32)[:, None]
-         + (sc.cam - sc.bend*z*z).astype(np.float32)[:, None])
-    cell = np.clip((X + SPAN)*CELL, 0, 2*SPAN*CELL - 1).astype(np.int32)
+        if plan.kind[k] != "houses":
+            strip[(x * k > plan.half + plan.pave[k])] = 7
+    strip[(a > plan.half - 0.32) & (a < plan.half - 0.18) & plan.edge_lines] = 6
+    dash = strip.copy()
+    zebra = strip.copy()
+    left = strip.copy()
+    right = strip.copy()
+    dash[a < 0.09] = 2
+    if plan.half > 5:
+        dash[abs(a - plan.half / 2) < 0.09] = 2
+    zebra[(a < plan.half - 0.2) & ((a * 2).astype(np.int64) % 2 == 0)] = 2
+    left[~side & (a > plan.half - 0.1)] = 1
+    right[side & (a > plan.half - 0.1)] = 1
+    z = sc.f * sc.eye / (np.arange(j0, sc.h) + 0.5 - sc.horizon)
+    kind = np.where((z * 0.25).astype(np.int64) % 2 == 0, 1, 0)
+    for at, deep, k in plan.rows:
+        kind[(z >= at) & (z < at + deep)] = k
+    X = (np.arange(sc.w) + 0.5 - sc.vanish).astype(np.float32) * (z / sc.f).astype(np.float32)[
+        :, None
+    ] + (sc.cam - sc.bend * z * z).astype(np.float32)[:, None]
+    cell = np.clip((X + SPAN) * CELL, 0, 2 * SPAN * CELL - 1).astype(np.int32)
     kinds = (base + np.stack([strip, dash, zebra, left, right])).astype(np.uint16)
-    sc.mat[j0:] = kinds.ravel()[cell + (kind*len(x)).astype(np.int32)[:, None]]
-    grain = sheet_of_noise().ravel()[((X*20).astype(np.int32) & 255) + ((z*20).astype(np.int32) & 255)[:, None]*256]
+    sc.mat[j0:] = kinds.ravel()[cell + (kind * len(x)).astype(np.int32)[:, None]]
+    grain = sheet_of_noise().ravel()[
+        ((X * 20).astype(np.int32) & 255) + ((z * 20).astype(np.int32) & 255)[:, None] * 256
+    ]
     sc.shade[j0:] = 112 + (grain >> 3)
     if mood[4] and plan.sun:
-        reach = plan.half + 3.2 - plan.shadow + (sheet_of_noise()[7][(z*1.5).astype(np.int64) & 255] > 120)*1.6
-        np.copyto(sc.shade[j0:], sc.shade[j0:]//4*3 - 10, where=X*plan.sun > reach.astype(np.float32)[:, None])
-    sc.haze[j0:] = (200*(1 - 1/(1 + z/sc.visibility)**2)).astype(np.uint8)[:, None]
+        reach = (
+            plan.half
+            + 3.2
+            - plan.shadow
+            + (sheet_of_noise()[7][(z * 1.5).astype(np.int64) & 255] > 120) * 1.6
+        )
+        np.copyto(
+            sc.shade[j0:],
+            sc.shade[j0:] // 4 * 3 - 10,
+            where=X * plan.sun > reach.astype(np.float32)[:, None],
+        )
+    sc.haze[j0:] = (200 * (1 - 1 / (1 + z / sc.visibility) ** 2)).astype(np.uint8)[:, None]
 
 # %% ../../nbs/51_data.streets.ipynb #2db776b9
 def _tile(*boxes):
     "A tile from boxes (material, x0, y0, x1, y1) in 1/32 of a bay, y up."
     t = np.ones((32, 32), np.uint8)
-    for m, x0, y0, x1, y1 in boxes: t[y0:y1, x0:x1] = m
+    for m, x0, y0, x1, y1 in boxes:
+        t[y0:y1, x0:x1] = m
     return t
 
+# %% ../../nbs/51_data.streets.ipynb #f68a7d67
 def _window(x0, y0, x1, y1, bars=1):
     "A framed window with a sill."
-    xs = [x0 + (x1 - x0)*k//(bars + 1) for k in range(1, bars + 1)]
-    return [(3, x0 - 1, y0 - 1, x1 + 1, y1 + 1), (2, x0, y0, x1, y1), *[(3, x, y0, x + 1, y1) for x in xs],
-            (4, x0 - 2, y0 - 2, x1 + 2, y0 - 1)]
+    xs = [x0 + (x1 - x0) * k // (bars + 1) for k in range(1, bars + 1)]
+    return [
+        (3, x0 - 1, y0 - 1, x1 + 1, y1 + 1),
+        (2, x0, y0, x1, y1),
+        *[(3, x, y0, x + 1, y1) for x in xs],
+        (4, x0 - 2, y0 - 2, x1 + 2, y0 - 1),
+    ]
 
+# %% ../../nbs/51_data.streets.ipynb #bbfc6eda
 @functools.lru_cache(maxsize=None)
 def tiles():
     "All wall patterns: 8 of upper floors, 6 of ground floors, 6 of fences."
-    upper = [_tile(*_window(9, 8, 23, 26)), _tile(*_window(6, 10, 14, 27, 0), *_window(19, 10, 27, 27, 0)),
-             _tile(*_window(3, 9, 29, 25, 3)), _tile((4, 0, 0, 32, 3), *_window(11, 7, 21, 28)),
-             _tile((2, 1, 6, 31, 30), (3, 15, 6, 17, 30)), _tile(*_window(8, 7, 24, 27), (6, 4, 3, 28, 6),
-                                                                 (4, 4, 3, 28,
-                                                                  4)), _tile((4, 0, 0, 2, 32), (4, 30, 0, 32, 32), *_window(10, 9, 22, 26)),
-             _tile((2, 0, 8, 32, 26), (3, 0, 8, 32, 9), (3, 10, 8, 11, 26))]
-    ground = [_tile((6, 0, 22, 32, 28), (2, 2, 5, 20, 22), (3, 10, 5, 11, 22), (4, 22, 0, 30, 22), (2, 23, 6, 29, 20)),
-              _tile((4, 0, 0, 32, 3), (6, 4, 0, 13, 20), (2, 6, 12, 11, 18), *_window(18, 9, 28, 22)),
-              _tile((4, 3, 0, 29, 23), *[(3, 3, y, 29, y + 1)
-                                         for y in range(4, 23, 4)]), _tile((2, 1, 3, 31, 25), (3, 8, 3, 9, 25), (3, 23, 3, 24, 25),
-                                                                           (6, 0, 26, 32, 31)),
-              _tile((4, 0, 0, 32, 5), *_window(9, 10, 23, 25)), _tile((6, 0, 20, 32, 27), (6, 2, 18, 30, 20), (2, 3, 4, 29, 18),
-                                                                      (3, 15, 0, 17, 18))]
-    yy, xx = np.arange(32)[:, None], np.arange(32)
-    open_ = lambda solid: np.where(solid, 1, 15).astype(np.uint8)
-    brick = np.where((yy % 8 == 0) | ((xx + (yy//8 % 2)*8) % 16 == 0), 4, 1).astype(np.uint8)
+    upper = [
+        _tile(*_window(9, 8, 23, 26)),
+        _tile(*_window(6, 10, 14, 27, 0), *_window(19, 10, 27, 27, 0)),
+        _tile(*_window(3, 9, 29, 25, 3)),
+        _tile((4, 0, 0, 32, 3), *_window(11, 7, 21, 28)),
+        _tile((2, 1, 6, 31, 30), (3, 15, 6, 17, 30)),
+        _tile(*_window(8, 7, 24, 27), (6, 4, 3, 28, 6), (4, 4, 3, 28, 4)),
+        _tile((4, 0, 0, 2, 32), (4, 30, 0, 32, 32), *_window(10, 9, 22, 26)),
+        _tile((2, 0, 8, 32, 26), (3, 0, 8, 32, 9), (3, 10, 8, 11, 26)),
+    ]
+    ground = [
+        _tile(
+            (6, 0, 22, 32, 28),
+            (2, 2, 5, 20, 22),
+            (3, 10, 5, 11, 22),
+            (4, 22, 0, 30, 22),
+            (2, 23, 6, 29, 20),
+        ),
+        _tile((4, 0, 0, 32, 3), (6, 4, 0, 13, 20), (2, 6, 12, 11, 18), *_window(18, 9, 28, 22)),
+        _tile((4, 3, 0, 29, 23), *[(3, 3, y, 29, y + 1) for y in range(4, 23, 4)]),
+        _tile((2, 1, 3, 31, 25), (3, 8, 3, 9, 25), (3, 23, 3, 24, 25), (6, 0, 26, 32, 31)),
+        _tile((4, 0, 0, 32, 5), *_window(9, 10, 23, 25)),
+        _tile((6, 0, 20, 32, 27), (6, 2, 18, 30, 20), (2, 3, 4, 29, 18), (3, 15, 0, 17, 18)),
+    ]
+    yy = np.arange(32)[:, None]
+    xx = np.arange(32)
+
+    def open_(solid):
+        return np.where(solid, 1, 15).astype(np.uint8)
+
+    brick = np.where((yy % 8 == 0) | ((xx + (yy // 8 % 2) * 8) % 16 == 0), 4, 1).astype(np.uint8)
     panel = np.where(xx % 16 == 0, 3, np.where(yy > 29, 4, 1)).astype(np.uint8)
-    rails, mesh = (xx < 2) | (yy > 27) | ((yy > 13) & (yy < 17)), ((xx + yy) % 4 == 0) | ((xx - yy) % 4 == 0) | (xx < 2) | (yy > 29)
-    fence = [open_((xx % 8 < 5) | (yy == 8) | (yy == 22)), open_((xx % 4 == 0) | (yy > 29) | ((yy > 3) & (yy < 6))), panel, brick,
-             open_(rails), open_(mesh)]
+    rails = (xx < 2) | (yy > 27) | ((yy > 13) & (yy < 17))
+    mesh = ((xx + yy) % 4 == 0) | ((xx - yy) % 4 == 0) | (xx < 2) | (yy > 29)
+    fence = [
+        open_((xx % 8 < 5) | (yy == 8) | (yy == 22)),
+        open_((xx % 4 == 0) | (yy > 29) | ((yy > 3) & (yy < 6))),
+        panel,
+        brick,
+        open_(rails),
+        open_(mesh),
+    ]
     return np.stack(upper + ground + fence)
 
 # %% ../../nbs/51_data.streets.ipynb #1efce539
-# columns of a wall: X and Z of both ends, height, roof, gable, bay, floor, upper tile, ground tile, material base, shade
+# columns of a wall: X and Z of both ends, height, roof, gable, bay, floor, upper tile, ground tile,
+# material base, shade
 def draw_walls(sc, walls, layers=("tall", "near")):
     "Draw upright walls, given as rows of numbers, by casting a ray per column."
-    if not walls: return
+    if not walls:
+        return
     p = np.array(walls, np.float64).T
-    xa, za, xb, zb = p[0] - sc.cam + sc.bend*p[1]*p[1], p[1], p[2] - sc.cam + sc.bend*p[3]*p[3], p[3]
-    t = (np.arange(sc.w) + .5 - sc.vanish)/sc.f
-    den = (xb - xa)[:, None] - t*(zb - za)[:, None]
-    s = (t*za[:, None] - xa[:, None])/np.where(den == 0, 1e-9, den)
-    z = za[:, None] + s*(zb - za)[:, None]
+    xa = p[0] - sc.cam + sc.bend * p[1] * p[1]
+    za = p[1]
+    xb = p[2] - sc.cam + sc.bend * p[3] * p[3]
+    zb = p[3]
+    t = (np.arange(sc.w) + 0.5 - sc.vanish) / sc.f
+    den = (xb - xa)[:, None] - t * (zb - za)[:, None]
+    s = (t * za[:, None] - xa[:, None]) / np.where(den == 0, 1e-9, den)
+    z = za[:, None] + s * (zb - za)[:, None]
     hit = (s >= 0) & (s < 1) & (z > 1)
-    top = p[4][:, None] + p[5][:, None]*np.where(p[6][:, None] > 0, 1 - abs(2*s - 1), 1)
+    top = p[4][:, None] + p[5][:, None] * np.where(p[6][:, None] > 0, 1 - abs(2 * s - 1), 1)
     near = np.where(hit, z, 1e9).argmin(0)
-    if "tall" in layers: sc.front = np.where(hit, z, 1e9).min(0)
-    rise = np.where(hit, (top - sc.eye)/np.where(hit, z, 1), -1e9)
+    if "tall" in layers:
+        sc.front = np.where(hit, z, 1e9).min(0)
+    rise = np.where(hit, (top - sc.eye) / np.where(hit, z, 1), -1e9)
     for layer in layers:
         k = near if layer == "near" else rise.argmax(0)
         use = hit.any(0) if layer == "near" else (k != near) & hit.any(0)
-        if layer == "tall": use &= rise.max(0) > np.take_along_axis(rise, near[None], 0)[0]
+        if layer == "tall":
+            use &= rise.max(0) > np.take_along_axis(rise, near[None], 0)[0]
         cols = np.flatnonzero(use)
-        if cols.size: _columns(sc, p, k[cols], cols, z[k[cols], cols], s[k[cols], cols], top[k[cols], cols])
+        if cols.size:
+            _columns(sc, p, k[cols], cols, z[k[cols], cols], s[k[cols], cols], top[k[cols], cols])
 
+# %% ../../nbs/51_data.streets.ipynb #3b4d40ce
 def _columns(sc, p, k, cols, z, s, top):
     "Draw one wall per column: rows `k` of the wall table at distance `z`, fraction `s` along, up to `top`."
     height, _, gable, bay, floor, up, ground, base, light = p[4:, k]
-    j1 = np.clip(np.ceil(sc.horizon - .5 - sc.f*(top - sc.eye)/z), 0, sc.h).astype(np.int64)
-    n = np.clip(np.ceil(sc.horizon - .5 + sc.f*sc.eye/z).astype(np.int64), j1, sc.h) - j1
+    j1 = np.clip(np.ceil(sc.horizon - 0.5 - sc.f * (top - sc.eye) / z), 0, sc.h).astype(np.int64)
+    n = np.clip(np.ceil(sc.horizon - 0.5 + sc.f * sc.eye / z).astype(np.int64), j1, sc.h) - j1
     c = np.repeat(np.arange(len(cols)), n)
     row = np.arange(len(c)) - np.repeat(np.cumsum(n) - n - j1, n)
-    per = 32/floor
-    level = (((sc.eye + (sc.horizon - .5)*z/sc.f)*per)[c] - row*(z/sc.f*per)[c]).astype(np.int32)
-    length = np.sqrt((p[2] - p[0])**2 + (p[3] - p[1])**2)[k]
-    along = s*np.maximum((length/bay + .5).astype(np.int64), 1)
-    u, story = (along*32).astype(np.int32) & 31, level >> 5
-    px = tiles().ravel()[np.where(story > 0, (up.astype(np.int32)*1024 + u)[c], (ground.astype(np.int32)*1024 + u)[c])
-                         + ((level & 31) << 5)]
-    px[level > np.where(gable > 0, 1e6, height*per + .001).astype(np.int32)[c]] = 5
+    per = 32 / floor
+    level = (
+        ((sc.eye + (sc.horizon - 0.5) * z / sc.f) * per)[c] - row * (z / sc.f * per)[c]
+    ).astype(np.int32)
+    length = np.sqrt((p[2] - p[0]) ** 2 + (p[3] - p[1]) ** 2)[k]
+    along = s * np.maximum((length / bay + 0.5).astype(np.int64), 1)
+    u = (along * 32).astype(np.int32) & 31
+    story = level >> 5
+    px = tiles().ravel()[
+        np.where(
+            story > 0, (up.astype(np.int32) * 1024 + u)[c], (ground.astype(np.int32) * 1024 + u)[c]
+        )
+        + ((level & 31) << 5)
+    ]
+    px[level > np.where(gable > 0, 1e6, height * per + 0.001).astype(np.int32)[c]] = 5
     noise = sheet_of_noise()
-    room = noise[5][(story*57 + (along.astype(np.int32)*101 + k.astype(np.int32)*31)[c]) & 255]
-    rough = noise.ravel()[((level*5 & 255) << 8) + ((along*160).astype(np.int32) & 255)[c]]
-    fog = (200*(1 - 1/(1 + z/sc.visibility)**2)).astype(np.uint32)
+    room = noise[5][
+        (story * 57 + (along.astype(np.int32) * 101 + k.astype(np.int32) * 31)[c]) & 255
+    ]
+    rough = noise.ravel()[((level * 5 & 255) << 8) + ((along * 160).astype(np.int32) & 255)[c]]
+    fog = (200 * (1 - 1 / (1 + z / sc.visibility) ** 2)).astype(np.uint32)
     shade = np.where(px == 2, room >> 1, rough >> 3).astype(np.uint32)
-    value = (base.astype(np.uint32) + (light.astype(np.uint32) << 16) + (fog << 24))[c] + px + (shade << 16)
-    at, solid = row*sc.w + cols[c], px != 15
+    value = (
+        (base.astype(np.uint32) + (light.astype(np.uint32) << 16) + (fog << 24))[c]
+        + px
+        + (shade << 16)
+    )
+    at = row * sc.w + cols[c]
+    solid = px != 15
     sc.buf.ravel()[at[solid]] = value[solid]
 
 # %% ../../nbs/51_data.streets.ipynb #92a69d65
 class Plan:
     "What a street looks like from above."
+
     def __init__(self, d):
-        self.half, self.edge_lines, self.mine = d.span(3.2, 6.2), d.chance(.45), d.pick((-1, 1))
+        self.half = d.span(3.2, 6.2)
+        self.edge_lines = d.chance(0.45)
+        self.mine = d.pick((-1, 1))
         self.pave = {-1: d.span(1.8, 4.2), 1: d.span(1.8, 4.2)}
-        self.sun, self.shadow = d.pick((-1, 1, 0)), d.span(0, 6)
+        self.sun = d.pick((-1, 1, 0))
+        self.shadow = d.span(0, 6)
         self.kind = {k: d.pick(("houses", "houses", "houses", "yards", "park")) for k in (-1, 1)}
-        self.rows, self.side_street = [], {-1: None, 1: None}
+        self.rows = []
+        self.side_street = {-1: None, 1: None}
         for k in (-1, 1):
-            if d.chance(.4):
+            if d.chance(0.4):
                 z = d.span(9, 40)
                 self.side_street[k] = (z, z + d.span(6, 9))
                 self.rows.append((z, self.side_street[k][1] - z, 3 if k < 0 else 4))
-        self.zebra = d.span(6, 28) if d.chance(.3) else None
-        if self.zebra: self.rows.append((self.zebra, 3, 2))
+        self.zebra = d.span(6, 28) if d.chance(0.3) else None
+        if self.zebra:
+            self.rows.append((self.zebra, 3, 2))
 
-WALLS = [(176, 120, 92), (150, 88, 70), (200, 186, 160), (222, 214, 200), (140, 132, 126), (188, 160, 120), (172, 178, 182),
-         (206, 190, 190), (120, 96, 84), (226, 206, 160), (160, 168, 150)]
+# %% ../../nbs/51_data.streets.ipynb #d079665f
+WALLS = [
+    (176, 120, 92),
+    (150, 88, 70),
+    (200, 186, 160),
+    (222, 214, 200),
+    (140, 132, 126),
+    (188, 160, 120),
+    (172, 178, 182),
+    (206, 190, 190),
+    (120, 96, 84),
+    (226, 206, 160),
+    (160, 168, 150),
+]
 
+# %% ../../nbs/51_data.streets.ipynb #dc174f78
 def house_walls(sc, plan, side):
     "The houses of one side as rows for `draw_walls`."
-    d, rows, z, tall = sc.dice, [], .7, sc.dice.span(4, 14)
-    back = plan.half + plan.pave[side] + dict(houses=0, yards=d.span(2, 5), park=d.span(9, 16))[plan.kind[side]]
+    d = sc.dice
+    rows = []
+    z = 0.7
+    tall = sc.dice.span(4, 14)
+    back = (
+        plan.half
+        + plan.pave[side]
+        + dict(houses=0, yards=d.span(2, 5), park=d.span(9, 16))[plan.kind[side]]
+    )
     gap = plan.side_street[side]
     while z < 115:
-        n, bay, floor = d.span(6, 20), d.span(2.2, 4), d.span(2.8, 3.6)
+        n = d.span(6, 20)
+        bay = d.span(2.2, 4)
+        floor = d.span(2.8, 3.6)
         if gap and z < gap[1] and z + n > gap[0]:
             n = gap[0] - z
             if n < 3:
-                z, gap = max(gap[1], z), None
+                z = max(gap[1], z)
+                gap = None
                 continue
-        if d.chance(dict(houses=.08, yards=.25, park=.75)[plan.kind[side]]): z, n = z + n, 0
+        if d.chance(dict(houses=0.08, yards=0.25, park=0.75)[plan.kind[side]]):
+            z = z + n
+            n = 0
         else:
             wall = d.tint(d.pick(WALLS), 18)
-            base = sc.paint([wall, d.pick(((58, 74, 92), (44, 52, 60), (96, 120, 142))),
-                             d.pick(((232, 230, 224), (90, 70, 58), (60, 62, 66))), tuple(c*3//4 for c in wall),
-                             d.tint(d.pick(((96, 66, 58), (84, 84, 90), (120, 72, 54))),
-                                    10), d.pick(((170, 50, 44), (44, 96, 80), (50, 70, 130), (190, 150, 60), (110, 60, 90)))], BUILDING)
-            height, x, deep = floor*max(1, int((tall + d.span(-3, 5))/floor)), side*(back + d.pick((0, 0, .4, 1.2))), d.span(6, 14)
-            roof, style = d.pick((0, .4, d.span(1, 2.6))), (d.below(8), 8 + d.below(6))
+            base = sc.paint(
+                [
+                    wall,
+                    d.pick(((58, 74, 92), (44, 52, 60), (96, 120, 142))),
+                    d.pick(((232, 230, 224), (90, 70, 58), (60, 62, 66))),
+                    tuple(c * 3 // 4 for c in wall),
+                    d.tint(d.pick(((96, 66, 58), (84, 84, 90), (120, 72, 54))), 10),
+                    d.pick(
+                        ((170, 50, 44), (44, 96, 80), (50, 70, 130), (190, 150, 60), (110, 60, 90))
+                    ),
+                ],
+                BUILDING,
+            )
+            height = floor * max(1, int((tall + d.span(-3, 5)) / floor))
+            x = side * (back + d.pick((0, 0, 0.4, 1.2)))
+            deep = d.span(6, 14)
+            roof = d.pick((0, 0.4, d.span(1, 2.6)))
+            style = (d.below(8), 8 + d.below(6))
             light = 112 + (14 if side == -plan.sun else -16 if plan.sun else 0)
-            if n < 5: bay = n
+            if n < 5:
+                bay = n
             rows.append((x, z, x, z + n, height, roof, 0, bay, floor, *style, base, light))
-            rows.append((x, z, x + side*deep, z, height, roof*1.4 if roof > .5 else roof, roof > .5, bay, floor, style[0], style[0], base,
-                         106))
-        z += n + (d.span(1, 5) if d.chance(.2) else 0)
+            rows.append(
+                (
+                    x,
+                    z,
+                    x + side * deep,
+                    z,
+                    height,
+                    roof * 1.4 if roof > 0.5 else roof,
+                    roof > 0.5,
+                    bay,
+                    floor,
+                    style[0],
+                    style[0],
+                    base,
+                    106,
+                )
+            )
+        z += n + (d.span(1, 5) if d.chance(0.2) else 0)
     return rows
 
 # %% ../../nbs/51_data.streets.ipynb #e5926a22
 def fence_walls(sc, plan, side):
     "Fences, garden walls and hedges along the back of the pavement."
-    d, rows, z = sc.dice, [], .7
-    x, gap = side*(plan.half + plan.pave[side] - .05), plan.side_street[side]
-    busy = dict(houses=.45, yards=.9, park=.9)[plan.kind[side]]
+    d = sc.dice
+    rows = []
+    z = 0.7
+    x = side * (plan.half + plan.pave[side] - 0.05)
+    gap = plan.side_street[side]
+    busy = dict(houses=0.45, yards=0.9, park=0.9)[plan.kind[side]]
     while z < 70:
         n = d.span(5, 16)
         hole = gap and z < gap[1] and z + n > gap[0]
         if d.chance(busy) and not hole:
-            hedge, k = d.chance(.15), d.below(6)
-            main = (62, 92, 44) if hedge else d.pick(((130, 100, 72), (64, 66, 70), (226, 224, 216), (150, 90, 72), (96, 116, 92),
-                                                      (150, 150, 152)))
-            base = sc.paint([main, main, tuple(c*3//4 for c in main), tuple(c*4//5 for c in main), main, main], TREE if hedge else FENCE)
-            high = d.span(.9, 1.9)
+            hedge = d.chance(0.15)
+            k = d.below(6)
+            main = (
+                (62, 92, 44)
+                if hedge
+                else d.pick(
+                    (
+                        (130, 100, 72),
+                        (64, 66, 70),
+                        (226, 224, 216),
+                        (150, 90, 72),
+                        (96, 116, 92),
+                        (150, 150, 152),
+                    )
+                )
+            )
+            base = sc.paint(
+                [
+                    main,
+                    main,
+                    tuple(c * 3 // 4 for c in main),
+                    tuple(c * 4 // 5 for c in main),
+                    main,
+                    main,
+                ],
+                TREE if hedge else FENCE,
+            )
+            high = d.span(0.9, 1.9)
             style = 17 if hedge else 14 + k
-            rows.append((x, z, x, z + n, high, 0, 0, d.span(1.2, 2.2), high*1.001, style, style, base, 118 if side == -plan.sun else 106))
+            rows.append(
+                (
+                    x,
+                    z,
+                    x,
+                    z + n,
+                    high,
+                    0,
+                    0,
+                    d.span(1.2, 2.2),
+                    high * 1.001,
+                    style,
+                    style,
+                    base,
+                    118 if side == -plan.sun else 106,
+                )
+            )
         z += n if not hole else max(n, gap[1] - z)
     return rows
 
 # %% ../../nbs/51_data.streets.ipynb #1a45d40e
-PAINTS = [(196, 30, 36), (32, 58, 120), (26, 28, 32), (238, 238, 236), (186, 190, 194), (120, 124, 130), (24, 84, 60), (214, 168, 40),
-          (110, 24, 40), (88, 140, 184), (70, 72, 78), (206, 202, 190)]
-CLOTHES = [(30, 34, 46), (150, 40, 44), (52, 80, 130), (220, 216, 206), (92, 96, 84), (196, 150, 60), (70, 50, 90), (40, 110, 100),
-           (200, 96, 120), (110, 110, 114), (224, 120, 40)]
-POST = np.array([[6, 9, 10, 7]], np.uint8)*16 + 1
+PAINTS = [
+    (196, 30, 36),
+    (32, 58, 120),
+    (26, 28, 32),
+    (238, 238, 236),
+    (186, 190, 194),
+    (120, 124, 130),
+    (24, 84, 60),
+    (214, 168, 40),
+    (110, 24, 40),
+    (88, 140, 184),
+    (70, 72, 78),
+    (206, 202, 190),
+]
 
+# %% ../../nbs/51_data.streets.ipynb #4437ef3e
+CLOTHES = [
+    (30, 34, 46),
+    (150, 40, 44),
+    (52, 80, 130),
+    (220, 216, 206),
+    (92, 96, 84),
+    (196, 150, 60),
+    (70, 50, 90),
+    (40, 110, 100),
+    (200, 96, 120),
+    (110, 110, 114),
+    (224, 120, 40),
+]
+POST = np.array([[6, 9, 10, 7]], np.uint8) * 16 + 1
+
+# %% ../../nbs/51_data.streets.ipynb #eba51957
 def vehicle(sc, X, Z, away, kind=None):
     "A vehicle along the street, its near end at distance `Z`."
-    d, s = sc.dice, stamps()
-    kind = kind or d.pick(("hatch", "hatch", "hatch", "saloon", "saloon", "estate", "suv", "suv", "van", "bus", "lorry"))
+    d = sc.dice
+    s = stamps()
+    kind = kind or d.pick(
+        (
+            "hatch",
+            "hatch",
+            "hatch",
+            "saloon",
+            "saloon",
+            "estate",
+            "suv",
+            "suv",
+            "van",
+            "bus",
+            "lorry",
+        )
+    )
     n, w, h, *_ = VEHICLES[kind]
-    base = sc.paint([d.tint(d.pick(PAINTS), 12), (46, 58, 70), (24, 24, 27), (150, 152, 156), (190, 26, 26), (250, 246, 222),
-                     d.pick(((236, 232, 214), (232, 204, 70))),
-                     d.pick(PAINTS)], CAR)
-    shadow(sc, X, Z + n/2, w*.62, n*.56)
+    base = sc.paint(
+        [
+            d.tint(d.pick(PAINTS), 12),
+            (46, 58, 70),
+            (24, 24, 27),
+            (150, 152, 156),
+            (190, 26, 26),
+            (250, 246, 222),
+            d.pick(((236, 232, 214), (232, 204, 70))),
+            d.pick(PAINTS),
+        ],
+        CAR,
+    )
+    shadow(sc, X, Z + n / 2, w * 0.62, n * 0.56)
+
     def draw():
-        x = X + w/2 if X < sc.cam else X - w/2
+        x = X + w / 2 if X < sc.cam else X - w / 2
         side = s["side"][kind].t
-        if X < sc.cam: stand(sc, side if away else side[:, ::-1], base, (x, Z), (x, Z + n), 0, h)
-        else: stand(sc, side[:, ::-1] if away else side, base, (x, Z + n), (x, Z), 0, h)
-        stand(sc, s["back" if away else "front"][kind].t, base, (X - w/2, Z), (X + w/2, Z), 0, h)
+        if X < sc.cam:
+            stand(sc, side if away else side[:, ::-1], base, (x, Z), (x, Z + n), 0, h)
+        else:
+            stand(sc, side[:, ::-1] if away else side, base, (x, Z + n), (x, Z), 0, h)
+        stand(
+            sc, s["back" if away else "front"][kind].t, base, (X - w / 2, Z), (X + w / 2, Z), 0, h
+        )
+
     return Z, draw
 
-def upright(sc, stamp, X, Z, colours, labels, high=0., size=1., flip=False, dark=True):
+# %% ../../nbs/51_data.streets.ipynb #443b7426
+def upright(sc, stamp, X, Z, colours, labels, high=0.0, size=1.0, flip=False, dark=True):
     "A flat thing that faces the camera: its foot at height `high`, drawn at `size` times its own."
-    base, w, h = sc.paint(colours, labels), stamp.width*size, stamp.height*size
-    if dark: shadow(sc, X, Z, w*.4, w*.25)
-    return Z, lambda: stand(sc, stamp.t[:, ::-1] if flip else stamp.t, base, (X - w/2, Z), (X + w/2, Z), high, high + h)
+    base = sc.paint(colours, labels)
+    w = stamp.width * size
+    h = stamp.height * size
+    if dark:
+        shadow(sc, X, Z, w * 0.4, w * 0.25)
+    return Z, lambda: stand(
+        sc,
+        stamp.t[:, ::-1] if flip else stamp.t,
+        base,
+        (X - w / 2, Z),
+        (X + w / 2, Z),
+        high,
+        high + h,
+    )
 
+# %% ../../nbs/51_data.streets.ipynb #e7d4d4b1
 def person(sc, X, Z):
     "Somebody on foot."
     d = sc.dice
-    colours = [d.pick(((226, 186, 156), (190, 140, 106), (120, 82, 60))),
-               d.pick(((50, 36, 26), (24, 22, 22), (150, 120, 70), (140, 138, 136))), d.tint(d.pick(CLOTHES), 10),
-               d.tint(d.pick(CLOTHES), 14), (34, 30, 30), d.pick(CLOTHES)]
-    return upright(sc, d.pick(stamps()["person"]), X, Z, colours, PEDESTRIAN, size=d.span(.85, 1.1), flip=d.chance(.5))
+    colours = [
+        d.pick(((226, 186, 156), (190, 140, 106), (120, 82, 60))),
+        d.pick(((50, 36, 26), (24, 22, 22), (150, 120, 70), (140, 138, 136))),
+        d.tint(d.pick(CLOTHES), 10),
+        d.tint(d.pick(CLOTHES), 14),
+        (34, 30, 30),
+        d.pick(CLOTHES),
+    ]
+    return upright(
+        sc,
+        d.pick(stamps()["person"]),
+        X,
+        Z,
+        colours,
+        PEDESTRIAN,
+        size=d.span(0.85, 1.1),
+        flip=d.chance(0.5),
+    )
 
+# %% ../../nbs/51_data.streets.ipynb #5093872e
 def rider(sc, X, Z, along):
     "Somebody on a bicycle."
     d = sc.dice
-    colours = [(220, 176, 146), d.pick(((230, 230, 225), (40, 40, 44), (190, 50, 46), (50, 36, 26))), d.tint(d.pick(CLOTHES), 10),
-               d.pick(CLOTHES), (34, 30, 30), (0, 0, 0), (28, 28, 30), d.pick(PAINTS)]
-    return upright(sc, stamps()["rider_back" if along else "rider_side"][0], X, Z, colours, BICYCLIST, flip=d.chance(.5))
+    colours = [
+        (220, 176, 146),
+        d.pick(((230, 230, 225), (40, 40, 44), (190, 50, 46), (50, 36, 26))),
+        d.tint(d.pick(CLOTHES), 10),
+        d.pick(CLOTHES),
+        (34, 30, 30),
+        (0, 0, 0),
+        (28, 28, 30),
+        d.pick(PAINTS),
+    ]
+    return upright(
+        sc,
+        stamps()["rider_back" if along else "rider_side"][0],
+        X,
+        Z,
+        colours,
+        BICYCLIST,
+        flip=d.chance(0.5),
+    )
 
+# %% ../../nbs/51_data.streets.ipynb #c70d2534
 def tree(sc, X, Z, bush=False):
     "A tree or a bush."
     d = sc.dice
-    leaf = d.tint(d.pick(((74, 108, 48), (92, 120, 52), (58, 88, 50), (120, 118, 50), (66, 100, 66))), 14)
-    return upright(sc, d.pick(stamps()["bush" if bush else "tree"]), X, Z, [d.tint((92, 74, 58), 12), leaf, tuple(c*7//8 for c in leaf)],
-                   TREE,
-                   size=d.span(.8, 1.3), flip=d.chance(.5))
+    leaf = d.tint(
+        d.pick(((74, 108, 48), (92, 120, 52), (58, 88, 50), (120, 118, 50), (66, 100, 66))), 14
+    )
+    return upright(
+        sc,
+        d.pick(stamps()["bush" if bush else "tree"]),
+        X,
+        Z,
+        [d.tint((92, 74, 58), 12), leaf, tuple(c * 7 // 8 for c in leaf)],
+        TREE,
+        size=d.span(0.8, 1.3),
+        flip=d.chance(0.5),
+    )
 
 # %% ../../nbs/51_data.streets.ipynb #829f9176
 def lamp(sc, X, Z, side):
     "A street lamp with its arm over the road."
-    base, high = sc.paint([sc.dice.pick(((92, 96, 98), (140, 144, 146), (52, 66, 60)))], POLE), sc.dice.span(5, 7.5)
+    base = sc.paint([sc.dice.pick(((92, 96, 98), (140, 144, 146), (52, 66, 60)))], POLE)
+    high = sc.dice.span(5, 7.5)
+
     def draw():
-        stand(sc, POST, base, (X - .09, Z), (X + .09, Z), 0, high)
-        if Z > 45: return
-        a, b = sorted((X, X - side*1.5))
-        stand(sc, POST, base, (a, Z), (b, Z), high - .1, high + .05)
-        stand(sc, POST, base, (b - .5, Z) if side < 0 else (a, Z), (b, Z) if side < 0 else (a + .5, Z), high - .2, high + .06)
+        stand(sc, POST, base, (X - 0.09, Z), (X + 0.09, Z), 0, high)
+        if Z > 45:
+            return
+        a, b = sorted((X, X - side * 1.5))
+        stand(sc, POST, base, (a, Z), (b, Z), high - 0.1, high + 0.05)
+        stand(
+            sc,
+            POST,
+            base,
+            (b - 0.5, Z) if side < 0 else (a, Z),
+            (b, Z) if side < 0 else (a + 0.5, Z),
+            high - 0.2,
+            high + 0.06,
+        )
+
     return Z, draw
 
+# %% ../../nbs/51_data.streets.ipynb #0974703f
 def sign(sc, X, Z):
     "A traffic sign or a traffic light on its post."
-    d, s = sc.dice, stamps()
-    kind, high, post = d.pick(("ban", "duty", "warn", "stop", "info", "lights",
-                               "lights")), d.span(2.1, 2.6), sc.paint([d.tint((130, 132, 134), 25)], POLE)
-    red, white = (196, 34, 40), (238, 238, 234)
-    colours = dict(ban=[red, white, (40, 40, 44)], duty=[(28, 80, 170), white], warn=[red, white, (30, 30, 30)], stop=[red, white],
-                   info=[d.pick(((24, 96, 60), (30, 76, 160))), white],
-                   lights=[(34, 36, 38), (240, 50, 40), (230, 160, 40), (40, 200, 110)])[kind]
-    stamp, base, size = s["lights"][0] if kind == "lights" else s["board"][kind], sc.paint(colours, SIGN), d.span(.95, 1.5)
-    w, h = stamp.width*size*(1.5 if kind == "info" else 1), stamp.height*size
+    d = sc.dice
+    s = stamps()
+    kind = d.pick(("ban", "duty", "warn", "stop", "info", "lights", "lights"))
+    high = d.span(2.1, 2.6)
+    post = sc.paint([d.tint((130, 132, 134), 25)], POLE)
+    red = (196, 34, 40)
+    white = (238, 238, 234)
+    colours = dict(
+        ban=[red, white, (40, 40, 44)],
+        duty=[(28, 80, 170), white],
+        warn=[red, white, (30, 30, 30)],
+        stop=[red, white],
+        info=[d.pick(((24, 96, 60), (30, 76, 160))), white],
+        lights=[(34, 36, 38), (240, 50, 40), (230, 160, 40), (40, 200, 110)],
+    )[kind]
+    stamp = s["lights"][0] if kind == "lights" else s["board"][kind]
+    base = sc.paint(colours, SIGN)
+    size = d.span(0.95, 1.5)
+    w = stamp.width * size * (1.5 if kind == "info" else 1)
+    h = stamp.height * size
+
     def draw():
-        stand(sc, POST, post, (X - .06, Z), (X + .06, Z), 0, high + .1)
-        stand(sc, stamp.t, base, (X - w/2, Z), (X + w/2, Z), high, high + h)
+        stand(sc, POST, post, (X - 0.06, Z), (X + 0.06, Z), 0, high + 0.1)
+        stand(sc, stamp.t, base, (X - w / 2, Z), (X + w / 2, Z), high, high + h)
+
     return Z, draw
 
 # %% ../../nbs/51_data.streets.ipynb #7d23ecda
 def things(sc, plan):
     "Everything that stands or moves, as (distance, draw) pairs."
-    d, out, mine, lane = sc.dice, [], plan.mine, plan.half/2
+    d = sc.dice
+    out = []
+    mine = plan.mine
+    lane = plan.half / 2
     z = d.span(6, 20)
     while z < 80:
-        if d.chance(.6): out.append(vehicle(sc, mine*lane + d.span(-.4, .4), z, True))
+        if d.chance(0.6):
+            out.append(vehicle(sc, mine * lane + d.span(-0.4, 0.4), z, True))
         z += d.span(12, 40)
     z = d.span(5, 16)
     while z < 80:
-        if d.chance(.6): out.append(vehicle(sc, -mine*lane + d.span(-.4, .4), z, False))
+        if d.chance(0.6):
+            out.append(vehicle(sc, -mine * lane + d.span(-0.4, 0.4), z, False))
         z += d.span(11, 34)
     for side in (-1, 1):
-        kerb, pave, gap = plan.half, plan.pave[side], plan.side_street[side] or (1e9, 0)
-        free = lambda z: not gap[0] - 6 < z < gap[1] + 1
-        if plan.half > 4.4 and d.chance(.55):
+        kerb = plan.half
+        pave = plan.pave[side]
+        gap = plan.side_street[side] or (1e9, 0)
+
+        def free(z):
+            return not gap[0] - 6 < z < gap[1] + 1
+
+        if plan.half > 4.4 and d.chance(0.55):
             z = d.span(3, 9)
             while z < 50:
-                if free(z) and d.chance(.75): out.append(vehicle(sc, side*(kerb - 1.05), z, side == mine,
-                                                                 d.pick(("hatch", "saloon", "estate", "suv", "van"))))
+                if free(z) and d.chance(0.75):
+                    out.append(
+                        vehicle(
+                            sc,
+                            side * (kerb - 1.05),
+                            z,
+                            side == mine,
+                            d.pick(("hatch", "saloon", "estate", "suv", "van")),
+                        )
+                    )
                 z += d.span(5.6, 9)
-        step, z = d.span(14, 26), d.span(4, 16)
+        step = d.span(14, 26)
+        z = d.span(4, 16)
         while z < 75:
-            if free(z): out.append(lamp(sc, side*(kerb + .45), z, side))
+            if free(z):
+                out.append(lamp(sc, side * (kerb + 0.45), z, side))
             z += step
-        if d.chance(dict(houses=.4, yards=.6, park=.8)[plan.kind[side]]):
-            step, z = d.span(6, 13), d.span(4, 12)
+        if d.chance(dict(houses=0.4, yards=0.6, park=0.8)[plan.kind[side]]):
+            step = d.span(6, 13)
+            z = d.span(4, 12)
             while z < 75:
-                if free(z): out.append(tree(sc, side*(kerb + .9 + d.span(0, .5)), z + d.span(-1, 1)))
+                if free(z):
+                    out.append(tree(sc, side * (kerb + 0.9 + d.span(0, 0.5)), z + d.span(-1, 1)))
                 z += step
         for _ in range(d.below(3) + 1):
-            if free(z := d.span(4.5, 30)): out.append(sign(sc, side*(kerb + d.span(.3, .8)), z))
-        for _ in range(d.pick((0, 1, 2, 3, 5))): out.append(person(sc, side*(kerb + d.span(.4, max(pave - .4, .6))), d.span(4, 20)))
-        if d.chance(.3): out.append(upright(sc, d.pick(stamps()["thing"]), side*(kerb + pave - .7), d.span(4.5, 16),
-                                            [d.tint(d.pick(PAINTS), 15), d.tint((200, 190, 170), 30)], IGNORE))
-        for _ in range(d.pick((0, 1, 1, 2))): out.append(rider(sc, side*(kerb - d.span(.5, 1.2)), d.span(4, 18), d.chance(.6)))
+            if free(z := d.span(4.5, 30)):
+                out.append(sign(sc, side * (kerb + d.span(0.3, 0.8)), z))
+        for _ in range(d.pick((0, 1, 2, 3, 5))):
+            out.append(person(sc, side * (kerb + d.span(0.4, max(pave - 0.4, 0.6))), d.span(4, 20)))
+        if d.chance(0.3):
+            out.append(
+                upright(
+                    sc,
+                    d.pick(stamps()["thing"]),
+                    side * (kerb + pave - 0.7),
+                    d.span(4.5, 16),
+                    [d.tint(d.pick(PAINTS), 15), d.tint((200, 190, 170), 30)],
+                    IGNORE,
+                )
+            )
+        for _ in range(d.pick((0, 1, 1, 2))):
+            out.append(rider(sc, side * (kerb - d.span(0.5, 1.2)), d.span(4, 18), d.chance(0.6)))
     if plan.zebra:
-        for _ in range(d.below(4)): out.append(person(sc, d.span(-plan.half, plan.half), plan.zebra + d.span(.3, 2.7)))
-    if d.chance(.3): out.append(rider(sc, d.span(-plan.half, plan.half), d.span(6, 16), False))
-    if any(plan.side_street.values()) and d.chance(.35):
+        for _ in range(d.below(4)):
+            out.append(person(sc, d.span(-plan.half, plan.half), plan.zebra + d.span(0.3, 2.7)))
+    if d.chance(0.3):
+        out.append(rider(sc, d.span(-plan.half, plan.half), d.span(6, 16), False))
+    if any(plan.side_street.values()) and d.chance(0.35):
         side = -1 if plan.side_street[-1] else 1
-        at, kind = sum(plan.side_street[side])/2, d.pick(("hatch", "saloon", "suv", "van"))
+        at = sum(plan.side_street[side]) / 2
+        kind = d.pick(("hatch", "saloon", "suv", "van"))
         n, _, h, *_ = VEHICLES[kind]
-        X = side*(plan.half + d.span(-3, 3))
-        shadow(sc, X, at, n*.52, 1.1)
-        base = sc.paint([d.pick(PAINTS), (46, 58, 70), (24, 24, 27), (150, 152, 156), (190, 26, 26), (250, 246, 222), (236, 232, 214),
-                         (90, 90, 90)], CAR)
-        out.append((at, lambda t=stamps()["side"][kind].t[:, ::d.pick((1, -1))]: stand(sc, t, base, (X - n/2, at), (X + n/2, at), 0, h)))
+        X = side * (plan.half + d.span(-3, 3))
+        shadow(sc, X, at, n * 0.52, 1.1)
+        base = sc.paint(
+            [
+                d.pick(PAINTS),
+                (46, 58, 70),
+                (24, 24, 27),
+                (150, 152, 156),
+                (190, 26, 26),
+                (250, 246, 222),
+                (236, 232, 214),
+                (90, 90, 90),
+            ],
+            CAR,
+        )
+        out.append(
+            (
+                at,
+                lambda t=stamps()["side"][kind].t[:, :: d.pick((1, -1))]: stand(
+                    sc, t, base, (X - n / 2, at), (X + n / 2, at), 0, h
+                ),
+            )
+        )
     return out
 
 # %% ../../nbs/51_data.streets.ipynb #60cc2885
 def develop(sc, mood):
     "Picture [3, h, w] and mask [h, w] of a finished scene, uint8."
     d, (_, low, light, *_) = sc.dice, mood
-    gain = np.array([g*d.span(.9, 1.08)/128 for g in light], np.float32)
+    gain = np.array([g * d.span(0.9, 1.08) / 128 for g in light], np.float32)
     colours = np.array(sc.colours, np.float32)
     colours[128:] *= gain
     colours = np.ascontiguousarray(colours.clip(0, 255).astype(np.uint16).T)
@@ -650,62 +1306,96 @@ def develop(sc, mood):
     c >>= 7
     np.minimum(c, 255, out=c)
     c *= 256 - haze
-    c += np.array(low, np.uint16)[:, None, None]*haze
+    c += np.array(low, np.uint16)[:, None, None] * haze
     c >>= 8
-    if sc.w > 2: c[:, :, 1:-1] = (c[:, :, :-2] + (c[:, :, 1:-1] << 1) + c[:, :, 2:] + 2) >> 2
-    if sc.h > 2: c[:, 1:-1] = (c[:, :-2] + (c[:, 1:-1] << 1) + c[:, 2:] + 2) >> 2
+    if sc.w > 2:
+        c[:, :, 1:-1] = (c[:, :, :-2] + (c[:, :, 1:-1] << 1) + c[:, :, 2:] + 2) >> 2
+    if sc.h > 2:
+        c[:, 1:-1] = (c[:, :-2] + (c[:, 1:-1] << 1) + c[:, 2:] + 2) >> 2
     amp = d.pick((3, 7, 7, 15))
     c += d.noise(3, sc.h, sc.w) & np.uint8(amp)
-    np.clip(c, amp//2, 255 + amp//2, out=c)
-    c -= amp//2
+    np.clip(c, amp // 2, 255 + amp // 2, out=c)
+    c -= amp // 2
     image = c.astype(np.uint8)
     mask = np.array(sc.labels, np.uint8)[mat]
     rim = np.zeros(mask.shape, bool)
     rim[:, 1:] = mask[:, 1:] != mask[:, :-1]
     rim[1:] |= mask[1:] != mask[:-1]
-    patch = sheet_of_noise()[(np.arange(sc.h)*256//sc.h + d.below(256))[:, None] & 255, (np.arange(sc.w)*256//sc.w + d.below(256)) & 255]
+    patch = sheet_of_noise()[
+        (np.arange(sc.h) * 256 // sc.h + d.below(256))[:, None] & 255,
+        (np.arange(sc.w) * 256 // sc.w + d.below(256)) & 255,
+    ]
     mask[rim & (patch > 150)] = IGNORE
     return image, mask
 
+# %% ../../nbs/51_data.streets.ipynb #fe2a1740
 def draw_street(size, *key):
     "Picture [3, h, w] and mask [h, w] of one street, uint8."
     d = Dice(*key)
-    sc, mood = Scene(size, d), d.pick(MOODS)
+    sc = Scene(size, d)
+    mood = d.pick(MOODS)
     plan = Plan(d)
-    sc.cam = plan.mine*plan.half*d.span(.25, .55)
+    sc.cam = plan.mine * plan.half * d.span(0.25, 0.55)
     draw_sky(sc, mood)
     draw_ground(sc, plan, mood)
-    behind = [tree(sc, side*(plan.half + plan.pave[side] + d.span(1.5, 8)), d.span(9, 60)) for side in (-1, 1) if plan.kind[side] == "park"
-              for _ in range(9)]
-    behind += [tree(sc, side*(plan.half + plan.pave[side] + 1.2), d.span(6, 40), True) for side in (-1, 1) if plan.kind[side] == "yards"
-               for _ in range(4)]
+    behind = [
+        tree(sc, side * (plan.half + plan.pave[side] + d.span(1.5, 8)), d.span(9, 60))
+        for side in (-1, 1)
+        if plan.kind[side] == "park"
+        for _ in range(9)
+    ]
+    behind += [
+        tree(sc, side * (plan.half + plan.pave[side] + 1.2), d.span(6, 40), True)
+        for side in (-1, 1)
+        if plan.kind[side] == "yards"
+        for _ in range(4)
+    ]
     draw_walls(sc, [row for side in (-1, 1) for row in house_walls(sc, plan, side)])
     out = things(sc, plan)
-    for _, draw in sorted(behind, key=lambda o: -o[0]): draw()
+    for _, draw in sorted(behind, key=lambda o: -o[0]):
+        draw()
     draw_walls(sc, [row for side in (-1, 1) for row in fence_walls(sc, plan, side)], ("near",))
-    for _, draw in sorted(out, key=lambda o: -o[0]): draw()
+    for _, draw in sorted(out, key=lambda o: -o[0]):
+        draw()
     return develop(sc, mood)
 
 # %% ../../nbs/51_data.streets.ipynb #cc3373d1
-SPLITS = {"train": (0, 1024), "val": (1, 128), "test": (2, 256)} # split -> (key, default length)
+SPLITS = {"train": (0, 1024), "val": (1, 128), "test": (2, 256)}  # split -> (key, default length)
 
+# %% ../../nbs/51_data.streets.ipynb #5c7163b8
 class Streets(SegDataset):
     "Generated streets; `ds[i]` depends on (seed, split, i, size) alone. The splits share no key, hence no picture."
-    def __init__(self,
-        split:str="train", # "train" | "val" | "test"
-        size:tuple=(192, 256), # height and width, any
-        length:int|None=None, # number of pictures; default: 1024, 128, 256
-        seed:int=0, # another seed, another town
-        annotation:str="full", # "full" | "scribble" | "point": what `ds[i]` has as target
+
+    def __init__(
+        self,
+        split: str = "train",  # "train" | "val" | "test"
+        size: tuple = (192, 256),  # height and width, any
+        length: int | None = None,  # number of pictures; default: 1024, 128, 256
+        seed: int = 0,  # another seed, another town
+        annotation: str = "full",  # "full" | "scribble" | "point": what `ds[i]` has as target
     ):
-        if split not in SPLITS: raise ValueError(f"streets has the splits {list(SPLITS)}, got '{split}'")
+        if split not in SPLITS:
+            raise ValueError(f"streets has the splits {list(SPLITS)}, got '{split}'")
         kinds = "full", "scribble", "point"
-        if annotation not in kinds: raise ValueError(f"streets: annotation must be one of {list(kinds)}, got '{annotation}'")
-        if len(size) != 2 or min(size) < 1: raise ValueError(f"size must be (height, width), got {size}")
-        self.size, self.seed, self.annotation, table = tuple(map(int, size)), seed, annotation, load_table("streets")
+        if annotation not in kinds:
+            raise ValueError(
+                f"streets: annotation must be one of {list(kinds)}, got '{annotation}'"
+            )
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size must be (height, width), got {size}")
+        self.size = tuple(map(int, size))
+        self.seed = seed
+        self.annotation = annotation
+        table = load_table("streets")
         n = SPLITS[split][1] if length is None else length
-        super().__init__("streets", split, [(Path(f"streets_{split}_{i:05d}.png"), None) for i in range(n)], table["classes"],
-                         table["palette"], table["class_weights"])
+        super().__init__(
+            "streets",
+            split,
+            [(Path(f"streets_{split}_{i:05d}.png"), None) for i in range(n)],
+            table["classes"],
+            table["palette"],
+            table["class_weights"],
+        )
 
     def draw(self, i):
         "Picture and mask as arrays."
@@ -721,17 +1411,20 @@ class Streets(SegDataset):
 
     def _weak(self, mask, i, kind):
         "Strokes or points of a mask; specks get none."
-        return weak_labels(mask, kind, self.seed, SPLITS[self.split][0], i, 7, smallest=max(16, mask.size//1500))
+        return weak_labels(
+            mask, kind, self.seed, SPLITS[self.split][0], i, 7, smallest=max(16, mask.size // 1500)
+        )
 
-    def scribbles(self, i)->torch.Tensor: # uint8 [h, w]
+    def scribbles(self, i) -> torch.Tensor:  # uint8 [h, w]
         "The target as thin strokes inside the regions, void elsewhere."
         return torch.from_numpy(self._weak(self.draw(i)[1], self._index(i), "scribble"))
 
-    def points(self, i)->torch.Tensor: # uint8 [h, w]
+    def points(self, i) -> torch.Tensor:  # uint8 [h, w]
         "The target as a pixel per region, void elsewhere."
         return torch.from_numpy(self._weak(self.draw(i)[1], self._index(i), "point"))
 
     def __getitem__(self, i):
         image, mask = self.draw(i)
-        if self.annotation != "full": mask = self._weak(mask, self._index(i), self.annotation)
+        if self.annotation != "full":
+            mask = self._weak(mask, self._index(i), self.annotation)
         return torch.from_numpy(image), torch.from_numpy(mask)

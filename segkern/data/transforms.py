@@ -13,130 +13,197 @@ from ..edges import boundary_target
 
 # %% ../../nbs/50_data.transforms.ipynb #18153bb6
 def scaled(
-    n:int, # input length
-    factor:float, # scale
-)->int: # output length, at least 1
+    n: int,  # input length
+    factor: float,  # scale
+) -> int:  # output length, at least 1
     "The length of a side after scaling, rounded as OpenCV rounds."
-    return max(1, round(n*factor))
+    return max(1, round(n * factor))
 
+# %% ../../nbs/50_data.transforms.ipynb #82243a06
 def scaled_size(
-    size:tuple, # (height, width) of a picture
-    scale:float, # factor
-    base:int=0, # 0: of both sides; else the long side becomes base*scale
-)->tuple: # (height, width) of the scaled picture, and the factor(s) between
+    size: tuple,  # (height, width) of a picture
+    scale: float,  # factor
+    base: int = 0,  # 0: of both sides; else the long side becomes base*scale
+) -> tuple:  # (height, width) of the scaled picture, and the factor(s) between
     "How large a picture becomes."
-    if not base: return tuple(scaled(n, scale) for n in size), scale
-    long = max(1, int(base*scale + .5))
-    new = tuple(max(1, int(n*long/max(size) + .5)) for n in size)
-    return new, tuple(a/b for a, b in zip(new, size))
+    if not base:
+        return tuple(scaled(n, scale) for n in size), scale
+    long = max(1, int(base * scale + 0.5))
+    new = tuple(max(1, int(n * long / max(size) + 0.5)) for n in size)
+    return new, tuple(a / b for a, b in zip(new, size))
 
+# %% ../../nbs/50_data.transforms.ipynb #44970872
 def resize_window(
-    image:torch.Tensor, # uint8 [c, h, w]
-    factor:float|tuple, # scale of the whole picture, or of its height and its width
-    top:int, left:int, # place of the window in the scaled picture
-    height:int, width:int, # size of the window
-)->torch.Tensor: # uint8 [c, height, width]
+    image: torch.Tensor,  # uint8 [c, h, w]
+    factor: float | tuple,  # scale of the whole picture, or of its height and its width
+    top: int,
+    left: int,  # place of the window in the scaled picture
+    height: int,
+    width: int,  # size of the window
+) -> torch.Tensor:  # uint8 [c, height, width]
     "A window of the bilinearly scaled picture; what lies outside the window is not computed."
     down, across = factor if isinstance(factor, tuple) else (factor, factor)
-    if down == across == 1: return image[:, top:top + height, left:left + width]
-    (y0, y1, fy), (x0, x1, fx) = _taps(image.shape[1], down, top, height), _taps(image.shape[2], across, left, width)
+    if down == across == 1:
+        return image[:, top : top + height, left : left + width]
+    (y0, y1, fy), (x0, x1, fx) = (
+        _taps(image.shape[1], down, top, height),
+        _taps(image.shape[2], across, left, width),
+    )
     first = int(x0[0])
-    part = image[:, :, first:int(x1[-1]) + 1].float()
+    part = image[:, :, first : int(x1[-1]) + 1].float()
     rows = torch.lerp(part[:, y0], part[:, y1], fy[:, None])
     return torch.lerp(rows[..., x0 - first], rows[..., x1 - first], fx).round_().to(torch.uint8)
 
+# %% ../../nbs/50_data.transforms.ipynb #c9f25121
 def _taps(n, factor, start, count):
     "Both neighbours of every output pixel and the share of the second."
-    at = (torch.arange(start, start + count, dtype=torch.float64) + .5)/factor - .5
+    at = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) / factor - 0.5
     low = at.floor()
     return low.long().clamp(0, n - 1), (low.long() + 1).clamp(0, n - 1), (at - low).float()
 
+# %% ../../nbs/50_data.transforms.ipynb #0fb8fcdb
 def nearest_window(
-    target:torch.Tensor, # integer [h, w]
-    factor:float|tuple, # as in `resize_window`
-    top:int, left:int, # as in `resize_window`
-    height:int, width:int, # as in `resize_window`
-)->torch.Tensor: # [height, width]
+    target: torch.Tensor,  # integer [h, w]
+    factor: float | tuple,  # as in `resize_window`
+    top: int,
+    left: int,  # as in `resize_window`
+    height: int,
+    width: int,  # as in `resize_window`
+) -> torch.Tensor:  # [height, width]
     "A window of the mask scaled by nearest neighbour, OpenCV's way: pixel i is pixel floor(i/f)."
     down, across = factor if isinstance(factor, tuple) else (factor, factor)
-    if down == across == 1: return target[top:top + height, left:left + width]
-    pick = lambda n, f, start, count: (torch.arange(start, start + count, dtype=torch.float64)*(1/f)).floor().long().clamp_(max=n - 1)
-    return target[pick(target.shape[0], down, top, height)][:, pick(target.shape[1], across, left, width)]
+    if down == across == 1:
+        return target[top : top + height, left : left + width]
+
+    def pick(n, f, start, count):
+        return (
+            (torch.arange(start, start + count, dtype=torch.float64) * (1 / f))
+            .floor()
+            .long()
+            .clamp_(max=n - 1)
+        )
+
+    return target[pick(target.shape[0], down, top, height)][
+        :, pick(target.shape[1], across, left, width)
+    ]
 
 # %% ../../nbs/50_data.transforms.ipynb #0198471a
 class TrainTransform:
     "Scale, normalise, pad, crop and flip a picture with its mask."
-    def __init__(self,
-        preprocess:Preprocess, # from uint8 RGB to network input
-        crop:tuple, # height and width of the sample
-        scales:tuple=(1.,), # one is drawn uniformly
-        flip:float=.5, # probability of a horizontal flip
-        pad:str="mean", # beyond the picture: "mean" is 0 after normalisation, "black" is 0 before it
-        base_size:int=0, # 0: scales are factors of the picture; else its long side becomes base_size*scale
-        edges:bool=False, # targets become [2, h, w]: ids, and where classes meet
-        edge_frame:int=0, # rim without edges
+
+    def __init__(
+        self,
+        preprocess: Preprocess,  # from uint8 RGB to network input
+        crop: tuple,  # height and width of the sample
+        scales: tuple = (1.0,),  # one is drawn uniformly
+        flip: float = 0.5,  # probability of a horizontal flip
+        # beyond the picture: "mean" is 0 after normalisation, "black" is 0 before it
+        pad: str = "mean",
+        # 0: scales are factors of the picture; else its long side becomes base_size*scale
+        base_size: int = 0,
+        edges: bool = False,  # targets become [2, h, w]: ids, and where classes meet
+        edge_frame: int = 0,  # rim without edges
     ):
-        if pad not in ("mean", "black"): raise ValueError(f"pad must be 'mean' or 'black', got '{pad}'")
-        if len(crop) != 2 or min(crop) < 1: raise ValueError(f"crop must be (height, width), got {crop}")
-        if not scales or min(scales) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
-        self.preprocess, self.crop, self.scales, self.flip, self.pad = preprocess, tuple(crop), tuple(scales), flip, pad
-        self.base_size, self.edges, self.edge_frame = base_size, edges, edge_frame
+        if pad not in ("mean", "black"):
+            raise ValueError(f"pad must be 'mean' or 'black', got '{pad}'")
+        if len(crop) != 2 or min(crop) < 1:
+            raise ValueError(f"crop must be (height, width), got {crop}")
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"scales must be positive numbers, got {scales}")
+        self.preprocess = preprocess
+        self.crop = tuple(crop)
+        self.scales = tuple(scales)
+        self.flip = flip
+        self.pad = pad
+        self.base_size = base_size
+        self.edges = edges
+        self.edge_frame = edge_frame
 
     @classmethod
-    def from_recipe(cls, recipe)->"TrainTransform":
+    def from_recipe(cls, recipe) -> "TrainTransform":
         "The transform that a recipe asks for; `segkern.data.augment` has the ones that do more."
         from segkern.data.augment import transform_for
+
         return transform_for(recipe)
 
-    def __call__(self,
-        image:torch.Tensor, # uint8 RGB [3, h, w]
-        target:torch.Tensor, # uint8 [h, w], void 255
-        generator:torch.Generator|None=None, # the only source of chance; default: torch's own
-    )->tuple: # float32 [3, crop height, crop width] normalised, uint8 [crop height, crop width] ([2, …] with edges)
+    def __call__(
+        self,
+        image: torch.Tensor,  # uint8 RGB [3, h, w]
+        target: torch.Tensor,  # uint8 [h, w], void 255
+        # the only source of chance; default: torch's own
+        generator: torch.Generator | None = None,
+        # float32 [3, crop height, crop width] normalised, uint8 [crop height, crop width] ([2, …]
+        # with edges)
+    ) -> tuple:
         check_pair(image, target)
-        draw = lambda n: int(torch.randint(n, (), generator=generator))
-        (h, w), factor = scaled_size(image.shape[1:], self.scales[draw(len(self.scales))], self.base_size)
+
+        def draw(n):
+            return int(torch.randint(n, (), generator=generator))
+
+        (h, w), factor = scaled_size(
+            image.shape[1:], self.scales[draw(len(self.scales))], self.base_size
+        )
         ch, cw = self.crop
-        top, left = draw(max(h - ch, 0) + 1), draw(max(w - cw, 0) + 1)
+        top = draw(max(h - ch, 0) + 1)
+        left = draw(max(w - cw, 0) + 1)
         turn = float(torch.rand((), generator=generator)) < self.flip
         window = factor, top, left, min(h, ch), min(w, cw)
-        x, y = self.preprocess(resize_window(image, *window)), nearest_window(target, *window)
-        if self.edges: y = torch.stack([y, nearest_window(boundary_target(target, self.edge_frame), *window)])
-        if x.shape[1:] != self.crop: x, y = self._fill(x, y)
+        x = self.preprocess(resize_window(image, *window))
+        y = nearest_window(target, *window)
+        if self.edges:
+            y = torch.stack([y, nearest_window(boundary_target(target, self.edge_frame), *window)])
+        if x.shape[1:] != self.crop:
+            x, y = self._fill(x, y)
         return (x.flip(-1), y.flip(-1)) if turn else (x.contiguous(), y.contiguous())
 
     def _fill(self, x, y):
         "Pad at the bottom and the right."
         ch, cw = self.crop
-        empty = torch.zeros(3, 1, 1) if self.pad == "mean" else self.preprocess(torch.zeros(3, 1, 1, dtype=torch.uint8))
-        full, void = empty.expand(3, ch, cw).clone(), torch.full((*y.shape[:-2], ch, cw), IGNORE, dtype=y.dtype)
-        if self.edges: void[1] = 0
-        full[:, :x.shape[1], :x.shape[2]], void[..., :y.shape[-2], :y.shape[-1]] = x, y
+        empty = (
+            torch.zeros(3, 1, 1)
+            if self.pad == "mean"
+            else self.preprocess(torch.zeros(3, 1, 1, dtype=torch.uint8))
+        )
+        full = empty.expand(3, ch, cw).clone()
+        void = torch.full((*y.shape[:-2], ch, cw), IGNORE, dtype=y.dtype)
+        if self.edges:
+            void[1] = 0
+        full[:, : x.shape[1], : x.shape[2]], void[..., : y.shape[-2], : y.shape[-1]] = x, y
         return full, void
 
-    def __repr__(self): return f"TrainTransform(crop={self.crop}, scales={self.scales}, flip={self.flip}, pad={self.pad})"
+    def __repr__(self):
+        return f"TrainTransform(crop={self.crop}, scales={self.scales}, flip={self.flip}, pad={self.pad})"
 
+# %% ../../nbs/50_data.transforms.ipynb #17222ae5
 def check_pair(
-    image:torch.Tensor, # shall be uint8 [3, h, w]
-    target:torch.Tensor, # shall be uint8 [h, w]
+    image: torch.Tensor,  # shall be uint8 [3, h, w]
+    target: torch.Tensor,  # shall be uint8 [h, w]
 ):
     "Raise unless picture and mask fit each other."
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8 or 0 in image.shape:
-        raise ValueError(f"the image must be uint8 [3, h, w] with h, w >= 1, got {image.dtype} {list(image.shape)}")
+        raise ValueError(
+            f"the image must be uint8 [3, h, w] with h, w >= 1, got {image.dtype} {list(image.shape)}"
+        )
     if target.shape != image.shape[1:] or target.dtype != torch.uint8:
-        raise ValueError(f"the target must be uint8 {list(image.shape[1:])} like its image, got {target.dtype} {list(target.shape)}")
+        raise ValueError(
+            f"the target must be uint8 {list(image.shape[1:])} like its image, got {target.dtype} {list(target.shape)}"
+        )
 
 # %% ../../nbs/50_data.transforms.ipynb #78044f4c
 class EvalTransform:
     "Normalise only: the picture keeps its size."
-    def __init__(self,
-        preprocess:Preprocess, # from uint8 RGB to network input
-    ): self.preprocess = preprocess
 
-    def __call__(self,
-        image:torch.Tensor, # uint8 RGB [3, h, w]
-        target:torch.Tensor, # uint8 [h, w]
-        generator:torch.Generator|None=None, # not used: nothing is left to chance
-    )->tuple: # float32 [3, h, w] normalised, the target
+    def __init__(
+        self,
+        preprocess: Preprocess,  # from uint8 RGB to network input
+    ):
+        self.preprocess = preprocess
+
+    def __call__(
+        self,
+        image: torch.Tensor,  # uint8 RGB [3, h, w]
+        target: torch.Tensor,  # uint8 [h, w]
+        generator: torch.Generator | None = None,  # not used: nothing is left to chance
+    ) -> tuple:  # float32 [3, h, w] normalised, the target
         check_pair(image, target)
         return self.preprocess(image), target

@@ -21,65 +21,92 @@ from .base import SegDataset, lookup, need_root, read_ids
 from .sparse import rasterise_points, rasterise_scribbles
 
 # %% ../../nbs/54a_data.voc.ipynb #a949884c
-MARGIN = 10 # pixels that a scribble may leave the picture by
+MARGIN = 10  # pixels that a scribble may leave the picture by
+
 
 @functools.lru_cache(maxsize=None)
-def class_ids()->dict: # name -> id
+def class_ids() -> dict:  # name -> id
     "VOC's class names and the short names of the scribbles."
     t = load_table("voc2012")
     ids = {c: i for i, c in enumerate(t["classes"])}
     return {**ids, **{short: ids[c] for short, c in t["aliases"].items()}}
 
+# %% ../../nbs/54a_data.voc.ipynb #232381fc
 def read_scribbles(
-    file:str|Path|bytes, # an XML file or its content
-    name:str|None=None, # for messages; default: the path
-    outside:str="error", # points far outside the picture: "error" | "clip"
-)->tuple: # polylines as (class id, float array [n, 2] of x and y), and the picture's (height, width)
+    file: str | Path | bytes,  # an XML file or its content
+    name: str | None = None,  # for messages; default: the path
+    outside: str = "error",  # points far outside the picture: "error" | "clip"
+    # polylines as (class id, float array [n, 2] of x and y), and the picture's (height, width)
+) -> tuple:
     "The scribbles of one picture."
-    if outside not in ("error", "clip"): raise ValueError(f"outside must be 'error' or 'clip', got '{outside}'")
+    if outside not in ("error", "clip"):
+        raise ValueError(f"outside must be 'error' or 'clip', got '{outside}'")
     name = name or ("scribbles" if isinstance(file, bytes) else str(file))
     if not isinstance(file, bytes):
-        if not Path(file).is_file(): raise FileNotFoundError(f"{file} does not exist")
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file} does not exist")
         file = Path(file).read_bytes()
-    try: tree = ElementTree.fromstring(file)
-    except (ElementTree.ParseError, ValueError, LookupError) as e: raise ValueError(f"{name} is not readable XML ({e}): replace it") from e
-    if tree.tag != "annotation": raise ValueError(f"{name}: the root element is <{tree.tag}>, expected <annotation>")
+    try:
+        tree = ElementTree.fromstring(file)
+    except (ElementTree.ParseError, ValueError, LookupError) as e:
+        raise ValueError(f"{name} is not readable XML ({e}): replace it") from e
+    if tree.tag != "annotation":
+        raise ValueError(f"{name}: the root element is <{tree.tag}>, expected <annotation>")
     w, h = (_side(tree, key, name) for key in ("width", "height"))
     polygons = tree.findall("polygon")
-    if not polygons: raise ValueError(f"{name} holds no <polygon>: every picture needs at least one scribble")
-    return [_polyline(p, f"{name}, polygon {k}", (h, w), outside) for k, p in enumerate(polygons, 1)], (h, w)
+    if not polygons:
+        raise ValueError(f"{name} holds no <polygon>: every picture needs at least one scribble")
+    return [
+        _polyline(p, f"{name}, polygon {k}", (h, w), outside) for k, p in enumerate(polygons, 1)
+    ], (h, w)
 
 # %% ../../nbs/54a_data.voc.ipynb #96cc8f35
 def _side(tree, key, name):
     "Width or height as the file has it."
     text = (tree.findtext(f"size/{key}") or "").strip()
-    if not text.isdecimal() or not 0 < int(text) < 65536: raise ValueError(f"{name}: <size> needs a <{key}> in pixels, got '{text}'")
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise ValueError(f"{name}: <size> needs a <{key}> in pixels, got '{text}'")
     return int(text)
 
+# %% ../../nbs/54a_data.voc.ipynb #90a1916a
 def _number(value, what):
     "A finite number."
-    try: number = float(value.strip() if isinstance(value, str) else value)
-    except (TypeError, ValueError, OverflowError): number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number): raise ValueError(f"{what} is {value!r}, expected a number")
+    try:
+        number = float(value.strip() if isinstance(value, str) else value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"{what} is {value!r}, expected a number")
     return number
 
+# %% ../../nbs/54a_data.voc.ipynb #307e8c6c
 def _polyline(polygon, where, size, outside):
     "One polygon element as (class id, points)."
     tags = [(t.text or "").strip() for t in polygon.findall("tag")]
-    if len(tags) != 1: raise ValueError(f"{where} has {len(tags)} <tag> elements, expected one class name")
+    if len(tags) != 1:
+        raise ValueError(f"{where} has {len(tags)} <tag> elements, expected one class name")
     if tags[0] not in class_ids():
         close = difflib.get_close_matches(tags[0].lower(), class_ids(), 1)
-        raise ValueError(f"{where}: unknown class '{tags[0]}'" + (f", did you mean '{close[0]}'?" if close else "")
-                         + f" Known are {', '.join(class_ids())}")
-    where, points = f"{where} ({tags[0]})", []
+        raise ValueError(
+            f"{where}: unknown class '{tags[0]}'"
+            + (f", did you mean '{close[0]}'?" if close else "")
+            + f" Known are {', '.join(class_ids())}"
+        )
+    where = f"{where} ({tags[0]})"
+    points = []
     for k, p in enumerate(polygon.findall("point"), 1):
-        if len(p) < 2: raise ValueError(f"{where}, point {k} has {len(p)} coordinates, expected X and Y")
-        points.append([_number(p[i].text, f"{where}, point {k}: {axis}") for i, axis in enumerate("XY")])
-    if not points: raise ValueError(f"{where} is empty: it has no <point>")
+        if len(p) < 2:
+            raise ValueError(f"{where}, point {k} has {len(p)} coordinates, expected X and Y")
+        points.append(
+            [_number(p[i].text, f"{where}, point {k}: {axis}") for i, axis in enumerate("XY")]
+        )
+    if not points:
+        raise ValueError(f"{where} is empty: it has no <point>")
     points = np.array(points)
     _inside(points, where, size, outside)
     return class_ids()[tags[0]], points
 
+# %% ../../nbs/54a_data.voc.ipynb #46491f82
 def _inside(points, where, size, outside):
     "Refuse a polyline that leaves the picture too far."
     h, w = size
@@ -87,152 +114,227 @@ def _inside(points, where, size, outside):
     far = off > (0 if (off > 0).all() else MARGIN)
     if outside == "error" and far.any():
         k = int(far.argmax())
-        raise ValueError(f"{where}, point {k + 1}: ({points[k, 0]:g}, {points[k, 1]:g}) lies outside the picture of {w}x{h} pixels"
-                         + (", like all points of this polygon" if (off > 0).all() else "") + "; outside='clip' accepts it")
+        raise ValueError(
+            f"{where}, point {k + 1}: ({points[k, 0]:g}, {points[k, 1]:g}) lies outside the picture of {w}x{h} pixels"
+            + (", like all points of this polygon" if (off > 0).all() else "")
+            + "; outside='clip' accepts it"
+        )
 
 # %% ../../nbs/54a_data.voc.ipynb #9d7b533b
 def read_points(
-    *files:str|Path, # JSON files; the clicks of a picture follow each other in this order
-)->dict: # picture name -> list of (class id, x, y)
+    *files: str | Path,  # JSON files; the clicks of a picture follow each other in this order
+) -> dict:  # picture name -> list of (class id, x, y)
     "All clicks of some files."
     out = {}
     for file in files:
-        for name, clicks in _clicks(str(file), _stamp(file)).items(): out[name] = out.get(name, []) + clicks
+        for name, clicks in _clicks(str(file), _stamp(file)).items():
+            out[name] = out.get(name, []) + clicks
     return out
 
+# %% ../../nbs/54a_data.voc.ipynb #20e8c909
 def _stamp(file):
     "What changes when a file does."
-    if not Path(file).exists(): raise FileNotFoundError(f"{file} does not exist")
+    if not Path(file).exists():
+        raise FileNotFoundError(f"{file} does not exist")
     s = os.stat(file)
     return s.st_mtime_ns, s.st_size
 
+# %% ../../nbs/54a_data.voc.ipynb #34a19fd2
 @functools.lru_cache(maxsize=4)
 def _clicks(file, stamp):
     "The clicks of one file, checked."
-    try: content = json.loads(Path(file).read_bytes())
-    except ValueError as e: raise ValueError(f"{file} is not readable JSON ({e}): replace it") from e
-    if not isinstance(content, dict): raise ValueError(f"{file} must map picture names to lists of clicks, got a {type(content).__name__}")
+    try:
+        content = json.loads(Path(file).read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{file} is not readable JSON ({e}): replace it") from e
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} must map picture names to lists of clicks, got a {type(content).__name__}"
+        )
     out = {}
     for name, clicks in content.items():
-        if not isinstance(clicks, list): raise ValueError(f"{file}, picture {name}: expected a list of clicks, got {clicks!r:.60}")
-        out[name] = [_click(c, f"{file}, picture {name}, click {k}") for k, c in enumerate(clicks, 1)]
+        if not isinstance(clicks, list):
+            raise ValueError(
+                f"{file}, picture {name}: expected a list of clicks, got {clicks!r:.60}"
+            )
+        out[name] = [
+            _click(c, f"{file}, picture {name}, click {k}") for k, c in enumerate(clicks, 1)
+        ]
     return out
 
+# %% ../../nbs/54a_data.voc.ipynb #a8999cf0
 def _click(click, where):
     "One click as (class id, x, y)."
-    if not isinstance(click, dict): raise ValueError(f"{where}: expected x, y and cls, got {click!r:.60}")
-    if gone := [k for k in ("x", "y", "cls") if k not in click]: raise ValueError(f"{where} has no {', '.join(gone)}")
-    label, n = click["cls"], len(load_table("voc2012")["classes"])
+    if not isinstance(click, dict):
+        raise ValueError(f"{where}: expected x, y and cls, got {click!r:.60}")
+    if gone := [k for k in ("x", "y", "cls") if k not in click]:
+        raise ValueError(f"{where} has no {', '.join(gone)}")
+    label = click["cls"]
+    n = len(load_table("voc2012")["classes"])
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < n:
         raise ValueError(f"{where}: class {label!r}, expected 0..{n - 1}")
     return label, _number(click["x"], f"{where}: x"), _number(click["y"], f"{where}: y")
 
 # %% ../../nbs/54a_data.voc.ipynb #87e88187
-LAYOUT = ("VOCdevkit/VOC2012 with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/; for the 10,582 training pictures also SBD's "
-          "benchmark_RELEASE/dataset or SegmentationClassAug/, or the scribbles or points")
-SPLITS, ANNOTATIONS = ("train", "val", "trainval"), ("full", "scribble", "point", "scribble_png")
-FILES = dict(scribble=("voc_scribbles.zip", "voc_scribbles", "scribbles_xml", "scribbles"),
-             point=("voc_whats_the_point.json", "voc_whats_the_point_bg_from_scribbles.json"),
-             scribble_png=("pascal_2012_scribble", "voc_scribbles_png", "scribbles_png", "scribble_png"))
+LAYOUT = (
+    "VOCdevkit/VOC2012 with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/; for "
+    "the 10,582 training pictures also SBD's "
+    "benchmark_RELEASE/dataset or SegmentationClassAug/, or the scribbles or points"
+)
+SPLITS = ("train", "val", "trainval")
+ANNOTATIONS = ("full", "scribble", "point", "scribble_png")
+FILES = dict(
+    scribble=("voc_scribbles.zip", "voc_scribbles", "scribbles_xml", "scribbles"),
+    point=("voc_whats_the_point.json", "voc_whats_the_point_bg_from_scribbles.json"),
+    scribble_png=("pascal_2012_scribble", "voc_scribbles_png", "scribbles_png", "scribble_png"),
+)
 
+# %% ../../nbs/54a_data.voc.ipynb #fbf3ce1d
 def train_names(
-    voc_train:list, # names of VOC's train list
-    voc_val:list, # names of VOC's val list
-    more:list=(), # names with another annotation: SBD's train and val lists, or the pictures that have scribbles
-)->list: # sorted
+    voc_train: list,  # names of VOC's train list
+    voc_val: list,  # names of VOC's val list
+    # names with another annotation: SBD's train and val lists, or the pictures that have
+    # scribbles
+    more: list = (),
+) -> list:  # sorted
     "The training pictures: all that have an annotation, without those of the val split."
     return sorted((set(voc_train) | set(more)) - set(voc_val))
 
+# %% ../../nbs/54a_data.voc.ipynb #c8da3e99
 def read_names(
-    path:Path, # list file: a name or a picture path in the first word of each line
-)->list: # names without folder and ending
+    path: Path,  # list file: a name or a picture path in the first word of each line
+) -> list:  # names without folder and ending
     "The names of a list file."
-    if not path.is_file(): raise FileNotFoundError(f"voc2012: the list {path} does not exist")
-    names = [Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not names: raise ValueError(f"the list {path} names no picture")
+    if not path.is_file():
+        raise FileNotFoundError(f"voc2012: the list {path} does not exist")
+    names = [
+        Path(line.split()[0]).stem
+        for line in path.read_text(encoding="utf-8-sig").splitlines()
+        if line.strip()
+    ]
+    if not names:
+        raise ValueError(f"the list {path} names no picture")
     return names
 
+# %% ../../nbs/54a_data.voc.ipynb #b1f46ff7
 def _first(places):
     "The first place that exists, or None."
     return next((p for p in places if p.exists()), None)
 
 # %% ../../nbs/54a_data.voc.ipynb #b0063194
 def find_voc(
-    root:Path, # dataset folder
-)->Path: # the folder that holds JPEGImages
+    root: Path,  # dataset folder
+) -> Path:  # the folder that holds JPEGImages
     "VOC2012 itself."
-    for p in (root, root/"VOC2012", root/"VOCdevkit"/"VOC2012"):
-        if (p/"JPEGImages").is_dir(): return p
+    for p in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if (p / "JPEGImages").is_dir():
+            return p
     have = sorted(p.name for p in root.iterdir())[:12]
-    raise FileNotFoundError(f"voc2012: there is no JPEGImages/ in {root}, its VOC2012/ or its VOCdevkit/VOC2012/; {root} should hold "
-                            f"{LAYOUT}. It holds {have}")
+    raise FileNotFoundError(
+        f"voc2012: there is no JPEGImages/ in {root}, its VOC2012/ or its VOCdevkit/VOC2012/; {root} should hold "
+        f"{LAYOUT}. It holds {have}"
+    )
 
+# %% ../../nbs/54a_data.voc.ipynb #08f3240b
 def find_sbd(
-    root:Path, # dataset folder
-    voc:Path, # see `find_voc`
-    given:str|Path|None=None, # a folder; None: search
-)->Path|None: # SBD's folder with cls/ and its lists, or a folder of PNG masks
+    root: Path,  # dataset folder
+    voc: Path,  # see `find_voc`
+    given: str | Path | None = None,  # a folder; None: search
+) -> Path | None:  # SBD's folder with cls/ and its lists, or a folder of PNG masks
     "SBD's masks, in their own form or converted."
     inner = "benchmark_RELEASE/dataset", "dataset", ""
     if isinstance(given, (str, Path)):
-        if (found := _first(Path(given)/i for i in inner if (Path(given)/i/"cls").is_dir())) or Path(given).is_dir():
+        if (
+            found := _first(Path(given) / i for i in inner if (Path(given) / i / "cls").is_dir())
+        ) or Path(given).is_dir():
             return found or Path(given)
-        raise FileNotFoundError(f"voc2012: sbd={given} is not a folder; it should be SBD's benchmark_RELEASE or SegmentationClassAug")
-    outer = (root, root/"SBD", root/"sbd", voc.parent)
-    places = [p/i for p in outer for i in inner if (p/i/"cls").is_dir()]
-    return _first(places) or _first(p/"SegmentationClassAug" for p in (root, voc, voc.parent))
+        raise FileNotFoundError(
+            f"voc2012: sbd={given} is not a folder; it should be SBD's benchmark_RELEASE or SegmentationClassAug"
+        )
+    outer = (root, root / "SBD", root / "sbd", voc.parent)
+    places = [p / i for p in outer for i in inner if (p / i / "cls").is_dir()]
+    return _first(places) or _first(p / "SegmentationClassAug" for p in (root, voc, voc.parent))
 
+# %% ../../nbs/54a_data.voc.ipynb #6668feaf
 def find_annotation(
-    root:Path, # dataset folder
-    voc:Path, # see `find_voc`
-    kind:str, # "scribble" | "point" | "scribble_png"
-    given:str|Path|None=None, # the file or folder; for points, the folder with both files
-)->list: # one path, or both files of the points
+    root: Path,  # dataset folder
+    voc: Path,  # see `find_voc`
+    kind: str,  # "scribble" | "point" | "scribble_png"
+    given: str | Path | None = None,  # the file or folder; for points, the folder with both files
+) -> list:  # one path, or both files of the points
     "The files of a sparse annotation."
-    places = [root, root/"annotations", voc, voc.parent]
-    if given and not Path(given).exists(): raise FileNotFoundError(f"voc2012: annotations={given} does not exist")
+    places = [root, root / "annotations", voc, voc.parent]
+    if given and not Path(given).exists():
+        raise FileNotFoundError(f"voc2012: annotations={given} does not exist")
     if kind == "point":
-        if given and Path(given).is_file(): raise ValueError(f"voc2012: annotations={given} must be the folder that holds {FILES[kind]}")
-        found = [_first(p/name for p in ([Path(given)] if given else places)) for name in FILES[kind]]
+        if given and Path(given).is_file():
+            raise ValueError(
+                f"voc2012: annotations={given} must be the folder that holds {FILES[kind]}"
+            )
+        found = [
+            _first(p / name for p in ([Path(given)] if given else places)) for name in FILES[kind]
+        ]
         gone = [n for n, p in zip(FILES[kind], found) if p is None]
     else:
-        found = [Path(given) if given else _first(p/name for name in FILES[kind] for p in places)]
+        found = [Path(given) if given else _first(p / name for name in FILES[kind] for p in places)]
         gone = [FILES[kind][0]] if found[0] is None else []
-    if gone: raise FileNotFoundError(f"voc2012: there is no {' and no '.join(gone)} in {given or root}; put it there or pass annotations=")
+    if gone:
+        raise FileNotFoundError(
+            f"voc2012: there is no {' and no '.join(gone)} in {given or root}; put it there or pass annotations="
+        )
     return found
 
 # %% ../../nbs/54a_data.voc.ipynb #645bb3cd
 def read_mat(
-    path:str|Path, # a file of SBD's folder cls
-)->np.ndarray: # uint8 [h, w]
+    path: str | Path,  # a file of SBD's folder cls
+) -> np.ndarray:  # uint8 [h, w]
     "SBD's segmentation of one picture."
     if importlib.util.find_spec("scipy") is None:
-        raise ImportError(f"SBD's masks are MATLAB files ({path}): pip install scipy, or convert them to SegmentationClassAug/*.png")
+        raise ImportError(
+            f"SBD's masks are MATLAB files ({path}): pip install scipy, or convert them to SegmentationClassAug/*.png"
+        )
     from scipy.io import loadmat
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist")
-    try: ids = loadmat(path, squeeze_me=True, struct_as_record=False)["GTcls"].Segmentation
-    except Exception as e: raise ValueError(f"{path} is not one of SBD's MATLAB files ({type(e).__name__}: {e}): replace it") from e
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        ids = loadmat(path, squeeze_me=True, struct_as_record=False)["GTcls"].Segmentation
+    except Exception as e:
+        raise ValueError(
+            f"{path} is not one of SBD's MATLAB files ({type(e).__name__}: {e}): replace it"
+        ) from e
     return np.atleast_2d(np.asarray(ids, dtype=np.uint8))
 
+# %% ../../nbs/54a_data.voc.ipynb #5e2bd831
 class _FullMasks:
     "VOC's masks, and SBD's for the other pictures."
-    def __init__(self, voc, sbd, own): # `own`: names whose mask is VOC's
-        self.folder, self.sbd, self.own = voc/"SegmentationClass", sbd, own
-        self.mat = sbd is not None and (sbd/"cls").is_dir()
-        if sbd is None: self.names = set(own)
-        elif self.mat: self.names = set(own) | {n for s in ("train", "val") for n in read_names(sbd/f"{s}.txt")}
-        else: self.names = set(own) | {p.stem for p in sbd.glob("*.png")}
+
+    def __init__(self, voc, sbd, own):  # `own`: names whose mask is VOC's
+        self.folder = voc / "SegmentationClass"
+        self.sbd = sbd
+        self.own = own
+        self.mat = sbd is not None and (sbd / "cls").is_dir()
+        if sbd is None:
+            self.names = set(own)
+        elif self.mat:
+            self.names = set(own) | {
+                n for s in ("train", "val") for n in read_names(sbd / f"{s}.txt")
+            }
+        else:
+            self.names = set(own) | {p.stem for p in sbd.glob("*.png")}
 
     def file(self, name):
         "The mask of a picture."
-        if name in self.own: return self.folder/f"{name}.png"
-        return self.sbd/"cls"/f"{name}.mat" if self.mat else self.sbd/f"{name}.png"
+        if name in self.own:
+            return self.folder / f"{name}.png"
+        return self.sbd / "cls" / f"{name}.mat" if self.mat else self.sbd / f"{name}.png"
 
     def labels(self, name, image):
         "The mask as class ids."
         path = self.file(name)
         return _voc_ids(read_mat(path) if path.suffix == ".mat" else read_ids(path), path)
 
+# %% ../../nbs/54a_data.voc.ipynb #d717aaab
 def _voc_ids(ids, path):
     "Ids that are in the table."
     known = {**{i: i for i in range(len(load_table("voc2012")["classes"]))}, IGNORE: IGNORE}
@@ -241,22 +343,33 @@ def _voc_ids(ids, path):
 # %% ../../nbs/54a_data.voc.ipynb #1a0c7c84
 class _ScribblePngs:
     "Scribbles as label PNGs: `NAME.png` or `NAME.scribble.png`."
+
     def __init__(self, folder):
-        stem = lambda p: p.name.removesuffix(".png").removesuffix(".scribble")
-        self.files = {stem(p): p for p in sorted(folder.glob("*.png")) if "." not in stem(p)} if folder.is_dir() else {}
-        if not self.files: raise FileNotFoundError(f"voc2012: {folder} is not a folder with PNG files")
-        self.folder, self.names = folder, set(self.files)
+        def stem(p):
+            return p.name.removesuffix(".png").removesuffix(".scribble")
+
+        self.files = (
+            {stem(p): p for p in sorted(folder.glob("*.png")) if "." not in stem(p)}
+            if folder.is_dir()
+            else {}
+        )
+        if not self.files:
+            raise FileNotFoundError(f"voc2012: {folder} is not a folder with PNG files")
+        self.folder = folder
+        self.names = set(self.files)
 
     def file(self, name):
         "The label PNG of a picture."
-        return self.files.get(name, self.folder/f"{name}.png")
+        return self.files.get(name, self.folder / f"{name}.png")
 
     def labels(self, name, image):
         "The labels as stored."
         return _voc_ids(read_ids(self.file(name)), self.file(name))
 
+# %% ../../nbs/54a_data.voc.ipynb #a47c9c05
 class _Points:
     "Clicks of JSON files."
+
     def __init__(self, files):
         self.files = [str(f) for f in files]
         self.names = set(read_points(*self.files))
@@ -268,115 +381,183 @@ class _Points:
     def labels(self, name, image):
         "The clicks drawn at the picture's size."
         clicks = [c for f in self.files for c in _clicks(f, _stamp(f)).get(name, ())]
-        if not clicks and name not in self.names: raise ValueError(f"{' and '.join(self.files)} hold no picture '{name}'")
+        if not clicks and name not in self.names:
+            raise ValueError(f"{' and '.join(self.files)} hold no picture '{name}'")
         return rasterise_points(clicks, _size(image))
 
+# %% ../../nbs/54a_data.voc.ipynb #b543b852
 def _size(image):
     "Height and width from a picture's header."
-    if not image.is_file(): raise FileNotFoundError(f"{image} does not exist")
+    if not image.is_file():
+        raise FileNotFoundError(f"{image} does not exist")
     try:
-        with Image.open(image) as f: return f.size[::-1]
-    except (OSError, SyntaxError, ValueError) as e: raise ValueError(f"{image} is not a readable image ({e}): replace or remove it") from e
+        with Image.open(image) as f:
+            return f.size[::-1]
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f"{image} is not a readable image ({e}): replace or remove it") from e
 
 # %% ../../nbs/54a_data.voc.ipynb #4bf6350a
 class _Scribbles:
     "Scribbles of XML files, in a folder or in the published archive."
+
     def __init__(self, path, outside="error"):
-        self.path, self.outside = Path(path), outside
+        self.path = Path(path)
+        self.outside = outside
         self.names = set(_members(str(path), _stamp(path), os.getpid())[1])
-        if not self.names: raise FileNotFoundError(f"voc2012: {path} holds no XML files")
+        if not self.names:
+            raise FileNotFoundError(f"voc2012: {path} holds no XML files")
 
     def file(self, name):
         "The XML of a picture, or the archive."
-        return self.path if self.path.is_file() else self.path/f"{name}.xml"
+        return self.path if self.path.is_file() else self.path / f"{name}.xml"
 
     def labels(self, name, image):
         "The scribbles drawn; their size must be the picture's."
-        polylines, size = _polylines(str(self.path), _stamp(self.file(name)), os.getpid(), name, self.outside)
+        polylines, size = _polylines(
+            str(self.path), _stamp(self.file(name)), os.getpid(), name, self.outside
+        )
         if size != _size(image):
             (h, w), (ih, iw) = size, _size(image)
-            raise ValueError(f"{self.path}, {name}.xml: <size> is {w}x{h} (width x height), but {image} is {iw}x{ih}")
+            raise ValueError(
+                f"{self.path}, {name}.xml: <size> is {w}x{h} (width x height), but {image} is {iw}x{ih}"
+            )
         return rasterise_scribbles(polylines, size)
 
+# %% ../../nbs/54a_data.voc.ipynb #ac77db53
 @functools.lru_cache(maxsize=8)
 def _members(path, stamp, pid):
     "A function that reads a file of an archive or a folder, and the file of each name."
-    if Path(path).is_dir(): return (lambda f: Path(f).read_bytes()), {p.stem: str(p) for p in Path(path).glob("*.xml")}
-    try: archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as e: raise ValueError(f"{path} is not a readable zip archive ({e}): fetch it again") from e
-    hidden = lambda n: n.startswith("__MACOSX/") or Path(n).name.startswith(".")
-    return archive.read, {Path(n).stem: n for n in archive.namelist() if n.lower().endswith(".xml") and not hidden(n)}
+    if Path(path).is_dir():
+        return (lambda f: Path(f).read_bytes()), {p.stem: str(p) for p in Path(path).glob("*.xml")}
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path} is not a readable zip archive ({e}): fetch it again") from e
 
+    def hidden(n):
+        return n.startswith("__MACOSX/") or Path(n).name.startswith(".")
+
+    return archive.read, {
+        Path(n).stem: n for n in archive.namelist() if n.lower().endswith(".xml") and not hidden(n)
+    }
+
+# %% ../../nbs/54a_data.voc.ipynb #237ea583
 @functools.lru_cache(maxsize=16384)
 def _polylines(path, stamp, pid, name, outside):
     "The parsed scribbles of one picture."
     read, members = _members(path, _stamp(path), pid)
-    if name not in members: raise ValueError(f"{path} holds no {name}.xml")
-    try: content = read(members[name])
-    except (OSError, zipfile.BadZipFile, zlib.error) as e: raise ValueError(f"{path}, {name}.xml is broken ({e}): fetch it again") from e
+    if name not in members:
+        raise ValueError(f"{path} holds no {name}.xml")
+    try:
+        content = read(members[name])
+    except (OSError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f"{path}, {name}.xml is broken ({e}): fetch it again") from e
     return read_scribbles(content, f"{path}, {name}.xml", outside)
 
 # %% ../../nbs/54a_data.voc.ipynb #b1dfe0d9
 class VOC2012(SegDataset):
     "PASCAL VOC 2012 with full masks, scribbles or points; `val` always has full masks."
-    def __init__(self,
-        root:str|Path, # see `LAYOUT`
-        split:str="train", # "train" | "val" | "trainval"
-        annotation:str="full", # of train and trainval: "full" | "scribble" | "point" | "scribble_png"
-        sbd:str|Path|bool|None=None, # SBD's folder or one of PNG masks; None: search below root; False: VOC's own 1,464 pictures
-        annotations:str|Path|None=None, # archive or folder of the scribbles, folder of the points; None: search below root
-        list:str|Path|None=None, # list file of your own: a name per line
-        outside:str="error", # scribbles that leave the picture: "error" | "clip"
+
+    def __init__(
+        self,
+        root: str | Path,  # see `LAYOUT`
+        split: str = "train",  # "train" | "val" | "trainval"
+        # of train and trainval: "full" | "scribble" | "point" | "scribble_png"
+        annotation: str = "full",
+        # SBD's folder or one of PNG masks; None: search below root; False: VOC's own 1,464
+        # pictures
+        sbd: str | Path | bool | None = None,
+        # archive or folder of the scribbles, folder of the points; None: search below root
+        annotations: str | Path | None = None,
+        list: str | Path | None = None,  # list file of your own: a name per line
+        outside: str = "error",  # scribbles that leave the picture: "error" | "clip"
     ):
-        if split not in SPLITS and not list: raise ValueError(f"voc2012 has the splits {[*SPLITS]}, got '{split}'")
-        if annotation not in ANNOTATIONS: raise ValueError(f"voc2012: annotation must be one of {[*ANNOTATIONS]}, got '{annotation}'")
-        if outside not in ("error", "clip"): raise ValueError(f"outside must be 'error' or 'clip', got '{outside}'")
-        table, root = load_table("voc2012"), need_root("voc2012", root, LAYOUT)
-        voc, self.annotation = find_voc(root), "full" if split == "val" and not list else annotation
+        if split not in SPLITS and not list:
+            raise ValueError(f"voc2012 has the splits {[*SPLITS]}, got '{split}'")
+        if annotation not in ANNOTATIONS:
+            raise ValueError(
+                f"voc2012: annotation must be one of {[*ANNOTATIONS]}, got '{annotation}'"
+            )
+        if outside not in ("error", "clip"):
+            raise ValueError(f"outside must be 'error' or 'clip', got '{outside}'")
+        table = load_table("voc2012")
+        root = need_root("voc2012", root, LAYOUT)
+        voc = find_voc(root)
+        self.annotation = "full" if split == "val" and not list else annotation
         sbd = sbd if sbd is False or split == "val" and not list else find_sbd(root, voc, sbd)
-        lists = {s: read_names(voc/"ImageSets"/"Segmentation"/f"{s}.txt") for s in ("train", "val")}
-        if self.annotation == "full": self.source = _FullMasks(voc, sbd or None, {*lists["train"], *lists["val"]})
+        lists = {
+            s: read_names(voc / "ImageSets" / "Segmentation" / f"{s}.txt") for s in ("train", "val")
+        }
+        if self.annotation == "full":
+            self.source = _FullMasks(voc, sbd or None, {*lists["train"], *lists["val"]})
         else:
             found = find_annotation(root, voc, annotation, annotations)
-            self.source = (_Points(found) if annotation == "point" else _Scribbles(found[0], outside) if annotation == "scribble"
-                           else _ScribblePngs(found[0]))
+            self.source = (
+                _Points(found)
+                if annotation == "point"
+                else _Scribbles(found[0], outside)
+                if annotation == "scribble"
+                else _ScribblePngs(found[0])
+            )
         names = read_names(Path(list)) if list else self._names(split, lists, voc, sbd)
         images = [self._image(n, voc, sbd) for n in names]
         self._complete(names, images)
         files = [(i, self.source.file(n)) for n, i in zip(names, images)]
-        super().__init__("voc2012", split, files, table["classes"], table["palette"], table["class_weights"])
+        super().__init__(
+            "voc2012", split, files, table["classes"], table["palette"], table["class_weights"]
+        )
 
     def _names(self, split, lists, voc, sbd):
         "The names of a split."
-        if split == "val": return sorted(lists["val"])
+        if split == "val":
+            return sorted(lists["val"])
         more = []
-        if sbd: more = _FullMasks(voc, sbd, set()).names
-        elif self.annotation != "full": more = self.source.names
-        elif sbd is None: logger.warning("voc2012: no SBD masks beside %s: only VOC's own training pictures; sbd=False says so", voc)
+        if sbd:
+            more = _FullMasks(voc, sbd, set()).names
+        elif self.annotation != "full":
+            more = self.source.names
+        elif sbd is None:
+            logger.warning(
+                "voc2012: no SBD masks beside %s: only VOC's own training pictures; sbd=False says so",
+                voc,
+            )
         names = train_names(lists["train"], lists["val"], more)
         return names if split == "train" else sorted([*names, *lists["val"]])
 
     @staticmethod
     def _image(name, voc, sbd):
         "Where a picture lies: VOC has all of SBD's, too."
-        own = voc/"JPEGImages"/f"{name}.jpg"
-        other = sbd/"img"/f"{name}.jpg" if sbd else None
+        own = voc / "JPEGImages" / f"{name}.jpg"
+        other = sbd / "img" / f"{name}.jpg" if sbd else None
         return other if other is not None and not own.is_file() and other.is_file() else own
 
     def _complete(self, names, images):
         "Refuse a dataset with gaps; `check` lists them instead."
-        if base._tolerant.get(): return
+        if base._tolerant.get():
+            return
         if gone := [i for i in images if not i.is_file()]:
-            raise FileNotFoundError(f"voc2012: {len(gone)} of {len(images)} images are missing, the first is {gone[0]}")
-        if self.annotation != "full": gone = [n for n in names if n not in self.source.names]
+            raise FileNotFoundError(
+                f"voc2012: {len(gone)} of {len(images)} images are missing, the first is {gone[0]}"
+            )
+        if self.annotation != "full":
+            gone = [n for n in names if n not in self.source.names]
         else:
             gone = [p for n in names if not (p := self.source.file(n)).is_file()]
-            if any(self.source.file(n).suffix == ".mat" for n in names) and importlib.util.find_spec("scipy") is None:
-                raise ImportError("voc2012: SBD's masks are MATLAB files: pip install scipy, or convert them to SegmentationClassAug/*.png")
-        if gone: raise FileNotFoundError(f"voc2012: {len(gone)} of {len(names)} images have no {self.annotation} annotation, "
-                                         f"the first is {gone[0]}. `segkern data check` lists them all")
+            if (
+                any(self.source.file(n).suffix == ".mat" for n in names)
+                and importlib.util.find_spec("scipy") is None
+            ):
+                raise ImportError(
+                    "voc2012: SBD's masks are MATLAB files: pip install scipy, or convert "
+                    "them to SegmentationClassAug/*.png"
+                )
+        if gone:
+            raise FileNotFoundError(
+                f"voc2012: {len(gone)} of {len(names)} images have no {self.annotation} annotation, "
+                f"the first is {gone[0]}. `segkern data check` lists them all"
+            )
 
-    def target(self, i)->torch.Tensor: # uint8 [h, w]
+    def target(self, i) -> torch.Tensor:  # uint8 [h, w]
         "The labels alone."
         image, _ = self.files[self._index(i)]
         return torch.from_numpy(np.ascontiguousarray(self.source.labels(image.stem, image)))

@@ -10,14 +10,52 @@ import importlib
 
 # %% ../../nbs/71c_explain.ipynb #70358fb2
 # public name -> (module, name there); the function `heat` goes by `heat_map`, since `explain.heat` is its module
-_LAZY = {n: ("fields", n) for n in ("receptive_field", "receptive_fields", "footprint", "effective_field", "field_shares", "path_counts", "path_vectors", "count_picture",
-                                    "save_counts", "forward_field", "backward_field", "calculators_table", "field_figure", "fields_figure", "Field")}
-_LAZY |= {n: ("heat", n) for n in ("heat_figure", "Heat", "METHODS", "methods", "default_layer", "linear_probe")} | {"heat_map": ("heat", "heat")}
-_LAZY |= {n: ("pictures", n) for n in ("segmentation_picture", "boundary_picture", "class_boundary_picture", "colour_labels", "normalised", "field_picture", "gallery")}
+_LAZY = {
+    n: ("fields", n)
+    for n in (
+        "receptive_field",
+        "receptive_fields",
+        "footprint",
+        "effective_field",
+        "field_shares",
+        "path_counts",
+        "path_vectors",
+        "count_picture",
+        "save_counts",
+        "forward_field",
+        "backward_field",
+        "calculators_table",
+        "field_figure",
+        "fields_figure",
+        "Field",
+    )
+}
 
+# %% ../../nbs/71c_explain.ipynb #e4c54687
+_LAZY |= {
+    n: ("heat", n)
+    for n in ("heat_figure", "Heat", "METHODS", "methods", "default_layer", "linear_probe")
+} | {"heat_map": ("heat", "heat")}
+_LAZY |= {
+    n: ("pictures", n)
+    for n in (
+        "segmentation_picture",
+        "boundary_picture",
+        "class_boundary_picture",
+        "colour_labels",
+        "normalised",
+        "field_picture",
+        "gallery",
+    )
+}
+
+# %% ../../nbs/71c_explain.ipynb #8fdf82c5
 def __getattr__(name):
     "A public name, looked up in the module that holds it."
-    if name in _LAZY: return getattr(importlib.import_module(f"segkern.explain.{_LAZY[name][0]}"), _LAZY[name][1])
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"segkern.explain.{_LAZY[name][0]}"), _LAZY[name][1])
     raise AttributeError(f"module 'segkern.explain' has no attribute '{name}'")
 
-def __dir__(): return sorted({*globals(), *_LAZY})
+
+def __dir__():
+    return sorted({*globals(), *_LAZY})

@@ -29,64 +29,81 @@ from ..ops.dispatch import use_impl
 
 # %% ../../nbs/71_explain.fields.ipynb #19989ed1
 def window_taps(
-    n:int, # length of the input
-    out:int, # length of the output
-    kernel:int, # taps
-    stride:int=1, # step from output to output
-    padding:int=0, # before the input
-    dilation:int=1, # step from tap to tap
-)->np.ndarray: # [out, kernel] positions in the input, -1 outside of it
+    n: int,  # length of the input
+    out: int,  # length of the output
+    kernel: int,  # taps
+    stride: int = 1,  # step from output to output
+    padding: int = 0,  # before the input
+    dilation: int = 1,  # step from tap to tap
+) -> np.ndarray:  # [out, kernel] positions in the input, -1 outside of it
     "What each output of a convolution or pool reads along one axis."
-    at = np.arange(out)[:, None]*stride - padding + np.arange(kernel)*dilation
+    at = np.arange(out)[:, None] * stride - padding + np.arange(kernel) * dilation
     return np.where((at >= 0) & (at < n), at, -1)
 
+# %% ../../nbs/71_explain.fields.ipynb #08621c1d
 def transposed_taps(n, out, kernel, stride=1, padding=0, dilation=1):
     "What each output of a transposed convolution reads along one axis; arguments as in `window_taps`."
-    at = np.arange(out)[:, None] + padding - np.arange(kernel)*dilation
-    return np.where(at % stride != 0, -2, np.where((at >= 0) & (at < n*stride), at//stride, -1))
+    at = np.arange(out)[:, None] + padding - np.arange(kernel) * dilation
+    return np.where(at % stride != 0, -2, np.where((at >= 0) & (at < n * stride), at // stride, -1))
 
 # %% ../../nbs/71_explain.fields.ipynb #41d7de6b
 def matrix_taps(
-    weights, # [out, n] weights of a linear map
-)->np.ndarray: # [out, k] positions of the weights that are not zero
+    weights,  # [out, n] weights of a linear map
+) -> np.ndarray:  # [out, k] positions of the weights that are not zero
     "Taps of any linear map, read off its matrix."
     used = np.asarray(weights) != 0
     k = max(1, int(used.sum(1).max(initial=0)))
     order = np.argsort(~used, axis=1, kind="stable")[:, :k]
     return np.where(np.take_along_axis(used, order, 1), order, -2)
 
+
 @functools.lru_cache(maxsize=256)
 def _resize_taps(name, n, out, align_corners, scale, antialias=False):
     "Taps of a resize: the real operation on the identity, in double precision."
-    eye = torch.eye(n, dtype=torch.float64, device="cpu")[None, :, :, None] # [1, n, n, 1]
+    eye = torch.eye(n, dtype=torch.float64, device="cpu")[None, :, :, None]  # [1, n, n, 1]
     args = (eye, [out, 1]) + (() if align_corners is None else (align_corners,)) + (scale, None)
     return matrix_taps(getattr(torch.ops.aten, name)(*args)[0, :, :, 0].T.numpy())
 
 # %% ../../nbs/71_explain.fields.ipynb #7734929f
 _ids = iter(range(1, 1 << 62))
 
+
 class Term(NamedTuple):
     "One product of rows and columns; `masks` restrict it to parts of other axes."
-    rows:tuple # (axis or None, packed bits [n, (1 + H)/8]; one line where the axis is None); the first bit: beyond the picture
-    cols:tuple # (axis or None, packed bits [n, (1 + W)/8])
-    masks:dict # axis -> bool [n]
 
+    # (axis or None, packed bits [n, (1 + H)/8]; one line where the axis is None); the first bit:
+    # beyond the picture
+    rows: tuple
+    cols: tuple  # (axis or None, packed bits [n, (1 + W)/8])
+    masks: dict  # axis -> bool [n]
+
+# %% ../../nbs/71_explain.fields.ipynb #02ea729f
 class Reach(NamedTuple):
     "What the elements of one tensor depend on."
-    dims:tuple # per dimension its axes (id, size), outer first; none where the size is 1
-    terms:tuple
+
+    dims: tuple  # per dimension its axes (id, size), outer first; none where the size is 1
+    terms: tuple
 
     @property
-    def shape(self): return tuple(math.prod(n for _, n in d) for d in self.dims)
+    def shape(self):
+        return tuple(math.prod(n for _, n in d) for d in self.dims)
+
 
 def _fresh(n):
     "A dimension of one new axis."
     return ((next(_ids), int(n)),) if n > 1 else ()
 
+# %% ../../nbs/71_explain.fields.ipynb #a281c242
 def _picture(h, w):
     "The picture itself, [1, 3, h, w]: each pixel sees itself."
     dims = ((), _fresh(3), _fresh(h), _fresh(w))
-    bits = lambda d, n: (d[0][0] if d else None, np.packbits(np.eye(n, n + 1, 1, dtype=bool), axis=1))
+
+    def bits(d, n):
+        return (
+            d[0][0] if d else None,
+            np.packbits(np.eye(n, n + 1, 1, dtype=bool), axis=1),
+        )
+
     return Reach(dims, (Term(bits(dims[2], h), bits(dims[3], w), {}),))
 
 # %% ../../nbs/71_explain.fields.ipynb #b7f24955
@@ -94,38 +111,60 @@ def _within(a, b):
     "Whether the (axis, bits) `a` lie in `b` wherever both apply."
     return (a[0] == b[0] or a[0] is None or b[0] is None) and not (a[1] & ~b[1]).any()
 
-def _equal(a, b): return a[0] == b[0] and np.array_equal(a[1], b[1])
 
+def _equal(a, b):
+    return a[0] == b[0] and np.array_equal(a[1], b[1])
+
+# %% ../../nbs/71_explain.fields.ipynb #d7263bdc
 def _covers(a, b):
     "Whether term `a` holds all that term `b` holds."
     for axis, m in a.masks.items():
         other = b.masks.get(axis)
         if other is None:
             bits = next((p[1] for p in (b.rows, b.cols) if p[0] == axis), None)
-            if bits is None or bits[~m].any(): return False
-        elif (other & ~m).any(): return False
+            if bits is None or bits[~m].any():
+                return False
+        elif (other & ~m).any():
+            return False
     return _within(b.rows, a.rows) and _within(b.cols, a.cols)
 
+# %% ../../nbs/71_explain.fields.ipynb #66cf5414
 def _join(a, b):
     "One term for both, where that is exact; else None."
-    axes = [k for k in a.masks.keys() | b.masks.keys() if not (k in a.masks and k in b.masks and np.array_equal(a.masks[k], b.masks[k]))]
-    rows, cols = _equal(a.rows, b.rows), _equal(a.cols, b.cols)
-    unite = lambda p, q: (q[0] if p[0] is None else p[0], p[1] | q[1]) if p[0] == q[0] or None in (p[0], q[0]) else None
+    axes = [
+        k
+        for k in a.masks.keys() | b.masks.keys()
+        if not (k in a.masks and k in b.masks and np.array_equal(a.masks[k], b.masks[k]))
+    ]
+    rows = _equal(a.rows, b.rows)
+    cols = _equal(a.cols, b.cols)
+
+    def unite(p, q):
+        return (
+            (q[0] if p[0] is None else p[0], p[1] | q[1])
+            if p[0] == q[0] or None in (p[0], q[0])
+            else None
+        )
+
     if rows and cols and len(axes) == 1 and axes[0] in a.masks and axes[0] in b.masks:
         m = a.masks[axes[0]] | b.masks[axes[0]]
         return a._replace(masks={k: v for k, v in (a.masks | {axes[0]: m}).items() if not v.all()})
-    if axes or rows == cols: return None
+    if axes or rows == cols:
+        return None
     part = unite(a.cols, b.cols) if rows else unite(a.rows, b.rows)
     return part and (a._replace(cols=part) if rows else a._replace(rows=part))
 
 # %% ../../nbs/71_explain.fields.ipynb #601d6f42
 def _simplify(terms):
     "Drop what others hold, join what can be joined; nothing is lost and nothing added."
-    todo, kept = list(terms), []
+    todo = list(terms)
+    kept = []
     while todo:
         t = todo.pop()
-        if not t.rows[1].any() or not t.cols[1].any() or any(not m.any() for m in t.masks.values()): continue
-        if any(_covers(k, t) for k in kept): continue
+        if not t.rows[1].any() or not t.cols[1].any() or any(not m.any() for m in t.masks.values()):
+            continue
+        if any(_covers(k, t) for k in kept):
+            continue
         kept = [k for k in kept if not _covers(t, k)]
         for i, k in enumerate(kept):
             both = _join(t, k)
@@ -133,60 +172,91 @@ def _simplify(terms):
                 todo.append(both)
                 del kept[i]
                 break
-        else: kept.append(t)
+        else:
+            kept.append(t)
     return tuple(kept)
 
 # %% ../../nbs/71_explain.fields.ipynb #e2c51c4e
 def _read(m, taps):
     "Unite the lines of `m` (bits or bools) over each output's taps; -2 reads nothing, -1 the bit for the outside."
     m = np.concatenate([m, np.zeros_like(m[:1]), np.zeros_like(m[:1])])
-    if m.ndim == 2: m[-1, 0] = 128
+    if m.ndim == 2:
+        m[-1, 0] = 128
     out = m[taps[:, 0]]
-    for k in range(1, taps.shape[1]): out = out | m[taps[:, k]]
+    for k in range(1, taps.shape[1]):
+        out = out | m[taps[:, k]]
     return out
 
+# %% ../../nbs/71_explain.fields.ipynb #6af50cca
 def _gather_term(t, axis, new, taps):
     "The term read through taps along one axis; a list, since rows and columns may share the axis."
     twice = t.rows[0] == axis == t.cols[0]
-    if twice and taps.shape[1] > 1: return [u for k in range(taps.shape[1]) for u in _gather_term(t, axis, new, taps[:, k:k + 1])]
-    part = lambda p: (new, _read(p[1], taps)) if p[0] == axis else p
+    if twice and taps.shape[1] > 1:
+        return [
+            u for k in range(taps.shape[1]) for u in _gather_term(t, axis, new, taps[:, k : k + 1])
+        ]
+
+    def part(p):
+        return (new, _read(p[1], taps)) if p[0] == axis else p
+
     masks = dict(t.masks)
-    if axis in masks: m = _read(masks.pop(axis), taps)
-    elif axis in (t.rows[0], t.cols[0]): m = None
-    else: m = (taps >= 0).any(1)
+    if axis in masks:
+        m = _read(masks.pop(axis), taps)
+    elif axis in (t.rows[0], t.cols[0]):
+        m = None
+    else:
+        m = (taps >= 0).any(1)
     if m is not None and not m.all():
-        if new is None: return []
+        if new is None:
+            return []
         masks[new] = m
     return [Term(part(t.rows), part(t.cols), masks)]
 
+# %% ../../nbs/71_explain.fields.ipynb #585e6cad
 def _gather(r, dim, taps):
     "A dimension read through taps [out, k]; -1 reads beyond the border, -2 nothing."
     r = _fuse(r, dim)
     axis = r.dims[dim][0][0] if r.dims[dim] else object()
     new = _fresh(len(taps))
     terms = [u for t in r.terms for u in _gather_term(t, axis, new[0][0] if new else None, taps)]
-    return Reach(r.dims[:dim] + (new,) + r.dims[dim + 1:], _simplify(terms))
+    return Reach(r.dims[:dim] + (new,) + r.dims[dim + 1 :], _simplify(terms))
 
 # %% ../../nbs/71_explain.fields.ipynb #0ccdc0d3
-def _unite(p): return None, np.bitwise_or.reduce(p[1], 0)[None]
+def _unite(p):
+    return None, np.bitwise_or.reduce(p[1], 0)[None]
 
+# %% ../../nbs/71_explain.fields.ipynb #bf431911
 def _reduce_term(t, axis):
     "The term united over one axis."
-    if t.rows[0] == axis == t.cols[0]: # lines that share their rows unite their columns
+    if t.rows[0] == axis == t.cols[0]:  # lines that share their rows unite their columns
         keys, line = np.unique(t.rows[1], axis=0, return_inverse=True)
         line = line.reshape(-1)
-        return [Term((None, keys[i:i + 1]), _unite((axis, t.cols[1][line == i])), t.masks) for i in range(len(keys))]
-    part = lambda p: _unite(p) if p[0] == axis else p
+        return [
+            Term((None, keys[i : i + 1]), _unite((axis, t.cols[1][line == i])), t.masks)
+            for i in range(len(keys))
+        ]
+
+    def part(p):
+        return _unite(p) if p[0] == axis else p
+
     return [Term(part(t.rows), part(t.cols), {k: m for k, m in t.masks.items() if k != axis})]
 
+# %% ../../nbs/71_explain.fields.ipynb #16cfc414
 def _reduce(r, dims, keep=None):
     "Unite over dimensions, which get length 1; `keep`: all elements of their length see the same."
     terms = list(r.terms)
-    for axis, _ in [a for d in dims for a in r.dims[d]]: terms = [u for t in terms for u in _reduce_term(t, axis)]
-    size = lambda d: _fresh(r.shape[d]) if keep else ()
+    for axis, _ in [a for d in dims for a in r.dims[d]]:
+        terms = [u for t in terms for u in _reduce_term(t, axis)]
+
+    def size(d):
+        return _fresh(r.shape[d]) if keep else ()
+
     return Reach(tuple(size(d) if d in dims else a for d, a in enumerate(r.dims)), _simplify(terms))
 
-def _drop(r, dims): return Reach(tuple(a for d, a in enumerate(r.dims) if d not in dims), r.terms) # without dimensions of length 1
+
+# without dimensions of length 1
+def _drop(r, dims):
+    return Reach(tuple(a for d, a in enumerate(r.dims) if d not in dims), r.terms)
 
 # %% ../../nbs/71_explain.fields.ipynb #f8a4de4e
 def _fuse_term(t, axes, new):
@@ -196,56 +266,86 @@ def _fuse_term(t, axes, new):
     at = dict(zip(names, np.unravel_index(np.arange(math.prod(sizes)), sizes)))
     on = np.ones(math.prod(sizes), bool)
     for a in names:
-        if a in t.masks: on &= t.masks[a][at[a]]
+        if a in t.masks:
+            on &= t.masks[a][at[a]]
     masks = {k: m for k, m in t.masks.items() if k not in at}
-    def part(p): return (new, np.where(on[:, None], p[1][at[p[0]]], 0).astype(np.uint8)) if p[0] in at else p
-    if not on.all() and t.rows[0] not in at and t.cols[0] not in at: masks[new] = on
+
+    def part(p):
+        return (new, np.where(on[:, None], p[1][at[p[0]]], 0).astype(np.uint8)) if p[0] in at else p
+
+    if not on.all() and t.rows[0] not in at and t.cols[0] not in at:
+        masks[new] = on
     return Term(part(t.rows), part(t.cols), masks)
 
+# %% ../../nbs/71_explain.fields.ipynb #134d4e1d
 def _fuse_axes(r, axes):
     "Terms with adjacent axes made one, and that axis."
     new = (next(_ids), math.prod(n for _, n in axes))
     return new, tuple(_fuse_term(t, axes, new[0]) for t in r.terms)
 
+
 def _fuse(r, dim):
     "A dimension with at most one axis."
-    if len(r.dims[dim]) < 2: return r
+    if len(r.dims[dim]) < 2:
+        return r
     new, terms = _fuse_axes(r, r.dims[dim])
-    return Reach(r.dims[:dim] + ((new,),) + r.dims[dim + 1:], terms)
+    return Reach(r.dims[:dim] + ((new,),) + r.dims[dim + 1 :], terms)
 
 # %% ../../nbs/71_explain.fields.ipynb #7cd9b622
-def _one(n, i): return np.arange(n) == i
+def _one(n, i):
+    return np.arange(n) == i
 
+# %% ../../nbs/71_explain.fields.ipynb #02f0cd82
 def _split_term(t, axis, a, b):
     "The term with one axis split in the axes `a` (outer) and `b`."
-    n, m = a[1], b[1]
+    n = a[1]
+    m = b[1]
     masks = dict(t.masks)
-    if axis in masks: # one term per pattern of the inner axis
+    if axis in masks:  # one term per pattern of the inner axis
         keys, line = np.unique(masks.pop(axis).reshape(n, m), axis=0, return_inverse=True)
         line = line.reshape(-1)
         both = [((a[0], line == i), (b[0], key)) for i, key in enumerate(keys) if key.any()]
-        return [Term(t.rows, t.cols, masks | {k: v for k, v in pair if not v.all()}) for pair in both]
-    if axis not in (t.rows[0], t.cols[0]): return [t]
-    grid = lambda p: p[1].reshape(n, m, -1)
-    if t.rows[0] == axis == t.cols[0]: # flattened pixels, taken apart again
-        rows, cols = grid(t.rows), grid(t.cols)
-        if (rows == rows[:, :1]).all() and (cols == cols[:1]).all(): return [Term((a[0], rows[:, 0]), (b[0], cols[0]), masks)]
-    pick = lambda p, outer, i: ((a[0], grid(p)[:, i]) if outer else (b[0], grid(p)[i])) if p[0] == axis else p
+        return [
+            Term(t.rows, t.cols, masks | {k: v for k, v in pair if not v.all()}) for pair in both
+        ]
+    if axis not in (t.rows[0], t.cols[0]):
+        return [t]
+
+    def grid(p):
+        return p[1].reshape(n, m, -1)
+
+    if t.rows[0] == axis == t.cols[0]:  # flattened pixels, taken apart again
+        rows = grid(t.rows)
+        cols = grid(t.cols)
+        if (rows == rows[:, :1]).all() and (cols == cols[:1]).all():
+            return [Term((a[0], rows[:, 0]), (b[0], cols[0]), masks)]
+
+    def pick(p, outer, i):
+        return ((a[0], grid(p)[:, i]) if outer else (b[0], grid(p)[i])) if p[0] == axis else p
+
     outer = m <= n
     other, count = (b, m) if outer else (a, n)
-    return [Term(pick(t.rows, outer, i), pick(t.cols, outer, i), masks | {other[0]: _one(count, i)}) for i in range(count)]
+    return [
+        Term(pick(t.rows, outer, i), pick(t.cols, outer, i), masks | {other[0]: _one(count, i)})
+        for i in range(count)
+    ]
 
+# %% ../../nbs/71_explain.fields.ipynb #658d2a63
 def _view(r, shape):
     "Another shape of the same elements in the same order."
-    todo, terms, dims = [a for d in r.dims for a in d], r.terms, []
+    todo = [a for d in r.dims for a in d]
+    terms = r.terms
+    dims = []
     for size in shape:
-        dim, need = [], int(size)
+        dim = []
+        need = int(size)
         while need > 1:
             axis = todo.pop(0)
             while need % axis[1] and axis[1] % need:
                 axis, terms = _fuse_axes(Reach((), terms), (axis, todo.pop(0)))
             if axis[1] > need:
-                a, b = (next(_ids), need), (next(_ids), axis[1]//need)
+                a = (next(_ids), need)
+                b = (next(_ids), axis[1] // need)
                 terms = _simplify(u for t in terms for u in _split_term(t, axis[0], a, b))
                 todo.insert(0, b)
                 axis = a
@@ -258,22 +358,27 @@ def _view(r, shape):
 def _chain(lists):
     "Common refinement of several factorings of one number; one factor where there is none."
     cuts = sorted({math.prod(sizes[i:]) for sizes in lists for i in range(len(sizes) + 1)})
-    steps = [b//a for a, b in zip(cuts, cuts[1:])]
+    steps = [b // a for a, b in zip(cuts, cuts[1:])]
     return steps[::-1] if all(b % a == 0 for a, b in zip(cuts, cuts[1:])) else [cuts[-1]]
 
+
 def _rename(t, names):
-    part = lambda p: (names.get(p[0], p[0]), p[1])
+    def part(p):
+        return (names.get(p[0], p[0]), p[1])
+
     return Term(part(t.rows), part(t.cols), {names.get(k, k): m for k, m in t.masks.items()})
 
+# %% ../../nbs/71_explain.fields.ipynb #2a7e28c1
 def _align(rs):
     "Descriptions of tensors that broadcast, all on the same new axes: dims and one list of terms per tensor."
     ndim = max(len(r.dims) for r in rs)
-    rs = [Reach(((),)*(ndim - len(r.dims)) + r.dims, r.terms) for r in rs]
+    rs = [Reach(((),) * (ndim - len(r.dims)) + r.dims, r.terms) for r in rs]
     target = []
     for d in range(ndim):
         lists = [[n for _, n in r.dims[d]] for r in rs if r.dims[d]]
         target.append(_chain(lists) if lists else [])
-    dims, terms = [tuple((next(_ids), n) for n in t) for t in target], []
+    dims = [tuple((next(_ids), n) for n in t) for t in target]
+    terms = []
     for r in rs:
         sizes = [n for d, t in enumerate(target) for n in (t if r.dims[d] else [])]
         fine = _view(_fuse_where(r, target), sizes)
@@ -282,106 +387,181 @@ def _align(rs):
         terms.append([_rename(t, names) for t in fine.terms])
     return tuple(dims), terms
 
+# %% ../../nbs/71_explain.fields.ipynb #6e1359a6
 def _fuse_where(r, target):
     "Fuse the dimensions whose axes do not refine to the target."
     for d, t in enumerate(target):
-        if len(t) < len(r.dims[d]): r = _fuse(r, d)
+        if len(t) < len(r.dims[d]):
+            r = _fuse(r, d)
     return r
 
 # %% ../../nbs/71_explain.fields.ipynb #6c0b199a
 def _sum(rs, shape):
     "Elementwise operation of several tensors."
     dims, terms = _align(rs)
-    dims = ((),)*(len(shape) - len(dims)) + dims
+    dims = ((),) * (len(shape) - len(dims)) + dims
     dims = tuple(d or _fresh(n) for d, n in zip(dims, shape))
     return Reach(dims, _simplify(t for ts in terms for t in ts))
 
+# %% ../../nbs/71_explain.fields.ipynb #78706e24
 def _cat(rs, sizes, dim):
     "Tensors side by side along `dim`; a constant part is None. Each keeps to its own stretch of the new axis."
-    total, start, out = sum(sizes), 0, []
+    total = sum(sizes)
+    start = 0
+    out = []
     for r, n in zip(rs, sizes):
         at = np.arange(total) - start
-        if r is not None: out.append(_gather(r, dim, np.where((at >= 0) & (at < n), at, -2)[:, None]))
+        if r is not None:
+            out.append(_gather(r, dim, np.where((at >= 0) & (at < n), at, -2)[:, None]))
         start += n
-    return _sum(out, tuple(total if d == dim else max(r.shape[d] for r in out) for d in range(len(out[0].dims))))
+    return _sum(
+        out,
+        tuple(total if d == dim else max(r.shape[d] for r in out) for d in range(len(out[0].dims))),
+    )
 
 # %% ../../nbs/71_explain.fields.ipynb #8db182c7
 _RULES = {}
 
+
 def _rule(*names):
-    "Register the rule of operations: `(reach of a tensor, output, arguments by name) -> Reach, several, or NotImplemented`."
+    """Register the rule of operations: `(reach of a tensor, output, arguments by name) -> Reach,
+    several, or NotImplemented`."""
+
     def register(fn):
         _RULES.update(dict.fromkeys(names, fn))
         return fn
+
     return register
 
+# %% ../../nbs/71_explain.fields.ipynb #00b1276a
 def _dims(dim, ndim):
     "A dimension, several, or all, as a list of non-negative numbers."
-    if dim is None or dim == []: return list(range(ndim))
+    if dim is None or dim == []:
+        return list(range(ndim))
     return [d % ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+
 
 def _pair(v, n):
     v = list(v) if isinstance(v, (list, tuple)) else [v]
-    return v*n if len(v) == 1 else v
+    return v * n if len(v) == 1 else v
 
 # %% ../../nbs/71_explain.fields.ipynb #7ba65c93
-def _free(r, dim, n): # the dimension anew, with `n` elements that all see the same
-    return Reach(r.dims[:dim] + (_fresh(n),) + r.dims[dim + 1:], r.terms)
+def _free(r, dim, n):  # the dimension anew, with `n` elements that all see the same
+    return Reach(r.dims[:dim] + (_fresh(n),) + r.dims[dim + 1 :], r.terms)
+
 
 def _everything(rs, out):
     "All elements of the output see all that any input sees."
     terms = [t for r in rs for t in _reduce(r, range(len(r.dims))).terms]
     return Reach(tuple(_fresh(n) for n in out.shape), _simplify(terms))
 
+# %% ../../nbs/71_explain.fields.ipynb #2da5206b
 @_rule("convolution")
 def _(get, out, a):
     "Taps along the spatial axes; channels mix within their group."
-    x, n = get(a.input), out.ndim - 2
-    if x is None or get(a.weight) is not None: return NotImplemented # weights that depend on the picture
+    x = get(a.input)
+    n = out.ndim - 2
+    # weights that depend on the picture
+    if x is None or get(a.weight) is not None:
+        return NotImplemented
     taps = transposed_taps if a.transposed else window_taps
-    for d, s, p, e in zip(range(2, 2 + n), _pair(a.stride, n), _pair(a.padding, n), _pair(a.dilation, n)):
+    for d, s, p, e in zip(
+        range(2, 2 + n), _pair(a.stride, n), _pair(a.padding, n), _pair(a.dilation, n)
+    ):
         x = _gather(x, d, taps(x.shape[d], out.shape[d], a.weight.shape[d], s, p, e))
-    if a.groups == 1: return _free(_reduce(x, [1]), 1, out.shape[1])
-    c, k = a.input.shape[1]//a.groups, out.shape[1]//a.groups
-    return _gather(x, 1, (np.arange(out.shape[1])//k)[:, None]*c + np.arange(c))
+    if a.groups == 1:
+        return _free(_reduce(x, [1]), 1, out.shape[1])
+    c = a.input.shape[1] // a.groups
+    k = out.shape[1] // a.groups
+    return _gather(x, 1, (np.arange(out.shape[1]) // k)[:, None] * c + np.arange(c))
 
 # %% ../../nbs/71_explain.fields.ipynb #7c08032d
-@_rule("avg_pool1d", "avg_pool2d", "max_pool2d_with_indices", "max_pool1d_with_indices", "max_pool2d", "avg_pool3d")
+@_rule(
+    "avg_pool1d",
+    "avg_pool2d",
+    "max_pool2d_with_indices",
+    "max_pool1d_with_indices",
+    "max_pool2d",
+    "avg_pool3d",
+)
 def _(get, out, a):
     "Windows along the last axes."
-    x, kernel = get(a.self), list(a.kernel_size)
+    x = get(a.self)
+    kernel = list(a.kernel_size)
     n = len(kernel) if len(kernel) > 1 else tree_leaves(out)[0].ndim - 2
     size = tree_leaves(out)[0].shape[-n:]
-    pair = lambda v: _pair(v, n)
-    for i, (k, s, p, e) in enumerate(zip(pair(kernel), pair(a.stride or kernel), pair(a.padding), pair(getattr(a, "dilation", 1)))):
+
+    def pair(v):
+        return _pair(v, n)
+
+    for i, (k, s, p, e) in enumerate(
+        zip(
+            pair(kernel), pair(a.stride or kernel), pair(a.padding), pair(getattr(a, "dilation", 1))
+        )
+    ):
         d = len(x.dims) - n + i
         x = _gather(x, d, window_taps(x.shape[d], size[i], k, s, p, e))
     return x
 
+# %% ../../nbs/71_explain.fields.ipynb #df69b421
 @_rule("_adaptive_avg_pool2d", "adaptive_avg_pool1d", "adaptive_max_pool2d", "_adaptive_avg_pool3d")
 def _(get, out, a):
     "Windows from floor(i·n/out) to ceil((i+1)·n/out)."
-    x, size = get(a.self), list(a.output_size)
+    x = get(a.self)
+    size = list(a.output_size)
     for d, m in zip(range(len(x.dims) - len(size), len(x.dims)), size):
-        n, i = x.shape[d], np.arange(m)
-        lo, hi = i*n//m, -((-(i + 1)*n)//m)
+        n = x.shape[d]
+        i = np.arange(m)
+        lo = i * n // m
+        hi = -((-(i + 1) * n) // m)
         at = lo[:, None] + np.arange((hi - lo).max())
         x = _gather(x, d, np.where(at < hi[:, None], at, -2))
     return x
 
-@_rule("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d",
-       "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
+# %% ../../nbs/71_explain.fields.ipynb #1ffb3703
+@_rule(
+    "upsample_nearest2d",
+    "_upsample_nearest_exact2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+)
 def _(get, out, a):
     "Weights that are not zero."
     x = get(a.self if hasattr(a, "self") else a.input)
     scales = (a.scales_h, a.scales_w) if hasattr(a, "scales_h") else a.scale_factors or (None, None)
     for d, scale in zip((2, 3), scales):
-        x = _gather(x, d, _resize_taps(a.op, x.shape[d], out.shape[d], getattr(a, "align_corners", None), scale))
+        x = _gather(
+            x,
+            d,
+            _resize_taps(a.op, x.shape[d], out.shape[d], getattr(a, "align_corners", None), scale),
+        )
     return x
 
 # %% ../../nbs/71_explain.fields.ipynb #bc276a80
-@_rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "prod", "linalg_vector_norm", "norm", "any", "all",
-       "max", "min", "argmax", "argmin", "median", "aminmax")
+@_rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "logsumexp",
+    "prod",
+    "linalg_vector_norm",
+    "norm",
+    "any",
+    "all",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "median",
+    "aminmax",
+)
 def _(get, out, a):
     "Unite over the reduced dimensions."
     x = get(a.self)
@@ -389,97 +569,140 @@ def _(get, out, a):
     r = _reduce(x, dims)
     return r if getattr(a, "keepdim", False) else _drop(r, dims)
 
+# %% ../../nbs/71_explain.fields.ipynb #5abf7111
 @_rule("_softmax", "_log_softmax", "_safe_softmax", "sort", "topk")
 def _(get, out, a):
     "Every element sees its whole line; a line of one element is constant after a softmax."
-    x, d = get(a.self), a.dim % len(get(a.self).dims)
-    if a.op.endswith("softmax") and x.shape[d] == 1: return Reach(x.dims, ())
+    x = get(a.self)
+    d = a.dim % len(get(a.self).dims)
+    if a.op.endswith("softmax") and x.shape[d] == 1:
+        return Reach(x.dims, ())
     return _free(_reduce(x, [d]), d, tree_leaves(out)[0].shape[d])
 
+# %% ../../nbs/71_explain.fields.ipynb #50d246df
 @_rule("cumsum", "cumprod")
 def _(get, out, a):
     "Every element sees those before it."
-    x, d = get(a.self), a.dim % len(get(a.self).dims)
+    x = get(a.self)
+    d = a.dim % len(get(a.self).dims)
     at = np.arange(x.shape[d])
     return _gather(x, d, np.where(at <= at[:, None], at, -2))
+
 
 @_rule("glu")
 def _(get, out, a):
     "Both halves."
-    x, d = get(a.self), a.dim % len(get(a.self).dims)
-    return _gather(x, d, np.arange(x.shape[d]//2)[:, None] + np.array([0, x.shape[d]//2]))
+    x = get(a.self)
+    d = a.dim % len(get(a.self).dims)
+    return _gather(x, d, np.arange(x.shape[d] // 2)[:, None] + np.array([0, x.shape[d] // 2]))
 
+# %% ../../nbs/71_explain.fields.ipynb #f13b8cd3
 @_rule("native_layer_norm")
 def _(get, out, a):
     x = get(a.input)
     return _reduce(x, range(len(x.dims) - len(a.normalized_shape), len(x.dims)), keep=True)
 
+
 @_rule("native_group_norm")
 def _(get, out, a):
-    x, c = get(a.input), a.C//a.group
-    x = _gather(x, 1, (np.arange(a.C)//c)[:, None]*c + np.arange(c))
+    x = get(a.input)
+    c = a.C // a.group
+    x = _gather(x, 1, (np.arange(a.C) // c)[:, None] * c + np.arange(c))
     return _reduce(x, range(2, len(x.dims)), keep=True)
 
+# %% ../../nbs/71_explain.fields.ipynb #4d9ad477
 @_rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 def _(get, out, a):
     "Elementwise with stored statistics; else it sees its whole channel."
     x = get(a.input)
-    return _reduce(x, [d for d in range(len(x.dims)) if d != 1], keep=True) if getattr(a, "training", False) else x
+    return (
+        _reduce(x, [d for d in range(len(x.dims)) if d != 1], keep=True)
+        if getattr(a, "training", False)
+        else x
+    )
 
 # %% ../../nbs/71_explain.fields.ipynb #5c141ed0
 def _matmul(x, y, out):
     "Rows of `x` and columns of `y` (either may be a constant), united over the inner axis."
     parts = []
-    if x is not None: parts.append(_drop_last(_reduce(x, [len(x.dims) - 1])))
-    if y is not None: parts.append(_reduce(y, [len(y.dims) - 2]))
+    if x is not None:
+        parts.append(_drop_last(_reduce(x, [len(x.dims) - 1])))
+    if y is not None:
+        parts.append(_reduce(y, [len(y.dims) - 2]))
     return _sum(parts, out.shape)
 
-def _drop_last(r): return Reach(r.dims[:-1] + ((),), r.terms)
 
+def _drop_last(r):
+    return Reach(r.dims[:-1] + ((),), r.terms)
+
+# %% ../../nbs/71_explain.fields.ipynb #b964f42d
 @_rule("mm", "bmm")
 def _(get, out, a):
     return _matmul(get(a.self), get(a.mat2), out)
 
+
 @_rule("addmm", "baddbmm")
 def _(get, out, a):
-    x, y = get(getattr(a, "mat1", getattr(a, "batch1", None))), get(getattr(a, "mat2", getattr(a, "batch2", None)))
+    x = get(getattr(a, "mat1", getattr(a, "batch1", None)))
+    y = get(getattr(a, "mat2", getattr(a, "batch2", None)))
     product = [] if x is None and y is None else [_matmul(x, y, out)]
     return _sum(product + [r for r in (get(a.self),) if r is not None], out.shape)
 
 # %% ../../nbs/71_explain.fields.ipynb #2fc466ea
-@_rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "view_as", "reshape_as", "unsqueeze", "squeeze")
-def _(get, out, a): return _view(get(a.self), out.shape)
+@_rule(
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "reshape_as",
+    "unsqueeze",
+    "squeeze",
+)
+def _(get, out, a):
+    return _view(get(a.self), out.shape)
 
+# %% ../../nbs/71_explain.fields.ipynb #0ddb6f70
 @_rule("permute", "transpose", "t", "numpy_T", "swapaxes", "movedim")
 def _(get, out, a):
     x = get(a.self)
     order = list(range(len(x.dims)))
-    if a.op == "permute": order = _dims(a.dims, len(order))
+    if a.op == "permute":
+        order = _dims(a.dims, len(order))
     else:
         i, j = (0, len(order) - 1) if a.op == "t" else (a.dim0 % len(order), a.dim1 % len(order))
         order[i], order[j] = order[j], order[i]
     return Reach(tuple(x.dims[d] for d in order), x.terms)
 
+# %% ../../nbs/71_explain.fields.ipynb #4f45313a
 @_rule("expand", "repeat", "broadcast_to")
 def _(get, out, a):
     x = get(a.self)
-    x = Reach(((),)*(out.ndim - len(x.dims)) + x.dims, x.terms)
+    x = Reach(((),) * (out.ndim - len(x.dims)) + x.dims, x.terms)
     for d, n in enumerate(out.shape):
-        if x.shape[d] != n: x = _gather(x, d, np.arange(n)[:, None] % x.shape[d])
+        if x.shape[d] != n:
+            x = _gather(x, d, np.arange(n)[:, None] % x.shape[d])
     return x
 
+# %% ../../nbs/71_explain.fields.ipynb #a618ac6e
 @_rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def _(get, out, a):
     "Views and a permutation."
     x = get(a.self)
     b, c, h, w = x.shape
-    if a.op == "channel_shuffle": sizes, order = (b, a.groups, c//a.groups, h, w), (0, 2, 1, 3, 4)
+    if a.op == "channel_shuffle":
+        sizes = (b, a.groups, c // a.groups, h, w)
+        order = (0, 2, 1, 3, 4)
     elif a.op == "pixel_shuffle":
         s = a.upscale_factor
-        sizes, order = (b, c//s**2, s, s, h, w), (0, 1, 4, 2, 5, 3)
+        sizes = (b, c // s**2, s, s, h, w)
+        order = (0, 1, 4, 2, 5, 3)
     else:
         s = a.downscale_factor
-        sizes, order = (b, c, h//s, s, w//s, s), (0, 1, 3, 5, 2, 4)
+        sizes = (b, c, h // s, s, w // s, s)
+        order = (0, 1, 3, 5, 2, 4)
     x = _view(x, sizes)
     return _view(Reach(tuple(x.dims[d] for d in order), x.terms), out.shape)
 
@@ -488,25 +711,40 @@ def _span(n, start, end, step):
     "Positions of a slice."
     return np.arange(n)[slice(start, end, step)][:, None]
 
+# %% ../../nbs/71_explain.fields.ipynb #966b0696
 @_rule("slice", "select", "narrow", "flip", "roll")
 def _(get, out, a):
     "One tap per element."
     x = get(a.self)
-    n = lambda d: x.shape[d]
-    if a.op == "slice": return _gather(x, a.dim % len(x.dims), _span(n(a.dim % len(x.dims)), a.start, a.end, a.step))
+
+    def n(d):
+        return x.shape[d]
+
+    if a.op == "slice":
+        return _gather(
+            x, a.dim % len(x.dims), _span(n(a.dim % len(x.dims)), a.start, a.end, a.step)
+        )
     if a.op == "select":
         d = a.dim % len(x.dims)
         return _drop(_gather(x, d, np.array([[a.index % n(d)]])), [d])
     dims = _dims(a.dims, len(x.dims)) if a.dims else []
-    if a.op == "roll" and not dims: return NotImplemented # of the flattened tensor
+    if a.op == "roll" and not dims:
+        return NotImplemented  # of the flattened tensor
     for d, s in zip(dims, _pair(getattr(a, "shifts", 0), len(dims))):
-        x = _gather(x, d, (np.arange(n(d))[::-1] if a.op == "flip" else np.roll(np.arange(n(d)), s))[:, None])
+        x = _gather(
+            x,
+            d,
+            (np.arange(n(d))[::-1] if a.op == "flip" else np.roll(np.arange(n(d)), s))[:, None],
+        )
     return x
 
+# %% ../../nbs/71_explain.fields.ipynb #66329dcf
 @_rule("split", "split_with_sizes", "unbind", "chunk")
 def _(get, out, a):
     "Consecutive stretches."
-    x, start, parts = get(a.self), 0, []
+    x = get(a.self)
+    start = 0
+    parts = []
     d = a.dim % len(x.dims)
     for t in out:
         n = 1 if a.op == "unbind" else t.shape[d]
@@ -515,49 +753,114 @@ def _(get, out, a):
         start += n
     return parts
 
+# %% ../../nbs/71_explain.fields.ipynb #b5babb51
 @_rule("cat", "stack")
 def _(get, out, a):
     "Side by side."
-    d, rs = a.dim % out.ndim, [get(t) for t in a.tensors]
-    if a.op == "cat": return _cat(rs, [t.shape[d] for t in a.tensors], d)
-    return _cat([r and Reach(r.dims[:d] + ((),) + r.dims[d:], r.terms) for r in rs], [1]*len(rs), d)
+    d = a.dim % out.ndim
+    rs = [get(t) for t in a.tensors]
+    if a.op == "cat":
+        return _cat(rs, [t.shape[d] for t in a.tensors], d)
+    return _cat(
+        [r and Reach(r.dims[:d] + ((),) + r.dims[d:], r.terms) for r in rs], [1] * len(rs), d
+    )
 
 # %% ../../nbs/71_explain.fields.ipynb #bc36fb1a
-@_rule("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "reflection_pad1d", "replication_pad1d")
+@_rule(
+    "constant_pad_nd",
+    "reflection_pad2d",
+    "replication_pad2d",
+    "reflection_pad1d",
+    "replication_pad1d",
+)
 def _(get, out, a):
     "Padding reads beyond the border, and what it copies."
-    x, pad = get(a.self), list(getattr(a, "pad", getattr(a, "padding", None)))
-    mode = "constant" if a.op == "constant_pad_nd" else "reflect" if a.op.startswith("reflection") else "replicate"
-    for i in range(len(pad)//2):
+    x = get(a.self)
+    pad = list(getattr(a, "pad", getattr(a, "padding", None)))
+    mode = (
+        "constant"
+        if a.op == "constant_pad_nd"
+        else "reflect"
+        if a.op.startswith("reflection")
+        else "replicate"
+    )
+    for i in range(len(pad) // 2):
         d = len(x.dims) - 1 - i
-        at, ends = torch.arange(x.shape[d], dtype=torch.float64, device="cpu")[None, None], pad[2*i:2*i + 2]
+        at = torch.arange(x.shape[d], dtype=torch.float64, device="cpu")[None, None]
+        ends = pad[2 * i : 2 * i + 2]
         own = F.pad(at, ends, value=-1)[0, 0].numpy()
         copied = own if mode == "constant" else F.pad(at, ends, mode)[0, 0].numpy()
         x = _gather(x, d, np.stack([own, copied], 1).astype(np.int64))
     return x
 
+# %% ../../nbs/71_explain.fields.ipynb #5d80269b
 @_rule("im2col")
 def _(get, out, a):
     "The windows of `unfold`: one tap each, taps beside the channels."
-    x, k = get(a.self), list(a.kernel_size)
+    x = get(a.self)
+    k = list(a.kernel_size)
     b, c, h, w = x.shape
-    n = [(s + 2*p - e*(m - 1) - 1)//t + 1 for s, p, e, m, t in zip((h, w), a.padding, a.dilation, k, a.stride)]
-    for d in (0, 1): x = _gather(x, 2 + d, window_taps((h, w)[d], n[d], k[d], a.stride[d], a.padding[d], a.dilation[d]).T.reshape(-1, 1))
+    n = [
+        (s + 2 * p - e * (m - 1) - 1) // t + 1
+        for s, p, e, m, t in zip((h, w), a.padding, a.dilation, k, a.stride)
+    ]
+    for d in (0, 1):
+        x = _gather(
+            x,
+            2 + d,
+            window_taps((h, w)[d], n[d], k[d], a.stride[d], a.padding[d], a.dilation[d]).T.reshape(
+                -1, 1
+            ),
+        )
     x = _view(x, (b, c, k[0], n[0], k[1], n[1]))
     return _view(Reach(tuple(x.dims[d] for d in (0, 1, 2, 4, 3, 5)), x.terms), out.shape)
 
+# %% ../../nbs/71_explain.fields.ipynb #1a987037
 @_rule("unfold")
 def _(get, out, a):
     "Windows along one dimension; the window becomes the last one."
-    x, d, m = get(a.self), a.dimension % len(get(a.self).dims), out.shape[a.dimension % len(get(a.self).dims)]
+    x = get(a.self)
+    d = a.dimension % len(get(a.self).dims)
+    m = out.shape[a.dimension % len(get(a.self).dims)]
     x = _gather(x, d, window_taps(x.shape[d], m, a.size, a.step).reshape(-1, 1))
-    x = _view(x, x.shape[:d] + (m, a.size) + x.shape[d + 1:])
-    return Reach(x.dims[:d + 1] + x.dims[d + 2:] + (x.dims[d + 1],), x.terms)
+    x = _view(x, x.shape[:d] + (m, a.size) + x.shape[d + 1 :])
+    return Reach(x.dims[: d + 1] + x.dims[d + 2 :] + (x.dims[d + 1],), x.terms)
 
-_SAME = {"clone", "_to_copy", "detach", "alias", "contiguous", "lift_fresh", "dropout", "_prelu_kernel", "prelu", "copy",
-         "lerp", "hardtanh"}
-_CONSTANT = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty",
-             "new_full", "zero", "fill", "bernoulli", "uniform", "normal", "new_empty_strided"}
+# %% ../../nbs/71_explain.fields.ipynb #d09bb098
+_SAME = {
+    "clone",
+    "_to_copy",
+    "detach",
+    "alias",
+    "contiguous",
+    "lift_fresh",
+    "dropout",
+    "_prelu_kernel",
+    "prelu",
+    "copy",
+    "lerp",
+    "hardtanh",
+}
+
+# %% ../../nbs/71_explain.fields.ipynb #2857d40c
+_CONSTANT = {
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "zero",
+    "fill",
+    "bernoulli",
+    "uniform",
+    "normal",
+    "new_empty_strided",
+}
 
 # %% ../../nbs/71_explain.fields.ipynb #ff516ccc
 def _arguments(func, args, kwargs):
@@ -565,19 +868,27 @@ def _arguments(func, args, kwargs):
     named = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
     return named | dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
 
+# %% ../../nbs/71_explain.fields.ipynb #02808aec
 class _Tracer(TorchDispatchMode):
     "Follows what every tensor depends on; holds all tensors, so that identities stay unique."
+
     def __init__(self):
         super().__init__()
-        self.known, self.shares, self.assumed, self.told = {}, {}, {}, set()
+        self.known = {}
+        self.shares = {}
+        self.assumed = {}
+        self.told = set()
 
-    def get(self, t): return self.known[id(t)][1] if torch.is_tensor(t) and id(t) in self.known else None
+    def get(self, t):
+        return self.known[id(t)][1] if torch.is_tensor(t) and id(t) in self.known else None
 
     def put(self, t, reach):
         "Describe a tensor; None makes it a constant."
-        if reach is None or 0 in t.shape: self.known.pop(id(t), None)
+        if reach is None or 0 in t.shape:
+            self.known.pop(id(t), None)
         else:
-            if reach.shape != tuple(t.shape): raise AssertionError(f"described as {reach.shape}, is {tuple(t.shape)}")
+            if reach.shape != tuple(t.shape):
+                raise AssertionError(f"described as {reach.shape}, is {tuple(t.shape)}")
             self.known[id(t)] = (t, reach)
             self.shares.setdefault(t.untyped_storage()._cdata, set()).add(id(t))
 
@@ -588,216 +899,359 @@ class _Tracer(TorchDispatchMode):
 
     def alias(self, t, op):
         "The description of a tensor whose memory is known under another name."
-        if t.device.type != "meta" or id(t) in self.known: return
-        others = [self.known[i][1] for i in self.shares.get(t.untyped_storage()._cdata, ()) if i in self.known]
-        if others: self.put(t, self.assume(f"{op} (unseen view)", others, t))
+        if t.device.type != "meta" or id(t) in self.known:
+            return
+        others = [
+            self.known[i][1]
+            for i in self.shares.get(t.untyped_storage()._cdata, ())
+            if i in self.known
+        ]
+        if others:
+            self.put(t, self.assume(f"{op} (unseen view)", others, t))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, op = kwargs or {}, func._overloadpacket.__name__
+        kwargs = kwargs or {}
+        op = func._overloadpacket.__name__
         name = op[:-1] if op.endswith("_") and not op.endswith("__") else op
         tensors = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
-        for t in tensors: self.alias(t, op)
-        if not any(id(t) in self.known for t in tensors): return func(*args, **kwargs)
-        if name not in _RULES and name not in _SAME | _CONSTANT and torch.Tag.pointwise not in func.tags:
-            with self: out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented: return out
+        for t in tensors:
+            self.alias(t, op)
+        if not any(id(t) in self.known for t in tensors):
+            return func(*args, **kwargs)
+        if (
+            name not in _RULES
+            and name not in _SAME | _CONSTANT
+            and torch.Tag.pointwise not in func.tags
+        ):
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
-        self.describe(func, name, SimpleNamespace(op=name, **_arguments(func, args, kwargs)), tensors, out)
+        self.describe(
+            func, name, SimpleNamespace(op=name, **_arguments(func, args, kwargs)), tensors, out
+        )
         return out
 
 # %% ../../nbs/71_explain.fields.ipynb #775ea7f6
 def _describe(self, func, name, a, tensors, out):
     "Find the rule of one operation and describe its outputs."
-    rs, outs = [self.get(t) for t in tensors if self.get(t) is not None], [t for t in tree_leaves(out) if torch.is_tensor(t)]
-    written = next((getattr(a, s.name) for s in func._schema.arguments if s.alias_info is not None and s.alias_info.is_write), None)
-    if torch.is_tensor(written) and written not in outs: outs = [written]
-    if not outs: return
-    if name in _CONSTANT: new = [None]*len(outs)
+    rs = [self.get(t) for t in tensors if self.get(t) is not None]
+    outs = [t for t in tree_leaves(out) if torch.is_tensor(t)]
+    written = next(
+        (
+            getattr(a, s.name)
+            for s in func._schema.arguments
+            if s.alias_info is not None and s.alias_info.is_write
+        ),
+        None,
+    )
+    if torch.is_tensor(written) and written not in outs:
+        outs = [written]
+    if not outs:
+        return
+    if name in _CONSTANT:
+        new = [None] * len(outs)
     elif name in _RULES:
         new = _RULES[name](self.get, out, a)
-        new = new if isinstance(new, list) else [self.assume(name, rs, outs[0]) if new is NotImplemented else new]
-        new += [r if r.shape == t.shape else _everything([r], t) for t in outs[len(new):] for r in new[:1]] # statistics beside the result
-    elif name == "copy": new = [_sum([self.get(a.src)], outs[0].shape) if self.get(a.src) is not None else None]
-    elif torch.Tag.pointwise in func.tags or name in _SAME: new = [_sum(rs, t.shape) for t in outs]
-    else: new = [self.assume(name, rs, t) for t in outs]
-    if torch.is_tensor(written): self.write(written, name, len(rs) > 1 or new[0] is None or name == "copy", new[0])
-    for t, r in zip(outs, new): self.put(t, r)
+        new = (
+            new
+            if isinstance(new, list)
+            else [self.assume(name, rs, outs[0]) if new is NotImplemented else new]
+        )
+        # statistics beside the result
+        new += [
+            r if r.shape == t.shape else _everything([r], t)
+            for t in outs[len(new) :]
+            for r in new[:1]
+        ]
+    elif name == "copy":
+        new = [_sum([self.get(a.src)], outs[0].shape) if self.get(a.src) is not None else None]
+    elif torch.Tag.pointwise in func.tags or name in _SAME:
+        new = [_sum(rs, t.shape) for t in outs]
+    else:
+        new = [self.assume(name, rs, t) for t in outs]
+    if torch.is_tensor(written):
+        self.write(written, name, len(rs) > 1 or new[0] is None or name == "copy", new[0])
+    for t, r in zip(outs, new):
+        self.put(t, r)
 
+# %% ../../nbs/71_explain.fields.ipynb #9f7c0543
 def _write(self, t, op, changes, new):
     "A tensor is written in place: other names of its memory see that, too."
-    if not changes or t.device.type != "meta": return
+    if not changes or t.device.type != "meta":
+        return
     for i in list(self.shares.get(t.untyped_storage()._cdata, ())):
-        if i == id(t) or i not in self.known: continue
+        if i == id(t) or i not in self.known:
+            continue
         other, r = self.known[i]
-        if other.shape == t.shape and other.stride() == t.stride() and other.storage_offset() == t.storage_offset(): self.put(other, new)
-        else: self.put(other, self.assume(f"{op}_ (in a view)", [x for x in (r, new) if x is not None], other))
+        if (
+            other.shape == t.shape
+            and other.stride() == t.stride()
+            and other.storage_offset() == t.storage_offset()
+        ):
+            self.put(other, new)
+        else:
+            self.put(
+                other,
+                self.assume(f"{op}_ (in a view)", [x for x in (r, new) if x is not None], other),
+            )
 
-_Tracer.describe, _Tracer.write = _describe, _write
+# %% ../../nbs/71_explain.fields.ipynb #184b7f6f
+_Tracer.describe = _describe
+_Tracer.write = _write
 
 # %% ../../nbs/71_explain.fields.ipynb #ea3f5cad
 def _meta_copy(model):
     "A copy of the module on the meta device, in evaluation mode; its weights are never duplicated."
     memo = {}
     for m in model.modules():
-        for t in [*m._parameters.values(), *m._buffers.values(), *(v for v in vars(m).values() if torch.is_tensor(v))]:
-            if t is None: continue
+        for t in [
+            *m._parameters.values(),
+            *m._buffers.values(),
+            *(v for v in vars(m).values() if torch.is_tensor(v)),
+        ]:
+            if t is None:
+                continue
             new = t.detach().to("meta")
-            memo[id(t)] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
+            memo[id(t)] = (
+                nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
+            )
     return copy.deepcopy(model, memo).eval()
 
+# %% ../../nbs/71_explain.fields.ipynb #ada656ed
 def _near(name, names):
     "The names most like one, for a message."
     import difflib
+
     return difflib.get_close_matches(name, names, 5, 0.4) or list(names)[:8]
+
 
 def _module(model, name):
     "A submodule by name, or a ValueError with the nearest names."
     modules = dict(model.named_modules())
     near = ", ".join(n for n in _near(name, modules) if n) if name not in modules else ""
-    if name not in modules: raise ValueError(f"the model has no module '{name}'; near: {near or 'none'}")
+    if name not in modules:
+        raise ValueError(f"the model has no module '{name}'; near: {near or 'none'}")
     return modules[name]
 
+# %% ../../nbs/71_explain.fields.ipynb #24acb89b
 def _collect(model, names, run):
     "First outputs of the named modules (None: of the model itself) while `run()` runs."
-    seen, hooks = {}, []
-    def note(name, m, args, out): # a copy: the next layer may write in place
-        if name not in seen: seen[name] = tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, out)
+    seen = {}
+    hooks = []
+
+    def note(name, m, args, out):  # a copy: the next layer may write in place
+        if name not in seen:
+            seen[name] = tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, out)
+
     try:
         for n in names:
-            if n is not None: hooks.append(_module(model, n).register_forward_hook(functools.partial(note, n)))
+            if n is not None:
+                hooks.append(_module(model, n).register_forward_hook(functools.partial(note, n)))
         seen[None] = run()
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return seen
 
 # %% ../../nbs/71_explain.fields.ipynb #202b1e11
 def _size(size):
     "A picture's size as two positive integers."
     size = tuple(int(s) for s in (size if isinstance(size, (tuple, list)) else (size, size)))
-    if len(size) != 2 or min(size) < 1: raise ValueError(f"size must be (height, width), both positive, got {size}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (height, width), both positive, got {size}")
     return size
 
-_READS = "the model reads values of its tensors, so it cannot be followed without them; use footprint()"
 
+_READS = (
+    "the model reads values of its tensors, so it cannot be followed without them; use footprint()"
+)
+
+# %% ../../nbs/71_explain.fields.ipynb #461a7fa9
 def _trace(model, size, names):
     "Run a copy on meta tensors: the tracer, and the outputs by module."
-    size, tracer, meta = _size(size), _Tracer(), _meta_copy(model)
+    size = _size(size)
+    tracer = _Tracer()
+    meta = _meta_copy(model)
     kinds = {p.dtype for p in meta.parameters() if p.is_floating_point()}
-    x = torch.empty(1, 3, *size, device="meta", dtype=kinds.pop() if len(kinds) == 1 else torch.float32)
+    x = torch.empty(
+        1, 3, *size, device="meta", dtype=kinds.pop() if len(kinds) == 1 else torch.float32
+    )
     with torch.inference_mode(), use_impl("ref"), torch.device("meta"), tracer:
         x = x.clone()
         tracer.put(x, _picture(*size))
-        try: seen = _collect(meta, names, lambda: meta(x))
+        try:
+            seen = _collect(meta, names, lambda: meta(x))
         except (RuntimeError, ValueError) as e:
-            if "has no module" in str(e): raise
-            if "meta tensor" in str(e).lower(): raise ValueError(f"{_READS}: {e}") from e
+            if "has no module" in str(e):
+                raise
+            if "meta tensor" in str(e).lower():
+                raise ValueError(f"{_READS}: {e}") from e
             raise ValueError(f"the model cannot take a picture of {size[0]}x{size[1]}: {e}") from e
     for op in tracer.assumed:
-        logger.warning("receptive field: no rule for '%s'; its output is taken to depend on all that its inputs depend on", op)
+        logger.warning(
+            "receptive field: no rule for '%s'; its output is taken to depend on all that its inputs depend on",
+            op,
+        )
     return tracer, seen
 
 # %% ../../nbs/71_explain.fields.ipynb #3e5151d1
 def _maps(out, name=""):
     "The tensors of an output by key."
-    if torch.is_tensor(out): return {(): out}
-    items = out.items() if isinstance(out, dict) else enumerate(out) if isinstance(out, (list, tuple)) else ()
+    if torch.is_tensor(out):
+        return {(): out}
+    items = (
+        out.items()
+        if isinstance(out, dict)
+        else enumerate(out)
+        if isinstance(out, (list, tuple))
+        else ()
+    )
     return {(k, *rest): t for k, o in items for rest, t in _maps(o).items()}
 
+# %% ../../nbs/71_explain.fields.ipynb #990bc4a4
 def _choose(seen, at, output):
     "The map of one module that the caller means."
     what = "the model" if at is None else f"module '{at}'"
-    if at not in seen: raise ValueError(f"{what} is not called when the model runs")
+    if at not in seen:
+        raise ValueError(f"{what} is not called when the model runs")
     maps = _maps(seen[at])
     first = ("logits",) if ("logits",) in maps else next(iter(maps), None)
     key = first if output is None else output if isinstance(output, tuple) else (output,)
-    listed = "one tensor" if () in maps else ", ".join(str(k[0] if len(k) == 1 else k) for k in maps) or "no tensors"
-    if output is None and not maps: raise ValueError(f"{what} returns no tensors")
-    if key not in maps: raise ValueError(f"{what} has no output {output!r}; it returns {listed}")
-    if maps[key].ndim != 4: raise ValueError(f"the output of {what} is {tuple(maps[key].shape)}, not a map [b, c, h, w]")
+    listed = (
+        "one tensor"
+        if () in maps
+        else ", ".join(str(k[0] if len(k) == 1 else k) for k in maps) or "no tensors"
+    )
+    if output is None and not maps:
+        raise ValueError(f"{what} returns no tensors")
+    if key not in maps:
+        raise ValueError(f"{what} has no output {output!r}; it returns {listed}")
+    if maps[key].ndim != 4:
+        raise ValueError(
+            f"the output of {what} is {tuple(maps[key].shape)}, not a map [b, c, h, w]"
+        )
     return maps[key]
 
+# %% ../../nbs/71_explain.fields.ipynb #2ac4448f
 def _place(where, shape):
     "A pixel of the output, by default the centre."
     h, w = shape[-2:]
-    if where is None: return h//2, w//2
+    if where is None:
+        return h // 2, w // 2
     i, j = (int(v) for v in where)
-    if not (0 <= i < h and 0 <= j < w): raise ValueError(f"where {(i, j)} lies outside of the output, which has {h}x{w} pixels")
+    if not (0 <= i < h and 0 <= j < w):
+        raise ValueError(f"where {(i, j)} lies outside of the output, which has {h}x{w} pixels")
     return i, j
 
 # %% ../../nbs/71_explain.fields.ipynb #ceb89655
 @dataclass(repr=False)
 class Field:
     "The input pixels that one output pixel sees."
-    mask:np.ndarray # bool [H, W]
-    where:tuple # (row, column) of the output pixel
-    output:tuple # (height, width) of the output
-    assumed:tuple = () # operations without a rule: the field may be smaller
-    gradient:np.ndarray|None = field(default=None) # [H, W] sum over channels, for footprints
-    clipped:tuple = (False, False) # rows, columns: the field goes on beyond the picture
-    endless:tuple = (False, False) # rows, columns: seen by a reduction over the whole axis
+
+    mask: np.ndarray  # bool [H, W]
+    where: tuple  # (row, column) of the output pixel
+    output: tuple  # (height, width) of the output
+    assumed: tuple = ()  # operations without a rule: the field may be smaller
+    gradient: np.ndarray | None = field(default=None)  # [H, W] sum over channels, for footprints
+    clipped: tuple = (False, False)  # rows, columns: the field goes on beyond the picture
+    endless: tuple = (False, False)  # rows, columns: seen by a reduction over the whole axis
 
     @property
-    def size(self): return self.mask.shape # of the picture
+    def size(self):
+        return self.mask.shape  # of the picture
 
     @property
-    def box(self): # (top, left, bottom, right), the last two exclusive; zeros where nothing is seen
+    # (top, left, bottom, right), the last two exclusive; zeros where nothing is seen
+    def box(self):
         "The smallest box around the mask, clipped to the picture as the mask is."
         rows, cols = (np.flatnonzero(self.mask.any(a)) for a in (1, 0))
-        return (int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1) if len(rows) else (0, 0, 0, 0)
+        return (
+            (int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1)
+            if len(rows)
+            else (0, 0, 0, 0)
+        )
 
     @property
-    def height(self): return self.box[2] - self.box[0]
+    def height(self):
+        return self.box[2] - self.box[0]
 
     @property
-    def width(self): return self.box[3] - self.box[1]
+    def width(self):
+        return self.box[3] - self.box[1]
 
     @property
-    def whole(self): return bool(self.mask.all()) # every pixel of the picture is seen
+    def whole(self):
+        return bool(self.mask.all())  # every pixel of the picture is seen
 
     @property
-    def used(self): return float(self.mask.sum()/max(1, self.height*self.width)) # share of the box that is seen
+    # share of the box that is seen
+    def used(self):
+        return float(self.mask.sum() / max(1, self.height * self.width))
 
     def __repr__(self):
-        what = "whole picture" if self.whole else f"{self.height} x {self.width}, {100*self.used:.3g} % used"
+        what = (
+            "whole picture"
+            if self.whole
+            else f"{self.height} x {self.width}, {100 * self.used:.3g} % used"
+        )
         note = f", assumed: {', '.join(self.assumed)}" if self.assumed else ""
-        return f"Field({what}; pixel {self.where} of {self.output[0]} x {self.output[1]}, picture {self.size[0]} x {self.size[1]}{note})"
+        return (
+            f"Field({what}; pixel {self.where} of {self.output[0]} x {self.output[1]}, picture "
+            f"{self.size[0]} x {self.size[1]}{note})"
+        )
 
 # %% ../../nbs/71_explain.fields.ipynb #1d6b77a8
 def _pixel(r, where, size, assumed=()):
     "The field of one pixel of a described map, over all its channels."
     h, w = r.shape[-2:]
     r = _reduce(r, range(len(r.dims) - 2))
-    for d, i in zip((-2, -1), where): r = _gather(r, len(r.dims) + d, np.array([[i]])) if r.shape[d] > 1 else r
-    mask, clipped = np.zeros(size, bool), np.zeros(2, bool)
+    for d, i in zip((-2, -1), where):
+        r = _gather(r, len(r.dims) + d, np.array([[i]])) if r.shape[d] > 1 else r
+    mask = np.zeros(size, bool)
+    clipped = np.zeros(2, bool)
     for t in r.terms:
-        bits = [np.unpackbits(p[1][0], count=n + 1).astype(bool) for p, n in zip((t.rows, t.cols), size)]
+        bits = [
+            np.unpackbits(p[1][0], count=n + 1).astype(bool) for p, n in zip((t.rows, t.cols), size)
+        ]
         mask |= np.outer(*(b[1:] for b in bits))
         clipped |= [b[0] for b in bits]
     return Field(mask, tuple(where), (h, w), tuple(assumed), clipped=tuple(clipped.tolist()))
 
+# %% ../../nbs/71_explain.fields.ipynb #00bc448a
 def _endless(r, size):
     "Whether all pixels see the rows (columns), most of the way, by a term that follows no axis."
+
     def wide(p, n):
         seen = np.flatnonzero(np.unpackbits(p[1][0], count=n + 1)[1:]) if p[0] is None else ()
-        return len(seen) > 0 and 2*(seen[-1] + 1 - seen[0]) >= n
-    return tuple(any(wide(getattr(t, k), n) for t in r.terms if not t.masks) for k, n in zip(("rows", "cols"), size))
+        return len(seen) > 0 and 2 * (seen[-1] + 1 - seen[0]) >= n
 
+    return tuple(
+        any(wide(getattr(t, k), n) for t in r.terms if not t.masks)
+        for k, n in zip(("rows", "cols"), size)
+    )
+
+# %% ../../nbs/71_explain.fields.ipynb #4adaf38a
 def receptive_field(
-    model:nn.Module, # takes a picture [1, 3, h, w]
-    size:tuple=(512, 1024), # (height, width) of the picture; costs little
-    at:str|None=None, # name of a submodule, its first output; None: the model's output
-    where:tuple|None=None, # (row, column) in that output; default: the centre
-    output=None, # key or index where there are several maps; default: "logits", else the first
-)->Field: # exact, unless it lists assumed operations
+    model: nn.Module,  # takes a picture [1, 3, h, w]
+    size: tuple = (512, 1024),  # (height, width) of the picture; costs little
+    at: str | None = None,  # name of a submodule, its first output; None: the model's output
+    where: tuple | None = None,  # (row, column) in that output; default: the centre
+    output=None,  # key or index where there are several maps; default: "logits", else the first
+) -> Field:  # exact, unless it lists assumed operations
     "The input pixels that can change an output pixel, by following every operation on meta tensors."
     tracer, seen = _trace(model, size, [at])
     t = _choose(seen, at, output)
-    where, r = _place(where, t.shape), tracer.get(t)
-    if r is None: return Field(np.zeros(_size(size), bool), where, tuple(t.shape[-2:]), tuple(tracer.assumed))
+    where = _place(where, t.shape)
+    r = tracer.get(t)
+    if r is None:
+        return Field(np.zeros(_size(size), bool), where, tuple(t.shape[-2:]), tuple(tracer.assumed))
     return _pixel(r, where, _size(size), tracer.assumed)
 
 # %% ../../nbs/71_explain.fields.ipynb #723f2a2d
-LARGEST = 8192 # longest side that the table tries
+LARGEST = 8192  # longest side that the table tries
+
 
 def _rows(model, size, names):
     "One trace: the described maps of the named modules, in the order in which they are named."
@@ -806,250 +1260,389 @@ def _rows(model, size, names):
     for n in [*names, None]:
         maps = _maps(seen.get(n))
         keys = [k for k, t in maps.items() if t.ndim == 4 and tracer.get(t) is not None]
-        for k in keys: out[(n or "output") + "".join(f"[{i}]" for i in k if len(keys) > 1)] = maps[k], tracer.get(maps[k])
+        for k in keys:
+            out[(n or "output") + "".join(f"[{i}]" for i in k if len(keys) > 1)] = (
+                maps[k],
+                tracer.get(maps[k]),
+            )
     return out, tuple(tracer.assumed)
 
+# %% ../../nbs/71_explain.fields.ipynb #4800bf6f
 def _centre(t, r, size, assumed):
     f = _pixel(r, _place(None, t.shape), size, assumed)
     f.endless = _endless(r, size)
     return f
 
+# %% ../../nbs/71_explain.fields.ipynb #fd69077a
 def _verdict(f, before):
     "Per axis: the extent, 'whole', or None where only a larger picture can tell."
-    low, high = f.box[:2], f.box[2:]
+    low = f.box[:2]
+    high = f.box[2:]
+
     def one(i):
         inside = not f.clipped[i] and low[i] > 0 and high[i] < f.size[i] and f.output[i] > 1
-        if inside or not (f.mask.any() or f.clipped[i]): return high[i] - low[i]
+        if inside or not (f.mask.any() or f.clipped[i]):
+            return high[i] - low[i]
         full = low[i] == 0 and high[i] == f.size[i]
-        return "whole" if full and f.endless[i] and before is not None and before.endless[i] else None
+        return (
+            "whole" if full and f.endless[i] and before is not None and before.endless[i] else None
+        )
+
     return one(0), one(1)
 
 # %% ../../nbs/71_explain.fields.ipynb #5dec9fc6
 def _survey(model, size, names, unclipped):
     "Per map: its output's size, and (field, extents, whether it may be larger) at the picture that tells most."
     maps, assumed = _rows(model, size, names)
-    first, found, last = {n: tuple(t.shape[-2:]) for n, (t, _) in maps.items()}, {}, {}
+    first = {n: tuple(t.shape[-2:]) for n, (t, _) in maps.items()}
+    found = {}
+    last = {}
     while True:
         for n, (t, r) in maps.items():
-            if n in found: continue
+            if n in found:
+                continue
             f = _centre(t, r, size, assumed)
             v = _verdict(f, last[n][0] if n in last else None) if unclipped else (f.height, f.width)
             last[n] = (f, v)
-            if None not in v: found[n] = (f, v, False)
-        size = tuple(2*s for s in size)
-        if len(found) == len(first) or max(size) > LARGEST: break
-        try: maps, assumed = _rows(model, size, names)
-        except ValueError: break # the network takes no larger picture
+            if None not in v:
+                found[n] = (f, v, False)
+        size = tuple(2 * s for s in size)
+        if len(found) == len(first) or max(size) > LARGEST:
+            break
+        try:
+            maps, assumed = _rows(model, size, names)
+        except ValueError:
+            break  # the network takes no larger picture
     for n in first.keys() - found.keys():
         f, v = last[n]
         found[n] = (f, tuple(e if x is None else x for x, e in zip(v, (f.height, f.width))), True)
     return first, {n: found[n] for n in first}
 
+# %% ../../nbs/71_explain.fields.ipynb #041fadf9
 def receptive_fields(
-    model:nn.Module, # takes a picture [1, 3, h, w]
-    size:tuple=(512, 1024), # (height, width) of the picture that the outputs are listed for
-    names:list|None=None, # submodules; default: the model's direct children, in the order in which they are called
-    unclipped:bool=True, # enlarge the picture until the fields are not cut off
-)->Table: # module, output, stride, height, width, used (share of the box), note
+    model: nn.Module,  # takes a picture [1, 3, h, w]
+    size: tuple = (512, 1024),  # (height, width) of the picture that the outputs are listed for
+    # submodules; default: the model's direct children, in the order in which they are called
+    names: list | None = None,
+    unclipped: bool = True,  # enlarge the picture until the fields are not cut off
+) -> Table:  # module, output, stride, height, width, used (share of the box), note
     "The receptive fields of the named modules' outputs, at their centres."
-    if names is None: names = [n for n, _ in model.named_children()]
-    size, rows = _size(size), []
+    if names is None:
+        names = [n for n, _ in model.named_children()]
+    size = _size(size)
+    rows = []
     first, found = _survey(model, size, names, unclipped)
     for n, (f, extent, open_end) in found.items():
         h, w = first[n]
-        stride = [round(size[0]/h), round(size[1]/w)]
+        stride = [round(size[0] / h), round(size[1] / w)]
         ends = [e == "whole" for e in extent]
         whole = all(ends) or (f.whole and not unclipped)
-        notes = ["whole picture" if whole else "whole height" if ends[0] else "whole width" if ends[1] else ""]
-        notes += ["cut off"]*open_end + ["assumed: " + " ".join(f.assumed)]*bool(f.assumed)
+        notes = [
+            "whole picture"
+            if whole
+            else "whole height"
+            if ends[0]
+            else "whole width"
+            if ends[1]
+            else ""
+        ]
+        notes += ["cut off"] * open_end + ["assumed: " + " ".join(f.assumed)] * bool(f.assumed)
         step = str(stride[0]) if stride[0] == stride[1] else "{} x {}".format(*stride)
         high, wide = (None if end else e for end, e in zip(ends, extent))
-        rows.append([n, f"{h} x {w}", step, high, wide, f"{100*f.used:.3g} %", ", ".join(filter(None, notes))])
+        rows.append(
+            [
+                n,
+                f"{h} x {w}",
+                step,
+                high,
+                wide,
+                f"{100 * f.used:.3g} %",
+                ", ".join(filter(None, notes)),
+            ]
+        )
     return Table(rows, ["module", "output", "stride", "height", "width", "used", "note"])
 
 # %% ../../nbs/71_explain.fields.ipynb #54b95ac2
 FILLS = ("average", "keep", "paths")
 
+# %% ../../nbs/71_explain.fields.ipynb #11578f06
 class _Averages(TorchFunctionMode):
     "Max-pools become average pools; with `count`, average pools become sums."
+
     def __init__(self, count):
         super().__init__()
         self.count = count
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name in ("max_pool2d", "_max_pool2d", "max_pool2d_with_indices"): return self.window(*args, **kwargs)
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("max_pool2d", "_max_pool2d", "max_pool2d_with_indices"):
+            return self.window(*args, **kwargs)
         if name in ("adaptive_max_pool2d", "_adaptive_max_pool2d"):
-            return F.adaptive_avg_pool2d(args[0], args[1] if len(args) > 1 else kwargs["output_size"])
-        if name == "amax": return args[0].mean(*args[1:], **kwargs)
+            return F.adaptive_avg_pool2d(
+                args[0], args[1] if len(args) > 1 else kwargs["output_size"]
+            )
+        if name == "amax":
+            return args[0].mean(*args[1:], **kwargs)
         out = func(*args, **kwargs)
-        if not (self.count and name == "avg_pool2d"): return out
-        return out*math.prod(_pair(args[1] if len(args) > 1 else kwargs["kernel_size"], 2))
+        if not (self.count and name == "avg_pool2d"):
+            return out
+        return out * math.prod(_pair(args[1] if len(args) > 1 else kwargs["kernel_size"], 2))
 
-    def window(self, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    def window(
+        self,
+        input,
+        kernel_size,
+        stride=None,
+        padding=0,
+        dilation=1,
+        ceil_mode=False,
+        return_indices=False,
+    ):
         k, s, p, d = (_pair(v, 2) for v in (kernel_size, stride or kernel_size, padding, dilation))
-        if return_indices: raise ValueError("a max-pool that returns its indices has no average to take its place: use fill='keep'")
-        if d == [1, 1]: return F.avg_pool2d(input, k, s, p, ceil_mode)*(math.prod(k) if self.count else 1)
-        if ceil_mode: raise ValueError("a dilated max-pool with ceil_mode has no average to take its place: use fill='keep'")
-        ones = input.new_ones(input.shape[1], 1, *k)/(1 if self.count else math.prod(k))
+        if return_indices:
+            raise ValueError(
+                "a max-pool that returns its indices has no average to take its place: use fill='keep'"
+            )
+        if d == [1, 1]:
+            return F.avg_pool2d(input, k, s, p, ceil_mode) * (math.prod(k) if self.count else 1)
+        if ceil_mode:
+            raise ValueError(
+                "a dilated max-pool with ceil_mode has no average to take its place: use fill='keep'"
+            )
+        ones = input.new_ones(input.shape[1], 1, *k) / (1 if self.count else math.prod(k))
         return F.conv2d(input, ones, None, s, p, d, input.shape[1])
 
 # %% ../../nbs/71_explain.fields.ipynb #7c9d0b9e
 def _tame(m, x):
     "A norm divides by the size of what it sees, so that nothing grows with depth."
-    m.running_var = torch.full_like(m.running_var, float(x[0].detach().square().mean().clamp_min(1e-30)))
+    m.running_var = torch.full_like(
+        m.running_var, float(x[0].detach().square().mean().clamp_min(1e-30))
+    )
 
+# %% ../../nbs/71_explain.fields.ipynb #1d6cdf76
 def _refill(model, fill, seed):
     "Overwrite the weights of a copy, see above."
-    g, shift = torch.Generator().manual_seed(seed), 0.0 if fill == "paths" else 0.2
-    random = lambda p: 0.25 + 0.5*torch.rand(p.shape, generator=g, dtype=p.dtype)
+    g = torch.Generator().manual_seed(seed)
+    shift = 0.0 if fill == "paths" else 0.2
+
+    def random(p):
+        return 0.25 + 0.5 * torch.rand(p.shape, generator=g, dtype=p.dtype)
+
     for m in model.modules():
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)):
-            w = torch.ones_like(m.weight)/m.weight.shape[1] if fill == "paths" else random(m.weight)
-            m.weight.copy_(w if fill == "paths" else w/w.flatten(1).sum(1).view(-1, *[1]*(w.ndim - 1)))
-            if m.bias is not None: m.bias.copy_(random(m.bias)*shift)
+            w = (
+                torch.ones_like(m.weight) / m.weight.shape[1]
+                if fill == "paths"
+                else random(m.weight)
+            )
+            m.weight.copy_(
+                w if fill == "paths" else w / w.flatten(1).sum(1).view(-1, *[1] * (w.ndim - 1))
+            )
+            if m.bias is not None:
+                m.bias.copy_(random(m.bias) * shift)
         elif isinstance(m, nn.modules.batchnorm._BatchNorm):
-            for t, v in ((m.running_mean, 0), (m.running_var, 1), (m.weight, 1), (m.bias, shift/2)):
-                if t is not None: t.fill_(v)
+            for t, v in (
+                (m.running_mean, 0),
+                (m.running_var, 1),
+                (m.weight, 1),
+                (m.bias, shift / 2),
+            ):
+                if t is not None:
+                    t.fill_(v)
             m.eps = 0.0
-            if fill == "average" and m.running_var is not None: m.register_forward_pre_hook(_tame)
+            if fill == "average" and m.running_var is not None:
+                m.register_forward_pre_hook(_tame)
         elif isinstance(m, (nn.LayerNorm, nn.GroupNorm)):
-            if m.weight is not None: m.weight.fill_(0.25)
-            if m.bias is not None: m.bias.fill_(1)
+            if m.weight is not None:
+                m.weight.fill_(0.25)
+            if m.bias is not None:
+                m.bias.fill_(1)
         elif not isinstance(m, nn.PReLU):
-            for p in m.parameters(recurse=False): p.copy_(random(p))
+            for p in m.parameters(recurse=False):
+                p.copy_(random(p))
 
 # %% ../../nbs/71_explain.fields.ipynb #28b2e5f0
 def _output_weights(t, fill, seed):
     "How much each channel of the output counts: the same, or at random, where a softmax over channels would cancel."
     g = torch.Generator().manual_seed(seed + 1)
-    if fill == "average": return (0.5 + torch.rand(t.shape[1], generator=g, dtype=torch.float64)).to(t)
-    return torch.full((t.shape[1],), 1/t.shape[1], dtype=torch.float64).to(t)
+    if fill == "average":
+        return (0.5 + torch.rand(t.shape[1], generator=g, dtype=torch.float64)).to(t)
+    return torch.full((t.shape[1],), 1 / t.shape[1], dtype=torch.float64).to(t)
+
 
 def _forward(model, x, names):
     "Outputs by module of one run with a gradient towards `x`."
-    with torch.enable_grad(), use_impl("ref"): return _collect(model, names, lambda: model(x))
+    with torch.enable_grad(), use_impl("ref"):
+        return _collect(model, names, lambda: model(x))
 
+# %% ../../nbs/71_explain.fields.ipynb #9fc4856a
 def _prepare(model, size, fill, seed, names):
     "A copy as `fill` wants it, run on a positive picture: the picture, and the outputs by module."
-    if fill not in FILLS: raise ValueError(f"unknown fill '{fill}'; known: {', '.join(FILLS)}")
+    if fill not in FILLS:
+        raise ValueError(f"unknown fill '{fill}'; known: {', '.join(FILLS)}")
     net = copy.deepcopy(model).to(device="cpu", dtype=torch.float64).eval().requires_grad_(False)
-    x = 0.5 + torch.rand(1, 3, *_size(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = 0.5 + torch.rand(
+        1, 3, *_size(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     with torch.no_grad():
-        if fill != "keep": _refill(net, fill, seed)
+        if fill != "keep":
+            _refill(net, fill, seed)
     x.requires_grad_()
-    if fill == "keep": return x, _forward(net, x, names)
-    with _Averages(fill == "paths"): return x, _forward(net, x, names)
+    if fill == "keep":
+        return x, _forward(net, x, names)
+    with _Averages(fill == "paths"):
+        return x, _forward(net, x, names)
 
+# %% ../../nbs/71_explain.fields.ipynb #54fcbaea
 def _gradient(t, x, where, weights, keep=False):
     "The gradient of one output pixel, [H, W], summed over the picture's channels."
-    if not t.requires_grad: return np.zeros(x.shape[2:])
-    g, = torch.autograd.grad((t[0, :, where[0], where[1]]*weights).sum(), x, retain_graph=keep, allow_unused=True)
+    if not t.requires_grad:
+        return np.zeros(x.shape[2:])
+    (g,) = torch.autograd.grad(
+        (t[0, :, where[0], where[1]] * weights).sum(), x, retain_graph=keep, allow_unused=True
+    )
     return np.zeros(x.shape[2:]) if g is None else g[0].sum(0).double().cpu().numpy()
 
 # %% ../../nbs/71_explain.fields.ipynb #c0586a8e
 def footprint(
-    model:nn.Module, # takes a picture [1, 3, h, w]; is not changed
-    size:tuple=(64, 128), # (height, width) of the picture; this one is computed, so size costs
-    at:str|None=None, # name of a submodule; None: the model's output
-    where:tuple|None=None, # (row, column) in that output; default: the centre
-    fill:str="average", # "average": structure alone | "keep": the model's own weights | "paths": counts paths
-    seed:int=0, # of weights and picture
-    output=None, # key or index where there are several maps
-)->Field: # with `gradient`; the mask is where it is not zero
+    model: nn.Module,  # takes a picture [1, 3, h, w]; is not changed
+    size: tuple = (64, 128),  # (height, width) of the picture; this one is computed, so size costs
+    at: str | None = None,  # name of a submodule; None: the model's output
+    where: tuple | None = None,  # (row, column) in that output; default: the centre
+    # "average": structure alone | "keep": the model's own weights | "paths": counts paths
+    fill: str = "average",
+    seed: int = 0,  # of weights and picture
+    output=None,  # key or index where there are several maps
+) -> Field:  # with `gradient`; the mask is where it is not zero
     "The input pixels to which an output pixel has a gradient."
-    try: x, seen = _prepare(model, size, fill, seed, [at])
-    except RuntimeError as e: raise ValueError(f"the model cannot take a picture of {tuple(size)}: {e}") from e
+    try:
+        x, seen = _prepare(model, size, fill, seed, [at])
+    except RuntimeError as e:
+        raise ValueError(f"the model cannot take a picture of {tuple(size)}: {e}") from e
     t = _choose(seen, at, output)
     where = _place(where, t.shape)
     g = _gradient(t, x, where, _output_weights(t, fill, seed))
-    if fill == "paths" and np.allclose(g, np.rint(g), rtol=1e-9, atol=1e-6): g = np.rint(g)
+    if fill == "paths" and np.allclose(g, np.rint(g), rtol=1e-9, atol=1e-6):
+        g = np.rint(g)
     return Field(g != 0, where, tuple(t.shape[-2:]), gradient=g)
 
 # %% ../../nbs/71_explain.fields.ipynb #0fccc798
 def _batches(model, images):
     "Float pictures [1, 3, h, w] where the model is."
     p = next(model.parameters(), torch.zeros(()))
-    for x in ([images] if torch.is_tensor(images) and images.ndim == 3 else images):
+    for x in [images] if torch.is_tensor(images) and images.ndim == 3 else images:
         x = torch.as_tensor(x)
-        if x.ndim != 3 or x.shape[0] != 3: raise ValueError(f"images must be pictures [3, h, w], got {tuple(x.shape)}")
+        if x.ndim != 3 or x.shape[0] != 3:
+            raise ValueError(f"images must be pictures [3, h, w], got {tuple(x.shape)}")
         if x.dtype == torch.uint8:
-            if not hasattr(model, "preprocess"): raise ValueError("the model has no preprocess: give normalised float pictures, not uint8")
+            if not hasattr(model, "preprocess"):
+                raise ValueError(
+                    "the model has no preprocess: give normalised float pictures, not uint8"
+                )
             x = model.preprocess(x)
         yield x[None].to(device=p.device, dtype=p.dtype if p.is_floating_point() else torch.float32)
 
+# %% ../../nbs/71_explain.fields.ipynb #771c48ed
 def effective_field(
-    model:nn.Module, # takes a picture [1, 3, h, w]; its own weights count
-    images, # pictures of one size: [n, 3, h, w] or a list of [3, h, w]; uint8 goes through the model's `preprocess`
-    at:str|None=None, # name of a submodule; None: the model's output
-    where:tuple|None=None, # (row, column) in that output; default: the centre
-    output=None, # key or index where there are several maps
-)->np.ndarray: # float [H, W], sums to one where there is any gradient
+    model: nn.Module,  # takes a picture [1, 3, h, w]; its own weights count
+    # pictures of one size: [n, 3, h, w] or a list of [3, h, w]; uint8 goes through the model's
+    # `preprocess`
+    images,
+    at: str | None = None,  # name of a submodule; None: the model's output
+    where: tuple | None = None,  # (row, column) in that output; default: the centre
+    output=None,  # key or index where there are several maps
+) -> np.ndarray:  # float [H, W], sums to one where there is any gradient
     "Mean absolute gradient of one output pixel over pictures."
-    total, modes = None, {m: m.training for m in model.modules()}
+    total = None
+    modes = {m: m.training for m in model.modules()}
     try:
         model.eval()
         for x in _batches(model, images):
             x.requires_grad_()
             t = _choose(_forward(model, x, [at]), at, output)
-            g, = torch.autograd.grad(t[0, :, *_place(where, t.shape)].sum(), x, allow_unused=True)
+            (g,) = torch.autograd.grad(t[0, :, *_place(where, t.shape)].sum(), x, allow_unused=True)
             g = np.zeros(x.shape[2:]) if g is None else g[0].abs().sum(0).double().cpu().numpy()
-            if total is not None and total.shape != g.shape: raise ValueError(f"images must have one size, got {total.shape} and {g.shape}")
+            if total is not None and total.shape != g.shape:
+                raise ValueError(f"images must have one size, got {total.shape} and {g.shape}")
             total = g if total is None else total + g
     finally:
-        for m, mode in modes.items(): m.training = mode
-    if total is None: raise ValueError("images is empty: the effective field is a mean over at least one picture")
-    return total/(total.sum() or 1)
+        for m, mode in modes.items():
+            m.training = mode
+    if total is None:
+        raise ValueError("images is empty: the effective field is a mean over at least one picture")
+    return total / (total.sum() or 1)
 
 # %% ../../nbs/71_explain.fields.ipynb #d804983a
 def field_shares(
-    effective, # [H, W], not negative
-    shares:tuple=(0.5, 0.95), # of the total
-    centre:tuple|None=None, # (row, column) in the picture; default: the centre of gravity
-)->dict: # share -> side of the square, odd
+    effective,  # [H, W], not negative
+    shares: tuple = (0.5, 0.95),  # of the total
+    centre: tuple | None = None,  # (row, column) in the picture; default: the centre of gravity
+) -> dict:  # share -> side of the square, odd
     "Sides of the squares around the centre that hold given shares of a field; they may reach beyond the picture."
     e = np.asarray(effective, np.float64)
-    if not e.sum() > 0: raise ValueError("the field is zero everywhere: nothing to share out")
+    if not e.sum() > 0:
+        raise ValueError("the field is zero everywhere: nothing to share out")
     y, x = np.indices(e.shape)
-    cy, cx = centre or (int(np.rint((y*e).sum()/e.sum())), int(np.rint((x*e).sum()/e.sum())))
-    held = np.bincount(np.maximum(abs(y - cy), abs(x - cx)).ravel(), e.ravel()).cumsum()/e.sum()
-    return {s: 2*int(np.searchsorted(held, s - 1e-12)) + 1 for s in shares}
+    cy, cx = centre or (
+        int(np.rint((y * e).sum() / e.sum())),
+        int(np.rint((x * e).sum() / e.sum())),
+    )
+    held = np.bincount(np.maximum(abs(y - cy), abs(x - cx)).ravel(), e.ravel()).cumsum() / e.sum()
+    return {s: 2 * int(np.searchsorted(held, s - 1e-12)) + 1 for s in shares}
 
 # %% ../../nbs/71_explain.fields.ipynb #cb6df0bc
 def _layers(layers, even=True):
     "Layers (kernel, stride) or (kernel, stride, dilation) with dilation; numbers must be positive."
     out = []
     for i, layer in enumerate(layers):
-        layer = tuple(tuple(int(x) for x in v) if isinstance(v, (tuple, list)) else int(v) for v in layer)
-        if len(layer) not in (2, 3): raise ValueError(f"layer {i} must be (kernel, stride) or (kernel, stride, dilation), got {layer}")
+        layer = tuple(
+            tuple(int(x) for x in v) if isinstance(v, (tuple, list)) else int(v) for v in layer
+        )
+        if len(layer) not in (2, 3):
+            raise ValueError(
+                f"layer {i} must be (kernel, stride) or (kernel, stride, dilation), got {layer}"
+            )
         layer = layer if len(layer) == 3 else (*layer, 1)
         for v in layer:
-            if isinstance(v, tuple) and len(v) != 2: raise ValueError(f"layer {i}: one number, or one for each of two axes, got {v}")
+            if isinstance(v, tuple) and len(v) != 2:
+                raise ValueError(f"layer {i}: one number, or one for each of two axes, got {v}")
             if min(v if isinstance(v, tuple) else (v,)) < 1:
-                raise ValueError(f"layer {i}: kernel, stride and dilation must be positive, got {layer}")
+                raise ValueError(
+                    f"layer {i}: kernel, stride and dilation must be positive, got {layer}"
+                )
         if not even and (any(isinstance(v, tuple) for v in layer) or layer[0] % 2 == 0):
             raise ValueError(f"layer {i}: paths are counted for odd square kernels, got {layer}")
         out.append(layer)
     return out
 
+# %% ../../nbs/71_explain.fields.ipynb #c4b1fa4d
 def path_vectors(
-    layers, # [(kernel, stride) or (kernel, stride, dilation), ...], odd kernels
-)->list: # of integers, one list per layer
+    layers,  # [(kernel, stride) or (kernel, stride, dilation), ...], odd kernels
+) -> list:  # of integers, one list per layer
     "Along one axis: the number of paths from one output cell to each input cell, after each layer."
-    v, j, out = [1], 1, []
+    v = [1]
+    j = 1
+    out = []
     for k, s, d in _layers(layers, even=False):
-        new = [0]*(len(v) + (k - 1)*d*j)
+        new = [0] * (len(v) + (k - 1) * d * j)
         for a in range(k):
-            for i, n in enumerate(v): new[i + a*d*j] += n
-        v, j = new, j*s
+            for i, n in enumerate(v):
+                new[i + a * d * j] += n
+        v = new
+        j = j * s
         out.append(v)
     return out
 
+# %% ../../nbs/71_explain.fields.ipynb #3caaed08
 def path_counts(
-    layers, # [(kernel, stride) or (kernel, stride, dilation), ...], odd kernels
-)->list: # of integer matrices; int64, or Python's integers where these would overflow
+    layers,  # [(kernel, stride) or (kernel, stride, dilation), ...], odd kernels
+) -> list:  # of integer matrices; int64, or Python's integers where these would overflow
     "The number of paths from one output cell to each input cell, after each layer."
-    exact = lambda v: np.array(v, dtype=np.int64 if max(v)**2 < 2**63 else object)
+
+    def exact(v):
+        return np.array(v, dtype=np.int64 if max(v) ** 2 < 2**63 else object)
+
     return [np.outer(exact(v), exact(v)) for v in path_vectors(layers)]
 
 # %% ../../nbs/71_explain.fields.ipynb #d93caffc
@@ -1057,170 +1650,257 @@ def _rank_colours(q):
     "The tool's colour scale for q in 0..1279, as RGB: from black to blue, cyan, green, yellow, red, dark red."
     q, zero = np.asarray(q, np.int64), np.zeros_like(q)
     at = [q < 256, q < 512, q < 768, q < 1024]
-    red, green = np.select(at, [zero, zero, zero, q - 768], 1280 - q), np.select(at, [zero, q - 256, zero + 255, zero + 255], 0)
+    red = np.select(at, [zero, zero, zero, q - 768], 1280 - q)
+    green = np.select(at, [zero, q - 256, zero + 255, zero + 255], 0)
     blue = np.select(at, [q, zero + 255, 768 - q, zero], 0)
     return np.stack([red, green, blue], -1).clip(0, 255).astype(np.uint8)
 
+# %% ../../nbs/71_explain.fields.ipynb #f490c997
 def count_picture(
-    counts, # integer matrix
-    cell:int=10, # side of a cell in pixels, one of which is the line between cells; 1: no lines
-)->np.ndarray: # uint8 RGB [h*cell, w*cell, 3]
+    counts,  # integer matrix
+    # side of a cell in pixels, one of which is the line between cells; 1: no lines
+    cell: int = 10,
+) -> np.ndarray:  # uint8 RGB [h*cell, w*cell, 3]
     "A matrix of counts, coloured by rank."
     counts = np.asarray(counts)
-    if counts.ndim != 2: raise ValueError(f"counts must be a matrix, got shape {counts.shape}")
-    if cell < 1: raise ValueError(f"cell must be at least one pixel, got {cell}")
+    if counts.ndim != 2:
+        raise ValueError(f"counts must be a matrix, got shape {counts.shape}")
+    if cell < 1:
+        raise ValueError(f"cell must be at least one pixel, got {cell}")
     values = np.unique(counts[counts != 0])
-    scale = [640] if len(values) == 1 else [int(k/len(values)*1150) for k in range(1, len(values) + 1)]
+    scale = (
+        [640]
+        if len(values) == 1
+        else [int(k / len(values) * 1150) for k in range(1, len(values) + 1)]
+    )
     q = np.zeros(counts.shape, np.int64)
-    q[counts != 0] = np.asarray(scale)[np.searchsorted(values, counts[counts != 0])] if len(values) else 0
+    q[counts != 0] = (
+        np.asarray(scale)[np.searchsorted(values, counts[counts != 0])] if len(values) else 0
+    )
     colours = _rank_colours(q)
-    if cell == 1: return colours
-    out = np.zeros((counts.shape[0]*cell, counts.shape[1]*cell, 3), np.uint8)
-    for i in (0, 1, -1): out[i], out[:, i] = 255, 255
+    if cell == 1:
+        return colours
+    out = np.zeros((counts.shape[0] * cell, counts.shape[1] * cell, 3), np.uint8)
+    for i in (0, 1, -1):
+        out[i], out[:, i] = 255, 255
     inner = out.reshape(counts.shape[0], cell, counts.shape[1], cell, 3)
     inner[:, 1:, :, 1:] = colours[:, None, :, None]
     return out
 
 # %% ../../nbs/71_explain.fields.ipynb #28099e53
 def save_counts(
-    layers, # a list of layers as in `path_counts`, or of matrices
-    folder:str|Path, # is made; gets 0.png, 1.png, …
-    cell:int=10, # side of a cell in pixels
-)->list: # the files
+    layers,  # a list of layers as in `path_counts`, or of matrices
+    folder: str | Path,  # is made; gets 0.png, 1.png, …
+    cell: int = 10,  # side of a cell in pixels
+) -> list:  # the files
     "One picture per layer."
     matrices = layers if len(layers) and isinstance(layers[0], np.ndarray) else path_counts(layers)
-    files = [Path(folder)/f"{i}.png" for i in range(len(matrices))]
+    files = [Path(folder) / f"{i}.png" for i in range(len(matrices))]
     for file, m in zip(files, matrices):
-        with atomic_path(file) as tmp: Image.fromarray(count_picture(m, cell)).save(tmp, "PNG")
+        with atomic_path(file) as tmp:
+            Image.fromarray(count_picture(m, cell)).save(tmp, "PNG")
     return files
 
 # %% ../../nbs/71_explain.fields.ipynb #7226344f
 def _per_axis(layers):
     "The layers along each axis: one list, or two where any number is a pair."
-    if not any(isinstance(v, tuple) for layer in layers for v in layer): return [layers]
-    return [[tuple(v[i] if isinstance(v, tuple) else v for v in layer) for layer in layers] for i in (0, 1)]
+    if not any(isinstance(v, tuple) for layer in layers for v in layer):
+        return [layers]
+    return [
+        [tuple(v[i] if isinstance(v, tuple) else v for v in layer) for layer in layers]
+        for i in (0, 1)
+    ]
 
-def _zip(axes): return axes[0] if len(axes) == 1 else list(zip(*axes))
 
+def _zip(axes):
+    return axes[0] if len(axes) == 1 else list(zip(*axes))
+
+# %% ../../nbs/71_explain.fields.ipynb #094d259d
 def forward_field(
-    layers, # [(kernel, stride) or (kernel, stride, dilation), ...]; a number may be a pair (vertical, horizontal)
-)->list: # (field, step) after each layer; pairs where a number was a pair
+    # [(kernel, stride) or (kernel, stride, dilation), ...]; a number may be a pair (vertical,
+    # horizontal)
+    layers,
+) -> list:  # (field, step) after each layer; pairs where a number was a pair
     "Receptive field and step between neighbours, layer by layer."
     axes = []
     for one in _per_axis(_layers(layers)):
-        r, j, out = 1, 1, []
+        r = 1
+        j = 1
+        out = []
         for k, s, d in one:
-            r, j = r + (k - 1)*d*j, j*s
+            r = r + (k - 1) * d * j
+            j = j * s
             out.append((r, j))
         axes.append(out)
     return axes[0] if len(axes) == 1 else [tuple(zip(*pair)) for pair in zip(*axes)]
 
+# %% ../../nbs/71_explain.fields.ipynb #291c45b3
 def backward_field(
-    layers, # as for `forward_field`
-    official:bool=False, # the published rule, wrong for most dilated kernels and for kernels smaller than their stride
-)->list: # the field at each layer's input; pairs where a number was a pair
+    layers,  # as for `forward_field`
+    # the published rule, wrong for most dilated kernels and for kernels smaller than their stride
+    official: bool = False,
+) -> list:  # the field at each layer's input; pairs where a number was a pair
     "What one output of the last layer sees at the input of each layer."
     axes = []
     for one in _per_axis(_layers(layers)):
-        r, out = 1, []
+        r = 1
+        out = []
         for k, s, d in one[::-1]:
-            r = r*s + max((k + d if d != 1 else k) - s, 0) if official else (r - 1)*s + (k - 1)*d + 1
+            r = (
+                r * s + max((k + d if d != 1 else k) - s, 0)
+                if official
+                else (r - 1) * s + (k - 1) * d + 1
+            )
             out.append(r)
         axes.append(out[::-1])
     return _zip(axes)
 
 # %% ../../nbs/71_explain.fields.ipynb #4b3821aa
 def calculators_table(
-    layers, # as for `forward_field`
-)->Table: # one row per layer; wrong values of the published rule say what they should be
+    layers,  # as for `forward_field`
+) -> Table:  # one row per layer; wrong values of the published rule say what they should be
     "Forward field, and backward field by the published and by the correct rule."
-    text = lambda v: " x ".join(map(str, v)) if isinstance(v, tuple) else v
+
+    def text(v):
+        return " x ".join(map(str, v)) if isinstance(v, tuple) else v
+
     rows = []
-    columns = _layers(layers), forward_field(layers), backward_field(layers, official=True), backward_field(layers)
+    columns = (
+        _layers(layers),
+        forward_field(layers),
+        backward_field(layers, official=True),
+        backward_field(layers),
+    )
     for layer, ahead, wrong, right in zip(*columns):
         mark = "" if wrong == right else f"wrong: {text(wrong)} for {text(right)}"
         rows.append([text(v) for v in (*layer, *ahead, right, wrong)] + [mark])
-    return Table(rows, ["kernel", "stride", "dilation", "forward", "step", "backward", "published", "mark"])
+    return Table(
+        rows, ["kernel", "stride", "dilation", "forward", "step", "backward", "published", "mark"]
+    )
 
 # %% ../../nbs/71_explain.fields.ipynb #bbafb0ed
-_SEEN, _BOX, _DECADES = "#e69f00", "#d55e00", 4
+_SEEN = "#e69f00"
+_BOX = "#d55e00"
+_DECADES = 4
 
-def _several(x): return list(x.items()) if isinstance(x, dict) else [("", v) for v in x] if isinstance(x, (list, tuple)) else [("", x)]
 
+def _several(x):
+    return (
+        list(x.items())
+        if isinstance(x, dict)
+        else [("", v) for v in x]
+        if isinstance(x, (list, tuple))
+        else [("", x)]
+    )
+
+# %% ../../nbs/71_explain.fields.ipynb #2c0b17bc
 def _backdrop(image, size):
     "The picture in grey, or a light ground; uint8 [h, w, 3]."
-    if image is None: return np.full((*size, 3), 236, np.uint8)
+    if image is None:
+        return np.full((*size, 3), 236, np.uint8)
     a = image.detach().cpu().numpy() if torch.is_tensor(image) else np.asarray(image)
     a = a.transpose(1, 2, 0) if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3 else a
-    if a.dtype == np.uint8 and a.shape == (*size, 3): return a
+    if a.dtype == np.uint8 and a.shape == (*size, 3):
+        return a
     raise ValueError(f"image must be uint8 RGB of the field's size {size}, got {a.dtype} {a.shape}")
 
+# %% ../../nbs/71_explain.fields.ipynb #70c46117
 def _heat(effective):
     "Logarithm of an effective field relative to its maximum, over the last decades; NaN where there is nothing."
     e = np.asarray(effective, np.float64)
-    with np.errstate(divide="ignore"): log = np.log10(e/(e.max() or 1))
+    with np.errstate(divide="ignore"):
+        log = np.log10(e / (e.max() or 1))
     return np.where(log < -_DECADES, np.nan, log)
+
 
 def _draw_box(ax, f):
     from matplotlib.patches import Rectangle
+
     t, l, b, r = f.box
-    ax.add_patch(Rectangle((l - 0.5, t - 0.5), r - l, b - t, fill=False, edgecolor=_BOX, linewidth=1.4))
+    ax.add_patch(
+        Rectangle((l - 0.5, t - 0.5), r - l, b - t, fill=False, edgecolor=_BOX, linewidth=1.4)
+    )
 
 # %% ../../nbs/71_explain.fields.ipynb #1155f7e8
 def _zoom(ax, boxes, size, zoom):
     "Show the boxes with a margin, or the whole picture."
-    if not zoom: return
+    if not zoom:
+        return
     t, l, b, r = (fn(v) for fn, v in zip((min, min, max, max), zip(*boxes)))
-    m = 2 + max(b - t, r - l)//8
-    ax.set(xlim=(max(0, l - m) - 0.5, min(size[1], r + m) - 0.5), ylim=(min(size[0], b + m) - 0.5, max(0, t - m) - 0.5))
+    m = 2 + max(b - t, r - l) // 8
+    ax.set(
+        xlim=(max(0, l - m) - 0.5, min(size[1], r + m) - 0.5),
+        ylim=(min(size[0], b + m) - 0.5, max(0, t - m) - 0.5),
+    )
 
+# %% ../../nbs/71_explain.fields.ipynb #f7bb349c
 def _bare(ax, title):
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
     ax.set_title(title)
 
+# %% ../../nbs/71_explain.fields.ipynb #0ff77d38
 def field_figure(
-    fields, # a `Field` or effective field [H, W]; several as list, or as dict by title
-    image=None, # uint8 RGB picture of the fields' size
-    zoom:bool=False, # show the box with a margin instead of the whole picture
-    width:float=9.0, # inches
-): # a matplotlib figure
+    fields,  # a `Field` or effective field [H, W]; several as list, or as dict by title
+    image=None,  # uint8 RGB picture of the fields' size
+    zoom: bool = False,  # show the box with a margin instead of the whole picture
+    width: float = 9.0,  # inches
+):  # a matplotlib figure
     "Fields over their picture, side by side."
     from segkern.viz import figure
+
     items = _several(fields)
     size = (items[0][1].mask if isinstance(items[0][1], Field) else items[0][1]).shape
-    aspect = 1 if zoom else size[0]/size[1]
-    fig, axes = figure(1, len(items), width=width, height=width/len(items)*aspect + 0.35, squeeze=False)
+    aspect = 1 if zoom else size[0] / size[1]
+    fig, axes = figure(
+        1, len(items), width=width, height=width / len(items) * aspect + 0.35, squeeze=False
+    )
     for ax, (name, f) in zip(axes[0], items):
         ground = _backdrop(image, size)
         if isinstance(f, Field):
-            grey = ground.mean(2, keepdims=True)*0.5 + 100
-            seen = ground if image is not None else np.array([0xe6, 0x9f, 0x00])
-            ax.imshow(np.where(f.mask[..., None], seen, grey if image is not None else ground).astype(np.uint8))
-            if not f.whole: _draw_box(ax, f)
+            grey = ground.mean(2, keepdims=True) * 0.5 + 100
+            seen = ground if image is not None else np.array([0xE6, 0x9F, 0x00])
+            ax.imshow(
+                np.where(f.mask[..., None], seen, grey if image is not None else ground).astype(
+                    np.uint8
+                )
+            )
+            if not f.whole:
+                _draw_box(ax, f)
             _zoom(ax, [f.box], size, zoom)
             text = "whole picture" if f.whole else f"{f.height} x {f.width}"
             _bare(ax, f"{name}: {text}" if name else text)
         else:
-            ax.imshow((ground.mean(2, keepdims=True).repeat(3, 2)*0.5 + 100).astype(np.uint8))
+            ax.imshow((ground.mean(2, keepdims=True).repeat(3, 2) * 0.5 + 100).astype(np.uint8))
             ax.imshow(_heat(f), cmap="viridis", vmin=-_DECADES, vmax=0, alpha=0.85)
             _bare(ax, name)
     return fig
 
 # %% ../../nbs/71_explain.fields.ipynb #525e4a42
 def fields_figure(
-    pairs, # dict: title -> (`Field`, effective field [H, W])
-    zoom:bool=True, # show the box with a margin instead of the whole picture
-    width:float=9.0, # inches
-): # a matplotlib figure
-    "Theoretical boxes around effective fields, on a logarithmic scale; the sides that hold 50 % and 95 % in the titles."
+    pairs,  # dict: title -> (`Field`, effective field [H, W])
+    zoom: bool = True,  # show the box with a margin instead of the whole picture
+    width: float = 9.0,  # inches
+):  # a matplotlib figure
+    """Theoretical boxes around effective fields, on a logarithmic scale; the sides that hold 50 %
+    and 95 % in the titles."""
     from segkern.viz import figure
+
     n = len(pairs)
     size = next(iter(pairs.values()))[0].size
-    fig, axes = figure(1, n, width=width, height=width/n*(1 if zoom else size[0]/size[1]) + 0.75, squeeze=False)
+    fig, axes = figure(
+        1,
+        n,
+        width=width,
+        height=width / n * (1 if zoom else size[0] / size[1]) + 0.75,
+        squeeze=False,
+    )
     for ax, (name, (f, e)) in zip(axes[0], pairs.items()):
-        if f.size != np.shape(e): raise ValueError(f"'{name}': field {f.size} and effective field {np.shape(e)} differ in size")
+        if f.size != np.shape(e):
+            raise ValueError(
+                f"'{name}': field {f.size} and effective field {np.shape(e)} differ in size"
+            )
         ax.set_facecolor("#ececec")
         drawn = ax.imshow(_heat(e), cmap="viridis", vmin=-_DECADES, vmax=0)
         _draw_box(ax, f)
@@ -1228,7 +1908,14 @@ def fields_figure(
         half, most = field_shares(e).values()
         what = "whole picture" if f.whole else f"{f.height} x {f.width}"
         _bare(ax, f"{name}\nbox {what}; 50 % in {half}, 95 % in {most}")
-    bar = fig.colorbar(drawn, ax=axes[0].tolist(), location="bottom", shrink=0.4, aspect=30, ticks=[-4, -3, -2, -1, 0])
+    bar = fig.colorbar(
+        drawn,
+        ax=axes[0].tolist(),
+        location="bottom",
+        shrink=0.4,
+        aspect=30,
+        ticks=[-4, -3, -2, -1, 0],
+    )
     bar.set_label("gradient relative to its maximum")
     bar.set_ticklabels(["$10^{-4}$", "$10^{-3}$", "$10^{-2}$", "0.1", "1"])
     return fig

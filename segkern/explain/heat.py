@@ -25,17 +25,21 @@ from ..ops.dispatch import use_impl
 # %% ../../nbs/71a_explain.heat.ipynb #dcbeb634
 class Method(NamedTuple):
     "One method of the package."
-    cls:str # its class there
-    what:str # how it weighs
-    per_class:bool = True # the map depends on the class
-    passes:bool = False # one pass through the network per channel
-    refused:str = "" # why it cannot be used here
 
+    cls: str  # its class there
+    what: str  # how it weighs
+    per_class: bool = True  # the map depends on the class
+    passes: bool = False  # one pass through the network per channel
+    refused: str = ""  # why it cannot be used here
+
+# %% ../../nbs/71a_explain.heat.ipynb #303b0787
 METHODS = dict(
-    gradcam=Method("GradCAM", "mean gradient of the channel"), hirescam=Method("HiResCAM", "gradient of each element"),
+    gradcam=Method("GradCAM", "mean gradient of the channel"),
+    hirescam=Method("HiResCAM", "gradient of each element"),
     elementwise=Method("GradCAMElementWise", "gradient of each element, positive products only"),
     gradcampp=Method("GradCAMPlusPlus", "positive gradients, by second and third powers"),
-    xgradcam=Method("XGradCAM", "gradients normalised by the activation"), layercam=Method("LayerCAM", "positive gradient of each element"),
+    xgradcam=Method("XGradCAM", "gradients normalised by the activation"),
+    layercam=Method("LayerCAM", "positive gradient of each element"),
     shapleycam=Method("ShapleyCAM", "mean gradient less half a Hessian-vector product"),
     finercam=Method("FinerCAM", "mean gradient of the lead over the three most similar classes"),
     refinecam=Method("RefineCAM", "product of Grad-CAM++ maps of several layers"),
@@ -45,121 +49,215 @@ METHODS = dict(
     scorecam=Method("ScoreCAM", "score of the picture masked by the channel", passes=True),
     ablationcam=Method("AblationCAM", "loss of score without the channel", passes=True),
     eigencam=Method("EigenCAM", "first principal component of the activation", per_class=False),
-    kpcacam=Method("KPCA_CAM", "first component of a kernel PCA", per_class=False), fem=Method("FEM", "share of outstanding values", per_class=False),
+    kpcacam=Method("KPCA_CAM", "first component of a kernel PCA", per_class=False),
+    fem=Method("FEM", "share of outstanding values", per_class=False),
     randomcam=Method("RandomCAM", "random weights: the null hypothesis", per_class=False),
-    sess=Method("SESS", "", refused="it scores windows of the picture as a classifier would: a segmentation target belongs to one size of picture"),
-    guidedbackprop=Method("GuidedBackpropReLUModel", "", refused="it replaces ReLU modules, and segkern's networks call the function"),
-    dff=Method("DeepFeatureFactorization", "", refused="it splits a layer into concepts and has no map of one class"),
+    sess=Method(
+        "SESS",
+        "",
+        refused="it scores windows of the picture as a classifier would: a segmentation target "
+        "belongs to one size of picture",
+    ),
+    guidedbackprop=Method(
+        "GuidedBackpropReLUModel",
+        "",
+        refused="it replaces ReLU modules, and segkern's networks call the function",
+    ),
+    dff=Method(
+        "DeepFeatureFactorization",
+        "",
+        refused="it splits a layer into concepts and has no map of one class",
+    ),
 )
 
 # %% ../../nbs/71a_explain.heat.ipynb #a7da32b9
 def _package():
     "The package, or how to get it."
-    try: import pytorch_grad_cam
-    except ImportError as e: raise ImportError(f"heat maps need the package grad-cam ({e}): pip install 'segkern[explain]'") from e
+    try:
+        import pytorch_grad_cam
+    except ImportError as e:
+        raise ImportError(
+            f"heat maps need the package grad-cam ({e}): pip install 'segkern[explain]'"
+        ) from e
     return pytorch_grad_cam
 
-def _plain(name): return re.sub("[^a-z0-9]", "", str(name).lower().replace("++", "pp"))
 
+def _plain(name):
+    return re.sub("[^a-z0-9]", "", str(name).lower().replace("++", "pp"))
+
+# %% ../../nbs/71a_explain.heat.ipynb #dfbbce35
 def _near(name, known, n=3):
     "A hint at names like this one."
     by = {_plain(k): k for k in map(str, known)}
-    close = [by[c] for c in difflib.get_close_matches(_plain(name), by, n, .5)]
+    close = [by[c] for c in difflib.get_close_matches(_plain(name), by, n, 0.5)]
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
+# %% ../../nbs/71a_explain.heat.ipynb #cf341c3d
 def find_method(
-    name:str, # of `METHODS`, or of the package's class; case and punctuation do not matter
-)->str: # its name in `METHODS`
+    name: str,  # of `METHODS`, or of the package's class; case and punctuation do not matter
+) -> str:  # its name in `METHODS`
     "A method by name; refused and absent ones say why."
     by = {_plain(m.cls): n for n, m in METHODS.items()} | {n: n for n in METHODS}
-    if _plain(name) not in by: raise ValueError(f"there is no method '{name}'; there are {', '.join(n for n, m in METHODS.items() if not m.refused)}.{_near(name, METHODS)}")
+    if _plain(name) not in by:
+        raise ValueError(
+            f"there is no method '{name}'; there are "
+            f"{', '.join(n for n, m in METHODS.items() if not m.refused)}.{_near(name, METHODS)}"
+        )
     key = by[_plain(name)]
-    if METHODS[key].refused: raise ValueError(f"{METHODS[key].cls} cannot be used here: {METHODS[key].refused}")
+    if METHODS[key].refused:
+        raise ValueError(f"{METHODS[key].cls} cannot be used here: {METHODS[key].refused}")
     if not hasattr(_package(), METHODS[key].cls):
-        raise ValueError(f"this version of grad-cam has no {METHODS[key].cls}: pip install -U grad-cam, or take another method, see segkern.explain.methods()")
+        raise ValueError(
+            f"this version of grad-cam has no {METHODS[key].cls}: pip install -U grad-cam, "
+            f"or take another method, see segkern.explain.methods()"
+        )
     return key
 
 # %% ../../nbs/71a_explain.heat.ipynb #bfad75d0
-def methods()->Table: # method, class, weights, per class, state
+def methods() -> Table:  # method, class, weights, per class, state
     "All methods, and whether they can be used with the installed version."
     import importlib.metadata
-    here, version = _package(), importlib.metadata.version("grad-cam")
-    state = lambda m: f"refused: {m.refused}" if m.refused else "ready" if hasattr(here, m.cls) else f"not in grad-cam {version}"
-    return Table([{"method": n, "class": m.cls, "weights": m.what, "per class": "yes" if m.per_class and not m.refused else "no", "state": state(m)} for n, m in METHODS.items()])
+
+    here = _package()
+    version = importlib.metadata.version("grad-cam")
+
+    def state(m):
+        return (
+            f"refused: {m.refused}"
+            if m.refused
+            else "ready"
+            if hasattr(here, m.cls)
+            else f"not in grad-cam {version}"
+        )
+
+    return Table(
+        [
+            {
+                "method": n,
+                "class": m.cls,
+                "weights": m.what,
+                "per class": "yes" if m.per_class and not m.refused else "no",
+                "state": state(m),
+            }
+            for n, m in METHODS.items()
+        ]
+    )
 
 # %% ../../nbs/71a_explain.heat.ipynb #fd18915e
 def class_id(
-    model, # its `classes` and `num_classes`
-    cls, # name or id
-)->int: # id
+    model,  # its `classes` and `num_classes`
+    cls,  # name or id
+) -> int:  # id
     "The id of a class."
-    names, k = list(model.classes or []), model.num_classes
+    names = list(model.classes or [])
+    k = model.num_classes
     if isinstance(cls, str) and not cls.strip().isdigit():
         by = {n.lower(): i for i, n in enumerate(names)}
-        if cls.lower() in by: return by[cls.lower()]
-        what = f"there are {', '.join(names)}.{_near(cls, names)}" if names else f"its classes have no names: use an id 0..{k - 1}"
+        if cls.lower() in by:
+            return by[cls.lower()]
+        what = (
+            f"there are {', '.join(names)}.{_near(cls, names)}"
+            if names
+            else f"its classes have no names: use an id 0..{k - 1}"
+        )
         raise ValueError(f"{model.name} knows no class '{cls}'; {what}")
-    if not 0 <= int(cls) < k: raise ValueError(f"{model.name} has classes 0..{k - 1}, got {cls}")
+    if not 0 <= int(cls) < k:
+        raise ValueError(f"{model.name} has classes 0..{k - 1}, got {cls}")
     return int(cls)
 
-def class_name(model, i): return str(model.classes[i]) if model.classes else f"class {i}"
+# %% ../../nbs/71a_explain.heat.ipynb #abb81ad1
+def class_name(model, i):
+    return str(model.classes[i]) if model.classes else f"class {i}"
 
+# %% ../../nbs/71a_explain.heat.ipynb #93d316b4
 def _place(model, name):
     "A layer's module, and whether its input is meant."
-    text, inner = name.removesuffix(":in"), name.endswith(":in")
-    try: module = model.get_submodule(text) if text else None
-    except AttributeError: module = None
+    text = name.removesuffix(":in")
+    inner = name.endswith(":in")
+    try:
+        module = model.get_submodule(text) if text else None
+    except AttributeError:
+        module = None
     if module is None:
         known = [n for n, _ in model.named_modules() if n]
         top = [n for n, _ in model.named_children()]
-        raise ValueError(f"{model.name} has no layer '{name}'; its main parts are {', '.join(top)}.{_near(text, known)}")
+        raise ValueError(
+            f"{model.name} has no layer '{name}'; its main parts are {', '.join(top)}.{_near(text, known)}"
+        )
     return module, inner
 
 # %% ../../nbs/71a_explain.heat.ipynb #1f70ae58
 def _probe(model, x, names):
     "One pass without gradients: logits, and per named layer its calls, in the order in which they are made."
-    seen, handles, order = {}, [], []
+    seen = {}
+    handles = []
+    order = []
+
     def note(name, inner):
         def hook(module, args, out=None):
             t = (args[0] if args else None) if inner else out
             order.append(name)
             seen.setdefault(name, []).append(t if torch.is_tensor(t) else type(t).__name__)
+
         return hook
+
     for n in dict.fromkeys(names):
         module, inner = _place(model, n)
-        handles.append(module.register_forward_pre_hook(note(n, True)) if inner else module.register_forward_hook(note(n, False)))
+        handles.append(
+            module.register_forward_pre_hook(note(n, True))
+            if inner
+            else module.register_forward_hook(note(n, False))
+        )
     try:
-        with torch.no_grad(): logits = model(x)
+        with torch.no_grad():
+            logits = model(x)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     return logits, seen, list(dict.fromkeys(order))
 
+# %% ../../nbs/71a_explain.heat.ipynb #6e17c351
 def _is_map(calls):
     "Whether a layer was run once and gave a map."
-    return len(calls) == 1 and torch.is_tensor(calls[0]) and calls[0].ndim == 4 and min(calls[0].shape[2:]) > 1
+    return (
+        len(calls) == 1
+        and torch.is_tensor(calls[0])
+        and calls[0].ndim == 4
+        and min(calls[0].shape[2:]) > 1
+    )
 
 # %% ../../nbs/71a_explain.heat.ipynb #8e823a92
 def default_layer(
-    model, # a segmentation model in evaluation mode
-    x:torch.Tensor, # [1, 3, h, w] normalised
-)->str: # a layer's name
+    model,  # a segmentation model in evaluation mode
+    x: torch.Tensor,  # [1, 3, h, w] normalised
+) -> str:  # a layer's name
     "The last part of the network before the one that feeds the classifier."
-    _, seen, order = _probe(model, x, [n for n, _ in model.named_children() if n != "classifier"] + ["classifier:in"])
-    maps, fed = [n for n in order if _is_map(seen[n])], seen["classifier:in"][0]
-    maps = maps[:maps.index("classifier:in")]
-    if maps and seen[maps[-1]][0].data_ptr() == fed.data_ptr(): maps = maps[:-1]
+    _, seen, order = _probe(
+        model, x, [n for n, _ in model.named_children() if n != "classifier"] + ["classifier:in"]
+    )
+    maps = [n for n in order if _is_map(seen[n])]
+    fed = seen["classifier:in"][0]
+    maps = maps[: maps.index("classifier:in")]
+    if maps and seen[maps[-1]][0].data_ptr() == fed.data_ptr():
+        maps = maps[:-1]
     return maps[-1] if maps else "classifier:in"
 
+# %% ../../nbs/71a_explain.heat.ipynb #21d892bb
 def _checked(model, x, layers):
     "Logits, the layers in the order in which they run, and their activations; what is no single map is refused."
     logits, seen, order = _probe(model, x, layers)
     for n in layers:
         calls = seen.get(n, [])
-        if not calls: why = "is not run by model(x)"
-        elif len(calls) > 1: why = f"runs {len(calls)} times: take one of its users or its parts"
-        elif not torch.is_tensor(calls[0]): why = f"gives a {calls[0]} and no map: take one of its parts"
-        elif not _is_map(calls): why = f"gives {list(calls[0].shape)}, which is no map [1, c, h, w]"
-        else: continue
+        if not calls:
+            why = "is not run by model(x)"
+        elif len(calls) > 1:
+            why = f"runs {len(calls)} times: take one of its users or its parts"
+        elif not torch.is_tensor(calls[0]):
+            why = f"gives a {calls[0]} and no map: take one of its parts"
+        elif not _is_map(calls):
+            why = f"gives {list(calls[0].shape)}, which is no map [1, c, h, w]"
+        else:
+            continue
         raise ValueError(f"{model.name}: layer '{n}' {why}")
     return logits, order, {n: seen[n][0] for n in order}
 
@@ -167,50 +265,83 @@ def _checked(model, x, layers):
 def _mask(target, labels, cls):
     "Weights of the pixels [h, w] of the logits."
     if isinstance(target, str):
-        if target not in ("predicted", "everywhere"): raise ValueError(f"target must be 'predicted', 'everywhere' or a mask, got '{target}'")
-        return (labels == cls).float() if target == "predicted" else torch.ones_like(labels, dtype=torch.float32)
+        if target not in ("predicted", "everywhere"):
+            raise ValueError(f"target must be 'predicted', 'everywhere' or a mask, got '{target}'")
+        return (
+            (labels == cls).float()
+            if target == "predicted"
+            else torch.ones_like(labels, dtype=torch.float32)
+        )
     t = torch.as_tensor(np.asarray(target.cpu() if torch.is_tensor(target) else target)).float()
-    if t.ndim != 2 or not t.isfinite().all() or t.min() < 0: raise ValueError(f"a target mask is [H, W] of weights that are not negative, got {list(t.shape)}")
-    return nn.functional.interpolate(t[None, None], labels.shape, mode="area")[0, 0].to(labels.device)
+    if t.ndim != 2 or not t.isfinite().all() or t.min() < 0:
+        raise ValueError(
+            f"a target mask is [H, W] of weights that are not negative, got {list(t.shape)}"
+        )
+    return nn.functional.interpolate(t[None, None], labels.shape, mode="area")[0, 0].to(
+        labels.device
+    )
 
+# %% ../../nbs/71a_explain.heat.ipynb #61f7ec06
 class _Finer:
     "The lead of a class over its rivals, weighted by their probabilities, summed over the mask."
-    def __init__(self, cls, rivals, mask, alpha=1.0): self.cls, self.rivals, self.mask, self.alpha = cls, rivals, mask, alpha
 
-    def __call__(self, z): # [k, h, w] -> number
+    def __init__(self, cls, rivals, mask, alpha=1.0):
+        self.cls = cls
+        self.rivals = rivals
+        self.mask = mask
+        self.alpha = alpha
+
+    def __call__(self, z):  # [k, h, w] -> number
         w = z.softmax(0)[self.rivals]
-        lead = (w*(z[self.cls] - self.alpha*z[self.rivals])).sum(0)/(w.sum(0) + 1e-9)
-        return (lead*self.mask.to(z)).sum()
+        lead = (w * (z[self.cls] - self.alpha * z[self.rivals])).sum(0) / (w.sum(0) + 1e-9)
+        return (lead * self.mask.to(z)).sum()
 
+# %% ../../nbs/71a_explain.heat.ipynb #41a6925c
 def _rivals(logits, mask, cls, n=3):
     "The classes whose mean logits on the mask are nearest to that of `cls`."
-    mean = (logits*mask).sum((1, 2))
+    mean = (logits * mask).sum((1, 2))
     far = (mean - mean[cls]).abs()
     return [i for i in far.argsort().tolist() if i != cls][:n]
 
 # %% ../../nbs/71a_explain.heat.ipynb #95e27a6e
 class _Bench(nn.Module):
     "What the package sees: a network whose layers are taps, or `layers` themselves."
+
     def __init__(self, model, taps=0, layers=()):
         super().__init__()
-        self.held = [model] # a list: no submodule
+        self.held = [model]  # a list: no submodule
         self.taps = nn.ModuleList(nn.Identity() for _ in range(taps))
-        for i, layer in enumerate(layers): self.add_module(f"layer{i}", layer)
-        self.anchor = nn.Parameter(next(model.parameters()).new_zeros(())) # the package asks the first parameter for its device
+        for i, layer in enumerate(layers):
+            self.add_module(f"layer{i}", layer)
+        # the package asks the first parameter for its device
+        self.anchor = nn.Parameter(next(model.parameters()).new_zeros(()))
 
-    def forward(self, x): return self.held[0](x)
+    def forward(self, x):
+        return self.held[0](x)
 
+# %% ../../nbs/71a_explain.heat.ipynb #f3d5f401
 @contextlib.contextmanager
 def _bench(model, names, layers=()):
     "A bench whose taps lie on the named layers, while the block runs."
-    bench, handles = _Bench(model, len(names), layers), []
+    bench = _Bench(model, len(names), layers)
+    handles = []
     for i, n in enumerate(names):
         module, inner = _place(model, n)
-        if inner: handles.append(module.register_forward_pre_hook(lambda mod, a, i=i: (bench.taps[i](a[0]).clone(), *a[1:])))
-        else: handles.append(module.register_forward_hook(lambda mod, a, out, i=i: bench.taps[i](out).clone()))
-    try: yield bench
+        if inner:
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda mod, a, i=i: (bench.taps[i](a[0]).clone(), *a[1:])
+                )
+            )
+        else:
+            handles.append(
+                module.register_forward_hook(lambda mod, a, out, i=i: bench.taps[i](out).clone())
+            )
+    try:
+        yield bench
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
 
 # %% ../../nbs/71a_explain.heat.ipynb #14c163a4
 @contextlib.contextmanager
@@ -219,182 +350,276 @@ def _still(model, trainable=False):
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        for m, _ in modes: m.training = False
-        for p, _, _ in flags: p.requires_grad_(trainable)
-        with torch.inference_mode(False), torch.enable_grad(), use_impl("ref"): yield model
+        for m, _ in modes:
+            m.training = False
+        for p, _, _ in flags:
+            p.requires_grad_(trainable)
+        with torch.inference_mode(False), torch.enable_grad(), use_impl("ref"):
+            yield model
     finally:
-        for m, mode in modes: m.training = mode
-        for p, flag, grad in flags: p.requires_grad_(flag).grad = grad
+        for m, mode in modes:
+            m.training = mode
+        for p, flag, grad in flags:
+            p.requires_grad_(flag).grad = grad
 
+# %% ../../nbs/71a_explain.heat.ipynb #c2da3db1
 @contextlib.contextmanager
 def _quiet(package):
     "The package's progress bars as ours, which keep quiet when there is no terminal."
     import importlib
-    parts = [importlib.import_module(f"{package.__name__}.{n}") for n in ("score_cam", "ablation_cam")]
+
+    parts = [
+        importlib.import_module(f"{package.__name__}.{n}") for n in ("score_cam", "ablation_cam")
+    ]
     saved = [p.tqdm for p in parts]
-    for p in parts: p.tqdm = SimpleNamespace(tqdm=lambda it, **kw: progress(it, "channels"))
-    try: yield
+    for p in parts:
+        p.tqdm = SimpleNamespace(tqdm=lambda it, **kw: progress(it, "channels"))
+    try:
+        yield
     finally:
-        for p, t in zip(parts, saved): p.tqdm = t
+        for p, t in zip(parts, saved):
+            p.tqdm = t
 
 # %% ../../nbs/71a_explain.heat.ipynb #9ba5faa3
-LIMIT = 4.0 # GiB that one map may ask for
+LIMIT = 4.0  # GiB that one map may ask for
+
 
 def _need(method, x, maps, layers):
     "About how many bytes a method takes beyond the network itself."
-    picture, pixels = x.shape[2]*x.shape[3], max((t.shape[2]*t.shape[3] for t in maps.values()), default=0)
-    if method in ("eigencam", "eigengradcam", "segeigencam"): return 2*4*pixels**2
-    if method == "kpcacam": return 3*8*pixels**2
-    if method == "scorecam": return 5*4*picture*max(t.shape[1] for t in maps.values())
-    if method == "fullgrad": return 2*4*picture*max(b.bias.numel() for b in layers) + 4*picture*len(layers)
+    picture = x.shape[2] * x.shape[3]
+    pixels = max((t.shape[2] * t.shape[3] for t in maps.values()), default=0)
+    if method in ("eigencam", "eigengradcam", "segeigencam"):
+        return 2 * 4 * pixels**2
+    if method == "kpcacam":
+        return 3 * 8 * pixels**2
+    if method == "scorecam":
+        return 5 * 4 * picture * max(t.shape[1] for t in maps.values())
+    if method == "fullgrad":
+        return 2 * 4 * picture * max(b.bias.numel() for b in layers) + 4 * picture * len(layers)
     return 0
 
+# %% ../../nbs/71a_explain.heat.ipynb #577eb7e7
 def _check_need(method, x, maps, layers):
-    need = _need(method, x, maps, layers)/2**30
+    need = _need(method, x, maps, layers) / 2**30
     if need > LIMIT:
         h, w = x.shape[2:]
-        raise ValueError(f"{method} on an input of {h}x{w} takes about {need:.3g} GiB (limit {LIMIT:g}): give a smaller size, e.g. size=({h//2}, {w//2}), or another layer or method")
+        raise ValueError(
+            f"{method} on an input of {h}x{w} takes about {need:.3g} GiB (limit {LIMIT:g}): "
+            f"give a smaller size, e.g. size=({h // 2}, {w // 2}), or another layer or method"
+        )
 
 # %% ../../nbs/71a_explain.heat.ipynb #910c9c99
 def _biased(model, x):
     "The plain convolutions and batch norms with a bias, in the order in which they run."
-    names = [n for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.BatchNorm2d) and m.bias is not None]
+    names = [
+        n
+        for n, m in model.named_modules()
+        if type(m) in (nn.Conv2d, nn.BatchNorm2d) and m.bias is not None
+    ]
     _, seen, order = _probe(model, x, names)
-    if twice := [n for n in order if len(seen[n]) > 1]: raise ValueError(f"fullgrad: {model.name} runs {', '.join(twice[:3])} more than once, and the method counts a bias once")
-    if not order: raise ValueError(f"fullgrad: {model.name} has neither convolutions nor batch norms with a bias, which are what the method adds up")
+    if twice := [n for n in order if len(seen[n]) > 1]:
+        raise ValueError(
+            f"fullgrad: {model.name} runs {', '.join(twice[:3])} more than once, and the method counts a bias once"
+        )
+    if not order:
+        raise ValueError(
+            f"fullgrad: {model.name} has neither convolutions nor batch norms with a bias, "
+            f"which are what the method adds up"
+        )
     return [model.get_submodule(n) for n in order]
 
 # %% ../../nbs/71a_explain.heat.ipynb #85b6b8d2
 def _cam(package, method, bench, batch_size):
     "The package's object for a method."
-    make, taps = getattr(package, METHODS[method].cls), list(bench.taps)
-    if method == "fullgrad": return make(bench, [])
+    make = getattr(package, METHODS[method].cls)
+    taps = list(bench.taps)
+    if method == "fullgrad":
+        return make(bench, [])
     if method == "ablationcam":
         return make(bench, taps, ablation_layer=package.AblationLayer(), batch_size=batch_size)
     cam = make(bench, taps)
-    if method == "scorecam": cam.batch_size = batch_size
+    if method == "scorecam":
+        cam.batch_size = batch_size
     return cam
 
+# %% ../../nbs/71a_explain.heat.ipynb #8303ea2d
 def _hooks(cam):
     "The package's hooks of an object, which a meta-method keeps further down."
     parts = getattr(cam, "base_cam_per_layer", None) or [getattr(cam, "base_cam", cam)]
     return [p.activations_and_grads for p in parts]
 
+# %% ../../nbs/71a_explain.heat.ipynb #0342c610
 def _compute(package, method, model, x, layers, target, batch_size):
     "The map [h, w] at the size of `x`."
     biased = _biased(model, x) if method == "fullgrad" else ()
     with _bench(model, layers, biased) as bench, _quiet(package):
         cam = _cam(package, method, bench, batch_size)
-        try: return cam(input_tensor=x.detach().clone().requires_grad_(), targets=[target])[0]
+        try:
+            return cam(input_tensor=x.detach().clone().requires_grad_(), targets=[target])[0]
         except (AttributeError, TypeError, IndexError) as e:
-            if all(h.gradients for h in _hooks(cam)) or METHODS[method].passes: raise
-            raise ValueError(f"{method}: the logits of {model.name} do not depend on {' and '.join(layers)}") from e
+            if all(h.gradients for h in _hooks(cam)) or METHODS[method].passes:
+                raise
+            raise ValueError(
+                f"{method}: the logits of {model.name} do not depend on {' and '.join(layers)}"
+            ) from e
         finally:
             for h in _hooks(cam):
-                h.activations, h.gradients = [], [] # release() detaches them in place, which gradients that are views refuse
+                # release() detaches them in place, which gradients that are views refuse
+                h.activations = []
+                h.gradients = []
                 h.release()
 
 # %% ../../nbs/71a_explain.heat.ipynb #fa0ec5ee
 @dataclass
 class Heat:
     "A class heat map."
-    map:np.ndarray = field(repr=False) # float32 [H, W] in 0..1, at the size of the picture
-    cls:int # id of the class
-    name:str # its name
-    layer:str # where
-    method:str # of `METHODS`
-    fraction:float # share of pixels (of the logits) on which the class is predicted
-    mask:np.ndarray = field(repr=False) # bool [H, W]: those pixels, enlarged
-    image:np.ndarray = field(repr=False) # uint8 [H, W, 3]
+
+    map: np.ndarray = field(repr=False)  # float32 [H, W] in 0..1, at the size of the picture
+    cls: int  # id of the class
+    name: str  # its name
+    layer: str  # where
+    method: str  # of `METHODS`
+    fraction: float  # share of pixels (of the logits) on which the class is predicted
+    mask: np.ndarray = field(repr=False)  # bool [H, W]: those pixels, enlarged
+    image: np.ndarray = field(repr=False)  # uint8 [H, W, 3]
 
     @property
-    def overlay(self): # uint8 [H, W, 3]
+    def overlay(self):  # uint8 [H, W, 3]
         "The map in the colours of SANet's tool (jet), half and half with the picture, brightest value white."
         _package()
         from pytorch_grad_cam.utils.image import show_cam_on_image
-        return show_cam_on_image(self.image.astype(np.float32)/255, self.map, use_rgb=True)
 
-    def save(self, path:str|Path)->Path:
+        return show_cam_on_image(self.image.astype(np.float32) / 255, self.map, use_rgb=True)
+
+    def save(self, path: str | Path) -> Path:
         "Write the overlay as PNG at full size."
         from PIL import Image
-        with atomic_path(path) as tmp: Image.fromarray(self.overlay).save(tmp, "PNG")
+
+        with atomic_path(path) as tmp:
+            Image.fromarray(self.overlay).save(tmp, "PNG")
         return Path(path)
 
 # %% ../../nbs/71a_explain.heat.ipynb #44453097
 def _input(model, image, size):
     "Network input [1, 3, h, w], and the picture as an array."
     pictures, _ = _to_image(image)
-    if len(pictures) != 1: raise ValueError(f"one picture at a time, got {len(pictures)}")
+    if len(pictures) != 1:
+        raise ValueError(f"one picture at a time, got {len(pictures)}")
     p = next(model.parameters())
-    if p.dtype not in (torch.float32, torch.float64): raise ValueError(f"{model.name} holds {p.dtype}; heat maps want float32: model.float()")
+    if p.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{model.name} holds {p.dtype}; heat maps want float32: model.float()")
     x = model.preprocess(pictures.to(p.device)).to(p.dtype)
-    if size is not None: x = resize(x, tuple(size) if not isinstance(size, int) else (size, size))
+    if size is not None:
+        x = resize(x, tuple(size) if not isinstance(size, int) else (size, size))
     return resize(x, legal_size(model, x.shape[-2:])), pictures[0].permute(1, 2, 0).cpu().numpy()
 
+# %% ../../nbs/71a_explain.heat.ipynb #1740d124
 def _fit(map, size):
     "A map at the picture's size, in 0..1."
     t = torch.from_numpy(np.nan_to_num(map)).float()
     return t.numpy() if t.shape == size else resize(t[None, None], size)[0, 0].clamp(0, 1).numpy()
 
+
 def _layers(model, x, layer, method):
     "The layers that are meant, as a list."
     if method == "fullgrad":
-        if layer is not None: raise ValueError("fullgrad looks at all layers at once: leave `layer` out")
+        if layer is not None:
+            raise ValueError("fullgrad looks at all layers at once: leave `layer` out")
         return []
-    if layer is None: return [default_layer(model, x)]
+    if layer is None:
+        return [default_layer(model, x)]
     return [layer] if isinstance(layer, str) else list(layer)
 
 # %% ../../nbs/71a_explain.heat.ipynb #2ad90e1a
 def heat(
-    model, # a segmentation model; it is the same afterwards
-    image, # one picture: path, PIL image, uint8 array [H, W, 3] or tensor [3, H, W]
-    cls:str|int, # name or id
-    layer:str|list|None=None, # submodule whose output is asked, "name:in" for its input; several are averaged; None: see `default_layer`
-    method:str="gradcam", # of `METHODS`
-    target="predicted", # the score's pixels: "predicted" as the class, "everywhere", or a mask [H, W]
-    size:int|tuple|None=None, # (height, width) of the network's input; default: the picture's own
-    batch_size:int=8, # pictures at once, for methods with one pass per channel
-    seed:int=0, # of RandomCAM
-)->Heat:
+    model,  # a segmentation model; it is the same afterwards
+    image,  # one picture: path, PIL image, uint8 array [H, W, 3] or tensor [3, H, W]
+    cls: str | int,  # name or id
+    # submodule whose output is asked, "name:in" for its input; several are averaged; None: see
+    # `default_layer`
+    layer: str | list | None = None,
+    method: str = "gradcam",  # of `METHODS`
+    # the score's pixels: "predicted" as the class, "everywhere", or a mask [H, W]
+    target="predicted",
+    # (height, width) of the network's input; default: the picture's own
+    size: int | tuple | None = None,
+    batch_size: int = 8,  # pictures at once, for methods with one pass per channel
+    seed: int = 0,  # of RandomCAM
+) -> Heat:
     "Where in the picture a class comes from."
-    method, cls = find_method(method), class_id(model, cls)
-    package, m = _package(), METHODS[method]
+    method = find_method(method)
+    cls = class_id(model, cls)
+    package = _package()
+    m = METHODS[method]
     with _still(model, trainable=method == "shapleycam"), seeded(seed):
         x, picture = _input(model, image, size)
         logits, layers, maps = _checked(model, x, _layers(model, x, layer, method))
         _check_need(method, x, maps, _biased(model, x) if method == "fullgrad" else [])
-        labels, out = logits[0].argmax(0), picture.shape[:2]
+        labels = logits[0].argmax(0)
+        out = picture.shape[:2]
         weights = _mask(target if m.per_class else "everywhere", labels, cls)
         score = package.utils.model_targets.SemanticSegmentationTarget(cls, weights.cpu().numpy())
-        if method == "finercam": score = _Finer(cls, _rivals(logits[0], weights, cls), weights)
-        cam = _compute(package, method, model, x, layers, score, batch_size) if weights.any() else np.zeros(out, np.float32)
-    name, mask = class_name(model, cls), nn.functional.interpolate((labels == cls)[None, None].float(), out)[0, 0] > 0
-    if not weights.any(): logger.warning("%s: the target has no pixel for '%s', so its heat map is zero; target='everywhere' asks all pixels", model.name, name)
-    return Heat(_fit(cam, out), cls, name, " + ".join(layers) or "all biases", method, float((labels == cls).float().mean()), mask.cpu().numpy(), picture)
+        if method == "finercam":
+            score = _Finer(cls, _rivals(logits[0], weights, cls), weights)
+        cam = (
+            _compute(package, method, model, x, layers, score, batch_size)
+            if weights.any()
+            else np.zeros(out, np.float32)
+        )
+    name = class_name(model, cls)
+    mask = nn.functional.interpolate((labels == cls)[None, None].float(), out)[0, 0] > 0
+    if not weights.any():
+        logger.warning(
+            "%s: the target has no pixel for '%s', so its heat map is zero; target='everywhere' asks all pixels",
+            model.name,
+            name,
+        )
+    return Heat(
+        _fit(cam, out),
+        cls,
+        name,
+        " + ".join(layers) or "all biases",
+        method,
+        float((labels == cls).float().mean()),
+        mask.cpu().numpy(),
+        picture,
+    )
 
 # %% ../../nbs/71a_explain.heat.ipynb #d567159e
 @torch.no_grad()
 def linear_probe(
-    model, # a segmentation model with batch norms; norms and classifier are changed in place
-    images:torch.Tensor, # uint8 [b, 3, h, w]: one batch
-    targets:torch.Tensor, # ids [b, h, w], 255 void
-    ridge:float=1e-2, # of the regression
-    sharpness:float=10., # factor on the logits
-): # the model, in evaluation mode
+    model,  # a segmentation model with batch norms; norms and classifier are changed in place
+    images: torch.Tensor,  # uint8 [b, 3, h, w]: one batch
+    targets: torch.Tensor,  # ids [b, h, w], 255 void
+    ridge: float = 1e-2,  # of the regression
+    sharpness: float = 10.0,  # factor on the logits
+):  # the model, in evaluation mode
     "Set the batch norms by one batch and fit the classifier by least squares: what the features, as they are, know."
-    x, k, bias = model.preprocess(images), model.num_classes, model.classifier.bias
+    x = model.preprocess(images)
+    k = model.num_classes
+    bias = model.classifier.bias
     norms = [n for n in model.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm)]
     saved = [n.momentum for n in norms]
-    for n in norms: n.momentum = 1.
+    for n in norms:
+        n.momentum = 1.0
     model.train()(x)
-    for n, m in zip(norms, saved): n.momentum = m
+    for n, m in zip(norms, saved):
+        n.momentum = m
     f = model.eval().feature(x)
-    y = nn.functional.interpolate(targets[:, None].float(), f.shape[-2:], mode="nearest").flatten().long()
+    y = (
+        nn.functional.interpolate(targets[:, None].float(), f.shape[-2:], mode="nearest")
+        .flatten()
+        .long()
+    )
     a = f.permute(0, 2, 3, 1).flatten(0, 2)
-    a = (a if bias is None else nn.functional.pad(a, (0, 1), value=1.))[y != 255]
-    w = sharpness*torch.linalg.solve(a.T@a + ridge*torch.eye(a.shape[1]).to(a), a.T@nn.functional.one_hot(y[y != 255], k).to(a))
-    model.classifier.weight.copy_(w[:f.shape[1]].T[:, :, None, None])
-    if bias is not None: bias.copy_(w[-1])
+    a = (a if bias is None else nn.functional.pad(a, (0, 1), value=1.0))[y != 255]
+    w = sharpness * torch.linalg.solve(
+        a.T @ a + ridge * torch.eye(a.shape[1]).to(a),
+        a.T @ nn.functional.one_hot(y[y != 255], k).to(a),
+    )
+    model.classifier.weight.copy_(w[: f.shape[1]].T[:, :, None, None])
+    if bias is not None:
+        bias.copy_(w[-1])
     return model
 
 # %% ../../nbs/71a_explain.heat.ipynb #d785cb22
@@ -402,38 +627,65 @@ def _cell(ax, h):
     "One map over the grey picture."
     size = h.map.shape
     ax.imshow(h.image.mean(axis=2), cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
-    shown = ax.imshow(h.map, cmap="inferno", vmin=0, vmax=1, alpha=.65, interpolation="bilinear")
-    if h.mask.any() and not h.mask.all(): ax.contour(h.mask, levels=[.5], colors="white", linewidths=.7, linestyles="-")
-    ax.set(xlim=(-.5, size[1] - .5), ylim=(size[0] - .5, -.5))
+    shown = ax.imshow(h.map, cmap="inferno", vmin=0, vmax=1, alpha=0.65, interpolation="bilinear")
+    if h.mask.any() and not h.mask.all():
+        ax.contour(h.mask, levels=[0.5], colors="white", linewidths=0.7, linestyles="-")
+    ax.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
     return shown
 
+# %% ../../nbs/71a_explain.heat.ipynb #3fb353a2
 def heat_figure(
-    model, # a segmentation model
-    image, # one picture
-    cls:str|int, # name or id
-    layers:list|None=None, # rows; default: one, see `default_layer`
-    methods:list|tuple=("gradcam",), # columns
-    width:float=9.0, # inches
-    **kwargs, # of `heat`: target, size, batch_size, seed
-): # a figure
+    model,  # a segmentation model
+    image,  # one picture
+    cls: str | int,  # name or id
+    layers: list | None = None,  # rows; default: one, see `default_layer`
+    methods: list | tuple = ("gradcam",),  # columns
+    width: float = 9.0,  # inches
+    **kwargs,  # of `heat`: target, size, batch_size, seed
+):  # a figure
     "A class's maps by several methods (columns) at several layers (rows)."
     from segkern.viz import figure
-    layers, methods = list(layers or [None]), [find_method(m) for m in methods]
-    maps = [[heat(model, image, cls, None if m == "fullgrad" else layer, m, **kwargs) for m in methods] for layer in layers]
+
+    layers = list(layers or [None])
+    methods = [find_method(m) for m in methods]
+    maps = [
+        [heat(model, image, cls, None if m == "fullgrad" else layer, m, **kwargs) for m in methods]
+        for layer in layers
+    ]
     h, w = maps[0][0].map.shape
-    cell = (width - 1.15)/len(methods)
-    fig, axes = figure(len(layers), len(methods), width=width, height=(cell*h/w + .06)*len(layers) + .55, squeeze=False)
-    fig.get_layout_engine().set(w_pad=.03, h_pad=.03, wspace=0, hspace=0)
+    cell = (width - 1.15) / len(methods)
+    fig, axes = figure(
+        len(layers),
+        len(methods),
+        width=width,
+        height=(cell * h / w + 0.06) * len(layers) + 0.55,
+        squeeze=False,
+    )
+    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     for row, line in zip(axes, maps):
         for ax, one in zip(row, line):
             shown = _cell(ax, one)
             ax.set_xticks([]), ax.set_yticks([])
             ax.spines[:].set_visible(False)
-    for ax, m in zip(axes[0], methods): ax.set_title(METHODS[m].cls)
-    for row, line in zip(axes, maps): row[0].set_ylabel(next((o.layer for o in line if o.method != "fullgrad"), line[0].layer))
+    for ax, m in zip(axes[0], methods):
+        ax.set_title(METHODS[m].cls)
+    for row, line in zip(axes, maps):
+        row[0].set_ylabel(next((o.layer for o in line if o.method != "fullgrad"), line[0].layer))
     one = maps[0][0]
-    fig.suptitle(f"{one.name}: predicted on {100*one.fraction:.3g} % of the pixels", fontsize=9, x=.01, ha="left")
-    bar = fig.colorbar(shown, ax=axes, shrink=min(1, .8), aspect=25, label="heat (each map 0 to 1)", ticks=[0, .5, 1])
+    fig.suptitle(
+        f"{one.name}: predicted on {100 * one.fraction:.3g} % of the pixels",
+        fontsize=9,
+        x=0.01,
+        ha="left",
+    )
+    bar = fig.colorbar(
+        shown,
+        ax=axes,
+        shrink=min(1, 0.8),
+        aspect=25,
+        label="heat (each map 0 to 1)",
+        ticks=[0, 0.5, 1],
+    )
     bar.outline.set_visible(False)
     bar.solids.set_alpha(1)
     return fig

@@ -23,34 +23,38 @@ from ..viz import overlay as tint
 
 # %% ../../nbs/71b_explain.pictures.ipynb #554bc360
 def colour_labels(
-    logits:torch.Tensor, # [1, k, h, w] or [k, h, w]
-    size:tuple, # (H, W) of the picture
-    palette=None, # RGB per class
-    align_corners:bool=True, # of the enlargement
-)->np.ndarray: # uint8 [H, W, 3]
+    logits: torch.Tensor,  # [1, k, h, w] or [k, h, w]
+    size: tuple,  # (H, W) of the picture
+    palette=None,  # RGB per class
+    align_corners: bool = True,  # of the enlargement
+) -> np.ndarray:  # uint8 [H, W, 3]
     "The best class of every pixel, in colour."
     z = logits if logits.ndim == 4 else logits[None]
-    if z.ndim != 4 or len(z) != 1: raise ValueError(f"logits must be [1, k, h, w] or [k, h, w], got {list(logits.shape)}")
+    if z.ndim != 4 or len(z) != 1:
+        raise ValueError(f"logits must be [1, k, h, w] or [k, h, w], got {list(logits.shape)}")
     return colour(resize(z.float(), tuple(size), align_corners)[0].argmax(0), palette)
 
+# %% ../../nbs/71b_explain.pictures.ipynb #d714a5d9
 def normalised(
-    logits:torch.Tensor, # one channel: [1, 1, h, w], [1, h, w] or [h, w]
-    size:tuple, # (H, W) of the picture
-    align_corners:bool=True, # of the enlargement
-)->np.ndarray: # float32 [H, W] from 0 to 1; zeros where all values are equal
+    logits: torch.Tensor,  # one channel: [1, 1, h, w], [1, h, w] or [h, w]
+    size: tuple,  # (H, W) of the picture
+    align_corners: bool = True,  # of the enlargement
+) -> np.ndarray:  # float32 [H, W] from 0 to 1; zeros where all values are equal
     "One channel, enlarged, and shifted and scaled by its own least and largest value."
-    if logits.ndim < 2 or logits.shape[:-2].numel() != 1: raise ValueError(f"one channel [h, w] is wanted, got {list(logits.shape)}")
+    if logits.ndim < 2 or logits.shape[:-2].numel() != 1:
+        raise ValueError(f"one channel [h, w] is wanted, got {list(logits.shape)}")
     t = resize(logits.float().reshape(1, 1, *logits.shape[-2:]), tuple(size), align_corners)[0, 0]
     t = t - t.min()
-    return (t/t.max() if t.max() > 0 else t).cpu().numpy()
+    return (t / t.max() if t.max() > 0 else t).cpu().numpy()
 
 # %% ../../nbs/71b_explain.pictures.ipynb #18f24400
 def viridis(
-    values, # [H, W] from 0 to 1
-)->np.ndarray: # uint8 [H, W, 3]
+    values,  # [H, W] from 0 to 1
+) -> np.ndarray:  # uint8 [H, W, 3]
     "Values in the colours of the viridis map."
     from matplotlib import colormaps
-    return (255*colormaps["viridis"](np.asarray(values, float))[..., :3]).round().astype(np.uint8)
+
+    return (255 * colormaps["viridis"](np.asarray(values, float))[..., :3]).round().astype(np.uint8)
 
 # %% ../../nbs/71b_explain.pictures.ipynb #0a392b4f
 def _outputs(model, image, size=None):
@@ -59,47 +63,69 @@ def _outputs(model, image, size=None):
         x, picture = _input(model, image, size)
         return model.outputs(x), picture
 
+# %% ../../nbs/71b_explain.pictures.ipynb #b1c11d1a
 def _head(model, out, head):
     "The logits of a head by name; `main` is the main one."
     name = "logits" if head == "main" else head
-    if name in out and out[name].shape[1] == model.num_classes: return out[name]
+    if name in out and out[name].shape[1] == model.num_classes:
+        return out[name]
     heads = [n for n, t in out.items() if t.shape[1] == model.num_classes]
-    gone = "; its auxiliary heads were dropped by deploy()" if getattr(model, "deployed", False) else ""
-    raise ValueError(f"{model.name} has no head '{head}' that gives classes; it has {', '.join(heads)}{gone}")
+    gone = (
+        "; its auxiliary heads were dropped by deploy()"
+        if getattr(model, "deployed", False)
+        else ""
+    )
+    raise ValueError(
+        f"{model.name} has no head '{head}' that gives classes; it has {', '.join(heads)}{gone}"
+    )
 
+# %% ../../nbs/71b_explain.pictures.ipynb #927e2683
 def segmentation_picture(
-    model, # a segmentation model
-    image, # one picture: path, PIL image, uint8 array [H, W, 3] or tensor [3, H, W]
-    head:str="logits", # "logits" (or "main"), or an auxiliary head: SANet's "aux", S2-FPN's "sup1", …
-    overlay:bool=False, # over the picture
-    size:int|tuple|None=None, # (height, width) of the network's input; default: the picture's own
-)->np.ndarray: # uint8 [H, W, 3], the size of the picture
+    model,  # a segmentation model
+    image,  # one picture: path, PIL image, uint8 array [H, W, 3] or tensor [3, H, W]
+    # "logits" (or "main"), or an auxiliary head: SANet's "aux", S2-FPN's "sup1", …
+    head: str = "logits",
+    overlay: bool = False,  # over the picture
+    # (height, width) of the network's input; default: the picture's own
+    size: int | tuple | None = None,
+) -> np.ndarray:  # uint8 [H, W, 3], the size of the picture
     "The labels of a head in the colours of the model's dataset."
     out, picture = _outputs(model, image, size)
     z = _head(model, out, head)
-    if not overlay: return colour_labels(z, picture.shape[:2], model.palette, model.align_corners)
-    return tint(picture, resize(z.float(), picture.shape[:2], model.align_corners)[0].argmax(0).cpu(), model.palette)
+    if not overlay:
+        return colour_labels(z, picture.shape[:2], model.palette, model.align_corners)
+    return tint(
+        picture,
+        resize(z.float(), picture.shape[:2], model.align_corners)[0].argmax(0).cpu(),
+        model.palette,
+    )
 
 # %% ../../nbs/71b_explain.pictures.ipynb #c55cf7b1
 def boundary_picture(
-    model, # a segmentation model
-    image, # one picture
-    size:int|tuple|None=None, # (height, width) of the network's input; default: the picture's own
-)->np.ndarray: # uint8 [H, W, 3] in the colours of viridis
+    model,  # a segmentation model
+    image,  # one picture
+    # (height, width) of the network's input; default: the picture's own
+    size: int | tuple | None = None,
+) -> np.ndarray:  # uint8 [H, W, 3] in the colours of viridis
     "The boundary head's output; without such a head, the edges of the predicted labels (two values)."
     out, picture = _outputs(model, image, size)
-    if "boundary" in out: return viridis(normalised(boundary_logit(out["boundary"]), picture.shape[:2], model.align_corners))
+    if "boundary" in out:
+        return viridis(
+            normalised(boundary_logit(out["boundary"]), picture.shape[:2], model.align_corners)
+        )
     labels = resize(out["logits"].float(), picture.shape[:2], model.align_corners)[0].argmax(0)
     return viridis(boundary_target(labels.cpu()).float())
 
+# %% ../../nbs/71b_explain.pictures.ipynb #63a9117a
 def class_boundary_picture(
-    labels, # class ids [h, w]; 255 is void
-    num_classes:int=19, # k
-    palette=None, # RGB per class
-)->np.ndarray: # uint8 [h, w, 3]
+    labels,  # class ids [h, w]; 255 is void
+    num_classes: int = 19,  # k
+    palette=None,  # RGB per class
+) -> np.ndarray:  # uint8 [h, w, 3]
     "The boundary of every class in its colour, on black; where two classes meet the larger id wins."
     t = torch.as_tensor(np.asarray(labels.cpu() if torch.is_tensor(labels) else labels))
-    if t.ndim != 2: raise ValueError(f"labels must be ids [h, w], got {list(t.shape)}")
+    if t.ndim != 2:
+        raise ValueError(f"labels must be ids [h, w], got {list(t.shape)}")
     edge = class_boundary_target(t, num_classes).long()
     return colour(torch.where(edge == num_classes, 255, edge), palette)
 
@@ -108,24 +134,39 @@ def _write(array, path, max_kb):
     "A picture as PNG: as it is, or as small as wanted."
     from PIL import Image
     from segkern.viz import save_png
-    if max_kb: return save_png(Image.fromarray(array), path, max_kb)
-    with atomic_path(path) as tmp: Image.fromarray(array).save(tmp, "PNG", optimize=True)
+
+    if max_kb:
+        return save_png(Image.fromarray(array), path, max_kb)
+    with atomic_path(path) as tmp:
+        Image.fromarray(array).save(tmp, "PNG", optimize=True)
     return Path(path)
 
+# %% ../../nbs/71b_explain.pictures.ipynb #0a70504b
 def field_picture(
-    image, # uint8 [H, W, 3]
-    mask, # bool [H, W]: pixels that are seen
-)->np.ndarray: # uint8 [H, W, 3]
+    image,  # uint8 [H, W, 3]
+    mask,  # bool [H, W]: pixels that are seen
+) -> np.ndarray:  # uint8 [H, W, 3]
     "What is seen in colour, with a box around it; the rest grey."
     mask = np.asarray(mask, bool)
-    if mask.shape != image.shape[:2]: raise ValueError(f"picture {image.shape[:2]} and mask {mask.shape} differ in size")
-    out = np.where(mask[..., None], image, (image.mean(2, keepdims=True)*.5 + 90)).astype(np.uint8)
-    if not mask.any(): return out
-    (rows,), (cols,), line = np.nonzero(mask.any(1)), np.nonzero(mask.any(0)), max(1, image.shape[0]//160)
-    t, b, left, r = rows[0], rows[-1] + 1, cols[0], cols[-1] + 1
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"picture {image.shape[:2]} and mask {mask.shape} differ in size")
+    out = np.where(mask[..., None], image, (image.mean(2, keepdims=True) * 0.5 + 90)).astype(
+        np.uint8
+    )
+    if not mask.any():
+        return out
+    (rows,), (cols,), line = (
+        np.nonzero(mask.any(1)),
+        np.nonzero(mask.any(0)),
+        max(1, image.shape[0] // 160),
+    )
+    t = rows[0]
+    b = rows[-1] + 1
+    left = cols[0]
+    r = cols[-1] + 1
     frame = np.zeros_like(mask)
     frame[t:b, left:r] = True
-    frame[t + line:b - line, left + line:r - line] = False
+    frame[t + line : b - line, left + line : r - line] = False
     out[frame] = (213, 94, 0)
     return out
 
@@ -133,20 +174,38 @@ def field_picture(
 def _widest(model, size):
     "The part of the network with the largest receptive field that is not the whole picture, and that field."
     from segkern.explain.fields import receptive_field, receptive_fields
+
     table = receptive_fields(model, size, unclipped=False)
     at = {h: i for i, h in enumerate(table.headers)}
-    rows = [r for r in table.raw if r[at["height"]] and r[at["width"]] and "whole" not in r[at["note"]] and "[" not in r[at["module"]] and r[at["module"]] != "output"]
-    if not rows: return None
-    best = max(rows, key=lambda r: r[at["height"]]*r[at["width"]])
+    rows = [
+        r
+        for r in table.raw
+        if r[at["height"]]
+        and r[at["width"]]
+        and "whole" not in r[at["note"]]
+        and "[" not in r[at["module"]]
+        and r[at["module"]] != "output"
+    ]
+    if not rows:
+        return None
+    best = max(rows, key=lambda r: r[at["height"]] * r[at["width"]])
     return best[at["module"]], receptive_field(model, size, at=best[at["module"]])
 
+# %% ../../nbs/71b_explain.pictures.ipynb #fa177882
 def _field(model, picture, x):
     "A picture of that field and its caption."
     found = _widest(model, tuple(x.shape[-2:]))
-    if found is None: return None
+    if found is None:
+        return None
     at, f = found
-    mask = resize(torch.from_numpy(f.mask)[None, None].float(), picture.shape[:2])[0, 0].numpy() > .5
-    return field_picture(picture, mask), f"receptive field of the centre of '{at}': {f.height} x {f.width} pixels of the network's input, {100*f.used:.3g} % of the box used"
+    mask = (
+        resize(torch.from_numpy(f.mask)[None, None].float(), picture.shape[:2])[0, 0].numpy() > 0.5
+    )
+    return (
+        field_picture(picture, mask),
+        f"receptive field of the centre of '{at}': {f.height} x {f.width} pixels of the "
+        f"network's input, {100 * f.used:.3g} % of the box used",
+    )
 
 # %% ../../nbs/71b_explain.pictures.ipynb #566e5aee
 def _one(model, image, classes, heats, size, fields, **kwargs):
@@ -158,33 +217,70 @@ def _one(model, image, classes, heats, size, fields, **kwargs):
     yield "overlay", tint(picture, labels, model.palette), "predicted labels over the picture"
     yield "labels", colour(labels, model.palette), "labels of the main head"
     for n, z in out.items():
-        if n != "logits" and z.shape[1] == model.num_classes: yield f"labels-{n}", colour_labels(z, shape, model.palette, model.align_corners), f"labels of the auxiliary head '{n}'"
-    what = "output of the boundary head, from its least to its largest value" if "boundary" in out else "boundaries of the predicted labels"
+        if n != "logits" and z.shape[1] == model.num_classes:
+            yield (
+                f"labels-{n}",
+                colour_labels(z, shape, model.palette, model.align_corners),
+                f"labels of the auxiliary head '{n}'",
+            )
+    what = (
+        "output of the boundary head, from its least to its largest value"
+        if "boundary" in out
+        else "boundaries of the predicted labels"
+    )
     yield "boundary", boundary_picture(model, image, size), what
-    yield "class-boundary", class_boundary_picture(labels, model.num_classes, model.palette), "boundaries of the predicted labels, by class"
-    if classes is None: classes = torch.bincount(labels.flatten(), minlength=model.num_classes).argsort(descending=True)[:heats].tolist()
+    yield (
+        "class-boundary",
+        class_boundary_picture(labels, model.num_classes, model.palette),
+        "boundaries of the predicted labels, by class",
+    )
+    if classes is None:
+        classes = (
+            torch.bincount(labels.flatten(), minlength=model.num_classes)
+            .argsort(descending=True)[:heats]
+            .tolist()
+        )
     for c in classes:
-        try: h = heat(model, image, c, size=size, **kwargs)
+        try:
+            h = heat(model, image, c, size=size, **kwargs)
         except ImportError as e:
             logger.warning("no heat maps: %s", e)
             break
-        yield f"heat-{class_name(model, h.cls).replace(' ', '-')}", h.overlay, f"{h.name}: {h.method} at '{h.layer}', predicted on {100*h.fraction:.3g} % of the pixels"
-    if fields and (drawn := _field(model, picture, _input(model, image, size)[0])): yield "field", *drawn
+        yield (
+            f"heat-{class_name(model, h.cls).replace(' ', '-')}",
+            h.overlay,
+            f"{h.name}: {h.method} at '{h.layer}', predicted on {100 * h.fraction:.3g} % of the pixels",
+        )
+    if fields and (drawn := _field(model, picture, _input(model, image, size)[0])):
+        yield "field", *drawn
 
+# %% ../../nbs/71b_explain.pictures.ipynb #67770938
 def gallery(
-    model, # a segmentation model
-    images, # pictures: paths, PIL images, uint8 arrays or tensors
-    out:str|Path, # folder, is made
-    classes:list|None=None, # names or ids that get a heat map; default: the most frequent ones of each picture
-    heats:int=3, # how many of these
-    size:int|tuple|None=None, # (height, width) of the network's input; default: each picture's own
-    fields:bool=True, # draw a receptive field
-    max_kb:int|None=None, # reduce colours, then pixels, until a file is no larger; default: full size and colour
-    **kwargs, # of `heat`: layer, method, target, batch_size
-)->list: # of (file, caption)
+    model,  # a segmentation model
+    images,  # pictures: paths, PIL images, uint8 arrays or tensors
+    out: str | Path,  # folder, is made
+    # names or ids that get a heat map; default: the most frequent ones of each picture
+    classes: list | None = None,
+    heats: int = 3,  # how many of these
+    # (height, width) of the network's input; default: each picture's own
+    size: int | tuple | None = None,
+    fields: bool = True,  # draw a receptive field
+    # reduce colours, then pixels, until a file is no larger; default: full size and colour
+    max_kb: int | None = None,
+    **kwargs,  # of `heat`: layer, method, target, batch_size
+) -> list:  # of (file, caption)
     "Write all pictures of some images: labels, boundaries, heat maps, a receptive field."
-    out, images = Path(out), [images] if isinstance(images, (str, Path)) or getattr(images, "ndim", 0) == 3 else list(images)
-    for c in classes or []: class_id(model, c)
+    out = Path(out)
+    images = (
+        [images]
+        if isinstance(images, (str, Path)) or getattr(images, "ndim", 0) == 3
+        else list(images)
+    )
+    for c in classes or []:
+        class_id(model, c)
     out.mkdir(parents=True, exist_ok=True)
-    return [(_write(a, out/f"{i:02d}-{name}.png", max_kb), caption)
-            for i, image in enumerate(images) for name, a, caption in _one(model, image, classes, heats, size, fields, **kwargs)]
+    return [
+        (_write(a, out / f"{i:02d}-{name}.png", max_kb), caption)
+        for i, image in enumerate(images)
+        for name, a, caption in _one(model, image, classes, heats, size, fields, **kwargs)
+    ]

@@ -13,82 +13,89 @@ from ..ops import upsample_cross_entropy
 
 # %% ../../nbs/40_losses.ipynb #ef4dff28
 def cross_entropy(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W], any integer dtype, 255 = void
-    weight:torch.Tensor|None=None, # [k] class weights
-    ignore_index:int=IGNORE, # target id that does not count
-    align_corners:bool=False, # convention of the resize to the target's size
-)->torch.Tensor: # scalar
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W], any integer dtype, 255 = void
+    weight: torch.Tensor | None = None,  # [k] class weights
+    ignore_index: int = IGNORE,  # target id that does not count
+    align_corners: bool = False,  # convention of the resize to the target's size
+) -> torch.Tensor:  # scalar
     "Class-weighted cross-entropy of the resized logits; 0 where every pixel is void."
     return upsample_cross_entropy(logits, target, ignore_index, weight, align_corners, empty="zero")
 
 # %% ../../nbs/40_losses.ipynb #1decb8d1
 def ohem_cross_entropy(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W]
-    thres:float=0.7, # a pixel is hard where its true class has a lower probability
-    min_kept:int=100_000, # pixels that are kept at least
-    weight:torch.Tensor|None=None, # [k] class weights; the divisor stays the number of kept pixels
-    ignore_index:int=IGNORE, # target id that does not count
-    align_corners:bool=False, # convention of the resize
-)->torch.Tensor: # scalar; 0 where nothing is kept
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W]
+    thres: float = 0.7,  # a pixel is hard where its true class has a lower probability
+    min_kept: int = 100_000,  # pixels that are kept at least
+    # [k] class weights; the divisor stays the number of kept pixels
+    weight: torch.Tensor | None = None,
+    ignore_index: int = IGNORE,  # target id that does not count
+    align_corners: bool = False,  # convention of the resize
+) -> torch.Tensor:  # scalar; 0 where nothing is kept
     "Cross-entropy over the hard pixels."
-    return upsample_cross_entropy(logits, target, ignore_index, weight, align_corners, ohem=(thres, min_kept), empty="zero")
+    return upsample_cross_entropy(
+        logits, target, ignore_index, weight, align_corners, ohem=(thres, min_kept), empty="zero"
+    )
 
 # %% ../../nbs/40_losses.ipynb #90020742
 def s2fpn_min_kept(
-    batch:int, # pictures per step
-    size:tuple, # crop (height, width)
-)->int: # pixels
-    "S2-FPN's number of pixels to keep: a sixteenth. The official repository only mentions it; its OHEM class was not published."
-    return batch*size[0]*size[1] // 16
+    batch: int,  # pictures per step
+    size: tuple,  # crop (height, width)
+) -> int:  # pixels
+    """S2-FPN's number of pixels to keep: a sixteenth. The official repository only mentions it;
+    its OHEM class was not published."""
+    return batch * size[0] * size[1] // 16
 
 # %% ../../nbs/40_losses.ipynb #ee8c43eb
 def focal_loss(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W]
-    alpha:float=0.5, # factor
-    gamma:float=2.0, # how fast easy pixels fade
-    weight:torch.Tensor|None=None, # [k] class weights
-    ignore_index:int=IGNORE, # target id that does not count
-    align_corners:bool=False, # convention of the resize
-)->torch.Tensor: # scalar: mean over the labelled pixels
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W]
+    alpha: float = 0.5,  # factor
+    gamma: float = 2.0,  # how fast easy pixels fade
+    weight: torch.Tensor | None = None,  # [k] class weights
+    ignore_index: int = IGNORE,  # target id that does not count
+    align_corners: bool = False,  # convention of the resize
+) -> torch.Tensor:  # scalar: mean over the labelled pixels
     "Per-pixel focal loss."
-    nll = upsample_cross_entropy(logits, target, ignore_index, None, align_corners, reduction="none")
+    nll = upsample_cross_entropy(
+        logits, target, ignore_index, None, align_corners, reduction="none"
+    )
     valid = target != ignore_index
-    loss = alpha*(1 - torch.exp(-nll))**gamma*nll
-    if weight is not None: loss = loss*torch.where(valid, weight.to(loss)[target.long().where(valid, 0)], 0)
-    return loss.sum()/valid.sum().clamp(min=1)
+    loss = alpha * (1 - torch.exp(-nll)) ** gamma * nll
+    if weight is not None:
+        loss = loss * torch.where(valid, weight.to(loss)[target.long().where(valid, 0)], 0)
+    return loss.sum() / valid.sum().clamp(min=1)
 
 # %% ../../nbs/40_losses.ipynb #e90d6b5a
 def focal_of_mean(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W]
-    alpha:float=0.5, # factor
-    gamma:float=2.0, # exponent
-    weight:torch.Tensor|None=None, # [k] class weights
-    ignore_index:int=IGNORE, # target id that does not count
-    align_corners:bool=False, # convention of the resize
-)->torch.Tensor: # scalar
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W]
+    alpha: float = 0.5,  # factor
+    gamma: float = 2.0,  # exponent
+    weight: torch.Tensor | None = None,  # [k] class weights
+    ignore_index: int = IGNORE,  # target id that does not count
+    align_corners: bool = False,  # convention of the resize
+) -> torch.Tensor:  # scalar
     "The official repository's variant: the focal factor of the averaged cross-entropy. Not a per-pixel focal loss."
     ce = cross_entropy(logits, target, weight, ignore_index, align_corners)
-    return alpha*(1 - torch.exp(-ce))**gamma*ce
+    return alpha * (1 - torch.exp(-ce)) ** gamma * ce
 
 # %% ../../nbs/40_losses.ipynb #d035c30a
 def sum_heads(
-    parts:dict, # name -> scalar loss
-    weights:dict|None=None, # name -> factor, 1 where absent
-)->dict: # "loss" with its graph, and the detached parts by name
+    parts: dict,  # name -> scalar loss
+    weights: dict | None = None,  # name -> factor, 1 where absent
+) -> dict:  # "loss" with its graph, and the detached parts by name
     "Add losses and keep the parts for the log."
     weights = weights or {}
-    total = sum(weights.get(n, 1.0)*v for n, v in parts.items())
+    total = sum(weights.get(n, 1.0) * v for n, v in parts.items())
     return {"loss": total, **{n: v.detach() for n, v in parts.items()}}
 
 # %% ../../nbs/40_losses.ipynb #d7707bcf
 def class_weights(
-    counts, # labelled pixels per class
-    c:float=1.10, # bounds the weights
-)->torch.Tensor: # [k]
+    counts,  # labelled pixels per class
+    c: float = 1.10,  # bounds the weights
+) -> torch.Tensor:  # [k]
     "ENet's class weights from pixel counts."
     counts = torch.as_tensor(counts, dtype=torch.float64)
-    return (1/torch.log(c + counts/counts.sum())).float()
+    return (1 / torch.log(c + counts / counts.sum())).float()

@@ -16,61 +16,91 @@ from ..ops.dispatch import without_autocast
 
 # %% ../../nbs/42_losses.affinity.ipynb #8959f5c4
 def sparse_target(
-    target:torch.Tensor, # integers [b, H, W]: ids, 255 or -1 = unlabelled, -2 = padding; or [b, 2, H, W]: ids (255 = no label), 1 inside the picture
-)->tuple: # labels [b, H, W] with 255 where there is none, and the mask of unlabelled pixels inside the picture
+    # integers [b, H, W]: ids, 255 or -1 = unlabelled, -2 = padding; or [b, 2, H, W]: ids (255 =
+    # no label), 1 inside the picture
+    target: torch.Tensor,
+    # labels [b, H, W] with 255 where there is none, and the mask of unlabelled pixels inside the
+    # picture
+) -> tuple:
     "Both forms of sparse targets as labels and a mask."
-    if target.is_floating_point() or target.dtype == torch.bool: raise ValueError(f"expected integer targets, got {target.dtype}")
-    if target.dtype not in (torch.int16, torch.int32, torch.int64): # -1 is no number of uint8, nor 255 of int8
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"expected integer targets, got {target.dtype}")
+    # -1 is no number of uint8, nor 255 of int8
+    if target.dtype not in (torch.int16, torch.int32, torch.int64):
         target = target.to(torch.int64)
-    if target.ndim == 4 and target.shape[1] == 2: ids, inside = target[:, 0], target[:, 1] > 0
-    elif target.ndim == 3: ids, inside = target, target >= -1
-    else: raise ValueError(f"expected sparse targets [b, H, W] or [b, 2, H, W], got {tuple(target.shape)}")
+    if target.ndim == 4 and target.shape[1] == 2:
+        ids = target[:, 0]
+        inside = target[:, 1] > 0
+    elif target.ndim == 3:
+        ids = target
+        inside = target >= -1
+    else:
+        raise ValueError(
+            f"expected sparse targets [b, H, W] or [b, 2, H, W], got {tuple(target.shape)}"
+        )
     none = (ids == IGNORE) | (ids < 0)
     return torch.where(inside & ~none, ids, IGNORE), inside & none
 
 # %% ../../nbs/42_losses.affinity.ipynb #b47ba77c
 def partial_cross_entropy(
-    logits:torch.Tensor, # [b, k, h, w]
-    labels:torch.Tensor, # ids [b, H, W], 255 = none
-)->torch.Tensor: # scalar: mean over what is labelled on the logits' grid, 0 where nothing is
+    logits: torch.Tensor,  # [b, k, h, w]
+    labels: torch.Tensor,  # ids [b, H, W], 255 = none
+) -> torch.Tensor:  # scalar: mean over what is labelled on the logits' grid, 0 where nothing is
     "Cross-entropy of few labels, on the grid of the logits."
     return cross_entropy(logits, at_grid(labels, logits.shape[-2:]))
 
 # %% ../../nbs/42_losses.affinity.ipynb #8db69d15
-DISTANCES = {"l1": lambda g, p: (g - p).abs().sum(1), "kl": lambda g, p: (p*(p.clamp_min(1e-8).log() - g.clamp_min(1e-8).log())).sum(1)}
+DISTANCES = {
+    "l1": lambda g, p: (g - p).abs().sum(1),
+    "kl": lambda g, p: (p * (p.clamp_min(1e-8).log() - g.clamp_min(1e-8).log())).sum(1),
+}
+
 
 def _probabilities(logits, size):
     "Class probabilities on another grid, float32 at least."
-    return torch.softmax(logits if tuple(logits.shape[-2:]) == tuple(size) else F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False), 1)
+    return torch.softmax(
+        logits
+        if tuple(logits.shape[-2:]) == tuple(size)
+        else F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False),
+        1,
+    )
 
+# %% ../../nbs/42_losses.affinity.ipynb #c9f967ce
 def consistency(
-    logits:torch.Tensor, # [b, k, h, w]
-    maps, # `AttentionMaps` of one stage
-    double_softmax:bool=True, # compare softmaxes of the probabilities, as the published code does
-    distance:str="l1", # "l1", or "kl": of the propagated from the own probabilities
-    impl:str|None=None, # of the affinity op: "auto" | "ref" | "triton"
-)->torch.Tensor: # [b, h', w'] on the grid of the stage's queries
+    logits: torch.Tensor,  # [b, k, h, w]
+    maps,  # `AttentionMaps` of one stage
+    # compare softmaxes of the probabilities, as the published code does
+    double_softmax: bool = True,
+    distance: str = "l1",  # "l1", or "kl": of the propagated from the own probabilities
+    impl: str | None = None,  # of the affinity op: "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, h', w'] on the grid of the stage's queries
     "How far, at each place, the own probabilities are from those that attention carries there."
-    if distance not in DISTANCES: raise ValueError(f"unknown distance '{distance}'; known: {', '.join(DISTANCES)}")
+    if distance not in DISTANCES:
+        raise ValueError(f"unknown distance '{distance}'; known: {', '.join(DISTANCES)}")
     with without_autocast(logits):
         z = logits if logits.dtype == torch.float64 else logits.float()
         pair = maps.propagate(_probabilities(z, maps.key_size), impl), _probabilities(z, maps.size)
         return DISTANCES[distance](*(torch.softmax(t, 1) if double_softmax else t for t in pair))
 
+# %% ../../nbs/42_losses.affinity.ipynb #891b7c1b
 def affinity_losses(
-    logits:torch.Tensor, # [b, k, h, w]
-    maps:list, # `AttentionMaps`, one per stage
-    unlabelled:torch.Tensor, # mask [b, H, W] of `sparse_target`
-    levels:int=4, # stages that take part, from the first
-    double_softmax:bool=True, # compare softmaxes of the probabilities, as the published code does
-    distance:str="l1", # "l1" | "kl"
-    impl:str|None=None, # of the affinity op
-)->list: # scalars, one per level; 0 where a level has no unlabelled place
+    logits: torch.Tensor,  # [b, k, h, w]
+    maps: list,  # `AttentionMaps`, one per stage
+    unlabelled: torch.Tensor,  # mask [b, H, W] of `sparse_target`
+    levels: int = 4,  # stages that take part, from the first
+    # compare softmaxes of the probabilities, as the published code does
+    double_softmax: bool = True,
+    distance: str = "l1",  # "l1" | "kl"
+    impl: str | None = None,  # of the affinity op
+) -> list:  # scalars, one per level; 0 where a level has no unlabelled place
     "Mean disagreement over the unlabelled places of each level, gradients into logits, queries and keys."
-    if not 0 <= levels <= len(maps): raise ValueError(f"{levels} levels were asked for, but there are maps of {len(maps)} stages")
+    if not 0 <= levels <= len(maps):
+        raise ValueError(
+            f"{levels} levels were asked for, but there are maps of {len(maps)} stages"
+        )
     out = []
     for stage in maps[:levels]:
         mask = at_grid(unlabelled, stage.size)
         away = consistency(logits, stage, double_softmax, distance, impl)
-        out.append(torch.where(mask, away, 0).sum()/mask.sum().clamp_min(1))
+        out.append(torch.where(mask, away, 0).sum() / mask.sum().clamp_min(1))
     return out

@@ -16,70 +16,112 @@ from ..ops import upsample_cross_entropy
 
 # %% ../../nbs/41_losses.boundary.ipynb #1af16032
 def balanced_bce(
-    logits:torch.Tensor, # [b, 1, h, w]
-    target:torch.Tensor, # [b, H, W] 0 or 1
-    align_corners:bool=True, # convention of the resize to the target's size
-)->torch.Tensor: # scalar, the mean over all pixels
+    logits: torch.Tensor,  # [b, 1, h, w]
+    target: torch.Tensor,  # [b, H, W] 0 or 1
+    align_corners: bool = True,  # convention of the resize to the target's size
+) -> torch.Tensor:  # scalar, the mean over all pixels
     "Binary cross-entropy in which both sides weigh the same."
-    if logits.shape[1] != 1: raise ValueError(f"a boundary head has one channel, got {logits.shape[1]}")
-    z, y = _full(logits, target.shape[-2:], align_corners), target.to(logits.dtype)
+    if logits.shape[1] != 1:
+        raise ValueError(f"a boundary head has one channel, got {logits.shape[1]}")
+    z = _full(logits, target.shape[-2:], align_corners)
+    y = target.to(logits.dtype)
     share = y.mean()
     return F.binary_cross_entropy_with_logits(z, y, weight=torch.where(y > 0, 1 - share, share))
 
-def _full(logits, size, align_corners): # [b, 1, h, w] -> [b, H, W], at least float32
+# %% ../../nbs/41_losses.boundary.ipynb #89c18f0b
+def _full(logits, size, align_corners):  # [b, 1, h, w] -> [b, H, W], at least float32
     "A single channel at full size."
     z = logits if logits.dtype == torch.float64 else logits.float()
-    return (z if tuple(z.shape[-2:]) == tuple(size) else F.interpolate(z, size, mode="bilinear", align_corners=align_corners))[:, 0]
+    return (
+        z
+        if tuple(z.shape[-2:]) == tuple(size)
+        else F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
+    )[:, 0]
 
 # %% ../../nbs/41_losses.boundary.ipynb #3cae7bdb
 def boundary_aware_losses(
-    out:dict, # "logits" [b, k, h, w], "aux" [b, k, h', w'], "boundary" [b, 1, h, w], or [b, k + 1, h, w] with one channel per class
-    target:torch.Tensor, # ids [b, H, W], 255 = void
-    edges:torch.Tensor, # 0 or 1 [b, H, W]
-    weight:torch.Tensor|None=None, # [k] class weights
-    factors:dict|None=None, # of the terms; default: the papers'
-    ohem:tuple|None=(0.9, 131072), # a pixel is hard below this probability, least number; None: plain cross-entropy
-    sure:float=0.8, # the boundary head must be this sure
-    align_corners:bool=True, # convention of the resizes
-)->dict: # "loss" with its graph; the detached terms
+    # "logits" [b, k, h, w], "aux" [b, k, h', w'], "boundary" [b, 1, h, w], or [b, k + 1, h, w]
+    # with one channel per class
+    out: dict,
+    target: torch.Tensor,  # ids [b, H, W], 255 = void
+    edges: torch.Tensor,  # 0 or 1 [b, H, W]
+    weight: torch.Tensor | None = None,  # [k] class weights
+    factors: dict | None = None,  # of the terms; default: the papers'
+    # a pixel is hard below this probability, least number; None: plain cross-entropy
+    ohem: tuple | None = (0.9, 131072),
+    sure: float = 0.8,  # the boundary head must be this sure
+    align_corners: bool = True,  # convention of the resizes
+) -> dict:  # "loss" with its graph; the detached terms
     "The objective of PIDNet and SANet."
     binary = out["boundary"].shape[1] == 1
-    factors = {"aux": 0.4, "logits": 1.0, "boundary": 20.0 if binary else 1.0, "logits_boundary": 1.0} | (factors or {})
+    factors = {
+        "aux": 0.4,
+        "logits": 1.0,
+        "boundary": 20.0 if binary else 1.0,
+        "logits_boundary": 1.0,
+    } | (factors or {})
     with torch.no_grad():
-        chosen = torch.sigmoid(_full(boundary_logit(out["boundary"]), target.shape[-2:], align_corners)) > sure
+        chosen = (
+            torch.sigmoid(_full(boundary_logit(out["boundary"]), target.shape[-2:], align_corners))
+            > sure
+        )
         near = torch.where(chosen, target, torch.full_like(target, IGNORE))
     if ohem is None:
-        ce = lambda z, y: upsample_cross_entropy(z, y, IGNORE, weight, align_corners, empty="zero")
-        parts = {"logits": ce(out["logits"], target), "aux": ce(out["aux"], target), "logits_boundary": ce(out["logits"], near)}
+
+        def ce(z, y):
+            return upsample_cross_entropy(z, y, IGNORE, weight, align_corners, empty="zero")
+
+        parts = {
+            "logits": ce(out["logits"], target),
+            "aux": ce(out["aux"], target),
+            "logits_boundary": ce(out["logits"], near),
+        }
     else:
-        hard = lambda y: ohem_cross_entropy(out["logits"], y, *ohem, weight, IGNORE, align_corners)
-        aux = upsample_cross_entropy(out["aux"], target, IGNORE, weight, align_corners, reduction="sum", empty="zero")/target.numel()
+
+        def hard(y):
+            return ohem_cross_entropy(out["logits"], y, *ohem, weight, IGNORE, align_corners)
+
+        aux = (
+            upsample_cross_entropy(
+                out["aux"], target, IGNORE, weight, align_corners, reduction="sum", empty="zero"
+            )
+            / target.numel()
+        )
         parts = {"logits": hard(target), "aux": aux, "logits_boundary": hard(near)}
-    if binary: parts["boundary"] = balanced_bce(out["boundary"], edges, align_corners)
-    else: parts["boundary"] = class_boundary_loss(out["boundary"], target, align_corners=align_corners)
+    if binary:
+        parts["boundary"] = balanced_bce(out["boundary"], edges, align_corners)
+    else:
+        parts["boundary"] = class_boundary_loss(
+            out["boundary"], target, align_corners=align_corners
+        )
     return sum_heads(parts, factors)
 
+# %% ../../nbs/41_losses.boundary.ipynb #56f6b67d
 def boundary_logit(
-    z:torch.Tensor, # [b, 1, h, w], or [b, k + 1, h, w] with "no boundary" last
-)->torch.Tensor: # [b, 1, h, w]
+    z: torch.Tensor,  # [b, 1, h, w], or [b, k + 1, h, w] with "no boundary" last
+) -> torch.Tensor:  # [b, 1, h, w]
     "The logit of any boundary."
     return z if z.shape[1] == 1 else z[:, :-1].logsumexp(1, keepdim=True) - z[:, -1:]
 
 # %% ../../nbs/41_losses.boundary.ipynb #c8429ce2
 def class_boundary_loss(
-    logits:torch.Tensor, # [b, k + 1, h, w], the last channel is "no boundary"
-    target:torch.Tensor, # ids [b, H, W], 255 = void
-    balance:str="inverse", # "inverse": by the share in the batch | "ohem": hard pixels | "none"
-    limit:float=50.0, # largest weight of "inverse"
-    ohem:tuple=(0.9, 131072), # of "ohem"
-    align_corners:bool=True, # convention of the resize
-)->torch.Tensor: # scalar
+    logits: torch.Tensor,  # [b, k + 1, h, w], the last channel is "no boundary"
+    target: torch.Tensor,  # ids [b, H, W], 255 = void
+    # "inverse": by the share in the batch | "ohem": hard pixels | "none"
+    balance: str = "inverse",
+    limit: float = 50.0,  # largest weight of "inverse"
+    ohem: tuple = (0.9, 131072),  # of "ohem"
+    align_corners: bool = True,  # convention of the resize
+) -> torch.Tensor:  # scalar
     "Cross-entropy on the boundaries of every class."
     k = logits.shape[1] - 1
     edges = class_boundary_target(target, k)
-    if balance == "none": return upsample_cross_entropy(logits, edges, IGNORE, None, align_corners, empty="zero")
-    if balance == "ohem": return ohem_cross_entropy(logits, edges, *ohem, None, IGNORE, align_corners)
-    if balance != "inverse": raise ValueError(f"balance must be 'inverse', 'ohem' or 'none', got '{balance}'")
+    if balance == "none":
+        return upsample_cross_entropy(logits, edges, IGNORE, None, align_corners, empty="zero")
+    if balance == "ohem":
+        return ohem_cross_entropy(logits, edges, *ohem, None, IGNORE, align_corners)
+    if balance != "inverse":
+        raise ValueError(f"balance must be 'inverse', 'ohem' or 'none', got '{balance}'")
     counts = torch.bincount(edges.reshape(-1).long(), minlength=k + 1).to(logits.dtype)
-    weight = (edges.numel()/(counts*(counts > 0).sum()).clamp(min=1)).clamp(max=limit)
+    weight = (edges.numel() / (counts * (counts > 0).sum()).clamp(min=1)).clamp(max=limit)
     return upsample_cross_entropy(logits, edges, IGNORE, weight, align_corners, empty="zero")

@@ -14,59 +14,80 @@ from ..edges import boundary_target
 
 # %% ../../nbs/43_losses.distill.ipynb #2ca33244
 def boundary_cells(
-    labels:torch.Tensor, # ids [b, h, w], 255 counts as an id
-)->torch.Tensor: # bool [b, h, w]
+    labels: torch.Tensor,  # ids [b, h, w], 255 counts as an id
+) -> torch.Tensor:  # bool [b, h, w]
     "The boundary of a map of ids, three cells wide."
     return boundary_target(labels, 6 if min(labels.shape[-2:]) >= 12 else 0, 3).bool()
 
+# %% ../../nbs/43_losses.distill.ipynb #1ef7823e
 def at_grid(
-    labels:torch.Tensor, # ids [b, H, W]
-    size:tuple, # (h, w)
-)->torch.Tensor: # [b, h, w]
+    labels: torch.Tensor,  # ids [b, H, W]
+    size: tuple,  # (h, w)
+) -> torch.Tensor:  # [b, h, w]
     "Labels on the features' grid, nearest: cell i is pixel floor(i H/h)."
-    if tuple(labels.shape[-2:]) == tuple(size): return labels
-    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].to(labels.dtype)
+    if tuple(labels.shape[-2:]) == tuple(size):
+        return labels
+    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].to(
+        labels.dtype
+    )
 
 # %% ../../nbs/43_losses.distill.ipynb #2b578de2
 def response_distillation(
-    student:torch.Tensor, # [b, k, h, w]
-    teacher:torch.Tensor, # [b, k, h, w]; no gradient reaches it
-    labels:torch.Tensor, # ids [b, h, w], 255 = void
-)->torch.Tensor: # scalar; 0 where every cell is void
+    student: torch.Tensor,  # [b, k, h, w]
+    teacher: torch.Tensor,  # [b, k, h, w]; no gradient reaches it
+    labels: torch.Tensor,  # ids [b, h, w], 255 = void
+) -> torch.Tensor:  # scalar; 0 where every cell is void
     "Entropy-weighted cross-entropy with the teacher's answers, boundary and interior alike, class by class."
-    k, y = student.shape[1], labels.long()
-    q, known = teacher.detach().float().softmax(1), y != IGNORE
+    k = student.shape[1]
+    y = labels.long()
+    q = teacher.detach().float().softmax(1)
+    known = y != IGNORE
     hot = F.one_hot(torch.where(known, y, 0), k).permute(0, 3, 1, 2)
-    ce = -((q + hot)/2*student.float().log_softmax(1)).sum(1)
-    weight = -(q*(q + 1e-12).log()).sum(1)*known
-    bins = torch.where(known, 2*y + boundary_cells(labels).long(), 2*k).flatten()
-    total = lambda v: torch.zeros(2*k + 1, dtype=v.dtype, device=v.device).index_add(0, bins, v.flatten())[:2*k].view(k, 2)
-    parts = (total(ce*weight)/(total(weight) + 1e-12)).mean(1)
+    ce = -((q + hot) / 2 * student.float().log_softmax(1)).sum(1)
+    weight = -(q * (q + 1e-12).log()).sum(1) * known
+    bins = torch.where(known, 2 * y + boundary_cells(labels).long(), 2 * k).flatten()
+
+    def total(v):
+        return (
+            torch.zeros(2 * k + 1, dtype=v.dtype, device=v.device)
+            .index_add(0, bins, v.flatten())[: 2 * k]
+            .view(k, 2)
+        )
+
+    parts = (total(ce * weight) / (total(weight) + 1e-12)).mean(1)
     present = total(known.float()).sum(1) > 0
-    return torch.where(present, parts, 0*parts).sum()/present.sum().clamp(min=1)
+    return torch.where(present, parts, 0 * parts).sum() / present.sum().clamp(min=1)
 
 # %% ../../nbs/43_losses.distill.ipynb #6f818996
 def relations(
-    c:torch.Tensor, # prototypes [b, k, c]
-    scale:float=15.0, # of the cosines
-)->torch.Tensor: # [b, k, k], rows sum to one
+    c: torch.Tensor,  # prototypes [b, k, c]
+    scale: float = 15.0,  # of the cosines
+) -> torch.Tensor:  # [b, k, k], rows sum to one
     "How much every class is like every other; the second argument of each pair gets no gradient."
-    unit = lambda t: t/(t.norm(dim=-1, keepdim=True) + 1e-12)
-    return (scale*unit(c) @ unit(c.detach()).transpose(-1, -2)).softmax(-1)
 
+    def unit(t):
+        return t / (t.norm(dim=-1, keepdim=True) + 1e-12)
+
+    return (scale * unit(c) @ unit(c.detach()).transpose(-1, -2)).softmax(-1)
+
+# %% ../../nbs/43_losses.distill.ipynb #4c090c41
 def relation_distillation(
-    student:torch.Tensor, # [b, k, c]
-    teacher:torch.Tensor, # [b, k, c], or [1, k, c]; no gradient reaches it
-    weight:float=10.0, # of the loss
-)->torch.Tensor: # scalar
+    student: torch.Tensor,  # [b, k, c]
+    teacher: torch.Tensor,  # [b, k, c], or [1, k, c]; no gradient reaches it
+    weight: float = 10.0,  # of the loss
+) -> torch.Tensor:  # scalar
     "Relations between classes that are stronger than the teacher's."
     excess = (relations(student.float()) - relations(teacher.detach().float())).clamp(min=0)
-    return weight*(excess.sum(-1) - excess.diagonal(dim1=-2, dim2=-1)).mean()
+    return weight * (excess.sum(-1) - excess.diagonal(dim1=-2, dim2=-1)).mean()
 
+# %% ../../nbs/43_losses.distill.ipynb #fbec6ad6
 def position_distillation(
-    student:torch.Tensor, # [b, k, c]
-    teacher:torch.Tensor, # [b, k, c]; no gradient reaches it
-    weight:float=0.4, # of the loss
-)->torch.Tensor: # scalar
+    student: torch.Tensor,  # [b, k, c]
+    teacher: torch.Tensor,  # [b, k, c]; no gradient reaches it
+    weight: float = 0.4,  # of the loss
+) -> torch.Tensor:  # scalar
     "Cross-entropy of spatial prototypes as distributions over channels."
-    return -weight*(teacher.detach().float().softmax(-1)*student.float().log_softmax(-1)).sum(-1).mean()
+    return (
+        -weight
+        * (teacher.detach().float().softmax(-1) * student.float().log_softmax(-1)).sum(-1).mean()
+    )

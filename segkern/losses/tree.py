@@ -12,76 +12,99 @@ import torch.nn.functional as F
 
 # %% ../../nbs/42a_losses.tree.ipynb #36ebfba7
 def grid_edges(
-    h:int, # height
-    w:int, # width
-    device=None, # of the result
-)->torch.Tensor: # int64 [2 h w - h - w, 2]: vertical edges, then horizontal ones, each row by row
+    h: int,  # height
+    w: int,  # width
+    device=None,  # of the result
+) -> (
+    torch.Tensor
+):  # int64 [2 h w - h - w, 2]: vertical edges, then horizontal ones, each row by row
     "The edges of the 4-neighbour grid."
-    i = torch.arange(h*w, device=device).view(h, w)
-    return torch.cat([torch.stack(p, -1).view(-1, 2) for p in ((i[:-1], i[1:]), (i[:, :-1], i[:, 1:]))])
+    i = torch.arange(h * w, device=device).view(h, w)
+    return torch.cat(
+        [torch.stack(p, -1).view(-1, 2) for p in ((i[:-1], i[1:]), (i[:, :-1], i[:, 1:]))]
+    )
 
+# %% ../../nbs/42a_losses.tree.ipynb #6d90e40f
 def grid_distances(
-    feature:torch.Tensor, # [b, d, h, w]
-)->torch.Tensor: # [b, edges], in the order of `grid_edges`
+    feature: torch.Tensor,  # [b, d, h, w]
+) -> torch.Tensor:  # [b, edges], in the order of `grid_edges`
     "Squared distance of the two ends of every edge."
-    dy, dx = feature[:, :, 1:] - feature[:, :, :-1], feature[..., 1:] - feature[..., :-1]
+    dy = feature[:, :, 1:] - feature[:, :, :-1]
+    dx = feature[..., 1:] - feature[..., :-1]
     return torch.cat([d.square().sum(1).flatten(1) for d in (dy, dx)], 1)
 
 # %% ../../nbs/42a_losses.tree.ipynb #a85d53e9
 def minimum_spanning_tree(
-    feature:torch.Tensor, # [b, d, h, w], e.g. a picture in [0, 1]
-)->torch.Tensor: # int64 [b, h w - 1, 2] in the order of `grid_edges`
-    "The minimum spanning tree of every picture; the weight of an edge is 1 + the squared distance of its ends, in float32."
-    if feature.ndim != 4: raise ValueError(f"features must be [b, d, h, w], got {tuple(feature.shape)}")
+    feature: torch.Tensor,  # [b, d, h, w], e.g. a picture in [0, 1]
+) -> torch.Tensor:  # int64 [b, h w - 1, 2] in the order of `grid_edges`
+    """The minimum spanning tree of every picture; the weight of an edge is 1 + the squared
+    distance of its ends, in float32."""
+    if feature.ndim != 4:
+        raise ValueError(f"features must be [b, d, h, w], got {tuple(feature.shape)}")
     b, _, h, w = feature.shape
-    edges, v = grid_edges(h, w, feature.device), h*w
-    if not b or v < 2: return edges.new_zeros((b, max(v - 1, 0), 2))
+    edges = grid_edges(h, w, feature.device)
+    v = h * w
+    if not b or v < 2:
+        return edges.new_zeros((b, max(v - 1, 0), 2))
     weight = (grid_distances(feature.detach().float()) + 1).flatten()
-    first = torch.arange(b, device=feature.device).view(b, 1)*v
+    first = torch.arange(b, device=feature.device).view(b, 1) * v
     ends = [(first + edges[:, k]).flatten() for k in (0, 1)]
-    chosen = _boruvka(*ends, weight.contiguous().view(torch.int32).long() << 32, b*v)
+    chosen = _boruvka(*ends, weight.contiguous().view(torch.int32).long() << 32, b * v)
     return edges.repeat(b, 1)[chosen].view(b, v - 1, 2)
 
 # %% ../../nbs/42a_losses.tree.ipynb #233672d0
-def _boruvka(a, b, bits, n): # ends [m], weights as the high half of a key [m], number of vertices
+def _boruvka(a, b, bits, n):  # ends [m], weights as the high half of a key [m], number of vertices
     "Which edges of a graph make its minimum spanning forest."
-    edge, chosen = torch.arange(len(a), device=a.device), torch.zeros(len(a), dtype=torch.bool, device=a.device)
+    edge = torch.arange(len(a), device=a.device)
+    chosen = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     while len(a):
         to, picked = _cheapest(a, b, bits, n)
         chosen[edge[picked]] = True
         root = to == torch.arange(n, device=a.device)
-        name, n = (root.cumsum(0) - 1)[to], int(root.sum())
-        a, b = name[a], name[b]
+        name = (root.cumsum(0) - 1)[to]
+        n = int(root.sum())
+        a = name[a]
+        b = name[b]
         between = (a != b).nonzero()[:, 0]
         a, b, bits, edge = (t[between] for t in (a, b, bits, edge))
     return chosen
 
+# %% ../../nbs/42a_losses.tree.ipynb #bc7efe52
 def _cheapest(a, b, bits, n):
     "The component that each component becomes part of, and the edges picked."
-    own, none = torch.arange(n, device=a.device), torch.iinfo(torch.int64).max
+    own = torch.arange(n, device=a.device)
+    none = torch.iinfo(torch.int64).max
     key = bits + torch.arange(len(a), device=a.device)
     best = torch.full((n,), none, device=a.device)
-    for end in (a, b): best.scatter_reduce_(0, end, key, "amin")
+    for end in (a, b):
+        best.scatter_reduce_(0, end, key, "amin")
     place = (best & 0xFFFFFFFF).clamp(max=len(a) - 1)
     to = torch.where(best == none, own, a[place] + b[place] - own)
     to = torch.where((to[to] == own) & (own < to), own, to)
-    while not torch.equal(further := to[to], to): to = further
+    while not torch.equal(further := to[to], to):
+        to = further
     return to, place[best != none]
 
 # %% ../../nbs/42a_losses.tree.ipynb #8d12d7c5
-def _contract(a, b, fixed): # ends [m], which vertices stay [n]
-    "Rounds that take a forest apart: (leaves, their neighbours), (inner vertices, one neighbour, the other), and so on."
-    rounds, name, before = [], torch.arange(len(fixed), device=a.device), len(fixed) + 1
-    rank = (name*2654435761 + 12345) & 0xFFFFFFFF
-    rank = ((rank ^ (rank >> 15))*2246822519) & 0xFFFFFFFF
-    while len(a) and len(name) < before: # a graph with circles ends here, too
+def _contract(a, b, fixed):  # ends [m], which vertices stay [n]
+    """Rounds that take a forest apart: (leaves, their neighbours), (inner vertices, one neighbour,
+    the other), and so on."""
+    rounds = []
+    name = torch.arange(len(fixed), device=a.device)
+    before = len(fixed) + 1
+    rank = (name * 2654435761 + 12345) & 0xFFFFFFFF
+    rank = ((rank ^ (rank >> 15)) * 2246822519) & 0xFFFFFFFF
+    while len(a) and len(name) < before:  # a graph with circles ends here, too
         before = len(name)
         leaf = (_degree(a, b, len(name)) == 1) & ~fixed
-        at_a, at_b = leaf[a], leaf[b]
-        cut, stay = (at_a | at_b).nonzero()[:, 0], (~(at_a | at_b)).nonzero()[:, 0]
+        at_a = leaf[a]
+        at_b = leaf[b]
+        cut = (at_a | at_b).nonzero()[:, 0]
+        stay = (~(at_a | at_b)).nonzero()[:, 0]
         v = torch.where(at_a, a, b)[cut]
         rounds.append((name[v], name[(a + b)[cut] - v]))
-        a, b = a[stay], b[stay]
+        a = a[stay]
+        b = b[stay]
         inner = (_degree(a, b, len(name)) == 2) & ~fixed
         score = torch.where(inner, rank, -1)
         inner[torch.where(score[a] < score[b], a, b)[inner[a] & inner[b]]] = False
@@ -89,16 +112,23 @@ def _contract(a, b, fixed): # ends [m], which vertices stay [n]
         rounds.append(tuple(name[t] for t in triple))
         left = (~(leaf | inner)).nonzero()[:, 0]
         new = torch.zeros_like(name).index_copy_(0, left, torch.arange(len(left), device=a.device))
-        a, b, name, rank, fixed = new[a], new[b], name[left], rank[left], fixed[left]
+        a = new[a]
+        b = new[b]
+        name = name[left]
+        rank = rank[left]
+        fixed = fixed[left]
     return [r for r in rounds if len(r[0])]
 
+# %% ../../nbs/42a_losses.tree.ipynb #3e4b9802
 def _degree(a, b, n):
     "How many edges each vertex has."
     return torch.bincount(torch.cat([a, b]), minlength=n)
 
+# %% ../../nbs/42a_losses.tree.ipynb #0ad691e6
 def _bypass(a, b, inner):
     "Replace the two edges of each chosen vertex by one between its neighbours; no two chosen vertices may be adjacent."
-    at_a, n = inner[a], len(inner)
+    at_a = inner[a]
+    n = len(inner)
     touch = at_a | inner[b]
     at = touch.nonzero()[:, 0]
     s = torch.where(at_a, a, b)[at]
@@ -106,36 +136,49 @@ def _bypass(a, b, inner):
     both = torch.zeros(n, dtype=torch.int64, device=a.device).index_add_(0, s, other)
     keeper = torch.zeros(n, dtype=torch.int64, device=a.device).index_copy_(0, s, at)
     kept = (keeper[s] == at).nonzero()[:, 0]
-    v, x = s[kept], other[kept]
-    y, rest = both[v] - x, (~touch).nonzero()[:, 0]
+    v = s[kept]
+    x = other[kept]
+    y = both[v] - x
+    rest = (~touch).nonzero()[:, 0]
     return torch.cat([a[rest], x]), torch.cat([b[rest], y]), (v, x, y)
 
 # %% ../../nbs/42a_losses.tree.ipynb #b4efebf0
 class Tree:
     "Spanning trees of a batch, rooted at vertex 0, with the order in which sums run over them."
-    def __init__(self,
-        edges:torch.Tensor, # int64 [b, v - 1, 2], e.g. from `minimum_spanning_tree`
+
+    def __init__(
+        self,
+        edges: torch.Tensor,  # int64 [b, v - 1, 2], e.g. from `minimum_spanning_tree`
     ):
-        if edges.ndim != 3 or edges.shape[2] != 2: raise ValueError(f"edges must be [b, v - 1, 2], got {tuple(edges.shape)}")
-        b, v = edges.shape[0], edges.shape[1] + 1
+        if edges.ndim != 3 or edges.shape[2] != 2:
+            raise ValueError(f"edges must be [b, v - 1, 2], got {tuple(edges.shape)}")
+        b = edges.shape[0]
+        v = edges.shape[1] + 1
         if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < v:
-            raise ValueError(f"a tree of {v - 1} edges joins the vertices 0..{v - 1}, got {int(edges.min())}..{int(edges.max())}")
-        first = torch.arange(b, device=edges.device).view(b, 1)*v
+            raise ValueError(
+                f"a tree of {v - 1} edges joins the vertices 0..{v - 1}, got {int(edges.min())}..{int(edges.max())}"
+            )
+        first = torch.arange(b, device=edges.device).view(b, 1) * v
         a, z = ((edges[..., k] + first).flatten() for k in (0, 1))
-        fixed = torch.zeros(b*v, dtype=torch.bool, device=edges.device)
+        fixed = torch.zeros(b * v, dtype=torch.bool, device=edges.device)
         fixed[::v] = True
         rounds = _contract(a, z, fixed)
-        if sum(len(r[0]) for r in rounds) != b*(v - 1): raise ValueError(f"{v - 1} edges do not join all {v} vertices of every tree")
-        up = self._orient(rounds, b*v)
-        self.edges, self.vertices = edges, v
+        if sum(len(r[0]) for r in rounds) != b * (v - 1):
+            raise ValueError(f"{v - 1} edges do not join all {v} vertices of every tree")
+        up = self._orient(rounds, b * v)
+        self.edges = edges
+        self.vertices = v
         self._child = torch.where(up[a] == z, a, z)
-        self._above, self._rounds = up, rounds
-        self.child, self.parent = self._child.view(b, v - 1) - first, torch.where(up < 0, up, up - up//v*v).view(b, v)
+        self._above = up
+        self._rounds = rounds
+        self.child = self._child.view(b, v - 1) - first
+        self.parent = torch.where(up < 0, up, up - up // v * v).view(b, v)
         self._schedule(fixed)
 
     @staticmethod
     def _orient(rounds, n):
-        "The parent of every vertex, -1 for roots; rounds become (vertices, parents) and (vertices, parents, children), in place."
+        """The parent of every vertex, -1 for roots; rounds become (vertices, parents) and
+        (vertices, parents, children), in place."""
         up = torch.full((n,), -1, device=rounds[0][0].device if rounds else None)
         for k in reversed(range(len(rounds))):
             v, p, *more = rounds[k]
@@ -149,62 +192,84 @@ class Tree:
     def _schedule(self, fixed):
         "Rows in the order of elimination: a round is a slice, parents and children are places."
         self._order = torch.cat([r[0] for r in self._rounds] + [fixed.nonzero()[:, 0]])
-        self._place = torch.empty_like(self._order).index_copy_(0, self._order, torch.arange(len(self._order), device=fixed.device))
-        stop, rounds = 0, []
+        self._place = torch.empty_like(self._order).index_copy_(
+            0, self._order, torch.arange(len(self._order), device=fixed.device)
+        )
+        stop = 0
+        rounds = []
         for v, *others in self._rounds:
-            start, stop = stop, stop + len(v)
+            start = stop
+            stop = stop + len(v)
             rounds.append((slice(start, stop), *(self._place[t] for t in others)))
         self._rounds = rounds
 
     @property
-    def depth(self)->torch.Tensor: # int64 [b, v]
+    def depth(self) -> torch.Tensor:  # int64 [b, v]
         "Edges between each vertex and the root."
         root = self._above < 0
-        to, far = torch.where(root, torch.arange(len(root), device=root.device), self._above), (~root).long()
-        while (far[to] > 0).any(): far, to = far + far[to], to[to]
+        to = torch.where(root, torch.arange(len(root), device=root.device), self._above)
+        far = (~root).long()
+        while (far[to] > 0).any():
+            far = far + far[to]
+            to = to[to]
         return far.view(-1, self.vertices)
 
     @property
-    def order(self)->torch.Tensor: # int64 [b, v]
+    def order(self) -> torch.Tensor:  # int64 [b, v]
         "Vertices in breadth-first order; within a level, by number."
         return self.depth.argsort(dim=1, stable=True)
 
 # %% ../../nbs/42a_losses.tree.ipynb #3420c0b9
-def _sums(x, rounds, w): # rows [n, c] and edges [n, 1], in the order of elimination
+def _sums(x, rounds, w):  # rows [n, c] and edges [n, 1], in the order of elimination
     "What the subtree below each vertex holds, and what the whole tree holds, both weighted by the path."
-    w, up, middle = w.clone(), x, []
+    w = w.clone()
+    up = x
+    middle = []
     for i, p, *c in rounds:
-        up.index_add_(0, p, w[i]*up[i])
+        up.index_add_(0, p, w[i] * up[i])
         middle.append(w[c[0]] if c else None)
-        if c: w[c[0]] = w[i]*middle[-1]
+        if c:
+            w[c[0]] = w[i] * middle[-1]
     for (i, _, *c), m in zip(reversed(rounds), reversed(middle)):
-        if c: up[i] = torch.addcmul(up[i], m, up[c[0]])
+        if c:
+            up[i] = torch.addcmul(up[i], m, up[c[0]])
     return up, w, middle
 
-def _spread(full, rounds, w, middle): # rows [n, c], changed in place
+# %% ../../nbs/42a_losses.tree.ipynb #b797bb00
+def _spread(full, rounds, w, middle):  # rows [n, c], changed in place
     "The second pass: every vertex takes over the sum of its parent."
     for (i, _, *c), m in zip(rounds, middle):
-        if c: full.index_add_(0, c[0], m*full[i])
-    for i, p, *_ in reversed(rounds): full[i] = torch.addcmul(full[i], w[i], full[p])
+        if c:
+            full.index_add_(0, c[0], m * full[i])
+    for i, p, *_ in reversed(rounds):
+        full[i] = torch.addcmul(full[i], w[i], full[p])
     return full
+
 
 def _passes(x, rounds, w):
     "Both passes over rows in the order of elimination; `x` becomes the first result."
     up, short, middle = _sums(x, rounds, w)
-    return up, _spread((1 - w)*(1 + w)*up, rounds, short, middle)
+    return up, _spread((1 - w) * (1 + w) * up, rounds, short, middle)
 
 # %% ../../nbs/42a_losses.tree.ipynb #b6781754
 class _TreeFilter(torch.autograd.Function):
     "Weighted means over a tree; gradients for the values and for the edges."
+
     @staticmethod
-    def forward(ctx, x, similarity, tree): # [b, c, v], [b, v - 1]
+    def forward(ctx, x, similarity, tree):  # [b, c, v], [b, v - 1]
         b, c, v = x.shape
-        rows = torch.cat([x.transpose(1, 2).reshape(b*v, c), x.new_ones(b*v, 1)], 1)[tree._order]
-        w = x.new_zeros(b*v).index_copy_(0, tree._place[tree._child], similarity.to(x.dtype).flatten())[:, None]
+        rows = torch.cat([x.transpose(1, 2).reshape(b * v, c), x.new_ones(b * v, 1)], 1)[
+            tree._order
+        ]
+        w = x.new_zeros(b * v).index_copy_(
+            0, tree._place[tree._child], similarity.to(x.dtype).flatten()
+        )[:, None]
         up, full = _passes(rows, tree._rounds, w)
-        out = full[:, :c]/full[:, c:]
+        out = full[:, :c] / full[:, c:]
         edges = ctx.needs_input_grad[1]
-        ctx.tree, ctx.shape, ctx.dtype = tree, x.shape, similarity.dtype
+        ctx.tree = tree
+        ctx.shape = x.shape
+        ctx.dtype = similarity.dtype
         ctx.save_for_backward(w, full[:, c:].clone(), *((out, up, full) if edges else ()))
         return out[tree._place].view(b, v, c).transpose(1, 2).contiguous()
 
@@ -213,80 +278,109 @@ class _TreeFilter(torch.autograd.Function):
     def backward(ctx, grad):
         (b, c, v), tree = ctx.shape, ctx.tree
         w, total, *kept = ctx.saved_tensors
-        g = grad.transpose(1, 2).reshape(b*v, c)[tree._order]/total
-        if kept: g = torch.cat([g, -(g*kept[0]).sum(1, keepdim=True)], 1)
+        g = grad.transpose(1, 2).reshape(b * v, c)[tree._order] / total
+        if kept:
+            g = torch.cat([g, -(g * kept[0]).sum(1, keepdim=True)], 1)
         up, full = _passes(g, tree._rounds, w)
         grad_x = full[:, :c][tree._place].view(b, v, c).transpose(1, 2)
-        if not kept: return grad_x, None, None
-        i, p = tree._place[tree._child], tree._place[tree._above[tree._child]]
+        if not kept:
+            return grad_x, None, None
+        i = tree._place[tree._child]
+        p = tree._place[tree._above[tree._child]]
         _, x_up, x_full = kept
-        x_up, up, w = x_up[i], up[i], w[i]
-        edge = up*(x_full[p] - w*x_up) + x_up*(full[p] - w*up)
+        x_up = x_up[i]
+        up = up[i]
+        w = w[i]
+        edge = up * (x_full[p] - w * x_up) + x_up * (full[p] - w * up)
         return grad_x, edge.sum(1).view(b, v - 1).to(ctx.dtype), None
 
 # %% ../../nbs/42a_losses.tree.ipynb #ddfd0390
 def tree_filter(
-    x:torch.Tensor, # [b, c, h, w] or [b, c, v]
-    tree:Tree, # of the same batch
-    similarity:torch.Tensor, # [b, v - 1] in 0..1, one per edge, in the order of `tree.edges`
-)->torch.Tensor: # like x, at least float32
+    x: torch.Tensor,  # [b, c, h, w] or [b, c, v]
+    tree: Tree,  # of the same batch
+    similarity: torch.Tensor,  # [b, v - 1] in 0..1, one per edge, in the order of `tree.edges`
+) -> torch.Tensor:  # like x, at least float32
     "Every pixel becomes the mean of all pixels, weighted by the product of the edges on the path."
     flat = x.flatten(2)
     want = (len(tree.edges), tree.vertices)
-    if (flat.shape[0], flat.shape[2]) != want: raise ValueError(f"expected {want[0]} pictures of {want[1]} pixels, got {tuple(x.shape)}")
+    if (flat.shape[0], flat.shape[2]) != want:
+        raise ValueError(f"expected {want[0]} pictures of {want[1]} pixels, got {tuple(x.shape)}")
     if tuple(similarity.shape) != (want[0], want[1] - 1):
-        raise ValueError(f"expected one similarity per edge, {(want[0], want[1] - 1)}, got {tuple(similarity.shape)}")
+        raise ValueError(
+            f"expected one similarity per edge, {(want[0], want[1] - 1)}, got {tuple(similarity.shape)}"
+        )
     flat = flat if flat.dtype == torch.float64 else flat.float()
     return _TreeFilter.apply(flat, similarity, tree).view(x.shape)
 
+# %% ../../nbs/42a_losses.tree.ipynb #8639bcec
 def edge_similarity(
-    feature:torch.Tensor, # [b, d, h, w]
-    tree:Tree, # of the same batch
-    sigma:float=1.0, # squared distances are divided by it
-)->torch.Tensor: # [b, v - 1]
+    feature: torch.Tensor,  # [b, d, h, w]
+    tree: Tree,  # of the same batch
+    sigma: float = 1.0,  # squared distances are divided by it
+) -> torch.Tensor:  # [b, v - 1]
     "exp(-d²/sigma) for every edge of the tree, with a gradient into the feature."
     b, d = feature.shape[:2]
     rows = feature.flatten(2).transpose(1, 2).reshape(-1, d)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    a, z = ((tree.edges + torch.arange(b, device=rows.device).view(b, 1, 1)*tree.vertices).view(-1, 2)[:, k] for k in (0, 1))
-    return torch.exp((rows[a] - rows[z]).square().sum(1)/-sigma).view(tree.edges.shape[:2])
+    a, z = (
+        (tree.edges + torch.arange(b, device=rows.device).view(b, 1, 1) * tree.vertices).view(
+            -1, 2
+        )[:, k]
+        for k in (0, 1)
+    )
+    return torch.exp((rows[a] - rows[z]).square().sum(1) / -sigma).view(tree.edges.shape[:2])
 
 # %% ../../nbs/42a_losses.tree.ipynb #a61c1d7e
 def tree_energy_loss(
-    logits:torch.Tensor, # [b, k, h, w], at their own size
-    image:torch.Tensor, # [b, 3, H, W] in 0..1, before normalisation
-    unlabelled:torch.Tensor, # bool [b, H, W]: no label, and no padding
-    feature:torch.Tensor|None=None, # [b, d, h, w] embedding; None: the picture's tree only
-    weight:float=0.4, # of the loss
-    sigma:float=0.02, # of the picture's edges; the paper takes 0.002 for Cityscapes and ADE20K
-)->torch.Tensor: # scalar
+    logits: torch.Tensor,  # [b, k, h, w], at their own size
+    image: torch.Tensor,  # [b, 3, H, W] in 0..1, before normalisation
+    unlabelled: torch.Tensor,  # bool [b, H, W]: no label, and no padding
+    feature: torch.Tensor | None = None,  # [b, d, h, w] embedding; None: the picture's tree only
+    weight: float = 0.4,  # of the loss
+    sigma: float = 0.02,  # of the picture's edges; the paper takes 0.002 for Cityscapes and ADE20K
+) -> torch.Tensor:  # scalar
     "The tree energy loss."
     b, _, h, w = logits.shape
-    if len(image) != b or image.ndim != 4: raise ValueError(f"expected pictures [{b}, d, H, W] for {b} logits, got {tuple(image.shape)}")
+    if len(image) != b or image.ndim != 4:
+        raise ValueError(
+            f"expected pictures [{b}, d, H, W] for {b} logits, got {tuple(image.shape)}"
+        )
     if tuple(unlabelled.shape) != (b, *image.shape[2:]):
-        raise ValueError(f"unlabelled must be {(b, *image.shape[2:])} like the pictures, got {tuple(unlabelled.shape)}")
+        raise ValueError(
+            f"unlabelled must be {(b, *image.shape[2:])} like the pictures, got {tuple(unlabelled.shape)}"
+        )
     if feature is not None and (len(feature), *feature.shape[2:]) != (b, h, w):
-        raise ValueError(f"the embedding must be [{b}, d, {h}, {w}] like the logits, got {tuple(feature.shape)}")
+        raise ValueError(
+            f"the embedding must be [{b}, d, {h}, {w}] like the logits, got {tuple(feature.shape)}"
+        )
     prob, small, mask = tree_inputs(logits, image, unlabelled)
     soft = filtered(prob, small, sigma)
-    if feature is not None: soft = filtered(soft, feature)
-    return weight*(mask*(prob - soft).abs()).sum()/mask.sum().clamp(min=1)
+    if feature is not None:
+        soft = filtered(soft, feature)
+    return weight * (mask * (prob - soft).abs()).sum() / mask.sum().clamp(min=1)
 
+# %% ../../nbs/42a_losses.tree.ipynb #17e52e8a
 def tree_inputs(
-    logits:torch.Tensor, # [b, k, h, w]
-    image:torch.Tensor, # [b, 3, H, W]
-    unlabelled:torch.Tensor, # bool [b, H, W]
-)->tuple: # probabilities [b, k, h, w], picture [b, 3, h, w], mask [b, 1, h, w] of 0 and 1
+    logits: torch.Tensor,  # [b, k, h, w]
+    image: torch.Tensor,  # [b, 3, H, W]
+    unlabelled: torch.Tensor,  # bool [b, H, W]
+) -> tuple:  # probabilities [b, k, h, w], picture [b, 3, h, w], mask [b, 1, h, w] of 0 and 1
     "Everything at the size of the logits."
-    size, real = logits.shape[-2:], logits if logits.dtype == torch.float64 else logits.float()
+    size = logits.shape[-2:]
+    real = logits if logits.dtype == torch.float64 else logits.float()
     small = F.interpolate(image.detach().to(real.dtype), size, mode="bilinear", align_corners=False)
-    return real.softmax(1), small, F.interpolate(unlabelled[:, None].to(real.dtype), size, mode="nearest")
+    return (
+        real.softmax(1),
+        small,
+        F.interpolate(unlabelled[:, None].to(real.dtype), size, mode="nearest"),
+    )
 
+# %% ../../nbs/42a_losses.tree.ipynb #0180b923
 def filtered(
-    x:torch.Tensor, # [b, k, h, w]
-    feature:torch.Tensor, # [b, d, h, w]
-    sigma:float=1.0, # of the edges
-)->torch.Tensor: # like x
+    x: torch.Tensor,  # [b, k, h, w]
+    feature: torch.Tensor,  # [b, d, h, w]
+    sigma: float = 1.0,  # of the edges
+) -> torch.Tensor:  # like x
     "`x` filtered over the minimum spanning tree of a feature."
     tree = Tree(minimum_spanning_tree(feature))
     return tree_filter(x, tree, edge_similarity(feature, tree, sigma))

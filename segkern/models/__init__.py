@@ -40,98 +40,173 @@ from ..weights import load_official, read_safetensors, write_safetensors
 _MODELS = {
     **{f"s2fpn_{v}": (S2FPN, dict(variant=v)) for v in VARIANTS},
     **{f"s2fpn_v1_{v}": (S2FPN, dict(variant=v, version=1)) for v in VARIANTS},
-    "spfnet_r18": (SPFNet, dict(encoder="resnet18")), "spfnet_r34": (SPFNet, dict(encoder="resnet34")),
+    "spfnet_r18": (SPFNet, dict(encoder="resnet18")),
+    "spfnet_r34": (SPFNet, dict(encoder="resnet34")),
     "dsanet": (DSANet, {}),
-    **{f"sanet_{v}": (SANet, dict(variant=v)) for v in "sml"}, "pidnet_s": (PIDNet, {}),
+    **{f"sanet_{v}": (SANet, dict(variant=v)) for v in "sml"},
+    "pidnet_s": (PIDNet, {}),
     **{f"segformer_b{i}": (SegFormer, dict(encoder=f"mit_b{i}", head="nvlabs")) for i in range(6)},
-    **{f"segformer_b{i}_mmseg": (SegFormer, dict(encoder=f"mit_b{i}", head="mmseg")) for i in range(6)},
+    **{
+        f"segformer_b{i}_mmseg": (SegFormer, dict(encoder=f"mit_b{i}", head="mmseg"))
+        for i in range(6)
+    },
     **{f"sasformer_icip_b{i}": (SASFormerICIP, dict(encoder=f"mit_b{i}")) for i in (0, 2)},
     **{f"sasformer_sparse_b{i}": (SASFormerSparse, dict(encoder=f"mit_b{i}")) for i in range(6)},
-    **{f"upernet_swin_{v}": (UPerNet, dict(encoder=f"swin_{v}")) for v in "tbl"}, "ocrnet_hr48": (OCRNet, dict(encoder="hrnet_w48")),
-    **{name: (SegNeXt, dict(encoder=e)) for name, (e, *_) in SEGNEXTS.items()}, **{name: (SeaFormerSegmentor, dict(encoder=name)) for name in WIDTHS}, **{name: (CGRSeg, {}) for name in CGRSEGS},
-    **{name: (AFFormerSegmentor, dict(encoder=name)) for name in AFFORMERS}, **{name: (UPerNet, dict(encoder=name)) for name in VITS},
-} # published name -> class and arguments
+    **{f"upernet_swin_{v}": (UPerNet, dict(encoder=f"swin_{v}")) for v in "tbl"},
+    "ocrnet_hr48": (OCRNet, dict(encoder="hrnet_w48")),
+    **{name: (SegNeXt, dict(encoder=e)) for name, (e, *_) in SEGNEXTS.items()},
+    **{name: (SeaFormerSegmentor, dict(encoder=name)) for name in WIDTHS},
+    **{name: (CGRSeg, {}) for name in CGRSEGS},
+    **{name: (AFFormerSegmentor, dict(encoder=name)) for name in AFFORMERS},
+    **{name: (UPerNet, dict(encoder=name)) for name in VITS},
+}  # published name -> class and arguments
 
 # %% ../../nbs/39_models.ipynb #84803741
-SSA_HOSTS = ("segformer_b*_mmseg", "upernet_*", "ocrnet_*", "segnext_*", "seaformer_*", "afformer_*", "cgrseg_*", "vit_adapter_*") # hosts with which SSAClassifier was published
+# hosts with which SSAClassifier was published
+SSA_HOSTS = (
+    "segformer_b*_mmseg",
+    "upernet_*",
+    "ocrnet_*",
+    "segnext_*",
+    "seaformer_*",
+    "afformer_*",
+    "cgrseg_*",
+    "vit_adapter_*",
+)
 
+# %% ../../nbs/39_models.ipynb #1b14a17b
 def list_models(
-    pattern:str="*", # shell pattern, e.g. "s2fpn*"
-    all:bool=False, # every other host with SSAClassifier too
-)->list: # published names
+    pattern: str = "*",  # shell pattern, e.g. "s2fpn*"
+    all: bool = False,  # every other host with SSAClassifier too
+) -> list:  # published names
     "The models that exist."
-    names = [n for host in _MODELS for n in (host, f"{host}_ssa") if n == host or all or any(fnmatch.fnmatch(host, p) for p in SSA_HOSTS)]
+    names = [
+        n
+        for host in _MODELS
+        for n in (host, f"{host}_ssa")
+        if n == host or all or any(fnmatch.fnmatch(host, p) for p in SSA_HOSTS)
+    ]
     return [n for n in names if fnmatch.fnmatch(n, pattern)]
 
+# %% ../../nbs/39_models.ipynb #c77aca71
 def _host(name):
     "The host of a name with _ssa, or None. SegFormer's is OpenMMLab's form, with or without the word."
-    if not name.endswith("_ssa"): return None
+    if not name.endswith("_ssa"):
+        return None
     host = name.removesuffix("_ssa")
-    if fnmatch.fnmatch(host, "segformer_b[0-5]"): host += "_mmseg"
+    if fnmatch.fnmatch(host, "segformer_b[0-5]"):
+        host += "_mmseg"
     return host if host in _MODELS else None
 
 # %% ../../nbs/39_models.ipynb #7da20135
 def create_model(
-    name:str, # published name, e.g. "s2fpn_r18"
-    num_classes:int=19, # k
-    dataset:str|None=None, # for class names, weights and the input rule; None: 19 classes mean Cityscapes, 11 CamVid
-    seed:int|None=0, # of the random initialisation; `None` uses the global generator
-    pretrained:bool=False, # download the encoder's published ImageNet weights
-    **kwargs, # options of the network, e.g. `act="relu"`
-)->SegModel: # in training mode, as every new module
+    name: str,  # published name, e.g. "s2fpn_r18"
+    num_classes: int = 19,  # k
+    # for class names, weights and the input rule; None: 19 classes mean Cityscapes, 11 CamVid
+    dataset: str | None = None,
+    seed: int | None = 0,  # of the random initialisation; `None` uses the global generator
+    pretrained: bool = False,  # download the encoder's published ImageNet weights
+    **kwargs,  # options of the network, e.g. `act="relu"`
+) -> SegModel:  # in training mode, as every new module
     "A network by name, with seeded weights. Nothing is downloaded unless `pretrained` is set."
     if host := _host(name):
         own = {k: kwargs.pop(k) for k in ("main_mean", "align_corners_train") if k in kwargs}
-        with seeded(seed): return SSA(create_model(host, num_classes, dataset, None, pretrained, **kwargs), f"{host}_ssa", **own)
+        with seeded(seed):
+            return SSA(
+                create_model(host, num_classes, dataset, None, pretrained, **kwargs),
+                f"{host}_ssa",
+                **own,
+            )
     if name not in _MODELS:
         import difflib
+
         near = difflib.get_close_matches(name, list_models(all=True), 3)
-        raise ValueError(f"unknown model '{name}'" + (f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(_MODELS)}"))
+        raise ValueError(
+            f"unknown model '{name}'"
+            + (f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(_MODELS)}")
+        )
     cls, args = _MODELS[name]
-    if fixed := sorted(set(args) & set(kwargs)): raise ValueError(f"model '{name}' fixes {fixed}; choose another name of {list_models(name.split('_')[0] + '*')}")
+    if fixed := sorted(set(args) & set(kwargs)):
+        raise ValueError(
+            f"model '{name}' fixes {fixed}; choose another name of {list_models(name.split('_')[0] + '*')}"
+        )
     try:
-        with seeded(seed): return cls(name, num_classes, dataset=dataset, pretrained=pretrained, **{**args, **kwargs})
-    except TypeError as e: raise ValueError(f"model '{name}' does not take these options: {e}") from None
+        with seeded(seed):
+            return cls(
+                name, num_classes, dataset=dataset, pretrained=pretrained, **{**args, **kwargs}
+            )
+    except TypeError as e:
+        raise ValueError(f"model '{name}' does not take these options: {e}") from None
 
 # %% ../../nbs/39_models.ipynb #27b98c49
 def describe(
-    model:SegModel, # any model
-    **metadata, # more, e.g. `source="…"`
-)->dict: # JSON
+    model: SegModel,  # any model
+    **metadata,  # more, e.g. `source="…"`
+) -> dict:  # JSON
     "What a file of ours says about its model."
     from segkern import __version__
-    return dict(format="segkern", version=__version__, model=model.name, num_classes=model.num_classes, options=model.options, deployed=model.deployed,
-                dataset=model.dataset, classes=model.classes, palette=model.palette, preprocess=model.preprocess.to_dict(),
-                **({"rule": model.rule} if getattr(model, "rule", None) else {}), **metadata)
+
+    return dict(
+        format="segkern",
+        version=__version__,
+        model=model.name,
+        num_classes=model.num_classes,
+        options=model.options,
+        deployed=model.deployed,
+        dataset=model.dataset,
+        classes=model.classes,
+        palette=model.palette,
+        preprocess=model.preprocess.to_dict(),
+        **({"rule": model.rule} if getattr(model, "rule", None) else {}),
+        **metadata,
+    )
 
 # %% ../../nbs/39_models.ipynb #85f0ec65
 def save(
-    model:SegModel, # any model
-    path:str|Path, # destination, .safetensors
-    **metadata, # more to remember, e.g. `source="official checkpoint"`
-)->Path: # the destination
+    model: SegModel,  # any model
+    path: str | Path,  # destination, .safetensors
+    **metadata,  # more to remember, e.g. `source="official checkpoint"`
+) -> Path:  # the destination
     "Write weights and description, atomically."
     return write_safetensors(model.state_dict(), path, describe(model, **metadata))
 
 # %% ../../nbs/39_models.ipynb #96335355
 def load(
-    path:str|Path, # a file that `save` wrote
-)->SegModel: # in evaluation mode
+    path: str | Path,  # a file that `save` wrote
+) -> SegModel:  # in evaluation mode
     "Rebuild a model from its file alone."
     if Path(path).is_file() and Path(path).suffix != ".safetensors":
-        raise ValueError(f"{path} is no safetensors file of segkern; official checkpoints go through `segkern convert` or load_official")
+        raise ValueError(
+            f"{path} is no safetensors file of segkern; official checkpoints go through "
+            f"`segkern convert` or load_official"
+        )
     state, meta = read_safetensors(path)
-    if meta.get("task") == "classification": raise ValueError(f"{path} holds {meta['network']} pretrained on pictures: use segkern.transfer, or train --init")
+    if meta.get("task") == "classification":
+        raise ValueError(
+            f"{path} holds {meta['network']} pretrained on pictures: use segkern.transfer, or train --init"
+        )
     if meta.get("format") != "segkern" or "model" not in meta:
-        raise ValueError(f"{path} does not say which model it holds: it is no file of segkern. Official checkpoints go through `segkern convert` or load_official")
-    with torch.device("meta"): model = create_model(meta["model"], meta["num_classes"], seed=None, **meta.get("options", {}))
-    if meta.get("deployed"): model.deploy()
-    model.classes, model.palette, model.dataset = meta.get("classes"), meta.get("palette"), meta.get("dataset")
-    model.preprocess, model.rule = Preprocess.from_dict(meta["preprocess"]), meta.get("rule")
+        raise ValueError(
+            f"{path} does not say which model it holds: it is no file of segkern. Official "
+            f"checkpoints go through `segkern convert` or load_official"
+        )
+    with torch.device("meta"):
+        model = create_model(
+            meta["model"], meta["num_classes"], seed=None, **meta.get("options", {})
+        )
+    if meta.get("deployed"):
+        model.deploy()
+    model.classes = meta.get("classes")
+    model.palette = meta.get("palette")
+    model.dataset = meta.get("dataset")
+    model.preprocess = Preprocess.from_dict(meta["preprocess"])
+    model.rule = meta.get("rule")
     weights = _weights_of(model)
     model.class_weights = None
-    try: model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as e: raise ValueError(f"{path} does not fit {meta['model']}: {e}") from None
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"{path} does not fit {meta['model']}: {e}") from None
     model.class_weights = weights
     return model.eval()
 
@@ -139,32 +214,70 @@ def load(
 def _weights_of(model):
     "The class weights of a model's dataset, or None."
     from segkern.models.base import dataset_table, known_dataset
-    table = dataset_table(model.num_classes, model.dataset) if model.dataset and known_dataset(model.dataset) else {}
+
+    table = (
+        dataset_table(model.num_classes, model.dataset)
+        if model.dataset and known_dataset(model.dataset)
+        else {}
+    )
     return torch.tensor(table[model.weights_key]) if table.get(model.weights_key) else None
 
 # %% ../../nbs/39_models.ipynb #f28136f5
 @functools.lru_cache(maxsize=None)
 def cost(
-    name:str, # published name
-    num_classes:int=19, # k
-    size:tuple=(512, 1024), # (height, width)
-)->dict: # params, deployed (without what only training needs), paper_gmacs, gmacs
+    name: str,  # published name
+    num_classes: int = 19,  # k
+    size: tuple = (512, 1024),  # (height, width)
+) -> dict:  # params, deployed (without what only training needs), paper_gmacs, gmacs
     "Parameters and multiply-accumulates of a network."
-    with torch.device("meta"): model = create_model(name, num_classes, seed=None).eval()
+    with torch.device("meta"):
+        model = create_model(name, num_classes, seed=None).eval()
     params = num_params(model)
     paper = macs(set_literal(model).outputs, size)
     ours = macs(set_literal(model, False).deploy(), size)
-    return dict(params=params, deployed=num_params(model), paper_gmacs=paper/1e9, gmacs=ours/1e9)
+    return dict(
+        params=params, deployed=num_params(model), paper_gmacs=paper / 1e9, gmacs=ours / 1e9
+    )
 
+# %% ../../nbs/39_models.ipynb #601eac20
 def claimed(
-    name:str, # published name
-)->dict: # params_millions, gmacs, source; empty where nobody says
+    name: str,  # published name
+) -> dict:  # params_millions, gmacs, source; empty where nobody says
     "What is said of a network's size: 150 classes, 512×512."
     table = load_table("claims")
     found = table["ssa_classifier"].get(name) or table["light"].get(name) or {}
-    out = {k: found[k] for k in ("params_millions", "gmacs") if k in found} | ({"gmacs": found["gmacs_readme"]} if "gmacs_readme" in found else {})
+    out = {k: found[k] for k in ("params_millions", "gmacs") if k in found} | (
+        {"gmacs": found["gmacs_readme"]} if "gmacs_readme" in found else {}
+    )
     return out and {**out, "source": found.get("source", table["light"]["source"])}
 
 # %% ../../nbs/39_models.ipynb #087d5845
-_all_ = ["list_models", "create_model", "save", "load", "load_official", "describe", "cost", "claimed", "macs", "set_literal", "SegModel", "S2FPN", "SPFNet", "DSANet", "SANet", "PIDNet",
-         "SegFormer", "SASFormerICIP", "SASFormerSparse", "UPerNet", "OCRNet", "SSA", "SSAClassifier", "SegNeXt", "SeaFormerSegmentor", "AFFormerSegmentor", "CGRSeg"]
+_all_ = [
+    "list_models",
+    "create_model",
+    "save",
+    "load",
+    "load_official",
+    "describe",
+    "cost",
+    "claimed",
+    "macs",
+    "set_literal",
+    "SegModel",
+    "S2FPN",
+    "SPFNet",
+    "DSANet",
+    "SANet",
+    "PIDNet",
+    "SegFormer",
+    "SASFormerICIP",
+    "SASFormerSparse",
+    "UPerNet",
+    "OCRNet",
+    "SSA",
+    "SSAClassifier",
+    "SegNeXt",
+    "SeaFormerSegmentor",
+    "AFFormerSegmentor",
+    "CGRSeg",
+]

@@ -9,7 +9,12 @@ __all__ = ['SqueezeHead', 'AFFormerSegmentor', 'head_rules', 'describe_state']
 import torch.nn.functional as F
 from torch import nn
 
-from ..backbones.afformer import AFFormer, adapt, describe_state as describe_encoder, key_rules
+from segkern.backbones.afformer import (
+    AFFormer,
+    adapt,
+    describe_state as describe_encoder,
+    key_rules,
+)
 from ..core import IMAGENET
 from .base import Segmentor, describe_file, find_tensor
 from .segnext import GroupUnit
@@ -19,59 +24,89 @@ from ..weights import Rule
 # %% ../../nbs/36b_models.afformer.ipynb #320d110c
 class SqueezeHead(nn.Module):
     "1×1 convolution, group norm and ReLU on the last map."
-    def __init__(self,
-        channels:list, # of the encoder's maps
-        c:int=256, # output channels
+
+    def __init__(
+        self,
+        channels: list,  # of the encoder's maps
+        c: int = 256,  # output channels
     ):
         super().__init__()
-        if c % 32: raise ValueError(f"the decoder's width must be a multiple of 32 for its group norm, got {c}")
+        if c % 32:
+            raise ValueError(
+                f"the decoder's width must be a multiple of 32 for its group norm, got {c}"
+            )
         self.squeeze = GroupUnit(channels[-1], c)
         self.apply(init_conv)
 
-    def forward(self, maps): return F.relu(self.squeeze(maps[-1])) # four maps -> [b, c, h/8, w/8]
+    def forward(self, maps):
+        return F.relu(self.squeeze(maps[-1]))  # four maps -> [b, c, h/8, w/8]
 
+# %% ../../nbs/36b_models.afformer.ipynb #a428ab05
 class AFFormerSegmentor(Segmentor):
     "AFFormer with its classifier."
+
     stride = 8
 
-    def __init__(self,
-        name:str="afformer_b", # published name
-        num_classes:int=150, # k
-        encoder:str="afformer_b", # a name of `AFFORMERS`
-        dataset:str|None=None, # for class names; None: by the number of classes
-        pretrained:bool=False, # refused: the ImageNet weights are offered as files only
-        width:int=256, # channels of the decoder
-        dropout:float=0.1, # of whole channels before the classifier
-        mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
-        preprocess=IMAGENET, # from uint8 RGB to input
+    def __init__(
+        self,
+        name: str = "afformer_b",  # published name
+        num_classes: int = 150,  # k
+        encoder: str = "afformer_b",  # a name of `AFFORMERS`
+        dataset: str | None = None,  # for class names; None: by the number of classes
+        pretrained: bool = False,  # refused: the ImageNet weights are offered as files only
+        width: int = 256,  # channels of the decoder
+        dropout: float = 0.1,  # of whole channels before the classifier
+        mean_over: str = "all",  # which pixels divide the loss, see `pixel_cross_entropy`
+        preprocess=IMAGENET,  # from uint8 RGB to input
     ):
-        super().__init__(name, num_classes, dataset, dropout, mean_over=mean_over, preprocess=preprocess)
-        self.encoder_name, self.width = encoder, width
+        super().__init__(
+            name, num_classes, dataset, dropout, mean_over=mean_over, preprocess=preprocess
+        )
+        self.encoder_name = encoder
+        self.width = width
         self.encoder = AFFormer(encoder, pretrained=pretrained)
-        self.head, self.classifier = SqueezeHead(self.encoder.channels, width), classifier_of(width, num_classes)
+        self.head = SqueezeHead(self.encoder.channels, width)
+        self.classifier = classifier_of(width, num_classes)
 
     @property
-    def options(self): return {**super().options, "width": self.width} # what a file must remember besides the name
+    # what a file must remember besides the name
+    def options(self):
+        return {**super().options, "width": self.width}
 
-    def adapt(self, state, undo): return adapt(state)
+    def adapt(self, state, undo):
+        return adapt(state)
 
     def key_rules(self, state):
         "Key table of the authors' checkpoints, and of ImageNet files for the encoder."
         return key_rules(ours="encoder.") + head_rules()
 
-    def hint(self, state): return describe_state(state, self)
+    def hint(self, state):
+        return describe_state(state, self)
 
 # %% ../../nbs/36b_models.afformer.ipynb #03389216
 def head_rules():
     "Key table of the decoder."
-    return [Rule(r"decode_head\.squeeze\.conv\.", "head.squeeze.conv."), Rule(r"decode_head\.squeeze\.gn\.", "head.squeeze.norm."), Rule(r"decode_head\.conv_seg\.", "classifier."),
-            Rule(r"decode_head\.align\.", unused="unused: a convolution that the decoder does not call")]
+    return [
+        Rule(r"decode_head\.squeeze\.conv\.", "head.squeeze.conv."),
+        Rule(r"decode_head\.squeeze\.gn\.", "head.squeeze.norm."),
+        Rule(r"decode_head\.conv_seg\.", "classifier."),
+        Rule(
+            r"decode_head\.align\.", unused="unused: a convolution that the decoder does not call"
+        ),
+    ]
 
+# %% ../../nbs/36b_models.afformer.ipynb #94bdea81
 def describe_state(
-    state:dict, # official state dict
-    model, # that it did not fit
-)->str: # what it seems to be
+    state: dict,  # official state dict
+    model,  # that it did not fit
+) -> str:  # what it seems to be
     "What network an official checkpoint holds, read off its keys."
     encoder = describe_encoder(state)
-    if encoder.startswith("no "): return f"the checkpoint holds {encoder}"
-    return describe_file(model, encoder, "its classifier" if any("decode_head.squeeze." in k for k in state) else "", find_tensor(state, "decode_head.conv_seg.weight"))
+    if encoder.startswith("no "):
+        return f"the checkpoint holds {encoder}"
+    return describe_file(
+        model,
+        encoder,
+        "its classifier" if any("decode_head.squeeze." in k for k in state) else "",
+        find_tensor(state, "decode_head.conv_seg.weight"),
+    )

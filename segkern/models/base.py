@@ -16,185 +16,280 @@ from ..losses import cross_entropy, sum_heads
 from ..ops import upsample_argmax, upsample_cross_entropy
 
 # %% ../../nbs/29_models.base.ipynb #8d38ac30
-_BY_CLASSES = {19: "cityscapes", 11: "camvid", 21: "voc2012", 59: "pascal_context", 60: "pascal_context", 150: "ade20k", 171: "coco_stuff10k"}
+_BY_CLASSES = {
+    19: "cityscapes",
+    11: "camvid",
+    21: "voc2012",
+    59: "pascal_context",
+    60: "pascal_context",
+    150: "ade20k",
+    171: "coco_stuff10k",
+}
 
-def known_dataset(name): # True where a table of classes ships under that name
+# %% ../../nbs/29_models.base.ipynb #e2354988
+def known_dataset(name):  # True where a table of classes ships under that name
     "Whether the library knows a dataset's classes."
-    try: return "palette" in load_table(name)
-    except FileNotFoundError: return False
+    try:
+        return "palette" in load_table(name)
+    except FileNotFoundError:
+        return False
 
+# %% ../../nbs/29_models.base.ipynb #d43fba23
 def dataset_table(
-    num_classes:int, # of the model
-    dataset:str|None=None, # "cityscapes" | "camvid" | "streets" | … ; None: guess from the number of classes
-)->dict: # its table; empty where nothing is known
+    num_classes: int,  # of the model
+    # "cityscapes" | "camvid" | "streets" | … ; None: guess from the number of classes
+    dataset: str | None = None,
+) -> dict:  # its table; empty where nothing is known
     "The dataset that a model is made for."
     name = dataset or _BY_CLASSES.get(num_classes)
-    if name is None: return {}
-    if name == "folder": return {} # a dataset of the user's own
-    if not known_dataset(name): raise ValueError(f"there is no table of a dataset '{name}'; for your own data leave it out, or say 'folder'")
+    if name is None:
+        return {}
+    if name == "folder":
+        return {}  # a dataset of the user's own
+    if not known_dataset(name):
+        raise ValueError(
+            f"there is no table of a dataset '{name}'; for your own data leave it out, or say 'folder'"
+        )
     table = {"name": name, **load_table(name)}
-    if name == "pascal_context" and num_classes == 60: table |= dict(classes=["background", *table["classes"]], palette=[[0, 0, 0], *table["palette"]])
-    if name == "gtav" and num_classes == 19: table |= {k: load_table("cityscapes")[k] for k in ("classes", "palette")}
-    if len(table["classes"]) != num_classes and dataset: raise ValueError(f"dataset '{dataset}' has {len(table['classes'])} classes, the model {num_classes}")
+    if name == "pascal_context" and num_classes == 60:
+        table |= dict(
+            classes=["background", *table["classes"]], palette=[[0, 0, 0], *table["palette"]]
+        )
+    if name == "gtav" and num_classes == 19:
+        table |= {k: load_table("cityscapes")[k] for k in ("classes", "palette")}
+    if len(table["classes"]) != num_classes and dataset:
+        raise ValueError(
+            f"dataset '{dataset}' has {len(table['classes'])} classes, the model {num_classes}"
+        )
     return table
 
 # %% ../../nbs/29_models.base.ipynb #6e216c62
 def check_input(
-    model, # its `name` and `multiple`
-    x:torch.Tensor, # [b, 3, h, w] normalised
-)->torch.Tensor: # x
+    model,  # its `name` and `multiple`
+    x: torch.Tensor,  # [b, 3, h, w] normalised
+) -> torch.Tensor:  # x
     "Raise where the network cannot take `x`."
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        raise ValueError(f"{model.name} wants normalised float [b, 3, h, w] (see .preprocess), got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"{model.name} wants normalised float [b, 3, h, w] (see .preprocess), got {x.dtype} {tuple(x.shape)}"
+        )
     h, w = x.shape[2:]
     if h < 1 or w < 1 or h % model.multiple or w % model.multiple:
-        raise ValueError(f"{model.name} takes sides that are multiples of {model.multiple}, got {h}x{w}: pad or resize the picture")
+        raise ValueError(
+            f"{model.name} takes sides that are multiples of {model.multiple}, got {h}x{w}: pad or resize the picture"
+        )
     return x
 
 # %% ../../nbs/29_models.base.ipynb #fbfe5f7a
 class SegModel(nn.Module):
-    "Base of all networks. A subclass sets `classifier`, overrides `feature`, and `outputs` where it has auxiliary heads."
-    stride = 4           # of the logits
-    multiple = 1         # sides must be multiples of this
-    align_corners, deployed = False, False # convention of the resize; auxiliary heads gone
-    weights_key = "class_weights" # of the dataset's table: the class weights that this network's loss was tuned with
+    """Base of all networks. A subclass sets `classifier`, overrides `feature`, and `outputs` where
+    it has auxiliary heads."""
 
-    def __init__(self,
-        name:str, # published name
-        num_classes:int, # k
-        preprocess:Preprocess=IMAGENET, # from uint8 RGB to input
-        table:dict|None=None, # `dataset_table(…)`: class names, palette, class weights
+    stride = 4  # of the logits
+    multiple = 1  # sides must be multiples of this
+    align_corners = False  # convention of the resize
+    deployed = False  # auxiliary heads gone
+    # of the dataset's table: the class weights that this network's loss was tuned with
+    weights_key = "class_weights"
+
+    def __init__(
+        self,
+        name: str,  # published name
+        num_classes: int,  # k
+        preprocess: Preprocess = IMAGENET,  # from uint8 RGB to input
+        table: dict | None = None,  # `dataset_table(…)`: class names, palette, class weights
     ):
         super().__init__()
-        if num_classes < 1: raise ValueError(f"num_classes must be positive, got {num_classes}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be positive, got {num_classes}")
         table = table or {}
-        self.name, self.num_classes, self.preprocess = name, num_classes, preprocess
-        self.dataset, self.classes, self.palette = table.get("name"), table.get("classes"), table.get("palette")
+        self.name = name
+        self.num_classes = num_classes
+        self.preprocess = preprocess
+        self.dataset = table.get("name")
+        self.classes = table.get("classes")
+        self.palette = table.get("palette")
         weights = table.get(self.weights_key)
-        self.register_buffer("class_weights", torch.tensor(weights) if weights else None, persistent=False)
+        self.register_buffer(
+            "class_weights", torch.tensor(weights) if weights else None, persistent=False
+        )
 
-    def feature(self,
-        x:torch.Tensor, # [b, 3, h, w]
-    )->torch.Tensor: # [b, c, h/stride, w/stride]
+    def feature(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w]
+    ) -> torch.Tensor:  # [b, c, h/stride, w/stride]
         "The map that the classifier sees."
         raise TypeError(f"{type(self).__name__} has no feature()")
 
-    def classify(self, feat:torch.Tensor)->torch.Tensor: return self.classifier(feat) # [b, c, h, w] -> [b, k, h, w]; a dropout goes in here
+    # [b, c, h, w] -> [b, k, h, w]; a dropout goes in here
+    def classify(self, feat: torch.Tensor) -> torch.Tensor:
+        return self.classifier(feat)
 
-    def outputs(self, x:torch.Tensor)->dict: # "logits" and the auxiliary outputs by name, native sizes
+    # "logits" and the auxiliary outputs by name, native sizes
+    def outputs(self, x: torch.Tensor) -> dict:
         return {"logits": self.classify(self.feature(self.check(x)))}
 
-    def objective(self, out:dict, target:torch.Tensor)->dict: # losses by name
+    def objective(self, out: dict, target: torch.Tensor) -> dict:  # losses by name
         "The paper's loss: here the class-weighted cross-entropies of all heads, added."
-        return sum_heads({n: cross_entropy(z, target, self.class_weights, align_corners=self.align_corners) for n, z in out.items()})
+        return sum_heads(
+            {
+                n: cross_entropy(z, target, self.class_weights, align_corners=self.align_corners)
+                for n, z in out.items()
+            }
+        )
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w] normalised
-        target:torch.Tensor|None=None, # [b, H, W] ids, 255 = void
-    )->torch.Tensor|dict: # logits, or the losses where a target is given
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w] normalised
+        target: torch.Tensor | None = None,  # [b, H, W] ids, 255 = void
+    ) -> torch.Tensor | dict:  # logits, or the losses where a target is given
         "Logits of the main head; with a target, every head's loss."
-        if target is None: return self.classify(self.feature(self.check(x)))
-        if self.deployed: raise RuntimeError(f"{self.name} is in its deploy form: auxiliary heads are gone, so it has no training loss")
+        if target is None:
+            return self.classify(self.feature(self.check(x)))
+        if self.deployed:
+            raise RuntimeError(
+                f"{self.name} is in its deploy form: auxiliary heads are gone, so it has no training loss"
+            )
         return self.objective(self.outputs(x), target)
 
-    def check(self, x:torch.Tensor)->torch.Tensor: return check_input(self, x) # x, or a ValueError
+    # x, or a ValueError
+    def check(self, x: torch.Tensor) -> torch.Tensor:
+        return check_input(self, x)
 
-    def upsample(self,
-        logits:torch.Tensor, # [b, k, h, w]
-        size:tuple, # (H, W)
-    )->torch.Tensor: # [b, k, H, W]
+    def upsample(
+        self,
+        logits: torch.Tensor,  # [b, k, h, w]
+        size: tuple,  # (H, W)
+    ) -> torch.Tensor:  # [b, k, H, W]
         "The paper's own resize of logits."
         return resize(logits, size, self.align_corners)
 
-    def predict(self,
-        x:torch.Tensor, # [b, 3, h, w] normalised
-        size:tuple|None=None, # of the labels; default: that of `x`
-    )->torch.Tensor: # uint8 [b, H, W]
+    def predict(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w] normalised
+        size: tuple | None = None,  # of the labels; default: that of `x`
+    ) -> torch.Tensor:  # uint8 [b, H, W]
         "Labels, without full-size logits."
-        if self.training: raise RuntimeError(f"{self.name} is in training mode: call .eval() before predict()")
-        with torch.inference_mode(): return upsample_argmax(self(x), size or x.shape[-2:], self.align_corners)
+        if self.training:
+            raise RuntimeError(f"{self.name} is in training mode: call .eval() before predict()")
+        with torch.inference_mode():
+            return upsample_argmax(self(x), size or x.shape[-2:], self.align_corners)
 
-    def deploy(self)->"SegModel": # itself
+    def deploy(self) -> "SegModel":  # itself
         "Drop what only training needs, in place. The logits stay the same."
         self.deployed = True
         return self
 
     @property
-    def options(self): return {"act": self.act} if getattr(self, "act", None) else {} # what a file must remember besides the name
+    # what a file must remember besides the name
+    def options(self):
+        return {"act": self.act} if getattr(self, "act", None) else {}
 
-    def key_rules(self, state:dict)->list: return [] # key table of the official checkpoint
+    def key_rules(self, state: dict) -> list:
+        return []  # key table of the official checkpoint
 
 # %% ../../nbs/29_models.base.ipynb #c8da1909
 def pixel_cross_entropy(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W], 255 = void
-    mean_over:str="all", # "all": OpenMMLab's mean counts void pixels in the divisor; "valid": labelled pixels only
-)->torch.Tensor: # scalar; 0 where every pixel is void
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W], 255 = void
+    # "all": OpenMMLab's mean counts void pixels in the divisor; "valid": labelled pixels only
+    mean_over: str = "all",
+) -> torch.Tensor:  # scalar; 0 where every pixel is void
     "Cross-entropy of the resized logits."
-    if mean_over == "valid": return upsample_cross_entropy(logits, target, empty="zero")
-    return upsample_cross_entropy(logits, target, reduction="sum")/target.numel()
+    if mean_over == "valid":
+        return upsample_cross_entropy(logits, target, empty="zero")
+    return upsample_cross_entropy(logits, target, reduction="sum") / target.numel()
 
 # %% ../../nbs/29_models.base.ipynb #06f07725
 class Segmentor(SegModel):
     "What OpenMMLab's networks share. A subclass sets `encoder` and `classifier`, and overrides `decode`."
-    weights_key = "" # classes are not weighted
 
-    def __init__(self,
-        name:str, # published name
-        num_classes:int, # k
-        dataset:str|None=None, # for class names; None: by the number of classes
-        dropout:float=0.1, # of whole channels before the classifier
-        aux_weight:float=0.4, # of the auxiliary losses
-        mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
-        preprocess:Preprocess=IMAGENET, # from uint8 RGB to input
+    weights_key = ""  # classes are not weighted
+
+    def __init__(
+        self,
+        name: str,  # published name
+        num_classes: int,  # k
+        dataset: str | None = None,  # for class names; None: by the number of classes
+        dropout: float = 0.1,  # of whole channels before the classifier
+        aux_weight: float = 0.4,  # of the auxiliary losses
+        mean_over: str = "all",  # which pixels divide the loss, see `pixel_cross_entropy`
+        preprocess: Preprocess = IMAGENET,  # from uint8 RGB to input
     ):
         super().__init__(name, num_classes, preprocess, dataset_table(num_classes, dataset))
-        if mean_over not in ("all", "valid"): raise ValueError(f"mean_over must be 'all' or 'valid', got '{mean_over}'")
-        self.aux_weight, self.mean_over, self.dropout = aux_weight, mean_over, nn.Dropout2d(dropout)
+        if mean_over not in ("all", "valid"):
+            raise ValueError(f"mean_over must be 'all' or 'valid', got '{mean_over}'")
+        self.aux_weight = aux_weight
+        self.mean_over = mean_over
+        self.dropout = nn.Dropout2d(dropout)
 
-    def decode(self, maps): return self.head(maps) # the encoder's maps -> the map before dropout and classifier
+    # the encoder's maps -> the map before dropout and classifier
+    def decode(self, maps):
+        return self.head(maps)
 
-    def auxiliaries(self, maps): return {} # the encoder's maps -> auxiliary logits by name; none in the deploy form
+    # the encoder's maps -> auxiliary logits by name; none in the deploy form
+    def auxiliaries(self, maps):
+        return {}
 
-    def features(self, x): # [b, 3, h, w] -> the last map; auxiliary logits by name
+    def features(self, x):  # [b, 3, h, w] -> the last map; auxiliary logits by name
         "What the classifier sees, and the other heads' outputs."
         maps = self.encoder(x)
         return self.decode(maps), self.auxiliaries(maps)
 
-    def feature(self, x): return self.decode(self.encoder(x)) # [b, 3, h, w] -> [b, c, h/stride, w/stride]
+    # [b, 3, h, w] -> [b, c, h/stride, w/stride]
+    def feature(self, x):
+        return self.decode(self.encoder(x))
 
-    def classify(self, feat): return self.classifier(self.dropout(feat)) # [b, c, h, w] -> [b, k, h, w]
+    # [b, c, h, w] -> [b, k, h, w]
+    def classify(self, feat):
+        return self.classifier(self.dropout(feat))
 
     def outputs(self, x):
         feat, others = self.features(self.check(x))
         return {"logits": self.classify(feat), **others}
 
-    def aux_losses(self, others, target): # auxiliary logits, ids -> weighted losses by name
-        return {n: self.aux_weight*pixel_cross_entropy(z, target, self.mean_over) for n, z in others.items()}
+    def aux_losses(self, others, target):  # auxiliary logits, ids -> weighted losses by name
+        return {
+            n: self.aux_weight * pixel_cross_entropy(z, target, self.mean_over)
+            for n, z in others.items()
+        }
 
-    def objective(self, out, target): # losses by name
+    def objective(self, out, target):  # losses by name
         "Cross-entropy of the classifier and, weighted, of the auxiliary heads."
-        losses = {"logits": pixel_cross_entropy(out["logits"], target, self.mean_over), **self.aux_losses({n: z for n, z in out.items() if n != "logits"}, target)}
+        losses = {
+            "logits": pixel_cross_entropy(out["logits"], target, self.mean_over),
+            **self.aux_losses({n: z for n, z in out.items() if n != "logits"}, target),
+        }
         return {"loss": sum(losses.values()), **{n: v.detach() for n, v in losses.items()}}
 
     @property
-    def options(self): return {"dropout": self.dropout.p, "mean_over": self.mean_over} # what a file must remember besides the name
+    # what a file must remember besides the name
+    def options(self):
+        return {"dropout": self.dropout.p, "mean_over": self.mean_over}
 
 # %% ../../nbs/29_models.base.ipynb #b580c28d
 def describe_file(
-    model, # that an official file did not fit
-    encoder:str, # what its encoder seems to be
-    decoder:str, # what its decoder seems to be; "": none that is known
-    classifier, # the classifier's weight, or None
-)->str: # for the error message
+    model,  # that an official file did not fit
+    encoder: str,  # what its encoder seems to be
+    decoder: str,  # what its decoder seems to be; "": none that is known
+    classifier,  # the classifier's weight, or None
+) -> str:  # for the error message
     "What a checkpoint holds against what the model wants."
-    found = f"{encoder} with {decoder or 'no decoder that is known here'} and {'?' if classifier is None else len(classifier)} classes"
-    if not decoder and classifier is None: found = f"{encoder}, an encoder's file"
-    return f"the checkpoint looks like {found}; this model is {model.name} with {model.num_classes}" + ("" if decoder else "; such a file goes into model.encoder")
+    found = (
+        f"{encoder} with {decoder or 'no decoder that is known here'} and "
+        f"{'?' if classifier is None else len(classifier)} classes"
+    )
+    if not decoder and classifier is None:
+        found = f"{encoder}, an encoder's file"
+    return (
+        f"the checkpoint looks like {found}; this model is {model.name} with {model.num_classes}"
+        + ("" if decoder else "; such a file goes into model.encoder")
+    )
 
+# %% ../../nbs/29_models.base.ipynb #5a827a47
 def find_tensor(
-    state:dict, # official state dict
-    *ends:str, # of the key, the preferred one first
+    state: dict,  # official state dict
+    *ends: str,  # of the key, the preferred one first
 ):
     "The first tensor whose key ends so, or None."
     return next((v for end in ends for k, v in state.items() if k.endswith(end)), None)

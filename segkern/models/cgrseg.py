@@ -25,127 +25,176 @@ from ..weights import Rule
 # %% ../../nbs/37_models.cgrseg.ipynb #13be4c8f
 class _NormOfLines(nn.Module):
     "A batch norm of the map `rows*s + u`, which is not made; its parameters are those of `bn`."
-    def affine(self, rows, s, u): # [b, c, h], [c, w], [b, c, w] -> two vectors [c]
-        "Scale and shift of the norm, without the map that it normalises."
-        bn, live = self.bn, self.bn.training or self.bn.running_mean is None
-        mean, var = self.moments(rows, s, u) if live else (bn.running_mean.to(s.dtype), bn.running_var.to(s.dtype))
-        gain = torch.rsqrt(var + bn.eps)
-        gain = gain*bn.weight.to(s.dtype)
-        return gain, bn.bias.to(s.dtype) - gain*mean
 
-    def moments(self, rows, s, u): # -> mean [c], variance [c]
+    def affine(self, rows, s, u):  # [b, c, h], [c, w], [b, c, w] -> two vectors [c]
+        "Scale and shift of the norm, without the map that it normalises."
+        bn = self.bn
+        live = self.bn.training or self.bn.running_mean is None
+        mean, var = (
+            self.moments(rows, s, u)
+            if live
+            else (bn.running_mean.to(s.dtype), bn.running_var.to(s.dtype))
+        )
+        gain = torch.rsqrt(var + bn.eps)
+        gain = gain * bn.weight.to(s.dtype)
+        return gain, bn.bias.to(s.dtype) - gain * mean
+
+    def moments(self, rows, s, u):  # -> mean [c], variance [c]
         "Moments over pictures and pixels; in training also the norm's running ones."
-        n = len(rows)*rows.shape[2]*u.shape[2]
-        if n < 2: raise ValueError(f"{type(self).__name__} normalises one value per channel: training needs more pixels or pictures, got 1 picture of 1 pixel")
+        n = len(rows) * rows.shape[2] * u.shape[2]
+        if n < 2:
+            raise ValueError(
+                f"{type(self).__name__} normalises one value per channel: training needs "
+                f"more pixels or pictures, got 1 picture of 1 pixel"
+            )
         m = rows.mean(2, keepdim=True)
-        line = m*s + u # [b, c, w]
+        line = m * s + u  # [b, c, w]
         mean = line.mean((0, 2))
-        var = (line - mean[:, None]).square().mean((0, 2)) + (rows - m).square().mean((0, 2))*s.square().mean(1)
-        if self.bn.training and self.bn.track_running_stats: self.remember(mean.detach(), var.detach()*(n/(n - 1)))
+        var = (line - mean[:, None]).square().mean((0, 2)) + (rows - m).square().mean(
+            (0, 2)
+        ) * s.square().mean(1)
+        if self.bn.training and self.bn.track_running_stats:
+            self.remember(mean.detach(), var.detach() * (n / (n - 1)))
         return mean, var
 
     def remember(self, mean, var):
         "What `BatchNorm2d` does with its running statistics."
         bn = self.bn
         bn.num_batches_tracked.add_(1)
-        rate = bn.momentum if bn.momentum is not None else 1/bn.num_batches_tracked.to(mean.dtype)
+        rate = bn.momentum if bn.momentum is not None else 1 / bn.num_batches_tracked.to(mean.dtype)
         bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), rate)
         bn.running_var.lerp_(var.to(bn.running_var.dtype), rate)
-
 
 # %% ../../nbs/37_models.cgrseg.ipynb #16067b67
 class RectangularGate(_NormOfLines):
     "Rectangular self-calibration attention (RCA)."
-    literal = False # pool, broadcast and convolve the map, as written in the paper
-    small = 1 << 17 # numbers in a map from which on the rewrite is faster on a processor
 
-    def __init__(self,
-        c:int, # channels
-        k:int=11, # taps of the two strips, odd
+    literal = False  # pool, broadcast and convolve the map, as written in the paper
+    small = 1 << 17  # numbers in a map from which on the rewrite is faster on a processor
+
+    def __init__(
+        self,
+        c: int,  # channels
+        k: int = 11,  # taps of the two strips, odd
     ):
         super().__init__()
-        if k % 2 == 0: raise ValueError(f"RectangularGate wants an odd number of taps, got {k}")
+        if k % 2 == 0:
+            raise ValueError(f"RectangularGate wants an odd number of taps, got {k}")
         self.local = nn.Conv2d(c, c, 3, padding=1, groups=c)
-        self.wide, self.bn = nn.Conv2d(c, c, (1, k), padding=(0, k//2), groups=c), nn.BatchNorm2d(c)
-        self.tall = nn.Conv2d(c, c, (k, 1), padding=(k//2, 0), groups=c)
-        self.strip = self.shift = None # of the form for inference, see `fold`
+        self.wide = nn.Conv2d(c, c, (1, k), padding=(0, k // 2), groups=c)
+        self.bn = nn.BatchNorm2d(c)
+        self.tall = nn.Conv2d(c, c, (k, 1), padding=(k // 2, 0), groups=c)
+        self.strip = self.shift = None  # of the form for inference, see `fold`
 
-    def gate(self, x): # [b, c, h, w] -> the same shape, 0 … 1
+    def gate(self, x):  # [b, c, h, w] -> the same shape, 0 … 1
         "The gate as written."
-        return self.tall(F.relu(self.bn(self.wide(x.mean(3, keepdim=True) + x.mean(2, keepdim=True))))).sigmoid()
+        return self.tall(
+            F.relu(self.bn(self.wide(x.mean(3, keepdim=True) + x.mean(2, keepdim=True))))
+        ).sigmoid()
 
-    def vectors(self, x): # [b, c, h, w] -> rows [b, c, h], slope [c, w], offset [b, c, w]
+    def vectors(self, x):  # [b, c, h, w] -> rows [b, c, h], slope [c, w], offset [b, c, w]
         "The normalised map is `rows*slope + offset`."
         columns, rows = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in strip_means(x))
-        if self.strip is not None: return self.folded(columns, rows)
+        if self.strip is not None:
+            return self.folded(columns, rows)
         with without_autocast(x):
-            taps, k, ones = self.wide.weight[:, :, 0].to(rows.dtype), self.wide.kernel_size[1], torch.ones_like(columns[:1])
-            u, s = F.conv1d(torch.cat([columns, ones]), taps, None, padding=k//2, groups=x.shape[1]).split([len(x), 1])
-            s, u = s[0], u + self.wide.bias.to(rows.dtype)[:, None]
+            taps = self.wide.weight[:, :, 0].to(rows.dtype)
+            k = self.wide.kernel_size[1]
+            ones = torch.ones_like(columns[:1])
+            u, s = F.conv1d(
+                torch.cat([columns, ones]), taps, None, padding=k // 2, groups=x.shape[1]
+            ).split([len(x), 1])
+            s = s[0]
+            u = u + self.wide.bias.to(rows.dtype)[:, None]
             gain, shift = self.affine(rows, s, u)
-            return rows, gain[:, None]*s, torch.addcmul(shift[:, None], gain[:, None], u)
+            return rows, gain[:, None] * s, torch.addcmul(shift[:, None], gain[:, None], u)
 
-    def folded(self, columns, rows): # [b, c, w], [b, c, h] -> as `vectors`
+    def folded(self, columns, rows):  # [b, c, w], [b, c, h] -> as `vectors`
         "The same with a strip that holds the norm."
         with without_autocast(columns):
-            both, taps = torch.cat([columns, torch.ones_like(columns[:1])]), self.strip.to(columns.dtype)
-            both = F.conv1d(both, taps, None, padding=taps.shape[2]//2, groups=len(taps))
+            both = torch.cat([columns, torch.ones_like(columns[:1])])
+            taps = self.strip.to(columns.dtype)
+            both = F.conv1d(both, taps, None, padding=taps.shape[2] // 2, groups=len(taps))
             return rows, both[-1], both[:-1] + self.shift.to(columns.dtype)
 
     @torch.no_grad()
-    def fold(self)->int: # number of norms that are gone: none, the form as written keeps its own
+    # number of norms that are gone: none, the form as written keeps its own
+    def fold(self) -> int:
         "Put the norm into a copy of the strip, for inference only."
         plain = type(self.bn) is nn.BatchNorm2d and self.bn.running_mean is not None
-        if self.strip is not None or not plain: return 0
-        bn, wide = self.bn, self.wide
-        gain = bn.weight.double()*(bn.running_var.double() + bn.eps).rsqrt()
-        shift = bn.bias.double() + gain*(wide.bias.double() - bn.running_mean.double())
+        if self.strip is not None or not plain:
+            return 0
+        bn = self.bn
+        wide = self.wide
+        gain = bn.weight.double() * (bn.running_var.double() + bn.eps).rsqrt()
+        shift = bn.bias.double() + gain * (wide.bias.double() - bn.running_mean.double())
         del self.strip, self.shift
-        self.register_buffer("strip", (gain[:, None, None]*wide.weight[:, :, 0].double()).to(wide.weight.dtype))
+        self.register_buffer(
+            "strip", (gain[:, None, None] * wide.weight[:, :, 0].double()).to(wide.weight.dtype)
+        )
         self.register_buffer("shift", shift[:, None].to(wide.weight.dtype))
         return 0
 
-    def forward(self, x): # [b, c, h, w] -> [b, c, h, w]
+    def forward(self, x):  # [b, c, h, w] -> [b, c, h, w]
         written = self.literal or type(self.bn) is not nn.BatchNorm2d
         small = x.numel() < self.small and not x.is_cuda
-        if written or small and which("rca_gate", x)[0] == "ref": return self.gate(x)*self.local(x)
-        return rca_gate(x, *self.vectors(x), self.tall.weight[:, 0, :, 0], self.tall.bias, self.local.weight, self.local.bias)
+        if written or small and which("rca_gate", x)[0] == "ref":
+            return self.gate(x) * self.local(x)
+        return rca_gate(
+            x,
+            *self.vectors(x),
+            self.tall.weight[:, 0, :, 0],
+            self.tall.bias,
+            self.local.weight,
+            self.local.bias,
+        )
 
 # %% ../../nbs/37_models.cgrseg.ipynb #ed879cbf
 class ContextBlock(nn.Module):
     "The gate, a norm and two 1×1 convolutions, added to the input after a scale per channel (RCM)."
-    def __init__(self,
-        c:int, # channels
-        k:int, # taps of the gate
-        ratio:int=2, # inner width of the convolutions
+
+    def __init__(
+        self,
+        c: int,  # channels
+        k: int,  # taps of the gate
+        ratio: int = 2,  # inner width of the convolutions
     ):
         super().__init__()
-        self.gamma, self.gate, self.norm = nn.Parameter(torch.full((c,), 1e-6)), RectangularGate(c, k), nn.BatchNorm2d(c)
-        self.fc1, self.fc2 = nn.Conv2d(c, ratio*c, 1), nn.Conv2d(ratio*c, c, 1)
+        self.gamma = nn.Parameter(torch.full((c,), 1e-6))
+        self.gate = RectangularGate(c, k)
+        self.norm = nn.BatchNorm2d(c)
+        self.fc1 = nn.Conv2d(c, ratio * c, 1)
+        self.fc2 = nn.Conv2d(ratio * c, c, 1)
 
-    def forward(self, x): # [b, c, h, w] -> [b, c, h, w]
-        return x + self.gamma[:, None, None]*self.fc2(F.gelu(self.fc1(self.norm(self.gate(x)))))
+    def forward(self, x):  # [b, c, h, w] -> [b, c, h, w]
+        return x + self.gamma[:, None, None] * self.fc2(F.gelu(self.fc1(self.norm(self.gate(x)))))
 
+# %% ../../nbs/37_models.cgrseg.ipynb #5120ea5e
 class Inject(nn.Module):
     "A map times what the context says about it."
-    def __init__(self,
-        c:int, # channels of map and context
-        c_out:int, # output channels
+
+    def __init__(
+        self,
+        c: int,  # channels of map and context
+        c_out: int,  # output channels
     ):
         super().__init__()
-        self.map, self.context = ConvNormAct(c, c_out, 1, act=None), ConvNormAct(c, c_out, 1, act=None)
+        self.map = ConvNormAct(c, c_out, 1, act=None)
+        self.context = ConvNormAct(c, c_out, 1, act=None)
 
-    def forward(self, x, context): # [b, c, h, w], [b, c, h', w'] -> [b, c_out, h, w]
-        return self.map(x)*resized(F.hardsigmoid(self.context(context)), x.shape[2:])
+    def forward(self, x, context):  # [b, c, h, w], [b, c, h', w'] -> [b, c_out, h, w]
+        return self.map(x) * resized(F.hardsigmoid(self.context(context)), x.shape[2:])
 
 # %% ../../nbs/37_models.cgrseg.ipynb #628a7a3d
 class CGRHead(nn.Module):
     "Context of all three maps, and its way back from coarse to fine."
-    def __init__(self,
-        widths:list, # channels of the three maps, finest first
-        c:int=256, # channels
-        depth:int=6, # context blocks
-        k:int=11, # taps of the gates
+
+    def __init__(
+        self,
+        widths: list,  # channels of the three maps, finest first
+        c: int = 256,  # channels
+        depth: int = 6,  # context blocks
+        k: int = 11,  # taps of the gates
     ):
         super().__init__()
         self.widths = list(widths)
@@ -155,12 +204,17 @@ class CGRHead(nn.Module):
         self.back = nn.ModuleList([nn.Conv2d(c, w, 1) for w in widths[:-1]])
         self.fuse = ConvNormAct(c, c, 1, groups=c)
 
-    def forward(self, maps): # three maps, finest first -> [b, c, h/8, w/8]
+    def forward(self, maps):  # three maps, finest first -> [b, c, h/8, w/8]
         h, w = maps[-1].shape[2:]
-        if self.training and len(maps[0])*(-(-h//2))*(-(-w//2)) == 1:
-            raise ValueError(f"{type(self).__name__} normalises one value per channel at 1/64 of the picture: training needs larger pictures or at least 2, got 1 of {32*h}x{32*w}")
-        small = [F.adaptive_avg_pool2d(x, (-(-h//2), -(-w//2))) for x in maps]
-        parts, y = self.context(torch.cat(small, 1)).split(self.widths, 1), None
+        if self.training and len(maps[0]) * (-(-h // 2)) * (-(-w // 2)) == 1:
+            raise ValueError(
+                f"{type(self).__name__} normalises one value per channel at 1/64 of the "
+                f"picture: training needs larger pictures or at least 2, got 1 of "
+                f"{32 * h}x{32 * w}"
+            )
+        small = [F.adaptive_avg_pool2d(x, (-(-h // 2), -(-w // 2))) for x in maps]
+        parts = self.context(torch.cat(small, 1)).split(self.widths, 1)
+        y = None
         for i in (2, 1, 0):
             x = maps[i] if y is None else maps[i] + self.back[i](resized(y, maps[i].shape[2:]))
             y = self.inject[i](self.blocks[i](x), parts[i])
@@ -169,102 +223,181 @@ class CGRHead(nn.Module):
 # %% ../../nbs/37_models.cgrseg.ipynb #f21f53d6
 class Guide(nn.Module):
     "One factor per channel from a first answer (dynamic prototype guided head)."
-    def __init__(self,
-        c:int, # channels
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
         self.mask = nn.Conv2d(c, 1, 1)
-        self.inner, self.norm, self.outer = nn.Conv2d(c, c, 1), nn.LayerNorm([c, 1, 1]), nn.Conv2d(c, c, 1)
+        self.inner = nn.Conv2d(c, c, 1)
+        self.norm = nn.LayerNorm([c, 1, 1])
+        self.outer = nn.Conv2d(c, c, 1)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def factor(self, logits, y): # [b, k, h, w], [b, c, h, w] -> [b, c, 1, 1]
+    def factor(self, logits, y):  # [b, k, h, w], [b, c, h, w] -> [b, c, 1, 1]
         "The factor, in (0, 1)."
-        centres = logits.flatten(2).softmax(2).to(y.dtype) @ y.flatten(2).transpose(1, 2) # [b, k, c]
-        share = self.mask(centres.transpose(1, 2)[..., None]).flatten(2).softmax(2).to(centres.dtype) # [b, 1, k]
-        c = (share @ centres).transpose(1, 2)[..., None] # [b, c, 1, 1]
+        # [b, k, c]
+        centres = logits.flatten(2).softmax(2).to(y.dtype) @ y.flatten(2).transpose(1, 2)
+        # [b, 1, k]
+        share = (
+            self.mask(centres.transpose(1, 2)[..., None]).flatten(2).softmax(2).to(centres.dtype)
+        )
+        c = (share @ centres).transpose(1, 2)[..., None]  # [b, c, 1, 1]
         return self.outer(F.relu(self.norm(self.inner(c)))).sigmoid()
 
-    def forward(self, logits, y): return y*self.factor(logits, y) + y # [b, k, h, w], [b, c, h, w] -> [b, c, h, w]
+    # [b, k, h, w], [b, c, h, w] -> [b, c, h, w]
+    def forward(self, logits, y):
+        return y * self.factor(logits, y) + y
 
 # %% ../../nbs/37_models.cgrseg.ipynb #f639e97f
-CGRSEGS = {"cgrseg_t": ("efficientformerv2_s1", 128, 5, 11), "cgrseg_b": ("efficientformerv2_s2", 256, 6, 11),
-           "cgrseg_l": ("efficientformerv2_l", 256, 5, 9)} # encoder, channels, context blocks, taps of the gates
+CGRSEGS = {
+    "cgrseg_t": ("efficientformerv2_s1", 128, 5, 11),
+    "cgrseg_b": ("efficientformerv2_s2", 256, 6, 11),
+    # encoder, channels, context blocks, taps of the gates
+    "cgrseg_l": ("efficientformerv2_l", 256, 5, 9),
+}
 
+# %% ../../nbs/37_models.cgrseg.ipynb #c470f2a3
 class CGRSeg(Segmentor):
     "CGRSeg T, B and L on EfficientFormerV2."
-    stride, multiple = 8, 32
 
-    def __init__(self,
-        name:str="cgrseg_b", # published name
-        num_classes:int=150, # k
-        encoder:str|None=None, # a name of `EFFICIENTFORMERS`; default: by `name`
-        dataset:str|None=None, # for class names; None: by the number of classes
-        pretrained:bool=False, # download the encoder's ImageNet weights
-        width:int|None=None, # channels of the decoder
-        depth:int|None=None, # context blocks
-        taps:int|None=None, # of the gates
-        drop_path:float|None=None, # of the encoder's last block; default: the published one
-        resize:str="matrix", # of the encoder's tables of distances: "matrix", as published, or "table"
-        dropout:float=0.1, # of whole channels before the classifier
-        mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
-        preprocess=IMAGENET, # from uint8 RGB to input
+    stride = 8
+    multiple = 32
+
+    def __init__(
+        self,
+        name: str = "cgrseg_b",  # published name
+        num_classes: int = 150,  # k
+        encoder: str | None = None,  # a name of `EFFICIENTFORMERS`; default: by `name`
+        dataset: str | None = None,  # for class names; None: by the number of classes
+        pretrained: bool = False,  # download the encoder's ImageNet weights
+        width: int | None = None,  # channels of the decoder
+        depth: int | None = None,  # context blocks
+        taps: int | None = None,  # of the gates
+        drop_path: float | None = None,  # of the encoder's last block; default: the published one
+        # of the encoder's tables of distances: "matrix", as published, or "table"
+        resize: str = "matrix",
+        dropout: float = 0.1,  # of whole channels before the classifier
+        mean_over: str = "all",  # which pixels divide the loss, see `pixel_cross_entropy`
+        preprocess=IMAGENET,  # from uint8 RGB to input
     ):
-        super().__init__(name, num_classes, dataset, dropout, mean_over=mean_over, preprocess=preprocess)
+        super().__init__(
+            name, num_classes, dataset, dropout, mean_over=mean_over, preprocess=preprocess
+        )
         known = CGRSEGS.get(name, CGRSEGS["cgrseg_b"])
-        encoder, *sizes = (given if given is not None else own for given, own in zip((encoder, width, depth, taps), known))
+        encoder, *sizes = (
+            given if given is not None else own
+            for given, own in zip((encoder, width, depth, taps), known)
+        )
         (self.width, self.depth, self.taps), self.resize = sizes, resize
         self.encoder = EfficientFormer(encoder, drop_path, resize, pretrained)
-        self.encoder_name, self.drop_path = encoder, self.encoder.drop_path
+        self.encoder_name = encoder
+        self.drop_path = self.encoder.drop_path
         self.head = CGRHead(self.encoder.channels[1:], *sizes)
-        self.classifier, self.guide = classifier_of(self.width, num_classes), Guide(self.width)
+        self.classifier = classifier_of(self.width, num_classes)
+        self.guide = Guide(self.width)
 
-    def decode(self, maps): # the encoder's maps -> the map before dropout and classifier
+    def decode(self, maps):  # the encoder's maps -> the map before dropout and classifier
         "The weighted map; of the bare form, the one that the first answer is made from."
         y = self.head(maps[1:])
         f = self.head.fuse(y)
         return f if self.guide is None else self.guide(self.classify(f), y)
 
-    def bare(self)->"CGRSeg": # itself
+    def bare(self) -> "CGRSeg":  # itself
         "Take the second half away, for another classifier."
         self.guide = None
         return self
 
     @property
-    def options(self): # what a file must remember besides the name
-        return {**super().options, "width": self.width, "depth": self.depth, "taps": self.taps, "drop_path": self.drop_path, "resize": self.resize}
+    def options(self):  # what a file must remember besides the name
+        return {
+            **super().options,
+            "width": self.width,
+            "depth": self.depth,
+            "taps": self.taps,
+            "drop_path": self.drop_path,
+            "resize": self.resize,
+        }
 
-    def adapt(self, state, undo): return adapt(state)
+    def adapt(self, state, undo):
+        return adapt(state)
 
     def key_rules(self, state):
         "Key table of the official checkpoints, and of ImageNet files for the encoder."
         return key_rules(ours="encoder.") + head_rules(self.guide is None)
 
-    def hint(self, state): return describe_state(state, self)
+    def hint(self, state):
+        return describe_state(state, self)
 
 # %% ../../nbs/37_models.cgrseg.ipynb #b6374674
 def head_rules(
-    bare:bool=False, # the second half is absent
-)->list: # of Rule
+    bare: bool = False,  # the second half is absent
+) -> list:  # of Rule
     "Key table of the decoder."
-    at, rules = r"decode_head\.", []
-    for theirs, ours in ((r"trans\.transformer_blocks\.(\d+)\.", r"head.context.\1."), (r"meta\.(\d)\.", r"head.blocks.\1.")):
-        inner = ((r"gamma$", "gamma"), (r"token_mixer\.dwconv_hw\.", "gate.local."), (r"token_mixer\.excite\.0\.", "gate.wide."), (r"token_mixer\.excite\.1\.", "gate.bn."),
-                 (r"token_mixer\.excite\.3\.", "gate.tall."), (r"norm\.", "norm."), (r"mlp\.fc1\.", "fc1."), (r"mlp\.fc2\.", "fc2."))
+    at = r"decode_head\."
+    rules = []
+    for theirs, ours in (
+        (r"trans\.transformer_blocks\.(\d+)\.", r"head.context.\1."),
+        (r"meta\.(\d)\.", r"head.blocks.\1."),
+    ):
+        inner = (
+            (r"gamma$", "gamma"),
+            (r"token_mixer\.dwconv_hw\.", "gate.local."),
+            (r"token_mixer\.excite\.0\.", "gate.wide."),
+            (r"token_mixer\.excite\.1\.", "gate.bn."),
+            (r"token_mixer\.excite\.3\.", "gate.tall."),
+            (r"norm\.", "norm."),
+            (r"mlp\.fc1\.", "fc1."),
+            (r"mlp\.fc2\.", "fc2."),
+        )
         rules += [Rule(at + theirs + a, ours + b) for a, b in inner]
-    rules += [Rule(at + r"SIM\.(\d)\.fuse1\.", r"head.inject.\1.map."), Rule(at + r"SIM\.(\d)\.fuse2\.", r"head.inject.\1.context."),
-              Rule(at + r"conv\.(\d)\.", r"head.back.\1."), Rule(at + r"linear_fuse\.", "head.fuse."), Rule(at + r"conv_seg\.", "classifier.")]
-    if bare: return [*rules, Rule(at + r"lgc\.", unused="unused: the second half, which goes where another classifier comes")]
-    return rules + [Rule(at + r"lgc\.conv_mask\.", "guide.mask."), *(Rule(at + rf"lgc\.channel_mul_conv\.{i}\.", f"guide.{n}.") for i, n in ((0, "inner"), (1, "norm"), (3, "outer")))]
+    rules += [
+        Rule(at + r"SIM\.(\d)\.fuse1\.", r"head.inject.\1.map."),
+        Rule(at + r"SIM\.(\d)\.fuse2\.", r"head.inject.\1.context."),
+        Rule(at + r"conv\.(\d)\.", r"head.back.\1."),
+        Rule(at + r"linear_fuse\.", "head.fuse."),
+        Rule(at + r"conv_seg\.", "classifier."),
+    ]
+    if bare:
+        return [
+            *rules,
+            Rule(
+                at + r"lgc\.",
+                unused="unused: the second half, which goes where another classifier comes",
+            ),
+        ]
+    return rules + [
+        Rule(at + r"lgc\.conv_mask\.", "guide.mask."),
+        *(
+            Rule(at + rf"lgc\.channel_mul_conv\.{i}\.", f"guide.{n}.")
+            for i, n in ((0, "inner"), (1, "norm"), (3, "outer"))
+        ),
+    ]
 
+# %% ../../nbs/37_models.cgrseg.ipynb #b5fd9f6b
 def describe_state(
-    state:dict, # official state dict
-    model, # that it did not fit
-)->str: # what it seems to be
+    state: dict,  # official state dict
+    model,  # that it did not fit
+) -> str:  # what it seems to be
     "What network an official checkpoint holds, read off its keys."
-    keys, first = "\n".join(state), find_tensor(state, "patch_embed.3.weight", "stem.conv2.conv.weight")
-    depths = tuple(len(set(re.findall(rf"(?:network\.{2*s}|stages\.{s}\.blocks)\.(\d+)\.mlp\.", keys))) for s in range(4))
-    if first is None or not depths[0]: return "the checkpoint holds no EfficientFormerV2"
-    name = next((n for n, (w, d, *_) in EFFICIENTFORMERS.items() if (w[0], d) == (len(first), depths)), "an EfficientFormerV2 of unknown size")
+    keys = "\n".join(state)
+    first = find_tensor(state, "patch_embed.3.weight", "stem.conv2.conv.weight")
+    depths = tuple(
+        len(set(re.findall(rf"(?:network\.{2 * s}|stages\.{s}\.blocks)\.(\d+)\.mlp\.", keys)))
+        for s in range(4)
+    )
+    if first is None or not depths[0]:
+        return "the checkpoint holds no EfficientFormerV2"
+    name = next(
+        (n for n, (w, d, *_) in EFFICIENTFORMERS.items() if (w[0], d) == (len(first), depths)),
+        "an EfficientFormerV2 of unknown size",
+    )
     blocks = len(set(re.findall(r"decode_head\.trans\.transformer_blocks\.(\d+)\.", keys)))
-    return describe_file(model, name, f"a CGRSeg decoder of {blocks} context blocks" if blocks else "", find_tensor(state, "decode_head.conv_seg.weight"))
+    return describe_file(
+        model,
+        name,
+        f"a CGRSeg decoder of {blocks} context blocks" if blocks else "",
+        find_tensor(state, "decode_head.conv_seg.weight"),
+    )

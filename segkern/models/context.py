@@ -15,163 +15,230 @@ from .ddr import PreAct
 
 # %% ../../nbs/30e_models.context.ipynb #7737d886
 def pool(
-    x:torch.Tensor, # [b, c, h, w]
-    size:int, # side of the window
-    stride:int, # step
-    axes:str="hw", # "hw": k×k | "w": 1×k | "h": k×1
-)->torch.Tensor: # padded by half the window; the padding counts
+    x: torch.Tensor,  # [b, c, h, w]
+    size: int,  # side of the window
+    stride: int,  # step
+    axes: str = "hw",  # "hw": k×k | "w": 1×k | "h": k×1
+) -> torch.Tensor:  # padded by half the window; the padding counts
     "Average pooling of the pyramid modules."
-    pick = lambda v, rest: (v if "h" in axes else rest, v if "w" in axes else rest)
-    return F.avg_pool2d(x, pick(size, 1), pick(stride, 1), pick(size//2, 0))
+
+    def pick(v, rest):
+        return (v if "h" in axes else rest, v if "w" in axes else rest)
+
+    return F.avg_pool2d(x, pick(size, 1), pick(stride, 1), pick(size // 2, 0))
 
 # %% ../../nbs/30e_models.context.ipynb #c1dba687
-POOLS = ((5, 2), (9, 4), (17, 8)) # window and stride of the pyramid's branches
+POOLS = ((5, 2), (9, 4), (17, 8))  # window and stride of the pyramid's branches
 
+# %% ../../nbs/30e_models.context.ipynb #9ca2d4d5
 class APPPM(nn.Module):
     "Asymmetric pyramid pooling with a gated shortcut."
-    def __init__(self,
-        c_in:int=512, # input channels
-        mid:int=128, # channels of a branch
-        c_out:int=128, # output channels
-        pools:tuple=POOLS, # fewer entries: fewer branches
+
+    def __init__(
+        self,
+        c_in: int = 512,  # input channels
+        mid: int = 128,  # channels of a branch
+        c_out: int = 128,  # output channels
+        pools: tuple = POOLS,  # fewer entries: fewer branches
     ):
         super().__init__()
         self.pools = pools
-        self.point, self.whole = PreAct(c_in, mid), PreAct(c_in, mid)
-        self.wide, self.tall = (nn.ModuleList([PreAct(c, mid, 3) for _ in pools]) for c in (c_in, mid))
-        self.compress, self.shortcut = PreAct(mid*(len(pools) + 2), c_out), PreAct(c_in, c_out)
+        self.point = PreAct(c_in, mid)
+        self.whole = PreAct(c_in, mid)
+        self.wide, self.tall = (
+            nn.ModuleList([PreAct(c, mid, 3) for _ in pools]) for c in (c_in, mid)
+        )
+        self.compress = PreAct(mid * (len(pools) + 2), c_out)
+        self.shortcut = PreAct(c_in, c_out)
         self.gate = nn.Conv2d(c_out, 1, 1)
 
-    def branches(self, x): # [b, c_in, h, w] -> 1×1, pools, global mean; native sizes
+    def branches(self, x):  # [b, c_in, h, w] -> 1×1, pools, global mean; native sizes
         "The branches before they are resized."
         mean = global_mean(x, self)
-        pooled = [tall(pool(wide(pool(x, k, s, "w")), k, s, "h")) for (k, s), wide, tall in zip(self.pools, self.wide, self.tall)]
+        pooled = [
+            tall(pool(wide(pool(x, k, s, "w")), k, s, "h"))
+            for (k, s), wide, tall in zip(self.pools, self.wide, self.tall)
+        ]
         return [self.point(x), *pooled, self.whole(mean)]
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c_out, h, w]
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
         first, *rest = self.branches(x)
         c = self.compress(torch.cat([first, *[resize(b, x.shape[-2:]) for b in rest]], 1))
         s = self.shortcut(x)
         g = torch.sigmoid(self.gate(F.relu(s + c)))
-        return s*g + c*(1 - g)
+        return s * g + c * (1 - g)
 
-def global_mean(x, module): # [b, c, h, w] -> [b, c, 1, 1]
+# %% ../../nbs/30e_models.context.ipynb #701d6f71
+def global_mean(x, module):  # [b, c, h, w] -> [b, c, 1, 1]
     "The mean over the map; one picture alone cannot train the norm behind it."
     if module.training and len(x) == 1:
-        raise ValueError(f"{type(module).__name__} normalises one value per channel and picture: training needs at least 2 pictures per device, got 1")
+        raise ValueError(
+            f"{type(module).__name__} normalises one value per channel and picture: training "
+            f"needs at least 2 pictures per device, got 1"
+        )
     return x.mean((2, 3), keepdim=True)
 
 # %% ../../nbs/30e_models.context.ipynb #7d3952cf
 class Pyramid(nn.Module):
     "What DAPPM and PAPPM share: every pool scaled to the branches' width and to the picture's size."
-    def __init__(self,
-        c_in:int, # input channels
-        mid:int, # channels of a branch
-        c_out:int, # output channels
-        pools:tuple, # window and stride
-        mixer, # number of branches -> what mixes them
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        mid: int,  # channels of a branch
+        c_out: int,  # output channels
+        pools: tuple,  # window and stride
+        mixer,  # number of branches -> what mixes them
     ):
         super().__init__()
-        self.pools, n = pools, len(pools) + 1
-        self.point, self.scales = PreAct(c_in, mid), nn.ModuleList([PreAct(c_in, mid) for _ in range(n)])
+        self.pools = pools
+        n = len(pools) + 1
+        self.point = PreAct(c_in, mid)
+        self.scales = nn.ModuleList([PreAct(c_in, mid) for _ in range(n)])
         self.mix = mixer(n)
-        self.compress, self.shortcut = PreAct(mid*(n + 1), c_out), PreAct(c_in, c_out)
+        self.compress = PreAct(mid * (n + 1), c_out)
+        self.shortcut = PreAct(c_in, c_out)
 
-    def scaled(self, x): # [b, c_in, h, w] -> [b, mid, h, w] for each pool and the mean
+    def scaled(self, x):  # [b, c_in, h, w] -> [b, mid, h, w] for each pool and the mean
         "The branches beside the 1×1."
         pooled = [pool(x, k, s) for k, s in self.pools] + [global_mean(x, self)]
         return [resize(scale(p), x.shape[-2:]) for p, scale in zip(pooled, self.scales)]
 
+# %% ../../nbs/30e_models.context.ipynb #c38c3e09
 class DAPPM(Pyramid):
     "Deep aggregation pyramid pooling."
-    def __init__(self,
-        c_in:int=512, # input channels
-        mid:int=128, # channels of a branch
-        c_out:int=128, # output channels
-        pools:tuple=POOLS, # window and stride
-        asym:bool=False, # 1×3 and 3×1 instead of 3×3
-        gate:bool=False, # APPPM's gate instead of the sum
+
+    def __init__(
+        self,
+        c_in: int = 512,  # input channels
+        mid: int = 128,  # channels of a branch
+        c_out: int = 128,  # output channels
+        pools: tuple = POOLS,  # window and stride
+        asym: bool = False,  # 1×3 and 3×1 instead of 3×3
+        gate: bool = False,  # APPPM's gate instead of the sum
     ):
-        conv = (lambda: nn.Sequential(PreAct(mid, mid, (1, 3)), PreAct(mid, mid, (3, 1)))) if asym else (lambda: PreAct(mid, mid, 3))
-        super().__init__(c_in, mid, c_out, pools, lambda n: nn.ModuleList([conv() for _ in range(n)]))
+        conv = (
+            (lambda: nn.Sequential(PreAct(mid, mid, (1, 3)), PreAct(mid, mid, (3, 1))))
+            if asym
+            else (lambda: PreAct(mid, mid, 3))
+        )
+        super().__init__(
+            c_in, mid, c_out, pools, lambda n: nn.ModuleList([conv() for _ in range(n)])
+        )
         self.gate = nn.Conv2d(c_out, 1, 1) if gate else None
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c_out, h, w]
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
         branches = [self.point(x)]
-        for t, mix in zip(self.scaled(x), self.mix): branches.append(mix(t + branches[-1]))
-        c, s = self.compress(torch.cat(branches, 1)), self.shortcut(x)
-        if self.gate is None: return c + s
+        for t, mix in zip(self.scaled(x), self.mix):
+            branches.append(mix(t + branches[-1]))
+        c = self.compress(torch.cat(branches, 1))
+        s = self.shortcut(x)
+        if self.gate is None:
+            return c + s
         g = torch.sigmoid(self.gate(F.relu(s + c)))
-        return s*g + c*(1 - g)
+        return s * g + c * (1 - g)
 
+# %% ../../nbs/30e_models.context.ipynb #31890386
 class PAPPM(Pyramid):
     "Parallel aggregation pyramid pooling."
-    def __init__(self,
-        c_in:int=512, # input channels
-        mid:int=128, # channels of a branch
-        c_out:int=128, # output channels
-        pools:tuple=POOLS, # window and stride
-    ):
-        super().__init__(c_in, mid, c_out, pools, lambda n: PreAct(mid*n, mid*n, 3, groups=n))
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c_out, h, w]
+    def __init__(
+        self,
+        c_in: int = 512,  # input channels
+        mid: int = 128,  # channels of a branch
+        c_out: int = 128,  # output channels
+        pools: tuple = POOLS,  # window and stride
+    ):
+        super().__init__(c_in, mid, c_out, pools, lambda n: PreAct(mid * n, mid * n, 3, groups=n))
+
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
         first = self.point(x)
-        return self.compress(torch.cat([first, self.mix(torch.cat([t + first for t in self.scaled(x)], 1))], 1)) + self.shortcut(x)
+        return self.compress(
+            torch.cat([first, self.mix(torch.cat([t + first for t in self.scaled(x)], 1))], 1)
+        ) + self.shortcut(x)
 
 # %% ../../nbs/30e_models.context.ipynb #31f7f310
 class SPPM(nn.Module):
     "Simple pyramid pooling: bins are added, not concatenated."
-    def __init__(self,
-        c_in:int=512, # input channels
-        mid:int=128, # channels of a branch
-        c_out:int=128, # output channels
-        bins:tuple=(1, 2, 4), # sides of the pooled maps
+
+    def __init__(
+        self,
+        c_in: int = 512,  # input channels
+        mid: int = 128,  # channels of a branch
+        c_out: int = 128,  # output channels
+        bins: tuple = (1, 2, 4),  # sides of the pooled maps
     ):
         super().__init__()
         self.bins = bins
-        self.scales, self.out = nn.ModuleList([ConvNormAct(c_in, mid, 1) for _ in bins]), ConvNormAct(mid, c_out, 3)
+        self.scales = nn.ModuleList([ConvNormAct(c_in, mid, 1) for _ in bins])
+        self.out = ConvNormAct(mid, c_out, 3)
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c_out, h, w]
-        if 1 in self.bins: global_mean(x, self)
-        return self.out(sum(resize(s(F.adaptive_avg_pool2d(x, n)), x.shape[-2:]) for n, s in zip(self.bins, self.scales)))
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
+        if 1 in self.bins:
+            global_mean(x, self)
+        return self.out(
+            sum(
+                resize(s(F.adaptive_avg_pool2d(x, n)), x.shape[-2:])
+                for n, s in zip(self.bins, self.scales)
+            )
+        )
 
+# %% ../../nbs/30e_models.context.ipynb #31b6459a
 class SPPF(nn.Module):
     "Strip pools in series."
-    def __init__(self,
-        c_in:int=512, # input channels
-        mid:int=128, # channels of a branch
-        c_out:int=128, # output channels
-        units:int=3, # length of the chain
-        add:bool=False, # a branch adds its left neighbour
+
+    def __init__(
+        self,
+        c_in: int = 512,  # input channels
+        mid: int = 128,  # channels of a branch
+        c_out: int = 128,  # output channels
+        units: int = 3,  # length of the chain
+        add: bool = False,  # a branch adds its left neighbour
     ):
         super().__init__()
-        self.add, self.point, self.whole = add, PreAct(c_in, mid), PreAct(c_in, mid)
+        self.add = add
+        self.point = PreAct(c_in, mid)
+        self.whole = PreAct(c_in, mid)
         self.wide = nn.ModuleList([PreAct(c_in if i == 0 else mid, mid, 3) for i in range(units)])
         self.tall = nn.ModuleList([PreAct(mid, mid, 3) for _ in range(units)])
-        self.compress, self.shortcut = PreAct(mid*(units + 2), c_out), PreAct(c_in, c_out)
+        self.compress = PreAct(mid * (units + 2), c_out)
+        self.shortcut = PreAct(c_in, c_out)
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c_out, h, w]
-        mean, branches, t = global_mean(x, self), [self.point(x)], x
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
+        mean = global_mean(x, self)
+        branches = [self.point(x)]
+        t = x
         for wide, tall in zip(self.wide, self.tall):
             t = tall(pool(wide(pool(t, 5, 2, "w")), 5, 2, "h"))
-            branches.append(resize(t, x.shape[-2:]) + branches[-1] if self.add else resize(t, x.shape[-2:]))
+            branches.append(
+                resize(t, x.shape[-2:]) + branches[-1] if self.add else resize(t, x.shape[-2:])
+            )
         branches.append(resize(self.whole(mean), x.shape[-2:]))
         return self.compress(torch.cat(branches, 1)) + self.shortcut(x)
 
 # %% ../../nbs/30e_models.context.ipynb #150a35de
 CONTEXTS = {
-    "apppm": (APPPM, {}), "apppm_2": (APPPM, dict(pools=POOLS[:2])), "apppm_1": (APPPM, dict(pools=POOLS[:1])),
-    "dappm": (DAPPM, {}), "dappm_asym": (DAPPM, dict(asym=True)), "dappm_2_gate": (DAPPM, dict(pools=POOLS[:2], gate=True)),
-    "pappm": (PAPPM, {}), "sppm": (SPPM, {}), "sppf": (SPPF, {}), "sppf_add": (SPPF, dict(add=True)),
-} # name -> class and arguments
+    "apppm": (APPPM, {}),
+    "apppm_2": (APPPM, dict(pools=POOLS[:2])),
+    "apppm_1": (APPPM, dict(pools=POOLS[:1])),
+    "dappm": (DAPPM, {}),
+    "dappm_asym": (DAPPM, dict(asym=True)),
+    "dappm_2_gate": (DAPPM, dict(pools=POOLS[:2], gate=True)),
+    "pappm": (PAPPM, {}),
+    "sppm": (SPPM, {}),
+    "sppf": (SPPF, {}),
+    "sppf_add": (SPPF, dict(add=True)),
+}  # name -> class and arguments
 
+# %% ../../nbs/30e_models.context.ipynb #e64520f7
 def context_module(
-    name:str, # a name of `CONTEXTS`
-    c_in:int=512, # input channels
-    mid:int=128, # channels of a branch
-    c_out:int=128, # output channels
-)->nn.Module: # [b, c_in, h, w] -> [b, c_out, h, w]
+    name: str,  # a name of `CONTEXTS`
+    c_in: int = 512,  # input channels
+    mid: int = 128,  # channels of a branch
+    c_out: int = 128,  # output channels
+) -> nn.Module:  # [b, c_in, h, w] -> [b, c_out, h, w]
     "A pyramid-pooling module by name."
-    if name not in CONTEXTS: raise ValueError(f"unknown context '{name}'; known: {', '.join(CONTEXTS)}")
+    if name not in CONTEXTS:
+        raise ValueError(f"unknown context '{name}'; known: {', '.join(CONTEXTS)}")
     cls, args = CONTEXTS[name]
     return cls(c_in, mid, c_out, **args)

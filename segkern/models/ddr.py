@@ -18,163 +18,245 @@ from ..weights import Rule
 # %% ../../nbs/30d_models.ddr.ipynb #b433ca06
 class BasicBlock(nn.Module):
     "Two 3×3 convolutions and a shortcut; `act` decides on the last ReLU."
-    def __init__(self,
-        c_in:int, # input channels
-        c_out:int, # output channels
-        stride:int=1, # of the first convolution
-        act:bool=True, # end in a ReLU
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        c_out: int,  # output channels
+        stride: int = 1,  # of the first convolution
+        act: bool = True,  # end in a ReLU
     ):
         super().__init__()
-        self.conv1, self.conv2 = ConvNormAct(c_in, c_out, 3, stride), ConvNormAct(c_out, c_out, 3, act=None)
-        self.shortcut = ConvNormAct(c_in, c_out, 1, stride, act=None) if stride != 1 or c_in != c_out else None
+        self.conv1 = ConvNormAct(c_in, c_out, 3, stride)
+        self.conv2 = ConvNormAct(c_out, c_out, 3, act=None)
+        self.shortcut = (
+            ConvNormAct(c_in, c_out, 1, stride, act=None) if stride != 1 or c_in != c_out else None
+        )
         self.act = nn.ReLU() if act else nn.Identity()
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c_out, h/stride, w/stride]
-        return self.act(self.conv2(self.conv1(x)) + (x if self.shortcut is None else self.shortcut(x)))
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h/stride, w/stride]
+        return self.act(
+            self.conv2(self.conv1(x)) + (x if self.shortcut is None else self.shortcut(x))
+        )
 
+# %% ../../nbs/30d_models.ddr.ipynb #37291223
 class Bottleneck(nn.Module):
     "1×1, 3×3, 1×1 with twice the channels at the end, and a shortcut; no last ReLU."
-    def __init__(self,
-        c_in:int, # input channels
-        mid:int, # channels between; the output has twice as many
-        stride:int=1, # of the 3×3 convolution
-        act:bool=False, # end in a ReLU
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        mid: int,  # channels between; the output has twice as many
+        stride: int = 1,  # of the 3×3 convolution
+        act: bool = False,  # end in a ReLU
     ):
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = ConvNormAct(c_in, mid, 1), ConvNormAct(mid, mid, 3, stride), ConvNormAct(mid, 2*mid, 1, act=None)
-        self.shortcut = ConvNormAct(c_in, 2*mid, 1, stride, act=None) if stride != 1 or c_in != 2*mid else None
+        self.conv1 = ConvNormAct(c_in, mid, 1)
+        self.conv2 = ConvNormAct(mid, mid, 3, stride)
+        self.conv3 = ConvNormAct(mid, 2 * mid, 1, act=None)
+        self.shortcut = (
+            ConvNormAct(c_in, 2 * mid, 1, stride, act=None)
+            if stride != 1 or c_in != 2 * mid
+            else None
+        )
         self.act = nn.ReLU() if act else nn.Identity()
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, 2 mid, h/stride, w/stride]
-        return self.act(self.conv3(self.conv2(self.conv1(x))) + (x if self.shortcut is None else self.shortcut(x)))
+    def forward(self, x):  # [b, c_in, h, w] -> [b, 2 mid, h/stride, w/stride]
+        return self.act(
+            self.conv3(self.conv2(self.conv1(x)))
+            + (x if self.shortcut is None else self.shortcut(x))
+        )
 
+# %% ../../nbs/30d_models.ddr.ipynb #43419b9e
 def stage(
-    c_in:int, # input channels
-    c_out:int, # output channels
-    blocks:int, # number of basic blocks
-    stride:int=1, # of the first one
-)->nn.Sequential: # ends before its activation where it has more than one block
+    c_in: int,  # input channels
+    c_out: int,  # output channels
+    blocks: int,  # number of basic blocks
+    stride: int = 1,  # of the first one
+) -> nn.Sequential:  # ends before its activation where it has more than one block
     "A stage of basic blocks."
-    return nn.Sequential(*[BasicBlock(c_in if i == 0 else c_out, c_out, stride if i == 0 else 1, act=i < blocks - 1 or blocks == 1) for i in range(blocks)])
+    return nn.Sequential(
+        *[
+            BasicBlock(
+                c_in if i == 0 else c_out,
+                c_out,
+                stride if i == 0 else 1,
+                act=i < blocks - 1 or blocks == 1,
+            )
+            for i in range(blocks)
+        ]
+    )
 
 # %% ../../nbs/30d_models.ddr.ipynb #fc969058
 class PreAct(nn.Module):
     "Batch norm, ReLU, convolution without bias."
-    def __init__(self,
-        c_in:int, # input channels
-        c_out:int, # output channels
-        kernel:int|tuple=1, # kernel size
-        groups:int=1, # convolution groups
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        c_out: int,  # output channels
+        kernel: int | tuple = 1,  # kernel size
+        groups: int = 1,  # convolution groups
     ):
         super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        self.bn, self.act = nn.BatchNorm2d(c_in), nn.ReLU()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, padding=tuple(k//2 for k in kernel), groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(c_in)
+        self.act = nn.ReLU()
+        self.conv = nn.Conv2d(
+            c_in, c_out, kernel, padding=tuple(k // 2 for k in kernel), groups=groups, bias=False
+        )
 
-    def forward(self, x): return self.conv(self.act(self.bn(x))) # [b, c_in, h, w] -> [b, c_out, h, w]
+    # [b, c_in, h, w] -> [b, c_out, h, w]
+    def forward(self, x):
+        return self.conv(self.act(self.bn(x)))
 
+# %% ../../nbs/30d_models.ddr.ipynb #82910919
 class SegHead(nn.Module):
     "Norm, ReLU, 3×3 convolution, norm, ReLU: the hidden map of a head; the classifier follows."
-    def __init__(self,
-        c_in:int, # input channels
-        mid:int, # hidden channels
-        c_out:int, # outputs; 0: the hidden map only
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        mid: int,  # hidden channels
+        c_out: int,  # outputs; 0: the hidden map only
     ):
         super().__init__()
-        self.hidden, self.bn, self.act = PreAct(c_in, mid, 3), nn.BatchNorm2d(mid), nn.ReLU()
+        self.hidden = PreAct(c_in, mid, 3)
+        self.bn = nn.BatchNorm2d(mid)
+        self.act = nn.ReLU()
         self.classifier = nn.Conv2d(mid, c_out, 1) if c_out else None
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c_out or mid, h, w]
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out or mid, h, w]
         x = self.act(self.bn(self.hidden(x)))
         return x if self.classifier is None else self.classifier(x)
 
 # %% ../../nbs/30d_models.ddr.ipynb #8b745a96
 class DilatedPath(nn.Module):
     "Dilated 3×3 convolutions one after the other, at one resolution."
-    def __init__(self,
-        c_in:int, # input channels
-        c_out:int, # output channels
-        dilations:tuple, # one convolution for each
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        c_out: int,  # output channels
+        dilations: tuple,  # one convolution for each
     ):
         super().__init__()
         self.inlet = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
         self.steps = nn.Sequential(*[ConvNormAct(c_out, c_out, 3, dilation=d) for d in dilations])
 
-    def forward(self, x): # [b, c_in, h, w] -> [b, c_out, h, w]
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h, w]
         return self.steps(x if self.inlet is None else self.inlet(x))
 
 # %% ../../nbs/30d_models.ddr.ipynb #700bf893
 def init_weights(
-    model:nn.Module, # changed in place
+    model: nn.Module,  # changed in place
 ):
     "The line's initialisation."
     for m in model.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
 
+# %% ../../nbs/30d_models.ddr.ipynb #4ccdfd32
 def block_rules(
-    stages:str, # pattern of the stages' names, one group: r"(layer\d)"
-    name:str=r"\1", # what a stage is called here
-)->list: # of Rule
+    stages: str,  # pattern of the stages' names, one group: r"(layer\d)"
+    name: str = r"\1",  # what a stage is called here
+) -> list:  # of Rule
     "Key rules of residual stages, with numbered blocks or as one block."
     own = name + r"\2."
-    return [Rule(stages + rf"(\.\d+)?\.conv{i}\.", f"{own}conv{i}.conv.") for i in (1, 2, 3)] + \
-           [Rule(stages + rf"(\.\d+)?\.bn{i}\.", f"{own}conv{i}.bn.") for i in (1, 2, 3)] + \
-           [Rule(stages + r"(\.\d+)?\.downsample\.0\.", own + "shortcut.conv."), Rule(stages + r"(\.\d+)?\.downsample\.1\.", own + "shortcut.bn.")]
+    return (
+        [Rule(stages + rf"(\.\d+)?\.conv{i}\.", f"{own}conv{i}.conv.") for i in (1, 2, 3)]
+        + [Rule(stages + rf"(\.\d+)?\.bn{i}\.", f"{own}conv{i}.bn.") for i in (1, 2, 3)]
+        + [
+            Rule(stages + r"(\.\d+)?\.downsample\.0\.", own + "shortcut.conv."),
+            Rule(stages + r"(\.\d+)?\.downsample\.1\.", own + "shortcut.bn."),
+        ]
+    )
 
+# %% ../../nbs/30d_models.ddr.ipynb #81f50732
 def head_rules(
-    theirs:str, # pattern of the head's name
-    ours:str, # the head's name here
-    classifier:str="", # the classifier's name where it is not in the head
-)->list: # of Rule
+    theirs: str,  # pattern of the head's name
+    ours: str,  # the head's name here
+    classifier: str = "",  # the classifier's name where it is not in the head
+) -> list:  # of Rule
     "Key rules of a `SegHead`."
-    names = [("bn1", f"{ours}.hidden.bn"), ("conv1", f"{ours}.hidden.conv"), ("bn2", f"{ours}.bn"), ("conv2", classifier or f"{ours}.classifier")]
+    names = [
+        ("bn1", f"{ours}.hidden.bn"),
+        ("conv1", f"{ours}.hidden.conv"),
+        ("bn2", f"{ours}.bn"),
+        ("conv2", classifier or f"{ours}.classifier"),
+    ]
     return [Rule(rf"{theirs}\.{a}\.", f"{b}.") for a, b in names]
 
 # %% ../../nbs/30d_models.ddr.ipynb #02c3aad5
 class BoundaryAware(SegModel):
     "A network with an auxiliary and a boundary head; a subclass builds the heads and overrides `decode`."
-    stride, multiple, align_corners = 8, 8, True
+
+    stride = 8
+    multiple = 8
+    align_corners = True
     weights_key = "class_weights_hrnet"
 
-    def __init__(self,
-        name:str, # published name
-        num_classes:int, # k
-        width:int=32, # channels of the stem
-        ohem:tuple|None=(0.9, 131072), # of the objective: probability and least number of pixels; None: plain cross-entropy
-        dataset:str|None=None, # for class names and weights; None: by the number of classes
-        pretrained:bool=False, # refused: the weights cannot be downloaded by a program
-        classwise:bool=False, # a boundary head with one channel per class and one for "no boundary"
+    def __init__(
+        self,
+        name: str,  # published name
+        num_classes: int,  # k
+        width: int = 32,  # channels of the stem
+        # of the objective: probability and least number of pixels; None: plain cross-entropy
+        ohem: tuple | None = (0.9, 131072),
+        dataset: str | None = None,  # for class names and weights; None: by the number of classes
+        pretrained: bool = False,  # refused: the weights cannot be downloaded by a program
+        # a boundary head with one channel per class and one for "no boundary"
+        classwise: bool = False,
     ):
-        if pretrained: raise ValueError(f"{name}: the published weights are on Google Drive; download them and load the file (load_official, or --init FILE in training)")
+        if pretrained:
+            raise ValueError(
+                f"{name}: the published weights are on Google Drive; download them and load "
+                f"the file (load_official, or --init FILE in training)"
+            )
         super().__init__(name, num_classes, table=dataset_table(num_classes, dataset))
-        self.width, self.ohem, self.classwise = width, None if ohem is None else tuple(ohem), classwise
+        self.width = width
+        self.ohem = None if ohem is None else tuple(ohem)
+        self.classwise = classwise
 
-    def build_heads(self, c, mid, aux, aux_mid, edge): # channels: main, its hidden map, aux, its hidden map, boundary
+    # channels: main, its hidden map, aux, its hidden map, boundary
+    def build_heads(self, c, mid, aux, aux_mid, edge):
         "The three heads; the main classifier is `classifier`."
-        self.head, self.classifier = SegHead(c, mid, 0), nn.Conv2d(mid, self.num_classes, 1)
-        self.aux_head, self.boundary_head = SegHead(aux, aux_mid, self.num_classes), SegHead(edge, self.width, self.num_classes + 1 if self.classwise else 1)
+        self.head = SegHead(c, mid, 0)
+        self.classifier = nn.Conv2d(mid, self.num_classes, 1)
+        self.aux_head = SegHead(aux, aux_mid, self.num_classes)
+        self.boundary_head = SegHead(
+            edge, self.width, self.num_classes + 1 if self.classwise else 1
+        )
 
-    def feature(self, x): return self.head(self.decode(x)[0]) # [b, c, h/8, w/8]
+    def feature(self, x):
+        return self.head(self.decode(x)[0])  # [b, c, h/8, w/8]
 
-    def outputs(self, x): # {"logits", "aux", "boundary"}; the deploy form has logits only
+    def outputs(self, x):  # {"logits", "aux", "boundary"}; the deploy form has logits only
         "Every head by name, native sizes."
         z, aux, edge = self.decode(self.check(x))
         out = {"logits": self.classifier(self.head(z))}
-        return out if self.deployed else out | {"aux": self.aux_head(aux), "boundary": self.boundary_head(edge)}
+        return (
+            out
+            if self.deployed
+            else out | {"aux": self.aux_head(aux), "boundary": self.boundary_head(edge)}
+        )
 
     def objective(self, out, target):
-        "The papers' loss. `target` holds ids [b, H, W], or ids and edges [b, 2, H, W] as the training transform makes them."
+        """The papers' loss. `target` holds ids [b, H, W], or ids and edges [b, 2, H, W] as the
+        training transform makes them."""
         y, edges = target.unbind(1) if target.ndim == 4 else (target, boundary_target(target))
         return boundary_aware_losses(out, y, edges, self.class_weights, ohem=self.ohem)
 
     def deploy(self):
         "Drop the auxiliary heads, in place; the logits stay the same."
         for name in ("aux_head", "boundary_head"):
-            if hasattr(self, name): delattr(self, name)
+            if hasattr(self, name):
+                delattr(self, name)
         return super().deploy()
 
     @property
-    def options(self): return {"width": self.width, "ohem": self.ohem, "classwise": self.classwise}
+    def options(self):
+        return {"width": self.width, "ohem": self.ohem, "classwise": self.classwise}

@@ -16,18 +16,24 @@ from ..recipes import mean_only
 from ..weights import Rule
 
 # %% ../../nbs/30b_models.dsanet.ipynb #2502e606
-EPS = 1e-3 # of every norm
+EPS = 1e-3  # of every norm
+
 
 class NormAct(nn.Module):
     "Batch norm and PReLU."
-    def __init__(self,
-        c:int, # channels
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(c, eps=EPS), nn.PReLU(c)
+        self.bn = nn.BatchNorm2d(c, eps=EPS)
+        self.act = nn.PReLU(c)
 
-    def forward(self, x): return self.act(self.bn(x)) # [b, c, h, w] -> the same
+    def forward(self, x):
+        return self.act(self.bn(x))  # [b, c, h, w] -> the same
 
+# %% ../../nbs/30b_models.dsanet.ipynb #2643ce81
 def block(c_in, c_out, kernel=3, stride=1, dilation=1, groups=1, norm=True):
     "The network's convolution block."
     return ConvNormAct(c_in, c_out, kernel, stride, dilation, groups, norm, "prelu", EPS)
@@ -35,117 +41,195 @@ def block(c_in, c_out, kernel=3, stride=1, dilation=1, groups=1, norm=True):
 # %% ../../nbs/30b_models.dsanet.ipynb #35f87bac
 class FDSS(nn.Module):
     "Two depthwise strip branches, one dilated; residual and channel shuffle."
-    def __init__(self,
-        c:int, # channels
-        d:int, # dilation of the second branch
+
+    def __init__(
+        self,
+        c: int,  # channels
+        d: int,  # dilation of the second branch
     ):
         super().__init__()
-        h = c//2
-        self.pre, self.point, self.mix = NormAct(c), block(c, c, 1), block(c, c, 3)
+        h = c // 2
+        self.pre = NormAct(c)
+        self.point = block(c, c, 1)
+        self.mix = block(c, c, 3)
         self.near = nn.Sequential(block(h, h, (3, 1), groups=h), block(h, h, (1, 3), groups=h))
-        self.far = nn.Sequential(block(h, h, (3, 1), dilation=(d, 1), groups=h), block(h, h, (1, 3), dilation=(1, d), groups=h))
+        self.far = nn.Sequential(
+            block(h, h, (3, 1), dilation=(d, 1), groups=h),
+            block(h, h, (1, 3), dilation=(1, d), groups=h),
+        )
 
-    def forward(self, x): # [b, c, h, w] -> the same
+    def forward(self, x):  # [b, c, h, w] -> the same
         a, b = self.mix(self.point(self.pre(x))).chunk(2, 1)
         return F.channel_shuffle(x + torch.cat([self.near(a), self.far(b)], 1), 2)
 
 # %% ../../nbs/30b_models.dsanet.ipynb #670e8a74
 class Downsample(nn.Module):
     "A strided convolution beside a max-pool; halves the sides, widens the channels."
-    def __init__(self,
-        c_in:int, # input channels
-        c_out:int, # output channels, more than `c_in`
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        c_out: int,  # output channels, more than `c_in`
     ):
         super().__init__()
-        self.conv, self.post = block(c_in, c_out - c_in, 3, stride=2, norm=False), NormAct(c_out)
+        self.conv = block(c_in, c_out - c_in, 3, stride=2, norm=False)
+        self.post = NormAct(c_out)
 
-    def forward(self, x): return self.post(torch.cat([self.conv(x), F.max_pool2d(x, 2)], 1)) # [b, c_out, h/2, w/2]
+    # [b, c_out, h/2, w/2]
+    def forward(self, x):
+        return self.post(torch.cat([self.conv(x), F.max_pool2d(x, 2)], 1))
 
 # %% ../../nbs/30b_models.dsanet.ipynb #33a4612d
 class DualAttention(nn.Module):
     "Spatial attention plus the picture's average, each through a 1×1 block."
-    literal = False # also run the 1×1 convolution whose result the official code drops, so that its cost is counted
 
-    def __init__(self,
-        c:int, # channels
+    # also run the 1×1 convolution whose result the official code drops, so that its cost is
+    # counted
+    literal = False
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
         self.pre = nn.Sequential(NormAct(c), block(c, c, 1))
-        self.d2, self.d3, self.d4 = block(c, c, 3, dilation=3, norm=False), block(c, c, 3, dilation=3, norm=False), block(c, c, 1)
-        self.conv, self.spatial, self.channel = block(c, c, 1), block(c, c, 1), block(c, c, 1)
+        self.d2 = block(c, c, 3, dilation=3, norm=False)
+        self.d3 = block(c, c, 3, dilation=3, norm=False)
+        self.d4 = block(c, c, 1)
+        self.conv = block(c, c, 1)
+        self.spatial = block(c, c, 1)
+        self.channel = block(c, c, 1)
 
-    def forward(self, x): # [b, c, h, w] -> the same
+    def forward(self, x):  # [b, c, h, w] -> the same
         o = self.pre(x)
-        if self.literal: self.d4.conv(o)
-        s = x + self.conv(o + (self.d2(o)*self.d3(o)).softmax(1)*self.d4(o))
+        if self.literal:
+            self.d4.conv(o)
+        s = x + self.conv(o + (self.d2(o) * self.d3(o)).softmax(1) * self.d4(o))
         return self.spatial(s) + self.channel(x.mean((2, 3), keepdim=True).expand_as(x))
 
 # %% ../../nbs/30b_models.dsanet.ipynb #22cf4b9c
 class DSANet(SegModel):
     "Spatial and context path; three auxiliary heads on the context path. Sides must be multiples of 8."
-    stride, multiple = 8, 8
 
-    def __init__(self,
-        name:str="dsanet", # published name
-        num_classes:int=19, # k
-        dataset:str|None=None, # for the input's mean, class names and weights; None: by the number of classes
-        pretrained:bool=False, # there are no pretrained weights
+    stride = 8
+    multiple = 8
+
+    def __init__(
+        self,
+        name: str = "dsanet",  # published name
+        num_classes: int = 19,  # k
+        # for the input's mean, class names and weights; None: by the number of classes
+        dataset: str | None = None,
+        pretrained: bool = False,  # there are no pretrained weights
     ):
-        if pretrained: raise ValueError("dsanet trains from scratch: there are no pretrained encoder weights")
+        if pretrained:
+            raise ValueError("dsanet trains from scratch: there are no pretrained encoder weights")
         table = dataset_table(num_classes, dataset)
-        super().__init__(name, num_classes, mean_only(table["name"] if "mean_rgb" in table else "cityscapes"), table)
-        self.detail = nn.Sequential(block(3, 32, stride=2), block(32, 32), block(32, 64, stride=2), block(64, 64), block(64, 128, stride=2), block(128, 128))
-        self.detail_post, self.stem = NormAct(128), nn.Sequential(block(3, 32, stride=2), block(32, 32), block(32, 32))
-        self.post1, self.post2, self.post3, self.post4 = NormAct(32), NormAct(64), NormAct(128), NormAct(128)
-        self.down1, self.down2 = Downsample(32, 64), Downsample(64, 128)
+        super().__init__(
+            name,
+            num_classes,
+            mean_only(table["name"] if "mean_rgb" in table else "cityscapes"),
+            table,
+        )
+        self.detail = nn.Sequential(
+            block(3, 32, stride=2),
+            block(32, 32),
+            block(32, 64, stride=2),
+            block(64, 64),
+            block(64, 128, stride=2),
+            block(128, 128),
+        )
+        self.detail_post = NormAct(128)
+        self.stem = nn.Sequential(block(3, 32, stride=2), block(32, 32), block(32, 32))
+        self.post1 = NormAct(32)
+        self.post2 = NormAct(64)
+        self.post3 = NormAct(128)
+        self.post4 = NormAct(128)
+        self.down1 = Downsample(32, 64)
+        self.down2 = Downsample(64, 128)
         self.stage1 = nn.Sequential(*[FDSS(64, 1) for _ in range(3)])
         self.stage2 = nn.Sequential(*[FDSS(128, d) for d in (1, 3, 6, 12)])
         self.stage3 = nn.Sequential(*[FDSS(128, d) for d in (3, 6, 12, 24)])
         for i, c, mid in ((1, 64, 64), (2, 128, 128), (3, 128, 128)):
-            self.add_module(f"aux{i}", nn.Sequential(DualAttention(c), block(c, 64), block(64, mid), block(mid, num_classes, 1, norm=False)))
+            self.add_module(
+                f"aux{i}",
+                nn.Sequential(
+                    DualAttention(c),
+                    block(c, 64),
+                    block(64, mid),
+                    block(mid, num_classes, 1, norm=False),
+                ),
+            )
         self.classifier = nn.Conv2d(256, num_classes, 1, bias=False)
 
-    def paths(self, x): # -> the map before the classifier [b, 256, h/8, w/8], the maps of the auxiliary heads
+    # -> the map before the classifier [b, 256, h/8, w/8], the maps of the auxiliary heads
+    def paths(self, x):
         "Both paths."
         o1 = self.post2(self.stage1(self.down1(self.post1(self.stem(x)))))
         o2 = self.post3(self.stage2(self.down2(o1)))
         o3 = self.post4(self.stage3(o2))
         return torch.cat([self.detail_post(self.detail(x)), o3], 1), (o1, o2, o3)
 
-    def feature(self, x): return self.paths(x)[0] # [b, 256, h/8, w/8]
+    def feature(self, x):
+        return self.paths(x)[0]  # [b, 256, h/8, w/8]
 
-    def outputs(self, x): # {"logits", "predict1" … "predict3"}
+    def outputs(self, x):  # {"logits", "predict1" … "predict3"}
         "Main and auxiliary logits at their own sizes."
         d, maps = self.paths(self.check(x))
         out = {"logits": self.classifier(d)}
-        return out if self.deployed else out | {f"predict{i}": getattr(self, f"aux{i}")(t) for i, t in enumerate(maps, 1)}
+        return (
+            out
+            if self.deployed
+            else out | {f"predict{i}": getattr(self, f"aux{i}")(t) for i, t in enumerate(maps, 1)}
+        )
 
     def deploy(self):
         "Drop the auxiliary heads, in place; the logits stay the same."
         for i in (1, 2, 3):
-            if hasattr(self, f"aux{i}"): delattr(self, f"aux{i}")
+            if hasattr(self, f"aux{i}"):
+                delattr(self, f"aux{i}")
         return super().deploy()
 
-    def key_rules(self, state): return RULES
+    def key_rules(self, state):
+        return RULES
 
     def rename(self, key):
         "Official blocks keep norm and slopes in a module of their own."
-        return key.replace(".bn_prelu.bn.", ".bn.").replace(".bn_prelu.acti.", ".act.").replace(".acti.", ".act.")
+        return (
+            key.replace(".bn_prelu.bn.", ".bn.")
+            .replace(".bn_prelu.acti.", ".act.")
+            .replace(".acti.", ".act.")
+        )
 
 # %% ../../nbs/30b_models.dsanet.ipynb #ba8ce8b0
 _ATT = r"attentio(\d)\.DualAttention_\d_\."
 _FDSS = r"FDSS_Block_(\d)\.FDSS_Module_\d_(\d)\."
 
+# %% ../../nbs/30b_models.dsanet.ipynb #ec33dc2b
 RULES = [
-    Rule(_ATT + r"spatial\.dconv5\.", unused="unused: never called"), Rule(_ATT + r"chan_wise\.", unused="unused: never called"),
-    *[Rule(rf"spatial\.Spatial_Encoding_Network\.conv{a}\.", f"detail.{i}.") for i, a in enumerate(("1", "11", "2", "21", "3", "31"))],
-    Rule(r"bn_prelu_sp\.", "detail_post."), Rule(r"init_block\.", "stem."), Rule(r"bn_prelu_(\d)\.", r"post\1."),
-    Rule(r"downsample_(\d)\.conv3x3\.", r"down\1.conv."), Rule(r"downsample_(\d)\.(bn|act)\.", r"down\1.post.\2."),
-    Rule(_FDSS + r"bn_relu_1\.", r"stage\1.\2.pre."), Rule(_FDSS + r"conv3x3\.", r"stage\1.\2.point."), Rule(_FDSS + r"conv3x31\.", r"stage\1.\2.mix."),
-    Rule(_FDSS + r"dconv3x1\.", r"stage\1.\2.near.0."), Rule(_FDSS + r"dconv1x3\.", r"stage\1.\2.near.1."),
-    Rule(_FDSS + r"ddconv3x1\.", r"stage\1.\2.far.0."), Rule(_FDSS + r"ddconv1x3\.", r"stage\1.\2.far.1."),
-    Rule(_ATT + r"spatial\.A1\.", r"aux\1.0.pre."), Rule(_ATT + r"spatial\.dconv([234])\.", r"aux\1.0.d\2."), Rule(_ATT + r"spatial\.conv\.", r"aux\1.0.conv."),
-    Rule(_ATT + r"convs\.", r"aux\1.0.spatial."), Rule(_ATT + r"convc\.", r"aux\1.0.channel."),
+    Rule(_ATT + r"spatial\.dconv5\.", unused="unused: never called"),
+    Rule(_ATT + r"chan_wise\.", unused="unused: never called"),
+    *[
+        Rule(rf"spatial\.Spatial_Encoding_Network\.conv{a}\.", f"detail.{i}.")
+        for i, a in enumerate(("1", "11", "2", "21", "3", "31"))
+    ],
+    Rule(r"bn_prelu_sp\.", "detail_post."),
+    Rule(r"init_block\.", "stem."),
+    Rule(r"bn_prelu_(\d)\.", r"post\1."),
+    Rule(r"downsample_(\d)\.conv3x3\.", r"down\1.conv."),
+    Rule(r"downsample_(\d)\.(bn|act)\.", r"down\1.post.\2."),
+    Rule(_FDSS + r"bn_relu_1\.", r"stage\1.\2.pre."),
+    Rule(_FDSS + r"conv3x3\.", r"stage\1.\2.point."),
+    Rule(_FDSS + r"conv3x31\.", r"stage\1.\2.mix."),
+    Rule(_FDSS + r"dconv3x1\.", r"stage\1.\2.near.0."),
+    Rule(_FDSS + r"dconv1x3\.", r"stage\1.\2.near.1."),
+    Rule(_FDSS + r"ddconv3x1\.", r"stage\1.\2.far.0."),
+    Rule(_FDSS + r"ddconv1x3\.", r"stage\1.\2.far.1."),
+    Rule(_ATT + r"spatial\.A1\.", r"aux\1.0.pre."),
+    Rule(_ATT + r"spatial\.dconv([234])\.", r"aux\1.0.d\2."),
+    Rule(_ATT + r"spatial\.conv\.", r"aux\1.0.conv."),
+    Rule(_ATT + r"convs\.", r"aux\1.0.spatial."),
+    Rule(_ATT + r"convc\.", r"aux\1.0.channel."),
     *[Rule(rf"refine(\d)\.{i}\.", rf"aux\1.{i + 1}.") for i in range(3)],
     Rule(r"classifier\.conv\.", "classifier."),
 ]

@@ -20,99 +20,143 @@ from ..weights import Rule
 # %% ../../nbs/35a_models.ocrnet.ipynb #79cf28f0
 class SoftRegions(nn.Module):
     "The first guess: logits of all classes."
-    def __init__(self,
-        c:int, # channels of the stacked branches
-        num_classes:int, # k
+
+    def __init__(
+        self,
+        c: int,  # channels of the stacked branches
+        num_classes: int,  # k
     ):
         super().__init__()
         self.fusion = ConvNormAct(c, c, 1)
         self.fusion.apply(init_conv)
-        self.fusion.bn.momentum = 1 - (1 - .1)**2 # two updates per step in the official training
+        self.fusion.bn.momentum = (
+            1 - (1 - 0.1) ** 2
+        )  # two updates per step in the official training
         self.classifier = classifier_of(c, num_classes)
 
-    def forward(self, x): return self.classifier(self.fusion(x)) # [b, c, h, w] -> [b, k, h, w]
+    def forward(self, x):
+        return self.classifier(self.fusion(x))  # [b, c, h, w] -> [b, k, h, w]
 
 # %% ../../nbs/35a_models.ocrnet.ipynb #acf769a5
 class ObjectContext(nn.Module):
     "Pixels attend to the mean features of soft regions."
-    def __init__(self,
-        c:int=512, # channels in and out
-        d:int=256, # channels of queries, keys and values
+
+    def __init__(
+        self,
+        c: int = 512,  # channels in and out
+        d: int = 256,  # channels of queries, keys and values
     ):
         super().__init__()
-        point = lambda i, o: ConvNormAct(i, o, 1)
+
+        def point(i, o):
+            return ConvNormAct(i, o, 1)
+
         self.query, self.key = (nn.Sequential(point(c, d), point(d, d)) for _ in range(2))
-        self.value, self.out, self.merge = point(c, d), point(d, c), point(2*c, c)
+        self.value = point(c, d)
+        self.out = point(d, c)
+        self.merge = point(2 * c, c)
         self.apply(init_conv)
 
-    def forward(self, f, regions): # [b, c, h, w], [b, k, h, w] logits -> [b, c, h, w]
+    def forward(self, f, regions):  # [b, c, h, w], [b, k, h, w] logits -> [b, c, h, w]
         if self.training and len(f) == regions.shape[1] == 1:
-            raise ValueError("training normalises one value per channel, picture and class: it needs 2 pictures per device or 2 classes, got 1 and 1")
-        tokens = lambda t: t.flatten(2).transpose(1, 2) # [b, c, h, w] -> [b, h*w, c]
-        objects = (regions.flatten(2).softmax(2) @ tokens(f)).transpose(1, 2)[..., None] # [b, c, k, 1]
-        q, k, v = (tokens(t)[:, None] for t in (self.query(f), self.key(objects), self.value(objects))) # [b, 1, h*w or k, d]
+            raise ValueError(
+                "training normalises one value per channel, picture and class: it needs 2 "
+                "pictures per device or 2 classes, got 1 and 1"
+            )
+
+        def tokens(t):
+            return t.flatten(2).transpose(1, 2)  # [b, c, h, w] -> [b, h*w, c]
+
+        # [b, c, k, 1]
+        objects = (regions.flatten(2).softmax(2) @ tokens(f)).transpose(1, 2)[..., None]
+        # [b, 1, h*w or k, d]
+        q, k, v = (
+            tokens(t)[:, None] for t in (self.query(f), self.key(objects), self.value(objects))
+        )
         y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, f.shape[2:])
         return self.merge(torch.cat([self.out(y), f], 1))
 
 # %% ../../nbs/35a_models.ocrnet.ipynb #c836eb78
 class OCRNet(Segmentor):
     "OCRNet on HRNet."
-    ssa_prefix = r"decode_head\.1\." # where official files keep another classifier's layers
 
-    def __init__(self,
-        name:str="ocrnet_hr48", # published name
-        num_classes:int=150, # k
-        encoder:str="hrnet_w48", # a name of `HRNETS`
-        dataset:str|None=None, # for class names; None: by the number of classes
-        pretrained:bool=False, # download the encoder's ImageNet weights
-        width:int=512, # channels of the decoder
-        dropout:float=0.0, # before the classifier; the official configuration has none
-        aux_weight:float=0.4, # of the first guess's loss
-        mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
-        preprocess=IMAGENET, # from uint8 RGB to input
+    ssa_prefix = r"decode_head\.1\."  # where official files keep another classifier's layers
+
+    def __init__(
+        self,
+        name: str = "ocrnet_hr48",  # published name
+        num_classes: int = 150,  # k
+        encoder: str = "hrnet_w48",  # a name of `HRNETS`
+        dataset: str | None = None,  # for class names; None: by the number of classes
+        pretrained: bool = False,  # download the encoder's ImageNet weights
+        width: int = 512,  # channels of the decoder
+        dropout: float = 0.0,  # before the classifier; the official configuration has none
+        aux_weight: float = 0.4,  # of the first guess's loss
+        mean_over: str = "all",  # which pixels divide the loss, see `pixel_cross_entropy`
+        preprocess=IMAGENET,  # from uint8 RGB to input
     ):
         super().__init__(name, num_classes, dataset, dropout, aux_weight, mean_over, preprocess)
-        self.encoder_name, self.width = encoder, width
+        self.encoder_name = encoder
+        self.width = width
         self.encoder = HRNet(encoder, pretrained)
         self.regions = SoftRegions(sum(self.encoder.channels), num_classes)
-        self.bottleneck, self.context = ConvNormAct(sum(self.encoder.channels), width, 3), ObjectContext(width, width//2)
+        self.bottleneck = ConvNormAct(sum(self.encoder.channels), width, 3)
+        self.context = ObjectContext(width, width // 2)
         self.bottleneck.apply(init_conv)
         self.classifier = classifier_of(width, num_classes)
 
-    def features(self, x): # [b, 3, h, w] -> the last map [b, width, h/4, w/4]; the first guess
+    def features(self, x):  # [b, 3, h, w] -> the last map [b, width, h/4, w/4]; the first guess
         "What the main classifier sees, and the soft regions."
         maps = self.encoder(x)
         stacked = torch.cat([resize(t, maps[0].shape[2:]) for t in maps], 1)
         regions = self.regions(stacked)
         return self.context(self.bottleneck(stacked), regions), {"aux": regions}
 
-    def feature(self, x): return self.features(x)[0] # [b, 3, h, w] -> [b, width, h/4, w/4]
+    def feature(self, x):
+        return self.features(x)[0]  # [b, 3, h, w] -> [b, width, h/4, w/4]
 
     @property
-    def options(self): # what a file must remember besides the name
+    def options(self):  # what a file must remember besides the name
         return {**super().options, "width": self.width, "aux_weight": self.aux_weight}
 
     def key_rules(self, state):
         "Key table of OpenMMLab's checkpoints, and of ImageNet files for the encoder."
         return key_rules(ours="encoder.") + head_rules()
 
-    def hint(self, state): return describe_state(state, self)
+    def hint(self, state):
+        return describe_state(state, self)
 
 # %% ../../nbs/35a_models.ocrnet.ipynb #7de9ebfd
 def head_rules():
     "Key table of the two stages of the decoder."
     block = r"decode_head\.1\.object_context_block\."
-    pairs = [(r"decode_head\.0\.convs\.0\.", "regions.fusion."), (r"decode_head\.0\.conv_seg\.", "regions.classifier."), (r"decode_head\.1\.bottleneck\.", "bottleneck."),
-             (block + r"(query|key)_project\.(\d)\.", r"context.\1.\2."), (block + r"value_project\.", "context.value."), (block + r"out_project\.", "context.out."),
-             (block + r"bottleneck\.", "context.merge."), (r"decode_head\.1\.conv_seg\.", "classifier.")]
+    pairs = [
+        (r"decode_head\.0\.convs\.0\.", "regions.fusion."),
+        (r"decode_head\.0\.conv_seg\.", "regions.classifier."),
+        (r"decode_head\.1\.bottleneck\.", "bottleneck."),
+        (block + r"(query|key)_project\.(\d)\.", r"context.\1.\2."),
+        (block + r"value_project\.", "context.value."),
+        (block + r"out_project\.", "context.out."),
+        (block + r"bottleneck\.", "context.merge."),
+        (r"decode_head\.1\.conv_seg\.", "classifier."),
+    ]
     return [Rule(a, b) for a, b in pairs]
 
+# %% ../../nbs/35a_models.ocrnet.ipynb #727eebda
 def describe_state(
-    state:dict, # official state dict
-    model, # that it did not fit
-)->str: # what it seems to be
+    state: dict,  # official state dict
+    model,  # that it did not fit
+) -> str:  # what it seems to be
     "What network an official checkpoint holds, read off its keys."
-    branches = [len(v) for s in range(4) for k, v in state.items() if k.endswith(f"stage4.0.branches.{s}.0.conv1.weight")]
-    if len(branches) != 4: return "the checkpoint holds no HRNet"
+    branches = [
+        len(v)
+        for s in range(4)
+        for k, v in state.items()
+        if k.endswith(f"stage4.0.branches.{s}.0.conv1.weight")
+    ]
+    if len(branches) != 4:
+        return "the checkpoint holds no HRNet"
     head = "OCRNet's two heads" if any("object_context_block." in k for k in state) else ""
-    return describe_file(model, f"hrnet_w{branches[0]}", head, find_tensor(state, "decode_head.1.conv_seg.weight"))
+    return describe_file(
+        model, f"hrnet_w{branches[0]}", head, find_tensor(state, "decode_head.1.conv_seg.weight")
+    )

@@ -17,63 +17,92 @@ from .ddr import BasicBlock, Bottleneck, BoundaryAware, init_weights, stage
 # %% ../../nbs/31a_models.pidnet.ipynb #c8ff13eb
 class Pag(nn.Module):
     "Pixel-attention-guided fusion of detail with context."
-    def __init__(self,
-        c:int, # channels of both maps
-        mid:int, # channels of the embeddings
+
+    def __init__(
+        self,
+        c: int,  # channels of both maps
+        mid: int,  # channels of the embeddings
     ):
         super().__init__()
-        self.embed_x, self.embed_y = ConvNormAct(c, mid, 1, act=None), ConvNormAct(c, mid, 1, act=None)
+        self.embed_x = ConvNormAct(c, mid, 1, act=None)
+        self.embed_y = ConvNormAct(c, mid, 1, act=None)
 
-    def forward(self, x, y): # [b, c, h, w], [b, c, h', w'] -> [b, c, h, w]
+    def forward(self, x, y):  # [b, c, h, w], [b, c, h', w'] -> [b, c, h, w]
         size = x.shape[-2:]
-        s = torch.sigmoid((self.embed_x(x)*resize(self.embed_y(y), size)).sum(1, keepdim=True))
-        return (1 - s)*x + s*resize(y, size)
+        s = torch.sigmoid((self.embed_x(x) * resize(self.embed_y(y), size)).sum(1, keepdim=True))
+        return (1 - s) * x + s * resize(y, size)
 
+# %% ../../nbs/31a_models.pidnet.ipynb #06f13908
 class Bag(nn.Module):
     "Boundary-attention-guided fusion of detail and context."
-    def __init__(self,
-        c:int, # channels of all inputs
-        c_out:int, # output channels
+
+    def __init__(
+        self,
+        c: int,  # channels of all inputs
+        c_out: int,  # output channels
     ):
         super().__init__()
-        self.conv_p, self.conv_i = ConvNormAct(c, c_out, 1, act=None), ConvNormAct(c, c_out, 1, act=None)
+        self.conv_p = ConvNormAct(c, c_out, 1, act=None)
+        self.conv_i = ConvNormAct(c, c_out, 1, act=None)
 
-    def forward(self, p, i, d): # [b, c, h, w] three times -> [b, c_out, h, w]
+    def forward(self, p, i, d):  # [b, c, h, w] three times -> [b, c_out, h, w]
         edge = torch.sigmoid(d)
-        return self.conv_p((1 - edge)*i + p) + self.conv_i(i + edge*p)
+        return self.conv_p((1 - edge) * i + p) + self.conv_i(i + edge * p)
 
 # %% ../../nbs/31a_models.pidnet.ipynb #50e00e88
 class PIDNet(BoundaryAware):
     "PIDNet-S; sides must be multiples of 8, the logits have an eighth of them."
-    def __init__(self,
-        name:str="pidnet_s", # published name
-        num_classes:int=19, # k
-        width:int=32, # channels of the stem
-        ohem:tuple|None=(0.9, 131072), # of the objective: probability and least number of pixels; None: plain cross-entropy
-        classwise:bool=False, # a boundary head with one channel per class
-        dataset:str|None=None, # for class names and weights; None: by the number of classes
-        pretrained:bool=False, # refused: there is no stable address of the weights
+
+    def __init__(
+        self,
+        name: str = "pidnet_s",  # published name
+        num_classes: int = 19,  # k
+        width: int = 32,  # channels of the stem
+        # of the objective: probability and least number of pixels; None: plain cross-entropy
+        ohem: tuple | None = (0.9, 131072),
+        classwise: bool = False,  # a boundary head with one channel per class
+        dataset: str | None = None,  # for class names and weights; None: by the number of classes
+        pretrained: bool = False,  # refused: there is no stable address of the weights
     ):
         super().__init__(name, num_classes, width, ohem, dataset, pretrained, classwise)
         c = width
-        self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 2, 1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3, 2, 1), nn.BatchNorm2d(c), nn.ReLU())
-        self.layer1, self.layer2 = stage(c, c, 2), stage(c, 2*c, 2, 2)
-        self.layer3, self.layer4 = stage(2*c, 4*c, 3, 2), stage(4*c, 8*c, 3, 2)
-        self.layer5 = nn.Sequential(Bottleneck(8*c, 8*c, 2), Bottleneck(16*c, 8*c))
-        self.compression3, self.compression4 = ConvNormAct(4*c, 2*c, 1, act=None), ConvNormAct(8*c, 2*c, 1, act=None)
-        self.pag3, self.pag4 = Pag(2*c, c), Pag(2*c, c)
-        self.detail3, self.detail4, self.detail5 = stage(2*c, 2*c, 2), stage(2*c, 2*c, 2), nn.Sequential(Bottleneck(2*c, 2*c))
-        self.edge3, self.edge4, self.edge5 = BasicBlock(2*c, c, act=False), nn.Sequential(Bottleneck(c, c)), nn.Sequential(Bottleneck(2*c, 2*c))
-        self.diff3, self.diff4 = ConvNormAct(4*c, c, 3, act=None), ConvNormAct(8*c, 2*c, 3, act=None)
-        self.spp, self.bag = PAPPM(16*c, 3*c, 4*c), Bag(4*c, 4*c)
-        self.build_heads(4*c, 4*c, 2*c, 4*c, 2*c)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, c, 3, 2, 1),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 3, 2, 1),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+        )
+        self.layer1 = stage(c, c, 2)
+        self.layer2 = stage(c, 2 * c, 2, 2)
+        self.layer3 = stage(2 * c, 4 * c, 3, 2)
+        self.layer4 = stage(4 * c, 8 * c, 3, 2)
+        self.layer5 = nn.Sequential(Bottleneck(8 * c, 8 * c, 2), Bottleneck(16 * c, 8 * c))
+        self.compression3 = ConvNormAct(4 * c, 2 * c, 1, act=None)
+        self.compression4 = ConvNormAct(8 * c, 2 * c, 1, act=None)
+        self.pag3 = Pag(2 * c, c)
+        self.pag4 = Pag(2 * c, c)
+        self.detail3 = stage(2 * c, 2 * c, 2)
+        self.detail4 = stage(2 * c, 2 * c, 2)
+        self.detail5 = nn.Sequential(Bottleneck(2 * c, 2 * c))
+        self.edge3 = BasicBlock(2 * c, c, act=False)
+        self.edge4 = nn.Sequential(Bottleneck(c, c))
+        self.edge5 = nn.Sequential(Bottleneck(2 * c, 2 * c))
+        self.diff3 = ConvNormAct(4 * c, c, 3, act=None)
+        self.diff4 = ConvNormAct(8 * c, 2 * c, 3, act=None)
+        self.spp = PAPPM(16 * c, 3 * c, 4 * c)
+        self.bag = Bag(4 * c, 4 * c)
+        self.build_heads(4 * c, 4 * c, 2 * c, 4 * c, 2 * c)
         init_weights(self)
 
-    def decode(self, x): # picture -> Bag's output [b, 4c, h/8, w/8], the aux head's input, the boundary head's input
+    # picture -> Bag's output [b, 4c, h/8, w/8], the aux head's input, the boundary head's input
+    def decode(self, x):
         "Everything before the heads."
         x = F.relu(self.layer2(F.relu(self.layer1(self.stem(x)))))
         size = x.shape[-2:]
-        p, d = self.detail3(x), self.edge3(x)
+        p = self.detail3(x)
+        d = self.edge3(x)
         x = F.relu(self.layer3(x))
         early = p = self.pag3(p, self.compression3(x))
         d = d + resize(self.diff3(x), size)

@@ -20,214 +20,310 @@ from ..weights import Rule
 # %% ../../nbs/30_models.s2fpn.ipynb #ac9911b2
 class CRB(nn.Module):
     "Channel reweighting: squeeze, excite, multiply."
-    def __init__(self,
-        c:int, # channels
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
-        self.reduce, self.expand = ConvNormAct(c, c//4, 1, norm=False), ConvNormAct(c//4, c, 1, norm=False)
+        self.reduce = ConvNormAct(c, c // 4, 1, norm=False)
+        self.expand = ConvNormAct(c // 4, c, 1, norm=False)
 
-    def forward(self, x): # [b, c, h, w] -> the same
-        return x*self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+    def forward(self, x):  # [b, c, h, w] -> the same
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 # %% ../../nbs/30_models.s2fpn.ipynb #1d9728bd
-DROPOUT = 0.15 # everywhere in the network
+DROPOUT = 0.15  # everywhere in the network
 
+# %% ../../nbs/30_models.s2fpn.ipynb #3e7cfff6
 class SSAMv1(nn.Module):
     "Scale-aware strip attention of the 2022 paper."
-    def __init__(self,
-        c:int, # channels
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))
         self.project = nn.Conv2d(c, c, 1, bias=False)
-        self.bn_max, self.bn_mean = nn.BatchNorm2d(c), nn.BatchNorm2d(c)
+        self.bn_max = nn.BatchNorm2d(c)
+        self.bn_mean = nn.BatchNorm2d(c)
         self.fuse = ConvNormAct(c, c, 1, norm=False)
 
-    def strips(self, x): # -> max strip, mean strip [b, c, 1, w]; gates [b, 2, 1, w]; fused strip [b, c, 1, w]
+    # -> max strip, mean strip [b, c, 1, w]; gates [b, 2, 1, w]; fused strip [b, c, 1, w]
+    def strips(self, x):
         "What the module computes on strips."
         mean, top = strip_pool(x, "mean_max", "h")
-        m, a = self.bn_max(self.project(top[:, :, None])), self.bn_mean(self.project(mean[:, :, None]))
-        gate = (m*a).softmax(1)[:, :2]
-        return m, a, gate, self.fuse(gate[:, :1]*a + gate[:, 1:]*m)
+        m = self.bn_max(self.project(top[:, :, None]))
+        a = self.bn_mean(self.project(mean[:, :, None]))
+        gate = (m * a).softmax(1)[:, :2]
+        return m, a, gate, self.fuse(gate[:, :1] * a + gate[:, 1:] * m)
 
-    def forward(self, x): # [b, c, h, w] -> the same
+    def forward(self, x):  # [b, c, h, w] -> the same
         f = F.dropout(self.strips(x)[3], DROPOUT, self.training)
-        return (self.gamma*f + (1 - self.gamma)*x).relu()
+        return (self.gamma * f + (1 - self.gamma) * x).relu()
 
 # %% ../../nbs/30_models.s2fpn.ipynb #2e000bca
 class SSAM(nn.Module):
     "Scale-aware strip attention of the current official network."
-    literal = False # compute the attention as written, with the full matrix
 
-    def __init__(self,
-        c:int, # channels
-        act:str="prelu", # kept for symmetry with the other blocks; the attention has no activation of its own
+    literal = False  # compute the attention as written, with the full matrix
+
+    def __init__(
+        self,
+        c: int,  # channels
+        # kept for symmetry with the other blocks; the attention has no activation of its own
+        act: str = "prelu",
     ):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))
         self.project = nn.Conv2d(c, c, 1, bias=False)
-        self.bn_key, self.bn_query = nn.BatchNorm2d(c), nn.BatchNorm2d(c)
-        self.gates, self.value = nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1)
-        self.fuse, self.fuse_out = ConvNormAct(c, c, 1, norm=False), ConvNormAct(c, c, 1, norm=False)
+        self.bn_key = nn.BatchNorm2d(c)
+        self.bn_query = nn.BatchNorm2d(c)
+        self.gates = nn.Conv2d(c, c, 1)
+        self.value = nn.Conv2d(c, c, 1)
+        self.fuse = ConvNormAct(c, c, 1, norm=False)
+        self.fuse_out = ConvNormAct(c, c, 1, norm=False)
 
-    def qkv(self, x): # -> [b, c, h, w], [b, c, 1, w], [b, c, 1, w]
+    def qkv(self, x):  # -> [b, c, h, w], [b, c, 1, w], [b, c, 1, w]
         "Queries of all pixels, keys and values of the strips."
         mean, top = strip_pool(x, "mean_max", "h")
-        return self.bn_query(self.project(x)), self.bn_key(self.project(top[:, :, None])), self.value(mean[:, :, None])
+        return (
+            self.bn_query(self.project(x)),
+            self.bn_key(self.project(top[:, :, None])),
+            self.value(mean[:, :, None]),
+        )
 
-    def gate(self, q, k, v): # -> [b, 2, h, w]
+    def gate(self, q, k, v):  # -> [b, 2, h, w]
         "The two gates of every pixel, attention values folded to two channels."
-        return strip_attention(q, k[:, :, 0], fold_values(v[:, :, 0], self.gates.weight[:2], self.gates.bias[:2]))
+        return strip_attention(
+            q, k[:, :, 0], fold_values(v[:, :, 0], self.gates.weight[:2], self.gates.bias[:2])
+        )
 
-    def gate_literal(self, q, k, v): # -> attention [b, w, h*w], context [b, c, h, w], gates [b, 2, h, w]
+    # -> attention [b, w, h*w], context [b, c, h, w], gates [b, 2, h, w]
+    def gate_literal(self, q, k, v):
         "The same with the whole attention matrix and all channels."
         a = (k[:, :, 0].transpose(1, 2) @ q.flatten(2)).softmax(1)
         context = (v[:, :, 0] @ a).view_as(q)
         return a, context, self.gates(context)[:, :2]
 
-    def forward(self, x): # [b, c, h, w] -> the same
+    def forward(self, x):  # [b, c, h, w] -> the same
         q, k, v = self.qkv(x)
         g = self.gate_literal(q, k, v)[2] if self.literal else self.gate(q, k, v)
-        f = F.dropout(self.fuse(g[:, :1]*q + g[:, 1:]*k), DROPOUT, self.training)
-        return self.fuse_out((self.gamma*f + (1 - self.gamma)*x).relu())
+        f = F.dropout(self.fuse(g[:, :1] * q + g[:, 1:] * k), DROPOUT, self.training)
+        return self.fuse_out((self.gamma * f + (1 - self.gamma) * x).relu())
 
 # %% ../../nbs/30_models.s2fpn.ipynb #485e0535
 class DilatedMLP(nn.Module):
     "Two dilated convolutions side by side, mixed and squashed."
-    def __init__(self,
-        c:int, # channels
-        act:str="prelu", # activation of the dilated convolutions
+
+    def __init__(
+        self,
+        c: int,  # channels
+        act: str = "prelu",  # activation of the dilated convolutions
     ):
         super().__init__()
-        self.near, self.far = ConvNormAct(c, c//2, 3, dilation=2, act=act), ConvNormAct(c, c//2, 3, dilation=4, act=act)
+        self.near = ConvNormAct(c, c // 2, 3, dilation=2, act=act)
+        self.far = ConvNormAct(c, c // 2, 3, dilation=4, act=act)
         self.fuse = ConvNormAct(c, c, 1, norm=False)
 
-    def forward(self, x): # [b, c, h, w] -> the same, in 0..1
+    def forward(self, x):  # [b, c, h, w] -> the same, in 0..1
         return self.fuse(torch.cat([self.near(x), self.far(x)], 1)).sigmoid()
 
 # %% ../../nbs/30_models.s2fpn.ipynb #e62695c4
 class StripBlock(nn.Module):
     "Strip attention and dilated MLP, each added to its input."
-    def __init__(self,
-        c:int, # channels
-        act:str="prelu", # activation
+
+    def __init__(
+        self,
+        c: int,  # channels
+        act: str = "prelu",  # activation
     ):
         super().__init__()
-        self.attn, self.mlp = SSAM(c, act), DilatedMLP(c, act)
+        self.attn = SSAM(c, act)
+        self.mlp = DilatedMLP(c, act)
 
-    def forward(self, x): # [b, c, h, w] -> the same
+    def forward(self, x):  # [b, c, h, w] -> the same
         x = x + self.attn(x)
         return x + self.mlp(x)
 
 # %% ../../nbs/30_models.s2fpn.ipynb #b82b0835
 class APF(nn.Module):
     "Attention pyramid fusion; returns the map for the next level and the one for the auxiliary head."
-    def __init__(self,
-        hi:int, # channels of both inputs
-        out:int, # channels of the output
-        num_classes:int, # of the auxiliary head
-        version:int, # 1: the 2022 network, 2: the current one
-        act:str, # activation
+
+    def __init__(
+        self,
+        hi: int,  # channels of both inputs
+        out: int,  # channels of the output
+        num_classes: int,  # of the auxiliary head
+        version: int,  # 1: the 2022 network, 2: the current one
+        act: str,  # activation
     ):
         super().__init__()
         self.lateral = ConvNormAct(hi, hi, 1, act=act)
-        self.conv_low, self.conv_high = ConvNormAct(hi, out, 3, act=act), ConvNormAct(hi, out, 3, act=act)
-        self.frb = nn.Sequential(ConvNormAct(2*hi, out, 1, act=act), ConvNormAct(out, out, 3, act=act))
+        self.conv_low = ConvNormAct(hi, out, 3, act=act)
+        self.conv_high = ConvNormAct(hi, out, 3, act=act)
+        self.frb = nn.Sequential(
+            ConvNormAct(2 * hi, out, 1, act=act), ConvNormAct(out, out, 3, act=act)
+        )
         self.strip = SSAMv1(out) if version == 1 else StripBlock(out, act)
         self.crb = CRB(out)
-        self.sup = nn.Sequential(ConvNormAct(out, out, 3, act=act), nn.Dropout(DROPOUT), ConvNormAct(out, num_classes, 1, norm=False))
+        self.sup = nn.Sequential(
+            ConvNormAct(out, out, 3, act=act),
+            nn.Dropout(DROPOUT),
+            ConvNormAct(out, num_classes, 1, norm=False),
+        )
         self.out = ConvNormAct(out, out, 3, act=act)
 
-    def forward(self, high, low): # [b, hi, h', w'], [b, hi, h, w] -> [b, out, h, w] twice
+    def forward(self, high, low):  # [b, hi, h', w'], [b, hi, h, w] -> [b, out, h, w] twice
         low = self.lateral(low)
         high = resize(high, low.shape[-2:], align_corners=False)
         r = self.frb(torch.cat([low, high], 1))
-        t = self.strip(r)*self.conv_high(high) + self.crb(r)*self.conv_low(low)
+        t = self.strip(r) * self.conv_high(high) + self.crb(r) * self.conv_low(low)
         return self.out(t), t
 
 # %% ../../nbs/30_models.s2fpn.ipynb #e30d3d50
 class GFU(nn.Module):
     "Global feature upsample; `version` 1 adds, 2 gates."
-    def __init__(self,
-        c_in:int, # channels of the coarse map
-        c_guide:int, # channels of the APF map
-        out:int, # channels of the output
-        version:int, # 1 or 2
-        act:str, # activation
+
+    def __init__(
+        self,
+        c_in: int,  # channels of the coarse map
+        c_guide: int,  # channels of the APF map
+        out: int,  # channels of the output
+        version: int,  # 1 or 2
+        act: str,  # activation
     ):
         super().__init__()
         self.version = version
-        self.guide, self.coarse = ConvNormAct(c_guide, out, 1, act=act), ConvNormAct(c_in, out, 1, norm=False)
+        self.guide = ConvNormAct(c_guide, out, 1, act=act)
+        self.coarse = ConvNormAct(c_in, out, 1, norm=False)
         self.mix = ConvNormAct(out, out, 1 if version == 1 else 3, act=act)
         if version == 2:
-            self.gate_coarse = ConvNormAct(out//2, out, 3, act=act)
-            self.gate_guide = ConvNormAct(out//2, out, 1, act="sigmoid")
-            self.fuse = ConvNormAct(2*out, out, 3, act=act)
+            self.gate_coarse = ConvNormAct(out // 2, out, 3, act=act)
+            self.gate_guide = ConvNormAct(out // 2, out, 1, act="sigmoid")
+            self.fuse = ConvNormAct(2 * out, out, 3, act=act)
 
-    def forward(self, guide, y): # [b, c_guide, h, w], [b, c_in, h', w'] -> [b, out, h, w]
+    def forward(self, guide, y):  # [b, c_guide, h, w], [b, c_in, h', w'] -> [b, out, h, w]
         y = resize(self.coarse(y), guide.shape[-2:], align_corners=True).relu()
         g = self.guide(guide)
-        if self.version == 1: return self.mix(y + g)
+        if self.version == 1:
+            return self.mix(y + g)
         p, q = self.mix(y + g).chunk(2, 1)
-        return self.fuse(torch.cat([self.gate_coarse(p)*y, self.gate_guide(q)*g], 1))
+        return self.fuse(torch.cat([self.gate_coarse(p) * y, self.gate_guide(q) * g], 1))
 
 # %% ../../nbs/30_models.s2fpn.ipynb #7129c3b1
 _BARE = r"(?:gfu\d\.(?:conv2|s2)\.0|seghead\.fc|classifier\.fc|apf\d\.classifier\.2|apf\d\.ca\.conv_pool\.\d|apf\d\.sa\.(?:tr\.0\.(?:attn|mlp)\.)?fuse(?:_out)?)"
 _ATTN = r"(apf\d)\.sa\.(?:tr\.0\.attn\.)?"
 
+# %% ../../nbs/30_models.s2fpn.ipynb #7c4194fa
 def _common_rules(version, deep):
     "Rules for both networks; `deep` encoders use their `down` layers."
     strip = r"\1.strip." + ("attn." if version == 2 else "")
     first, second = ("bn_key", "bn_query") if version == 2 else ("bn_max", "bn_mean")
-    down = [Rule(r"down([2-5])\.", r"down.layer\1.")] if deep else [Rule(r"down[2-5]\.", unused="unused: the network calls these layers for R50 and deeper only")]
+    down = (
+        [Rule(r"down([2-5])\.", r"down.layer\1.")]
+        if deep
+        else [
+            Rule(
+                r"down[2-5]\.",
+                unused="unused: the network calls these layers for R50 and deeper only",
+            )
+        ]
+    )
     return [
-        Rule(_BARE + r"\.(?:bn|act)\.", unused="unused: this convolution runs without norm and activation"),
+        Rule(
+            _BARE + r"\.(?:bn|act)\.",
+            unused="unused: this convolution runs without norm and activation",
+        ),
         Rule(_ATTN + r"conv_sh\.bias", unused="unused: only the weight is applied"),
         Rule(_ATTN + r"conv_res\.", unused="unused: never called"),
         *down,
-        Rule(r"conv1_x\.", "encoder.body.conv1."), Rule(r"bn1\.", "encoder.body.bn1."), Rule(r"conv2_x\.", "encoder.body.layer1."),
-        Rule(r"conv3_x\.", "encoder.body.layer2."), Rule(r"conv4_x\.", "encoder.body.layer3."), Rule(r"conv5_x\.", "encoder.body.layer4."),
-        Rule(r"(fab|cfgb)\.0\.", r"\1.0."), Rule(r"(?:seghead|classifier)\.fc\.conv\.", "classifier."),
-        Rule(r"(gfu\d)\.conv1\.", r"\1.guide."), Rule(r"(gfu\d)\.conv2\.0\.", r"\1.coarse."), Rule(r"(gfu\d)\.conv3\.", r"\1.mix."),
-        Rule(r"(gfu\d)\.s1\.", r"\1.gate_coarse."), Rule(r"(gfu\d)\.s2\.0\.conv\.", r"\1.gate_guide.conv."), Rule(r"(gfu\d)\.s2\.1\.", r"\1.gate_guide.bn."),
+        Rule(r"conv1_x\.", "encoder.body.conv1."),
+        Rule(r"bn1\.", "encoder.body.bn1."),
+        Rule(r"conv2_x\.", "encoder.body.layer1."),
+        Rule(r"conv3_x\.", "encoder.body.layer2."),
+        Rule(r"conv4_x\.", "encoder.body.layer3."),
+        Rule(r"conv5_x\.", "encoder.body.layer4."),
+        Rule(r"(fab|cfgb)\.0\.", r"\1.0."),
+        Rule(r"(?:seghead|classifier)\.fc\.conv\.", "classifier."),
+        Rule(r"(gfu\d)\.conv1\.", r"\1.guide."),
+        Rule(r"(gfu\d)\.conv2\.0\.", r"\1.coarse."),
+        Rule(r"(gfu\d)\.conv3\.", r"\1.mix."),
+        Rule(r"(gfu\d)\.s1\.", r"\1.gate_coarse."),
+        Rule(r"(gfu\d)\.s2\.0\.conv\.", r"\1.gate_guide.conv."),
+        Rule(r"(gfu\d)\.s2\.1\.", r"\1.gate_guide.bn."),
         Rule(r"(gfu\d)\.fuse\.", r"\1.fuse."),
-        Rule(r"(apf\d)\.lateral_low\.", r"\1.lateral."), Rule(r"(apf\d)\.(conv_low|conv_high)\.", r"\1.\2."), Rule(r"(apf\d)\.FRB\.", r"\1.frb."),
-        Rule(r"(apf\d)\.ca\.conv_pool\.0\.", r"\1.crb.reduce."), Rule(r"(apf\d)\.ca\.conv_pool\.2\.", r"\1.crb.expand."),
-        Rule(r"(apf\d)\.classifier\.", r"\1.sup."), Rule(r"(apf\d)\.apf\.", r"\1.out."),
-        Rule(_ATTN + r"gamma", strip + "gamma"), Rule(_ATTN + r"conv_sh\.weight", strip + "project.weight"), Rule(_ATTN + r"bn_sh1\.", strip + first + "."),
-        Rule(_ATTN + r"bn_sh2\.", strip + second + "."), Rule(_ATTN + r"augmment_conv\.", strip + "gates."), Rule(_ATTN + r"conv_v\.", strip + "value."),
+        Rule(r"(apf\d)\.lateral_low\.", r"\1.lateral."),
+        Rule(r"(apf\d)\.(conv_low|conv_high)\.", r"\1.\2."),
+        Rule(r"(apf\d)\.FRB\.", r"\1.frb."),
+        Rule(r"(apf\d)\.ca\.conv_pool\.0\.", r"\1.crb.reduce."),
+        Rule(r"(apf\d)\.ca\.conv_pool\.2\.", r"\1.crb.expand."),
+        Rule(r"(apf\d)\.classifier\.", r"\1.sup."),
+        Rule(r"(apf\d)\.apf\.", r"\1.out."),
+        Rule(_ATTN + r"gamma", strip + "gamma"),
+        Rule(_ATTN + r"conv_sh\.weight", strip + "project.weight"),
+        Rule(_ATTN + r"bn_sh1\.", strip + first + "."),
+        Rule(_ATTN + r"bn_sh2\.", strip + second + "."),
+        Rule(_ATTN + r"augmment_conv\.", strip + "gates."),
+        Rule(_ATTN + r"conv_v\.", strip + "value."),
         Rule(_ATTN + r"(fuse|fuse_out)\.", strip + r"\2."),
-        Rule(r"(apf\d)\.sa\.tr\.0\.mlp\.dconv1\.", r"\1.strip.mlp.near."), Rule(r"(apf\d)\.sa\.tr\.0\.mlp\.dconv2\.", r"\1.strip.mlp.far."),
+        Rule(r"(apf\d)\.sa\.tr\.0\.mlp\.dconv1\.", r"\1.strip.mlp.near."),
+        Rule(r"(apf\d)\.sa\.tr\.0\.mlp\.dconv2\.", r"\1.strip.mlp.far."),
         Rule(r"(apf\d)\.sa\.tr\.0\.mlp\.fuse\.", r"\1.strip.mlp.fuse."),
     ]
 
 # %% ../../nbs/30_models.s2fpn.ipynb #3daca3c0
-VARIANTS = {"r18": ("resnet18", True), "r34": ("resnet34", True), "r34m": ("resnet34", False), "r50": ("resnet50", True),
-            "r101": ("resnet101", True), "r152": ("resnet152", True)} # encoder, and whether its stem pools
+VARIANTS = {
+    "r18": ("resnet18", True),
+    "r34": ("resnet34", True),
+    "r34m": ("resnet34", False),
+    "r50": ("resnet50", True),
+    # encoder, and whether its stem pools
+    "r101": ("resnet101", True),
+    "r152": ("resnet152", True),
+}
 
+# %% ../../nbs/30_models.s2fpn.ipynb #8adc5e57
 class S2FPN(SegModel):
     "S²-FPN; `version` 1 is the 2022 paper's network, 2 the official one since October 2023."
+
     align_corners = True
 
-    def __init__(self,
-        name:str="s2fpn_r18", # published name
-        num_classes:int=19, # k
-        variant:str="r18", # a name of `VARIANTS`
-        version:int=2, # 1 or 2
-        act:str|None=None, # activation; default: ReLU for version 1, PReLU for 2
-        dataset:str|None=None, # for the input's mean, class names and weights; None: by the number of classes
-        pretrained:bool=False, # download the encoder's ImageNet weights
+    def __init__(
+        self,
+        name: str = "s2fpn_r18",  # published name
+        num_classes: int = 19,  # k
+        variant: str = "r18",  # a name of `VARIANTS`
+        version: int = 2,  # 1 or 2
+        act: str | None = None,  # activation; default: ReLU for version 1, PReLU for 2
+        # for the input's mean, class names and weights; None: by the number of classes
+        dataset: str | None = None,
+        pretrained: bool = False,  # download the encoder's ImageNet weights
     ):
         table = dataset_table(num_classes, dataset)
         mean = table["name"] if "mean_rgb" in table else "cityscapes"
         super().__init__(name, num_classes, mean_only(mean), table)
         encoder, pool = VARIANTS[variant]
         act = act or ("relu" if version == 1 else "prelu")
-        self.version, self.variant, self.act, self.stride = version, variant, act, 4 if pool else 2
+        self.version = version
+        self.variant = variant
+        self.act = act
+        self.stride = 4 if pool else 2
         self.encoder = ResNet(encoder, stem_pool=pool, pretrained=pretrained)
-        block = lambda i, o, *a, **k: ConvNormAct(i, o, *a, act=act, **k)
+
+        def block(i, o, *a, **k):
+            return ConvNormAct(i, o, *a, act=act, **k)
+
         deep = self.encoder.channels[-1] == 2048
-        self.down = nn.ModuleDict({f"layer{i}": block(c, o, 3) for i, c, o in zip((2, 3, 4, 5), self.encoder.channels, (64, 128, 256, 512))} if deep else {})
+        self.down = nn.ModuleDict(
+            {
+                f"layer{i}": block(c, o, 3)
+                for i, c, o in zip((2, 3, 4, 5), self.encoder.channels, (64, 128, 256, 512))
+            }
+            if deep
+            else {}
+        )
         self.fab = nn.Sequential(block(512, 256, 3, groups=256), nn.Dropout(DROPOUT))
         self.cfgb = nn.Sequential(block(512, 512, 3, stride=2, groups=512), nn.Dropout(DROPOUT))
         for i, (c, o) in enumerate(((512, 256), (256, 128), (128, 64), (64, 32)), 1):
@@ -236,10 +332,14 @@ class S2FPN(SegModel):
             self.add_module(f"gfu{i}", GFU(c, o, o, version, act))
         self.classifier = nn.Conv2d(32, num_classes, 1, bias=False)
 
-    def decode(self, x): # picture -> decoder map [b, 32, h/4, w/4], the four maps of the auxiliary heads
+    # picture -> decoder map [b, 32, h/4, w/4], the four maps of the auxiliary heads
+    def decode(self, x):
         "Encoder and decoder."
         x2, x3, x4, x5 = self.encoder(x)
-        if self.down: x2, x3, x4, x5 = (self.down[f"layer{i}"](t) for i, t in zip((2, 3, 4, 5), (x2, x3, x4, x5)))
+        if self.down:
+            x2, x3, x4, x5 = (
+                self.down[f"layer{i}"](t) for i, t in zip((2, 3, 4, 5), (x2, x3, x4, x5))
+            )
         a1, t1 = self.apf1(self.cfgb(x5), x5)
         a2, t2 = self.apf2(a1, x4)
         a3, t3 = self.apf3(a2, x3)
@@ -248,52 +348,94 @@ class S2FPN(SegModel):
         d = self.gfu1(a4, self.gfu2(a3, self.gfu3(a2, d)))
         return d, (t1, t2, t3, t4)
 
-    def feature(self, x): return self.decode(x)[0] # [b, 32, h/4, w/4]
+    def feature(self, x):
+        return self.decode(x)[0]  # [b, 32, h/4, w/4]
 
-    def outputs(self, x): # {"logits", "sup1" … "sup4"}
+    def outputs(self, x):  # {"logits", "sup1" … "sup4"}
         "Main and auxiliary logits at their own sizes, the coarsest auxiliary head first."
         d, ts = self.decode(self.check(x))
         out = {"logits": self.classifier(d)}
-        if self.deployed: return out
+        if self.deployed:
+            return out
         return out | {f"sup{i}": getattr(self, f"apf{i}").sup(t) for i, t in enumerate(ts, 1)}
 
     def deploy(self):
         "Drop the auxiliary heads, in place; the logits stay the same."
         for i in (1, 2, 3, 4):
-            if hasattr(getattr(self, f"apf{i}"), "sup"): del getattr(self, f"apf{i}").sup
+            if hasattr(getattr(self, f"apf{i}"), "sup"):
+                del getattr(self, f"apf{i}").sup
         return super().deploy()
 
-    def key_rules(self, state): return _common_rules(self.version, bool(self.down))
+    def key_rules(self, state):
+        return _common_rules(self.version, bool(self.down))
 
 # %% ../../nbs/30_models.s2fpn.ipynb #ef51b26b
 def describe_state(
-    state:dict, # official state dict
-)->str: # e.g. "S2FPNv1 (s2fpn_v1_*), r18, 19 classes"; empty where it is no S2-FPN
+    state: dict,  # official state dict
+) -> str:  # e.g. "S2FPNv1 (s2fpn_v1_*), r18, 19 classes"; empty where it is no S2-FPN
     "What network an official checkpoint holds, read off its keys. R34 and R34M cannot be told apart."
-    version = 1 if "apf1.sa.conv_sh.weight" in state else 2 if "apf1.sa.tr.0.attn.conv_sh.weight" in state else 0
-    if not version: return ""
+    version = (
+        1
+        if "apf1.sa.conv_sh.weight" in state
+        else 2
+        if "apf1.sa.tr.0.attn.conv_sh.weight" in state
+        else 0
+    )
+    if not version:
+        return ""
     head = state.get("classifier.fc.conv.weight", state.get("seghead.fc.conv.weight"))
     blocks = len({k.split(".")[1] for k in state if k.startswith("conv4_x.")})
     deep = any(k.startswith("conv2_x.0.conv3") for k in state)
-    variant = {(2, False): "r18", (6, False): "r34 or r34m", (6, True): "r50", (23, True): "r101", (36, True): "r152"}.get((blocks, deep), "unknown encoder")
-    return f"{'S2FPNv1 (s2fpn_v1_*)' if version == 1 else 'S2FPN (s2fpn_*)'}, {variant}, {'?' if head is None else len(head)} classes"
+    variant = {
+        (2, False): "r18",
+        (6, False): "r34 or r34m",
+        (6, True): "r50",
+        (23, True): "r101",
+        (36, True): "r152",
+    }.get((blocks, deep), "unknown encoder")
+    return (
+        f"{'S2FPNv1 (s2fpn_v1_*)' if version == 1 else 'S2FPN (s2fpn_*)'}, {variant}, "
+        f"{'?' if head is None else len(head)} classes"
+    )
 
 # %% ../../nbs/30_models.s2fpn.ipynb #16f06551
 def _adapt(self, state, undo):
     "Follow the checkpoint's activation; `undo` puts it back if loading fails."
-    if self.act != "prelu" or not describe_state(state) or any(k.endswith(".act.weight") for k in state): return []
-    slopes = {m: m.act for m in self.modules() if isinstance(m, ConvNormAct) and isinstance(m.act, nn.PReLU)}
+    if (
+        self.act != "prelu"
+        or not describe_state(state)
+        or any(k.endswith(".act.weight") for k in state)
+    ):
+        return []
+    slopes = {
+        m: m.act
+        for m in self.modules()
+        if isinstance(m, ConvNormAct) and isinstance(m.act, nn.PReLU)
+    }
+
     def back():
         self.act = "prelu"
-        for m, act in slopes.items(): m.act = act
+        for m, act in slopes.items():
+            m.act = act
+
     undo.callback(back)
     self.act = "relu"
-    for m in slopes: m.act = nn.ReLU(inplace=True)
-    return ["the checkpoint has no PReLU slopes: the model now uses ReLU, as its weights were trained"]
+    for m in slopes:
+        m.act = nn.ReLU(inplace=True)
+    return [
+        "the checkpoint has no PReLU slopes: the model now uses ReLU, as its weights were trained"
+    ]
 
+# %% ../../nbs/30_models.s2fpn.ipynb #99bb00f0
 def _hint(self, state):
     "What the checkpoint seems to be."
     what = describe_state(state)
-    return f"the checkpoint looks like {what}; this model is {self.name} with {self.num_classes} classes" if what else "the checkpoint is no S2-FPN"
+    return (
+        f"the checkpoint looks like {what}; this model is {self.name} with {self.num_classes} classes"
+        if what
+        else "the checkpoint is no S2-FPN"
+    )
 
-S2FPN.adapt, S2FPN.hint = _adapt, _hint
+
+S2FPN.adapt = _adapt
+S2FPN.hint = _hint

@@ -14,166 +14,277 @@ from torch import nn
 
 from ..layers import ConvNormAct, resize
 from .context import context_module
-from .ddr import Bottleneck, BoundaryAware, DilatedPath, block_rules, head_rules, init_weights, stage
+from segkern.models.ddr import (
+    Bottleneck,
+    BoundaryAware,
+    DilatedPath,
+    block_rules,
+    head_rules,
+    init_weights,
+    stage,
+)
 from ..weights import Rule
 
 # %% ../../nbs/31_models.sanet.ipynb #a117f2d6
 class SAD(nn.Module):
     "Simple attention decoder."
-    literal = False # compute the sum term by term, as written in the official code
 
-    def __init__(self,
-        c:int=128, # channels of all inputs
-        c_out:int=64, # output channels
+    literal = False  # compute the sum term by term, as written in the official code
+
+    def __init__(
+        self,
+        c: int = 128,  # channels of all inputs
+        c_out: int = 64,  # output channels
     ):
         super().__init__()
         self.across = nn.Conv2d(c, c, (1, 3), padding=(0, 1), bias=False)
         self.down = nn.Conv2d(c, c, (3, 1), padding=(1, 0), bias=False)
         self.out = nn.Conv2d(c, c_out, 1, bias=False)
 
-    def gate(self, d): # [b, c, h, w] -> the same, in 0..2
+    def gate(self, d):  # [b, c, h, w] -> the same, in 0..2
         "How much detail, how little context."
         return torch.sigmoid(self.across(d)) + torch.sigmoid(self.down(d))
 
-    def forward(self, d1, d2, x, y): # [b, c, h, w] three times, [b, c, h', w'] -> [b, c_out, h, w]
-        y, a = resize(F.relu(y), x.shape[-2:]), self.gate(d1 + d2)
-        return self.out(x*a + x + y*(1 - a) + y if self.literal else x*(1 + a) + y*(2 - a))
+    # [b, c, h, w] three times, [b, c, h', w'] -> [b, c_out, h, w]
+    def forward(self, d1, d2, x, y):
+        y = resize(F.relu(y), x.shape[-2:])
+        a = self.gate(d1 + d2)
+        return self.out(x * a + x + y * (1 - a) + y if self.literal else x * (1 + a) + y * (2 - a))
 
 # %% ../../nbs/31_models.sanet.ipynb #a35eccf4
-VARIANTS = {"s": ((2, 2, 2, 2), (1, 2, 5), (7, 13)), "m": ((3, 3, 9, 3), (1, 2, 5), (7, 13)),
-            "l": ((3, 3, 27, 3), (1, 2, 5, 7, 13), (1, 2, 5, 7, 13))} # blocks of (layer1, layer2 and 3, layer4, layer5); dilations of both paths
+VARIANTS = {
+    "s": ((2, 2, 2, 2), (1, 2, 5), (7, 13)),
+    "m": ((3, 3, 9, 3), (1, 2, 5), (7, 13)),
+    # blocks of (layer1, layer2 and 3, layer4, layer5); dilations of both paths
+    "l": ((3, 3, 27, 3), (1, 2, 5, 7, 13), (1, 2, 5, 7, 13)),
+}
 
+# %% ../../nbs/31_models.sanet.ipynb #53fc2aa0
 def _down(*channels):
     "3×3 convolutions of stride 2; the last one without activation."
     pairs = list(zip(channels, channels[1:]))
-    return nn.Sequential(*[ConvNormAct(i, o, 3, 2, act="relu" if n < len(pairs) - 1 else None) for n, (i, o) in enumerate(pairs)])
+    return nn.Sequential(
+        *[
+            ConvNormAct(i, o, 3, 2, act="relu" if n < len(pairs) - 1 else None)
+            for n, (i, o) in enumerate(pairs)
+        ]
+    )
 
+# %% ../../nbs/31_models.sanet.ipynb #a0ab1d89
 class SANet(BoundaryAware):
     "SANet; sides must be multiples of 8, the logits have an eighth of them."
-    def __init__(self,
-        name:str="sanet_s", # published name
-        num_classes:int=19, # k
-        variant:str="s", # "s" | "m" | "l"
-        context:str="apppm", # a name of `segkern.models.context.CONTEXTS`
-        width:int=32, # channels of the stem
-        ohem:tuple|None=(0.9, 131072), # of the objective: probability and least number of pixels; None: plain cross-entropy
-        classwise:bool=False, # a boundary head with one channel per class
-        dataset:str|None=None, # for class names and weights; None: by the number of classes
-        pretrained:bool=False, # refused: the weights cannot be downloaded by a program
+
+    def __init__(
+        self,
+        name: str = "sanet_s",  # published name
+        num_classes: int = 19,  # k
+        variant: str = "s",  # "s" | "m" | "l"
+        context: str = "apppm",  # a name of `segkern.models.context.CONTEXTS`
+        width: int = 32,  # channels of the stem
+        # of the objective: probability and least number of pixels; None: plain cross-entropy
+        ohem: tuple | None = (0.9, 131072),
+        classwise: bool = False,  # a boundary head with one channel per class
+        dataset: str | None = None,  # for class names and weights; None: by the number of classes
+        pretrained: bool = False,  # refused: the weights cannot be downloaded by a program
     ):
         super().__init__(name, num_classes, width, ohem, dataset, pretrained, classwise)
         blocks, first, second = VARIANTS[variant]
         c = width
-        self.variant, self.context = variant, context
-        self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 2, 1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3, 2, 1), nn.BatchNorm2d(c), nn.ReLU())
-        self.layer1, self.layer2 = stage(c, c, blocks[0]), stage(c, 2*c, blocks[1], 2)
-        self.layer3, self.layer4 = stage(2*c, 4*c, blocks[1]), stage(2*c, 4*c, blocks[2], 2)
-        self.layer5, self.layer6 = stage(4*c, 8*c, blocks[3], 2), nn.Sequential(Bottleneck(8*c, 8*c, 2))
-        self.dp1, self.dp2 = DilatedPath(2*c, 4*c, first), DilatedPath(4*c, 4*c, second)
-        self.down4, self.down5 = _down(4*c, 4*c), _down(4*c, 4*c, 8*c)
-        self.compression = ConvNormAct(8*c, 4*c, 1, act=None)
-        self.spp = context_module(context, 16*c, 4*c, 4*c)
-        self.decoder = SAD(4*c, 2*c)
-        self.build_heads(2*c, 2*c, 4*c, 2*c, 4*c)
+        self.variant = variant
+        self.context = context
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, c, 3, 2, 1),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 3, 2, 1),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+        )
+        self.layer1 = stage(c, c, blocks[0])
+        self.layer2 = stage(c, 2 * c, blocks[1], 2)
+        self.layer3 = stage(2 * c, 4 * c, blocks[1])
+        self.layer4 = stage(2 * c, 4 * c, blocks[2], 2)
+        self.layer5 = stage(4 * c, 8 * c, blocks[3], 2)
+        self.layer6 = nn.Sequential(Bottleneck(8 * c, 8 * c, 2))
+        self.dp1 = DilatedPath(2 * c, 4 * c, first)
+        self.dp2 = DilatedPath(4 * c, 4 * c, second)
+        self.down4 = _down(4 * c, 4 * c)
+        self.down5 = _down(4 * c, 4 * c, 8 * c)
+        self.compression = ConvNormAct(8 * c, 4 * c, 1, act=None)
+        self.spp = context_module(context, 16 * c, 4 * c, 4 * c)
+        self.decoder = SAD(4 * c, 2 * c)
+        self.build_heads(2 * c, 2 * c, 4 * c, 2 * c, 4 * c)
         init_weights(self)
 
-    def trunk(self, x): # picture -> layer1's sum, both features of the path, the fused 1/8 map, layer4's sum, the 1/32 map
+    # picture -> layer1's sum, both features of the path, the fused 1/8 map, layer4's sum, the
+    # 1/32 map
+    def trunk(self, x):
         "Encoder and spatial path."
         x1 = self.layer1(self.stem(x))
         x3 = self.layer3(F.relu(self.layer2(F.relu(x1))))
         detail, coarse = F.relu(x3).chunk(2, 1)
-        d1, x4 = self.dp1(detail), self.layer4(coarse)
+        d1 = self.dp1(detail)
+        x4 = self.layer4(coarse)
         x = x4 + self.down4(d1)
         d1 = d1 + resize(F.relu(x4), d1.shape[-2:]) + x3
-        x, d2 = self.layer5(F.relu(x)), self.dp2(d1)
+        x = self.layer5(F.relu(x))
+        d2 = self.dp2(d1)
         x = F.relu(x + self.down5(d2))
         return x1, d1, d2, d2 + resize(self.compression(x), d2.shape[-2:]), x4, x
 
-    def decode(self, x): # picture -> SAD's output [b, 2c, h/8, w/8], the aux head's input, the boundary head's input
+    # picture -> SAD's output [b, 2c, h/8, w/8], the aux head's input, the boundary head's input
+    def decode(self, x):
         "Everything before the heads."
         _, d1, d2, dp, x4, x = self.trunk(x)
         return self.decoder(d1, d2, dp, self.spp(F.relu(self.layer6(x)))), x4, dp
 
-    def pretrain_feature(self, x): return self.decode(x)[0] # what the ImageNet classifier sees: [b, 2c, h/8, w/8]
+    # what the ImageNet classifier sees: [b, 2c, h/8, w/8]
+    def pretrain_feature(self, x):
+        return self.decode(x)[0]
 
     @property
-    def options(self): return {**super().options, "context": self.context}
+    def options(self):
+        return {**super().options, "context": self.context}
 
-    def key_rules(self, state): return key_rules(self.deployed)
+    def key_rules(self, state):
+        return key_rules(self.deployed)
 
-    def rename(self, key): return re.sub(r"^(?:module\.|model\.)+", "", key) # prefixes of the training wrapper
+    # prefixes of the training wrapper
+    def rename(self, key):
+        return re.sub(r"^(?:module\.|model\.)+", "", key)
 
-    def hint(self, state): return describe_state({self.rename(k): v for k, v in state.items()}, self)
+    def hint(self, state):
+        return describe_state({self.rename(k): v for k, v in state.items()}, self)
 
 # %% ../../nbs/31_models.sanet.ipynb #1dd8c063
 def key_rules(
-    deployed:bool=False, # leave out the auxiliary heads
-)->list: # of Rule
+    deployed: bool = False,  # leave out the auxiliary heads
+) -> list:  # of Rule
     "Key table of the official checkpoints, segmentation and ImageNet alike."
     never = "unused: never called"
-    heads = [Rule(r"seghead_", unused="unused: an auxiliary head, which the deploy form does not have")] if deployed else []
-    def unit(theirs, ours, norm, conv): # norm and convolution of a pooling unit, by their places
-        return [Rule(rf"spp\.{theirs}\.{norm}\.", f"spp.{ours}.bn."), Rule(rf"spp\.{theirs}\.{conv}\.", f"spp.{ours}.conv.")]
-    pools = [r for k in (1, 2, 3) for r in unit(f"scale{k}", f"wide.{k - 1}", 1, 3) + unit(f"scale{k}{k}", f"tall.{k - 1}", 1, 3)]
-    pools += unit("scale4", "whole", 1, 3) + [r for a, b in (("scale0", "point"), ("compression", "compress"), ("shortcut", "shortcut")) for r in unit(a, b, 0, 2)]
+    heads = (
+        [Rule(r"seghead_", unused="unused: an auxiliary head, which the deploy form does not have")]
+        if deployed
+        else []
+    )
+
+    def unit(theirs, ours, norm, conv):  # norm and convolution of a pooling unit, by their places
+        return [
+            Rule(rf"spp\.{theirs}\.{norm}\.", f"spp.{ours}.bn."),
+            Rule(rf"spp\.{theirs}\.{conv}\.", f"spp.{ours}.conv."),
+        ]
+
+    pools = [
+        r
+        for k in (1, 2, 3)
+        for r in unit(f"scale{k}", f"wide.{k - 1}", 1, 3)
+        + unit(f"scale{k}{k}", f"tall.{k - 1}", 1, 3)
+    ]
+    pools += unit("scale4", "whole", 1, 3) + [
+        r
+        for a, b in (("scale0", "point"), ("compression", "compress"), ("shortcut", "shortcut"))
+        for r in unit(a, b, 0, 2)
+    ]
     return [
-        Rule(r"spp\.process\d\.", unused=never), Rule(r"seghead_d2\.", unused=never), Rule(r"fc\.", unused=never),
-        *heads, Rule(r"classifier\.", unused="unused: the ImageNet classifier"), Rule(r"(?:sem_loss|bd_loss)\.", unused="unused: a buffer of the training loss"),
-        Rule(r"stom\.", "stem."), *block_rules(r"(layer\d)"),
-        Rule(r"dp(\d)\.hconv\.", r"dp\1.inlet."), Rule(r"dp(\d)\.conv\.(\d)\.0\.", r"dp\1.steps.\2.conv."), Rule(r"dp(\d)\.conv\.(\d)\.1\.", r"dp\1.steps.\2.bn."),
-        *[Rule(rf"(down4|down5)\.{a}\.", rf"\1.{b}.") for a, b in (("0", "0.conv"), ("1", "0.bn"), ("3", "1.conv"), ("4", "1.bn"))],
-        Rule(r"compression\.0\.", "compression.conv."), Rule(r"compression\.1\.", "compression.bn."),
-        *pools, Rule(r"spp\.atten\.conv3\.", "spp.gate."),
-        Rule(r"decoder\.conv_H\.", "decoder.across."), Rule(r"decoder\.conv_W\.", "decoder.down."), Rule(r"decoder\.conv_out\.", "decoder.out."),
-        *head_rules("final_layer", "head", "classifier"), *head_rules("seghead_extra", "aux_head"), *head_rules("seghead_d", "boundary_head"),
+        Rule(r"spp\.process\d\.", unused=never),
+        Rule(r"seghead_d2\.", unused=never),
+        Rule(r"fc\.", unused=never),
+        *heads,
+        Rule(r"classifier\.", unused="unused: the ImageNet classifier"),
+        Rule(r"(?:sem_loss|bd_loss)\.", unused="unused: a buffer of the training loss"),
+        Rule(r"stom\.", "stem."),
+        *block_rules(r"(layer\d)"),
+        Rule(r"dp(\d)\.hconv\.", r"dp\1.inlet."),
+        Rule(r"dp(\d)\.conv\.(\d)\.0\.", r"dp\1.steps.\2.conv."),
+        Rule(r"dp(\d)\.conv\.(\d)\.1\.", r"dp\1.steps.\2.bn."),
+        *[
+            Rule(rf"(down4|down5)\.{a}\.", rf"\1.{b}.")
+            for a, b in (("0", "0.conv"), ("1", "0.bn"), ("3", "1.conv"), ("4", "1.bn"))
+        ],
+        Rule(r"compression\.0\.", "compression.conv."),
+        Rule(r"compression\.1\.", "compression.bn."),
+        *pools,
+        Rule(r"spp\.atten\.conv3\.", "spp.gate."),
+        Rule(r"decoder\.conv_H\.", "decoder.across."),
+        Rule(r"decoder\.conv_W\.", "decoder.down."),
+        Rule(r"decoder\.conv_out\.", "decoder.out."),
+        *head_rules("final_layer", "head", "classifier"),
+        *head_rules("seghead_extra", "aux_head"),
+        *head_rules("seghead_d", "boundary_head"),
     ]
 
+# %% ../../nbs/31_models.sanet.ipynb #03867bfe
 def describe_state(
-    state:dict, # official state dict, prefixes gone
-    model, # that it did not fit
-)->str: # what it seems to be, and what to do
+    state: dict,  # official state dict, prefixes gone
+    model,  # that it did not fit
+) -> str:  # what it seems to be, and what to do
     "What network an official checkpoint holds, read off its keys."
-    if "stom.0.weight" not in state: return "the checkpoint is no SANet"
+    if "stom.0.weight" not in state:
+        return "the checkpoint is no SANet"
     depth = len({k.split(".")[1] for k in state if k.startswith("layer4.")})
     variant = {2: "sanet_s", 9: "sanet_m", 27: "sanet_l"}.get(depth, "an unknown variant")
-    head, aux = state.get("final_layer.conv2.weight"), any(k.startswith("seghead_extra.") for k in state)
-    text = f"the checkpoint looks like {variant} with {'?' if head is None else len(head)} classes; this model is {model.name} with {model.num_classes}"
-    return text if aux or model.deployed else text + ". It has no auxiliary heads: call deploy() on the model first, or segkern.transfer to go on training"
+    head = state.get("final_layer.conv2.weight")
+    aux = any(k.startswith("seghead_extra.") for k in state)
+    text = (
+        f"the checkpoint looks like {variant} with {'?' if head is None else len(head)} classes; "
+        f"this model is {model.name} with {model.num_classes}"
+    )
+    return (
+        text
+        if aux or model.deployed
+        else text
+        + ". It has no auxiliary heads: call deploy() on the model first, or segkern.transfer to go on training"
+    )
 
 # %% ../../nbs/31_models.sanet.ipynb #61fca239
 class SANetEncoder(nn.Module):
     "SANet's trunk as a feature pyramid."
-    strides, multiple = [4, 8, 16, 32], 8
 
-    def __init__(self,
-        name:str="sanet_s", # published name
-        pretrained:bool=False, # refused, as for the network
-        width:int=32, # channels of the stem
+    strides = [4, 8, 16, 32]
+    multiple = 8
+
+    def __init__(
+        self,
+        name: str = "sanet_s",  # published name
+        pretrained: bool = False,  # refused, as for the network
+        width: int = 32,  # channels of the stem
     ):
         super().__init__()
         net = SANet(name, 1, name[-1], width=width, pretrained=pretrained)
-        for part in ("layer6", "spp", "decoder", "head", "classifier", "aux_head", "boundary_head"): delattr(net, part)
-        self.name, self.net, self.channels = name, net, [width, 4*width, 4*width, 8*width]
+        for part in ("layer6", "spp", "decoder", "head", "classifier", "aux_head", "boundary_head"):
+            delattr(net, part)
+        self.name = name
+        self.net = net
+        self.channels = [width, 4 * width, 4 * width, 8 * width]
 
-    def forward(self, x): # [b, 3, h, w] -> four maps
+    def forward(self, x):  # [b, 3, h, w] -> four maps
         x1, _, _, dp, x4, x5 = self.net.trunk(self.net.check(x))
         return [F.relu(x1), F.relu(dp), F.relu(x4), x5]
 
-    def rename(self, key): return self.net.rename(key)
+    def rename(self, key):
+        return self.net.rename(key)
 
     def key_rules(self, state):
         "Key table of the network's files."
-        rest = Rule(r"(?:layer6|spp|decoder|final_layer|seghead_\w+)\.", unused="unused: context, decoder and heads, which an encoder does not have")
-        return [rest] + [Rule(r.pattern, None if r.name is None else "net." + r.name, r.unused) for r in key_rules()]
+        rest = Rule(
+            r"(?:layer6|spp|decoder|final_layer|seghead_\w+)\.",
+            unused="unused: context, decoder and heads, which an encoder does not have",
+        )
+        return [rest] + [
+            Rule(r.pattern, None if r.name is None else "net." + r.name, r.unused)
+            for r in key_rules()
+        ]
 
 # %% ../../nbs/31_models.sanet.ipynb #dd587727
 def speed_form(
-    model:SANet, # any
-)->SANet: # a copy for timing only: its answers are wrong
+    model: SANet,  # any
+) -> SANet:  # a copy for timing only: its answers are wrong
     "The paper's speed network: no auxiliary heads, no norms outside the pooling module."
     net = copy.deepcopy(model).eval().deploy()
     for name, parent in list(net.named_modules()):
-        if name.split(".")[0] == "spp": continue
+        if name.split(".")[0] == "spp":
+            continue
         for child, m in list(parent.named_children()):
-            if isinstance(m, nn.BatchNorm2d): setattr(parent, child, nn.Identity())
+            if isinstance(m, nn.BatchNorm2d):
+                setattr(parent, child, nn.Identity())
     return net

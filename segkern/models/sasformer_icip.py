@@ -17,55 +17,76 @@ from ..weights import Rule
 
 # %% ../../nbs/32a_models.sasformer_icip.ipynb #1703d03c
 CHOICES = {
-    "pool": ("avg", "max"),                                               # I1: how a level reaches the grid
-    "inlet": ("conv", "conv_norm_gelu", "none"),                          # I2: what follows the pooling
-    "norm": ("pre", "post"),                                              # I3: norms before the attention, or after the sum
-    "kv": ("previous", "self"),                                           # I4: whose keys and values a block sees; "self": no succession
-    "order": ("top_down", "bottom_up"),                                   # I5: which level comes first
-    "first": ("self", "skip"),                                            # I6: the first block attends to its own level, or is left out
-    "qkv_bias": (False, True),                                            # I8
-    "ffn": ("mix", "mlp"),                                                # I9: with the depthwise convolution, or without
-    "scm": ("mul_add", "sigmoid_mul", "sigmoid_mul_add", "add", "none"),  # I12: how semantics meet the full-size map; "none": no module, map and semantics are added as they are
-    "fuse": ("concat", "finest"),                                         # I14: all refined maps, or the finest one only
-} # argument -> default and alternatives; I7, I10, I11, I13 and I15 are numbers: heads, drop, eps, scm_width, width
+    "pool": ("avg", "max"),  # I1: how a level reaches the grid
+    "inlet": ("conv", "conv_norm_gelu", "none"),  # I2: what follows the pooling
+    "norm": ("pre", "post"),  # I3: norms before the attention, or after the sum
+    "kv": ("previous", "self"),  # I4: whose keys and values a block sees; "self": no succession
+    "order": ("top_down", "bottom_up"),  # I5: which level comes first
+    "first": ("self", "skip"),  # I6: the first block attends to its own level, or is left out
+    "qkv_bias": (False, True),  # I8
+    "ffn": ("mix", "mlp"),  # I9: with the depthwise convolution, or without
+    # I12: how semantics meet the full-size map; "none": no module, map and semantics are added as
+    # they are
+    "scm": ("mul_add", "sigmoid_mul", "sigmoid_mul_add", "add", "none"),
+    "fuse": ("concat", "finest"),  # I14: all refined maps, or the finest one only
+    # argument -> default and alternatives; I7, I10, I11, I13 and I15 are numbers: heads, drop, eps,
+    # scm_width, width
+}
 
-def check_choices(given:dict):
+# %% ../../nbs/32a_models.sasformer_icip.ipynb #a4f521eb
+def check_choices(given: dict):
     "Raise where a choice is unknown."
     for name, value in given.items():
-        if value not in CHOICES[name]: raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
 
 # %% ../../nbs/32a_models.sasformer_icip.ipynb #5fd04431
 class SCA(nn.Module):
     "Successive cross-attention and feed-forward on the pooled grid."
-    def __init__(self,
-        c:int, # channels of the level
-        c_kv:int, # channels of what keys and values are made from
-        heads:int, # of the attention
-        drop:float=0.1, # probability that a sample skips a branch
-        eps:float=1e-5, # of the norms
-        norm:str="pre", # place of the norms
-        ffn:str="mix", # kind of feed-forward layer
-        qkv_bias:bool=False, # of the three projections
+
+    def __init__(
+        self,
+        c: int,  # channels of the level
+        c_kv: int,  # channels of what keys and values are made from
+        heads: int,  # of the attention
+        drop: float = 0.1,  # probability that a sample skips a branch
+        eps: float = 1e-5,  # of the norms
+        norm: str = "pre",  # place of the norms
+        ffn: str = "mix",  # kind of feed-forward layer
+        qkv_bias: bool = False,  # of the three projections
     ):
         from timm.layers import DropPath
+
         super().__init__()
-        if c % heads: raise ValueError(f"{c} channels cannot be split into {heads} heads")
-        self.heads, self.pre = heads, norm == "pre"
-        self.norm_q, self.norm_kv, self.norm_mlp = nn.LayerNorm(c, eps), nn.LayerNorm(c_kv, eps) if self.pre else None, nn.LayerNorm(c, eps)
-        self.q, self.kv, self.proj = nn.Linear(c, c, bias=qkv_bias), nn.Linear(c_kv, 2*c, bias=qkv_bias), nn.Linear(c, c)
-        self.ffn = MixFFN(c, 4*c) if ffn == "mix" else nn.Sequential(nn.Linear(c, 4*c), nn.GELU(), nn.Linear(4*c, c))
+        if c % heads:
+            raise ValueError(f"{c} channels cannot be split into {heads} heads")
+        self.heads = heads
+        self.pre = norm == "pre"
+        self.norm_q = nn.LayerNorm(c, eps)
+        self.norm_kv = nn.LayerNorm(c_kv, eps) if self.pre else None
+        self.norm_mlp = nn.LayerNorm(c, eps)
+        self.q = nn.Linear(c, c, bias=qkv_bias)
+        self.kv = nn.Linear(c_kv, 2 * c, bias=qkv_bias)
+        self.proj = nn.Linear(c, c)
+        self.ffn = (
+            MixFFN(c, 4 * c)
+            if ffn == "mix"
+            else nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
+        )
         self.drop = DropPath(drop) if drop else nn.Identity()
 
-    def attend(self, x, y): # [b, n, c], [b, m, c_kv] -> [b, n, c]
+    def attend(self, x, y):  # [b, n, c], [b, m, c_kv] -> [b, n, c]
         "Multi-head attention of x to y."
         (b, n, c), m = x.shape, y.shape[1]
-        q = self.q(x).view(b, n, self.heads, c//self.heads).transpose(1, 2)
-        k, v = self.kv(y).view(b, m, 2, self.heads, c//self.heads).permute(2, 0, 3, 1, 4)
+        q = self.q(x).view(b, n, self.heads, c // self.heads).transpose(1, 2)
+        k, v = self.kv(y).view(b, m, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         return self.proj(sr_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
 
-    def mix(self, x, size): return self.ffn(x, size) if isinstance(self.ffn, MixFFN) else self.ffn(x) # [b, n, c] -> the same
+    # [b, n, c] -> the same
+    def mix(self, x, size):
+        return self.ffn(x, size) if isinstance(self.ffn, MixFFN) else self.ffn(x)
 
-    def forward(self, x, y, size): # [b, n, c], [b, n, c_kv], (h, w) -> [b, n, c]
+    def forward(self, x, y, size):  # [b, n, c], [b, n, c_kv], (h, w) -> [b, n, c]
         if not self.pre:
             x = self.norm_q(x + self.drop(self.attend(x, y)))
             return self.norm_mlp(x + self.drop(self.mix(x, size)))
@@ -75,98 +96,173 @@ class SCA(nn.Module):
 # %% ../../nbs/32a_models.sasformer_icip.ipynb #e7d1b0ac
 class ASE(nn.Module):
     "Aggregated semantics extractor: four maps to four token sets on one grid."
-    def __init__(self,
-        widths:list, # channels of the maps, finest first
-        heads:tuple=HEADS, # of the blocks, by level
-        drop:float=0.1, # of every block
-        eps:float=1e-5, # of every norm
-        pool:str="avg", inlet:str="conv", norm:str="pre", kv:str="previous", order:str="top_down", first:str="self", ffn:str="mix", qkv_bias:bool=False, # see `CHOICES`
+
+    def __init__(
+        self,
+        widths: list,  # channels of the maps, finest first
+        heads: tuple = HEADS,  # of the blocks, by level
+        drop: float = 0.1,  # of every block
+        eps: float = 1e-5,  # of every norm
+        # see `CHOICES`
+        pool: str = "avg",
+        inlet: str = "conv",
+        norm: str = "pre",
+        kv: str = "previous",
+        order: str = "top_down",
+        first: str = "self",
+        ffn: str = "mix",
+        qkv_bias: bool = False,
     ):
         super().__init__()
-        self.pool, self.kv, levels = pool, kv, range(len(widths))
+        self.pool = pool
+        self.kv = kv
+        levels = range(len(widths))
         self.order = list(reversed(levels)) if order == "top_down" else list(levels)
-        self.inlets = nn.ModuleList([nn.Identity() if inlet == "none" else nn.Conv2d(c, c, 1) for c in widths])
-        self.norms = nn.ModuleList([nn.LayerNorm(c, eps) for c in widths] if inlet == "conv_norm_gelu" else [])
-        source = {i: widths[i if kv == "self" or n == 0 else self.order[n - 1]] for n, i in enumerate(self.order)}
+        self.inlets = nn.ModuleList(
+            [nn.Identity() if inlet == "none" else nn.Conv2d(c, c, 1) for c in widths]
+        )
+        self.norms = nn.ModuleList(
+            [nn.LayerNorm(c, eps) for c in widths] if inlet == "conv_norm_gelu" else []
+        )
+        source = {
+            i: widths[i if kv == "self" or n == 0 else self.order[n - 1]]
+            for n, i in enumerate(self.order)
+        }
         skipped = self.order[0] if first == "skip" else None
-        self.blocks = nn.ModuleList([nn.Identity() if i == skipped else SCA(widths[i], source[i], heads[i], drop, eps, norm, ffn, qkv_bias) for i in levels])
+        self.blocks = nn.ModuleList(
+            [
+                nn.Identity()
+                if i == skipped
+                else SCA(widths[i], source[i], heads[i], drop, eps, norm, ffn, qkv_bias)
+                for i in levels
+            ]
+        )
 
-    def pooled(self, maps): # four maps -> four token sets, and their grid
+    def pooled(self, maps):  # four maps -> four token sets, and their grid
         "Every level on the grid of 1/64 of the picture."
-        size = tuple(max(1, n//16) for n in maps[0].shape[2:])
+        size = tuple(max(1, n // 16) for n in maps[0].shape[2:])
         shrink = F.adaptive_avg_pool2d if self.pool == "avg" else F.adaptive_max_pool2d
         tokens = [to_tokens(conv(shrink(x, size))) for x, conv in zip(maps, self.inlets)]
-        return [F.gelu(norm(t)) for t, norm in zip(tokens, self.norms)] if self.norms else tokens, size
+        return [
+            F.gelu(norm(t)) for t, norm in zip(tokens, self.norms)
+        ] if self.norms else tokens, size
 
-    def forward(self, maps): # four maps -> four [b, c_i, h/64, w/64]
+    def forward(self, maps):  # four maps -> four [b, c_i, h/64, w/64]
         tokens, size = self.pooled(maps)
-        out, y = [None]*len(maps), None
+        out = [None] * len(maps)
+        y = None
         for i in self.order:
             x = tokens[i]
             block = self.blocks[i]
-            y = out[i] = block(x, x if y is None or self.kv == "self" else y, size) if isinstance(block, SCA) else x
+            y = out[i] = (
+                block(x, x if y is None or self.kv == "self" else y, size)
+                if isinstance(block, SCA)
+                else x
+            )
         return [to_picture(s, size) for s in out]
 
 # %% ../../nbs/32a_models.sasformer_icip.ipynb #7b43e36b
 class SCM(nn.Module):
     "Semantic combining module of one level."
-    def __init__(self,
-        c:int, # channels of map and semantics
-        width:int=0, # output channels; 0: keep c
-        scm:str="mul_add", # see `CHOICES`
+
+    def __init__(
+        self,
+        c: int,  # channels of map and semantics
+        width: int = 0,  # output channels; 0: keep c
+        scm: str = "mul_add",  # see `CHOICES`
     ):
         super().__init__()
-        self.kind, out = scm, width or c
+        self.kind = scm
+        out = width or c
         plain = scm == "none"
-        self.local, self.semantic = (nn.Identity(), nn.Identity()) if plain and out == c else (ConvNormAct(c, out, 1), ConvNormAct(c, out, 1, act=None))
+        self.local, self.semantic = (
+            (nn.Identity(), nn.Identity())
+            if plain and out == c
+            else (ConvNormAct(c, out, 1), ConvNormAct(c, out, 1, act=None))
+        )
 
-    def forward(self, x, s): # [b, c, h, w], [b, c, h', w'] -> [b, width, h, w]
+    def forward(self, x, s):  # [b, c, h, w], [b, c, h', w'] -> [b, width, h, w]
         x, g = self.local(x), resize(self.semantic(s), x.shape[2:])
-        if self.kind == "mul_add": return x*g + g
-        if self.kind == "sigmoid_mul": return x*g.sigmoid()
-        return x*g.sigmoid() + g if self.kind == "sigmoid_mul_add" else x + g
+        if self.kind == "mul_add":
+            return x * g + g
+        if self.kind == "sigmoid_mul":
+            return x * g.sigmoid()
+        return x * g.sigmoid() + g if self.kind == "sigmoid_mul_add" else x + g
 
 # %% ../../nbs/32a_models.sasformer_icip.ipynb #d52b68bd
-WIDTHS = {"mit_b0": 128} # published; the others are inferred
+WIDTHS = {"mit_b0": 128}  # published; the others are inferred
 
+# %% ../../nbs/32a_models.sasformer_icip.ipynb #fa6c2512
 class SASFormerICIP(TransformerSegmenter):
     "SASFormer's reconstruction; sides of at least 29 pixels."
-    def __init__(self,
-        name:str="sasformer_icip_b0", # our name: the decoder is a reconstruction
-        num_classes:int=150, # k
-        encoder:str="mit_b0", # a name of `MITS`
-        width:int|None=None, # channels after the fusion; default: 128 for B0, 256 else (I15)
-        heads:tuple=HEADS, # of the four blocks (I7)
-        drop:float=0.1, # of the blocks' branches (I10)
-        eps:float=1e-5, # of the decoder's norms (I11)
-        scm_width:int=0, # channels after SCM; 0: as before (I13)
-        scm:str="mul_add", # see `CHOICES`
-        fuse:str="concat", # see `CHOICES`
-        embed_eps:float=1e-6, # of the encoder's norms after convolutions
-        drop_path:float=0.1, dataset:str|None=None, pretrained:bool=False, dropout:float=0.1, mean_over:str="all", # of `TransformerSegmenter`
-        **choices, # of `ASE`
+
+    def __init__(
+        self,
+        name: str = "sasformer_icip_b0",  # our name: the decoder is a reconstruction
+        num_classes: int = 150,  # k
+        encoder: str = "mit_b0",  # a name of `MITS`
+        width: int | None = None,  # channels after the fusion; default: 128 for B0, 256 else (I15)
+        heads: tuple = HEADS,  # of the four blocks (I7)
+        drop: float = 0.1,  # of the blocks' branches (I10)
+        eps: float = 1e-5,  # of the decoder's norms (I11)
+        scm_width: int = 0,  # channels after SCM; 0: as before (I13)
+        scm: str = "mul_add",  # see `CHOICES`
+        fuse: str = "concat",  # see `CHOICES`
+        embed_eps: float = 1e-6,  # of the encoder's norms after convolutions
+        # of `TransformerSegmenter`
+        drop_path: float = 0.1,
+        dataset: str | None = None,
+        pretrained: bool = False,
+        dropout: float = 0.1,
+        mean_over: str = "all",
+        **choices,  # of `ASE`
     ):
-        check_choices({"scm": scm, "fuse": fuse, **{n: v for n, v in choices.items() if n in CHOICES}})
-        super().__init__(name, num_classes, encoder, dataset, pretrained, drop_path=drop_path, embed_eps=embed_eps, dropout=dropout, mean_over=mean_over)
+        check_choices(
+            {"scm": scm, "fuse": fuse, **{n: v for n, v in choices.items() if n in CHOICES}}
+        )
+        super().__init__(
+            name,
+            num_classes,
+            encoder,
+            dataset,
+            pretrained,
+            drop_path=drop_path,
+            embed_eps=embed_eps,
+            dropout=dropout,
+            mean_over=mean_over,
+        )
         widths = self.encoder.channels
         self.width = width or WIDTHS.get(encoder, 256)
-        self.chosen = dict(heads=tuple(heads), drop=drop, eps=eps, scm_width=scm_width, scm=scm, fuse=fuse, **choices)
+        self.chosen = dict(
+            heads=tuple(heads),
+            drop=drop,
+            eps=eps,
+            scm_width=scm_width,
+            scm=scm,
+            fuse=fuse,
+            **choices,
+        )
         levels = len(widths) if fuse == "concat" else 1
         self.ase = ASE(widths, heads, drop, eps, **choices)
         self.scm = nn.ModuleList([SCM(c, scm_width, scm) for c in widths[:levels]])
         self.head = LevelFusion([scm_width or c for c in widths[:levels]], self.width)
-        for part in (self.ase, self.scm, self.head): part.apply(init_weights)
+        for part in (self.ase, self.scm, self.head):
+            part.apply(init_weights)
         self.classifier = nn.Conv2d(self.width, num_classes, 1)
 
-    def refined(self, maps): # four maps -> the refined ones, finest first
+    def refined(self, maps):  # four maps -> the refined ones, finest first
         "ASE and SCM."
         return [scm(x, s) for scm, x, s in zip(self.scm, maps, self.ase(maps))]
 
-    def decode(self, maps): return self.head(self.refined(maps)) # four maps -> the fused map
+    def decode(self, maps):
+        return self.head(self.refined(maps))  # four maps -> the fused map
 
     @property
-    def options(self): return {**super().options, "width": self.width, **self.chosen}
+    def options(self):
+        return {**super().options, "width": self.width, **self.chosen}
 
-    def key_rules(self, state): # encoder files only: there is no official decoder
+    def key_rules(self, state):  # encoder files only: there is no official decoder
         "Key table; a published decoder would find no place."
-        return key_rules(r"(?:backbone\.)?", "encoder.") + [Rule(r"decode_head\.conv_seg\.", unused="unused: the base class's classifier")]
+        return key_rules(r"(?:backbone\.)?", "encoder.") + [
+            Rule(r"decode_head\.conv_seg\.", unused="unused: the base class's classifier")
+        ]

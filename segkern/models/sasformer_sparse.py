@@ -19,82 +19,150 @@ from ..ops import upsample_cross_entropy
 from ..recipes import BGR_QUIRK
 
 # %% ../../nbs/33_models.sasformer_sparse.ipynb #7d7428fa
-CONFIGS = {-1: dict(levels=0, affinity_weight=0.0), **{i: dict(levels=i + 1, affinity_weight=1.2) for i in range(4)}} # the five published configurations
+# the five published configurations
+CONFIGS = {
+    -1: dict(levels=0, affinity_weight=0.0),
+    **{i: dict(levels=i + 1, affinity_weight=1.2) for i in range(4)},
+}
 
+# %% ../../nbs/33_models.sasformer_sparse.ipynb #0fc666c5
 def sparse_losses(
-    model, # a `SASFormerSparse`: its options say which losses
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # sparse target, see `SASFormerSparse.forward`
-    maps:list|None, # AttentionMaps by stage, where the affinity counts
-    x:torch.Tensor, # the picture, for the tree energy
-    z:torch.Tensor, # the decoder's map, for the tree energy
-)->dict: # "loss" and its parts
-    "The objective. A batch without a label that the cross-entropy sees gives 0: the official run skips such a step, since its loss is not a number."
+    model,  # a `SASFormerSparse`: its options say which losses
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # sparse target, see `SASFormerSparse.forward`
+    maps: list | None,  # AttentionMaps by stage, where the affinity counts
+    x: torch.Tensor,  # the picture, for the tree energy
+    z: torch.Tensor,  # the decoder's map, for the tree energy
+) -> dict:  # "loss" and its parts
+    """The objective. A batch without a label that the cross-entropy sees gives 0: the official run
+    skips such a step, since its loss is not a number."""
     labels, unlabelled = sparse_target(target)
-    if model.tree_weight: # cross-entropy at full resolution, and the tree energy over picture and features
-        image, seen = model.preprocess.undo(x).float()/255, labels
-        parts = {"ce": upsample_cross_entropy(logits, labels, align_corners=True, empty="zero"),
-                 "tree": tree_energy_loss(logits, image, unlabelled, model.tree_embed(z), model.tree_weight, model.tree_sigma)}
+    # cross-entropy at full resolution, and the tree energy over picture and features
+    if model.tree_weight:
+        image = model.preprocess.undo(x).float() / 255
+        seen = labels
+        parts = {
+            "ce": upsample_cross_entropy(logits, labels, align_corners=True, empty="zero"),
+            "tree": tree_energy_loss(
+                logits, image, unlabelled, model.tree_embed(z), model.tree_weight, model.tree_sigma
+            ),
+        }
     else:
-        seen, parts = at_grid(labels, logits.shape[2:]), {"ce": partial_cross_entropy(logits, labels)}
-        if model.levels: parts["affinity"] = model.affinity_weight*sum(affinity_losses(logits, maps, unlabelled, model.levels, model.double_softmax))
+        seen = at_grid(labels, logits.shape[2:])
+        parts = {"ce": partial_cross_entropy(logits, labels)}
+        if model.levels:
+            parts["affinity"] = model.affinity_weight * sum(
+                affinity_losses(logits, maps, unlabelled, model.levels, model.double_softmax)
+            )
     some = (seen != 255).any().to(logits.dtype)
-    return {"loss": sum(parts.values())*some, **{n: v.detach() for n, v in parts.items()}}
+    return {"loss": sum(parts.values()) * some, **{n: v.detach() for n, v in parts.items()}}
 
 # %% ../../nbs/33_models.sasformer_sparse.ipynb #ad1e6f42
 class SASFormerSparse(TransformerSegmenter):
     "The sparse SASFormer; sides of at least 29 pixels."
-    def __init__(self,
-        name:str="sasformer_sparse_b4", # published name
-        num_classes:int=21, # k
-        encoder:str="mit_b4", # a name of `MITS`
-        levels:int=4, # stages whose affinity enters the loss, from the first; 0: labelled pixels only
-        affinity_weight:float=1.2, # of the affinity loss
-        double_softmax:bool=True, # compare softmaxed probabilities, as the official code does
-        tree_weight:float=0.0, # of the tree energy loss, the baseline that the paper builds on; it then takes the place of the affinity loss
-        tree_sigma:float=0.02, # of its image tree
-        bgr:bool=True, # RGB statistics on BGR channels, as the published weights expect; in training the recipe's input rule counts
-        width:int=256, # decoder channels
-        embed_eps:float=1e-5, drop_path:float=0.1, dataset:str|None=None, pretrained:bool=False, dropout:float=0.1, # of `TransformerSegmenter`
-    ):
-        if not 0 <= levels <= 4: raise ValueError(f"levels must be 0 to 4, got {levels}")
-        super().__init__(name, num_classes, encoder, dataset or ("voc2012" if num_classes == 21 else None), pretrained, strides=(4, 2, 2, 1), drop_path=drop_path, embed_eps=embed_eps,
-                         dropout=dropout, preprocess=BGR_QUIRK if bgr else IMAGENET)
-        self.levels, self.affinity_weight, self.double_softmax, self.width = levels, affinity_weight, double_softmax, width
-        self.tree_weight, self.tree_sigma = tree_weight, tree_sigma
-        self.head, self.classifier = LevelFusion(self.encoder.channels, width, inlet=width), nn.Conv2d(width, num_classes, 1)
-        if tree_weight: self.tree_embed = nn.Sequential(nn.Conv2d(width, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True))
 
-    def forward(self,
-        x:torch.Tensor, # [b, 3, h, w] normalised
-        target:torch.Tensor|None=None, # [b, H, W] ids, 255 (or -1) without label, -2 padding; or [b, 2, H, W]: ids and a mask of the picture
-    )->torch.Tensor|dict: # logits, or the losses where a target is given
+    def __init__(
+        self,
+        name: str = "sasformer_sparse_b4",  # published name
+        num_classes: int = 21,  # k
+        encoder: str = "mit_b4",  # a name of `MITS`
+        # stages whose affinity enters the loss, from the first; 0: labelled pixels only
+        levels: int = 4,
+        affinity_weight: float = 1.2,  # of the affinity loss
+        double_softmax: bool = True,  # compare softmaxed probabilities, as the official code does
+        # of the tree energy loss, the baseline that the paper builds on; it then takes the place
+        # of the affinity loss
+        tree_weight: float = 0.0,
+        tree_sigma: float = 0.02,  # of its image tree
+        # RGB statistics on BGR channels, as the published weights expect; in training the
+        # recipe's input rule counts
+        bgr: bool = True,
+        width: int = 256,  # decoder channels
+        # of `TransformerSegmenter`
+        embed_eps: float = 1e-5,
+        drop_path: float = 0.1,
+        dataset: str | None = None,
+        pretrained: bool = False,
+        dropout: float = 0.1,
+    ):
+        if not 0 <= levels <= 4:
+            raise ValueError(f"levels must be 0 to 4, got {levels}")
+        super().__init__(
+            name,
+            num_classes,
+            encoder,
+            dataset or ("voc2012" if num_classes == 21 else None),
+            pretrained,
+            strides=(4, 2, 2, 1),
+            drop_path=drop_path,
+            embed_eps=embed_eps,
+            dropout=dropout,
+            preprocess=BGR_QUIRK if bgr else IMAGENET,
+        )
+        self.levels = levels
+        self.affinity_weight = affinity_weight
+        self.double_softmax = double_softmax
+        self.width = width
+        self.tree_weight = tree_weight
+        self.tree_sigma = tree_sigma
+        self.head = LevelFusion(self.encoder.channels, width, inlet=width)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        if tree_weight:
+            self.tree_embed = nn.Sequential(
+                nn.Conv2d(width, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True)
+            )
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, 3, h, w] normalised
+        # [b, H, W] ids, 255 (or -1) without label, -2 padding; or [b, 2, H, W]: ids and a mask of
+        # the picture
+        target: torch.Tensor | None = None,
+    ) -> torch.Tensor | dict:  # logits, or the losses where a target is given
         "Logits, or the losses of labelled and unlabelled pixels."
-        if target is None: return super().forward(x)
-        if self.deployed: raise RuntimeError(f"{self.name} is in its deploy form, so it has no training loss")
+        if target is None:
+            return super().forward(x)
+        if self.deployed:
+            raise RuntimeError(f"{self.name} is in its deploy form, so it has no training loss")
         keep = [] if self.levels and not self.tree_weight else None
         z = self.decode(self.encoder(self.check(x), keep))
         return sparse_losses(self, self.classify(z), target, keep, x, z)
 
-    def attention_maps(self, x): # [b, 3, h, w] -> one `AttentionMaps` per stage
+    def attention_maps(self, x):  # [b, 3, h, w] -> one `AttentionMaps` per stage
         "The affinities of a picture, made only where someone looks."
         return self.encoder.attention_maps(self.check(x))
 
     def deploy(self):
         "Drop what only training needs, in place."
-        if hasattr(self, "tree_embed"): del self.tree_embed
+        if hasattr(self, "tree_embed"):
+            del self.tree_embed
         return super().deploy()
 
     @property
-    def bgr(self): return self.preprocess.order == "bgr" # a recipe may have set another input rule
+    # a recipe may have set another input rule
+    def bgr(self):
+        return self.preprocess.order == "bgr"
 
     @property
     def options(self):
-        return {**{n: v for n, v in super().options.items() if n != "mean_over"}, "levels": self.levels, "affinity_weight": self.affinity_weight, "double_softmax": self.double_softmax,
-                "tree_weight": self.tree_weight, "tree_sigma": self.tree_sigma, "bgr": self.bgr, "width": self.width}
+        return {
+            **{n: v for n, v in super().options.items() if n != "mean_over"},
+            "levels": self.levels,
+            "affinity_weight": self.affinity_weight,
+            "double_softmax": self.double_softmax,
+            "tree_weight": self.tree_weight,
+            "tree_sigma": self.tree_sigma,
+            "bgr": self.bgr,
+            "width": self.width,
+        }
 
     def objective(self, out, target):
         "Refuse: the loss needs the encoder's queries and keys."
-        raise RuntimeError(f"{self.name}: the loss is not a function of the outputs alone; call model(x, target)")
+        raise RuntimeError(
+            f"{self.name}: the loss is not a function of the outputs alone; call model(x, target)"
+        )
 
-    def key_rules(self, state): return key_rules(r"(?:encoder\.|backbone\.)?", "encoder.") + nvlabs_rules(r"(?:decoder|decode_head)\.")
+    def key_rules(self, state):
+        return key_rules(r"(?:encoder\.|backbone\.)?", "encoder.") + nvlabs_rules(
+            r"(?:decoder|decode_head)\."
+        )

@@ -18,93 +18,141 @@ from .upernet import classifier_of
 from ..weights import Rule
 
 # %% ../../nbs/36a_models.seaformer.ipynb #6a6632fc
-WIDTHS = {"seaformer_b": (128, 160), "seaformer_l": (128, 160, 192)} # channels after each gate
+WIDTHS = {"seaformer_b": (128, 160), "seaformer_l": (128, 160, 192)}  # channels after each gate
 
+# %% ../../nbs/36a_models.seaformer.ipynb #0f46c609
 class Gate(nn.Module):
     "A fine map, projected, times a coarse one that became a gate."
-    def __init__(self,
-        c_fine:int, # channels
-        c_coarse:int, # channels
-        c:int, # output channels
+
+    def __init__(
+        self,
+        c_fine: int,  # channels
+        c_coarse: int,  # channels
+        c: int,  # output channels
     ):
         super().__init__()
-        self.local, self.gate = ConvNormAct(c_fine, c, 1, act=None), ConvNormAct(c_coarse, c, 1, act=None)
+        self.local = ConvNormAct(c_fine, c, 1, act=None)
+        self.gate = ConvNormAct(c_coarse, c, 1, act=None)
 
-    def forward(self, x, g): # [b, c_fine, h, w], [b, c_coarse, h', w'] -> [b, c, h, w]
-        return self.local(x)*resize(F.hardsigmoid(self.gate(g)), x.shape[2:])
+    def forward(self, x, g):  # [b, c_fine, h, w], [b, c_coarse, h', w'] -> [b, c, h, w]
+        return self.local(x) * resize(F.hardsigmoid(self.gate(g)), x.shape[2:])
 
+# %% ../../nbs/36a_models.seaformer.ipynb #009cd3e4
 class LightHead(nn.Module):
     "One gate per coarse map, then a scale per channel, norm and ReLU."
-    literal = False # the scale as a convolution with a norm behind it, as written
 
-    def __init__(self,
-        channels:list, # of the encoder's maps, finest first
-        widths:tuple, # channels after each gate
+    literal = False  # the scale as a convolution with a norm behind it, as written
+
+    def __init__(
+        self,
+        channels: list,  # of the encoder's maps, finest first
+        widths: tuple,  # channels after each gate
     ):
         super().__init__()
         fine = (channels[0], *widths[:-1])
         self.gates = nn.ModuleList([Gate(f, g, c) for f, g, c in zip(fine, channels[1:], widths)])
         self.scale = ConvNormAct(widths[-1], widths[-1], 1, groups=widths[-1])
 
-    def forward(self, maps): # finest first -> [b, c, h/8, w/8]
+    def forward(self, maps):  # finest first -> [b, c, h/8, w/8]
         x = maps[0]
-        for gate, g in zip(self.gates, maps[1:]): x = gate(x, g)
+        for gate, g in zip(self.gates, maps[1:]):
+            x = gate(x, g)
         bn = self.scale.bn
-        if self.literal or bn.training: return self.scale(x)
-        gain = bn.weight*torch.rsqrt(bn.running_var + bn.eps)
-        return F.relu(torch.addcmul((bn.bias - gain*bn.running_mean)[:, None, None], x, (gain*self.scale.conv.weight.flatten())[:, None, None]))
+        if self.literal or bn.training:
+            return self.scale(x)
+        gain = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        return F.relu(
+            torch.addcmul(
+                (bn.bias - gain * bn.running_mean)[:, None, None],
+                x,
+                (gain * self.scale.conv.weight.flatten())[:, None, None],
+            )
+        )
 
 # %% ../../nbs/36a_models.seaformer.ipynb #d2e7f2a5
 class SeaFormerSegmentor(Segmentor):
     "SeaFormer with its light head."
+
     stride = 8
 
-    def __init__(self,
-        name:str="seaformer_b", # published name
-        num_classes:int=150, # k
-        encoder:str="seaformer_b", # a name of `SEAFORMERS`
-        dataset:str|None=None, # for class names; None: by the number of classes
-        pretrained:bool=False, # refused: the ImageNet weights are offered as files only
-        drop_path:float=0.1, # of each transformer stage's last block
-        dropout:float=0.1, # of whole channels before the classifier
-        mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
-        preprocess=IMAGENET, # from uint8 RGB to input
+    def __init__(
+        self,
+        name: str = "seaformer_b",  # published name
+        num_classes: int = 150,  # k
+        encoder: str = "seaformer_b",  # a name of `SEAFORMERS`
+        dataset: str | None = None,  # for class names; None: by the number of classes
+        pretrained: bool = False,  # refused: the ImageNet weights are offered as files only
+        drop_path: float = 0.1,  # of each transformer stage's last block
+        dropout: float = 0.1,  # of whole channels before the classifier
+        mean_over: str = "all",  # which pixels divide the loss, see `pixel_cross_entropy`
+        preprocess=IMAGENET,  # from uint8 RGB to input
     ):
-        super().__init__(name, num_classes, dataset, dropout, mean_over=mean_over, preprocess=preprocess)
-        self.encoder_name, self.drop_path = encoder, drop_path
+        super().__init__(
+            name, num_classes, dataset, dropout, mean_over=mean_over, preprocess=preprocess
+        )
+        self.encoder_name = encoder
+        self.drop_path = drop_path
         self.encoder = SeaFormer(encoder, drop_path, pretrained=pretrained)
         self.head = LightHead(self.encoder.channels, WIDTHS[encoder])
         self.classifier = classifier_of(WIDTHS[encoder][-1], num_classes)
 
     def deploy(self):
         for m in self.encoder.modules():
-            if isinstance(m, SqueezeAxialAttention): m.merge()
+            if isinstance(m, SqueezeAxialAttention):
+                m.merge()
         return super().deploy()
 
     @property
-    def options(self): return {**super().options, "drop_path": self.drop_path} # what a file must remember besides the name
+    # what a file must remember besides the name
+    def options(self):
+        return {**super().options, "drop_path": self.drop_path}
 
     def key_rules(self, state):
         "Key table of OpenMMLab's checkpoints, and of ImageNet files for the encoder."
         return key_rules(self.encoder_name, ours="encoder.") + head_rules(len(self.head.gates))
 
-    def hint(self, state): return describe_state(state, self)
+    def hint(self, state):
+        return describe_state(state, self)
 
 # %% ../../nbs/36a_models.seaformer.ipynb #1b9ee67d
 def head_rules(
-    gates:int, # number of gates
-)->list: # of Rule
+    gates: int,  # number of gates
+) -> list:  # of Rule
     "Key table of the decoder."
-    pairs = [(rf"fuse{i + 1}\.{theirs}\.", f"head.gates.{i}.{ours}.") for i in range(gates) for theirs, ours in (("local_embedding", "local"), ("global_act", "gate"))]
-    return [Rule(r"decode_head\." + a, b) for a, b in [*pairs, (r"linear_fuse\.", "head.scale."), (r"conv_seg\.", "classifier.")]]
+    pairs = [
+        (rf"fuse{i + 1}\.{theirs}\.", f"head.gates.{i}.{ours}.")
+        for i in range(gates)
+        for theirs, ours in (("local_embedding", "local"), ("global_act", "gate"))
+    ]
+    return [
+        Rule(r"decode_head\." + a, b)
+        for a, b in [*pairs, (r"linear_fuse\.", "head.scale."), (r"conv_seg\.", "classifier.")]
+    ]
 
+# %% ../../nbs/36a_models.seaformer.ipynb #3641dc1a
 def describe_state(
-    state:dict, # official state dict
-    model, # that it did not fit
-)->str: # what it seems to be
+    state: dict,  # official state dict
+    model,  # that it did not fit
+) -> str:  # what it seems to be
     "What network an official checkpoint holds, read off its keys."
     stem = find_tensor(state, "smb1.stem_block.0.c.weight")
-    if stem is None: return "the checkpoint holds no SeaFormer"
-    stages = sum(any(k.removeprefix("backbone.").startswith(f"trans{i}.") for k in state) for i in range(1, 6))
-    name = next((n for n, (width, _, attention) in SEAFORMERS.items() if (width, len(attention)) == (len(stem), stages)), "an unknown size of SeaFormer")
-    return describe_file(model, name, "a light head" if any("linear_fuse." in k for k in state) else "", find_tensor(state, "decode_head.conv_seg.weight"))
+    if stem is None:
+        return "the checkpoint holds no SeaFormer"
+    stages = sum(
+        any(k.removeprefix("backbone.").startswith(f"trans{i}.") for k in state)
+        for i in range(1, 6)
+    )
+    name = next(
+        (
+            n
+            for n, (width, _, attention) in SEAFORMERS.items()
+            if (width, len(attention)) == (len(stem), stages)
+        ),
+        "an unknown size of SeaFormer",
+    )
+    return describe_file(
+        model,
+        name,
+        "a light head" if any("linear_fuse." in k for k in state) else "",
+        find_tensor(state, "decode_head.conv_seg.weight"),
+    )

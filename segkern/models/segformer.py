@@ -21,143 +21,230 @@ from ..weights import Rule
 # %% ../../nbs/32_models.segformer.ipynb #db13c535
 class LevelFusion(nn.Module):
     "ReLU(BN(1×1 convolution)) of several maps resized to the first one's size and concatenated."
-    literal = False # resize, concatenate and convolve, as written in the papers
 
-    def __init__(self,
-        widths:list, # channels of the maps, finest first
-        c_out:int, # output channels
-        inlet:int=0, # every map first passes a linear layer to so many channels; 0: none
-        coarse_first:bool=True, # order in which the convolution's weight holds the maps
+    literal = False  # resize, concatenate and convolve, as written in the papers
+
+    def __init__(
+        self,
+        widths: list,  # channels of the maps, finest first
+        c_out: int,  # output channels
+        inlet: int = 0,  # every map first passes a linear layer to so many channels; 0: none
+        coarse_first: bool = True,  # order in which the convolution's weight holds the maps
     ):
         super().__init__()
         self.inlets = nn.ModuleList([nn.Linear(c, inlet) for c in widths] if inlet else [])
-        self.widths, self.coarse_first = [inlet]*len(widths) if inlet else list(widths), coarse_first
-        self.conv, self.bn = nn.Conv2d(sum(self.widths), c_out, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.widths = [inlet] * len(widths) if inlet else list(widths)
+        self.coarse_first = coarse_first
+        self.conv = nn.Conv2d(sum(self.widths), c_out, 1, bias=False)
+        self.bn = nn.BatchNorm2d(c_out)
 
-    def matrices(self): # [c_out, c_i] for each map, finest first; [c_out] or None
+    def matrices(self):  # [c_out, c_i] for each map, finest first; [c_out] or None
         "What each map is multiplied with, and the constant."
         order = self.widths[::-1] if self.coarse_first else self.widths
         parts = list(self.conv.weight[:, :, 0, 0].split(order, 1))
-        if self.coarse_first: parts = parts[::-1]
-        if not self.inlets: return parts, None
-        return [w @ a.weight for w, a in zip(parts, self.inlets)], sum(w @ a.bias for w, a in zip(parts, self.inlets))
+        if self.coarse_first:
+            parts = parts[::-1]
+        if not self.inlets:
+            return parts, None
+        return [w @ a.weight for w, a in zip(parts, self.inlets)], sum(
+            w @ a.bias for w, a in zip(parts, self.inlets)
+        )
 
-    def forward(self, maps): # [b, c_i, h_i, w_i], finest first -> [b, c_out, h_1, w_1]
+    def forward(self, maps):  # [b, c_i, h_i, w_i], finest first -> [b, c_out, h_1, w_1]
         size = maps[0].shape[2:]
-        if self.literal: return F.relu(self.bn(self.conv(self._concatenated(maps, size))))
+        if self.literal:
+            return F.relu(self.bn(self.conv(self._concatenated(maps, size))))
         ws, bias = self.matrices()
         if not self.bn.training:
-            gain = self.bn.weight*torch.rsqrt(self.bn.running_var + self.bn.eps)
-            ws, bias = [w*gain[:, None] for w in ws], self.bn.bias + gain*((0 if bias is None else bias) - self.bn.running_mean)
+            gain = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
+            ws = [w * gain[:, None] for w in ws]
+            bias = self.bn.bias + gain * ((0 if bias is None else bias) - self.bn.running_mean)
         y = F.conv2d(maps[0], ws[0][..., None, None], bias)
-        for x, w in zip(maps[1:], ws[1:]): y = y + resize(F.conv2d(x, w[..., None, None]), size)
+        for x, w in zip(maps[1:], ws[1:]):
+            y = y + resize(F.conv2d(x, w[..., None, None]), size)
         return F.relu(self.bn(y) if self.bn.training else y)
 
     def _concatenated(self, maps, size):
         "The map that the rewrite avoids."
-        if self.inlets: maps = [F.linear(x.flatten(2).transpose(1, 2), a.weight, a.bias).transpose(1, 2).unflatten(2, x.shape[2:]) for x, a in zip(maps, self.inlets)]
+        if self.inlets:
+            maps = [
+                F.linear(x.flatten(2).transpose(1, 2), a.weight, a.bias)
+                .transpose(1, 2)
+                .unflatten(2, x.shape[2:])
+                for x, a in zip(maps, self.inlets)
+            ]
         ups = [resize(x, size) for x in maps]
         return torch.cat(ups[::-1] if self.coarse_first else ups, 1)
 
 # %% ../../nbs/32_models.segformer.ipynb #d0d89e97
 class LevelHead(nn.Module):
     "OpenMMLab's decoder: convolution, norm and ReLU on every map, then the fusion."
-    def __init__(self,
-        widths:list, # channels of the maps, finest first
-        c:int, # channels
+
+    def __init__(
+        self,
+        widths: list,  # channels of the maps, finest first
+        c: int,  # channels
     ):
         super().__init__()
         self.levels = nn.ModuleList([ConvNormAct(i, c, 1) for i in widths])
-        self.fusion = LevelFusion([c]*len(widths), c, coarse_first=False)
+        self.fusion = LevelFusion([c] * len(widths), c, coarse_first=False)
 
-    def forward(self, maps): return self.fusion([level(x) for level, x in zip(self.levels, maps)]) # four maps -> [b, c, h/4, w/4]
+    # four maps -> [b, c, h/4, w/4]
+    def forward(self, maps):
+        return self.fusion([level(x) for level, x in zip(self.levels, maps)])
 
 # %% ../../nbs/32_models.segformer.ipynb #b4a8c04e
 class TransformerSegmenter(Segmentor):
-    "What SegFormer and the SASFormers share: a Mix Transformer, a decoder `head`, and a classifier at a quarter of the picture."
+    """What SegFormer and the SASFormers share: a Mix Transformer, a decoder `head`, and a
+    classifier at a quarter of the picture."""
+
     encoder_name = "mit_b0"
 
-    def __init__(self,
-        name:str, # published name
-        num_classes:int, # k
-        encoder:str, # a name of `MITS`
-        dataset:str|None=None, # for class names; None: by the number of classes
-        pretrained:bool=False, # download the encoder's ImageNet weights
-        strides:tuple=(4, 2, 2, 2), # of the encoder
-        drop_path:float=0.1, # of the encoder's last block
-        embed_eps:float=1e-5, # of the norms after convolutions
-        dropout:float=0.1, # of whole channels before the classifier
-        mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
-        preprocess=IMAGENET, # from uint8 RGB to input
+    def __init__(
+        self,
+        name: str,  # published name
+        num_classes: int,  # k
+        encoder: str,  # a name of `MITS`
+        dataset: str | None = None,  # for class names; None: by the number of classes
+        pretrained: bool = False,  # download the encoder's ImageNet weights
+        strides: tuple = (4, 2, 2, 2),  # of the encoder
+        drop_path: float = 0.1,  # of the encoder's last block
+        embed_eps: float = 1e-5,  # of the norms after convolutions
+        dropout: float = 0.1,  # of whole channels before the classifier
+        mean_over: str = "all",  # which pixels divide the loss, see `pixel_cross_entropy`
+        preprocess=IMAGENET,  # from uint8 RGB to input
     ):
-        super().__init__(name, num_classes, dataset, dropout, mean_over=mean_over, preprocess=preprocess)
-        self.encoder_name, self.drop_path = encoder, drop_path
+        super().__init__(
+            name, num_classes, dataset, dropout, mean_over=mean_over, preprocess=preprocess
+        )
+        self.encoder_name = encoder
+        self.drop_path = drop_path
         self.encoder = MiT(encoder, strides, drop_path, embed_eps=embed_eps, pretrained=pretrained)
 
-    def check(self, x): # x, or a ValueError
+    def check(self, x):  # x, or a ValueError
         check_input(self, x)
-        if min(x.shape[2:]) < 29: raise ValueError(f"{self.name} needs sides of at least 29 pixels, got {x.shape[2]}x{x.shape[3]}: pad or resize the picture")
+        if min(x.shape[2:]) < 29:
+            raise ValueError(
+                f"{self.name} needs sides of at least 29 pixels, got "
+                f"{x.shape[2]}x{x.shape[3]}: pad or resize the picture"
+            )
         return x
 
     @property
-    def embed_eps(self): return self.encoder.stages[0].proj_norm.eps # a loaded file may have changed it
+    # a loaded file may have changed it
+    def embed_eps(self):
+        return self.encoder.stages[0].proj_norm.eps
 
     @property
-    def options(self): return {**super().options, "drop_path": self.drop_path, "embed_eps": self.embed_eps}
+    def options(self):
+        return {**super().options, "drop_path": self.drop_path, "embed_eps": self.embed_eps}
 
-    def adapt(self, state, undo): return follow_eps(self, state, undo)
+    def adapt(self, state, undo):
+        return follow_eps(self, state, undo)
 
-    def hint(self, state): return describe_state(state, self)
+    def hint(self, state):
+        return describe_state(state, self)
 
 # %% ../../nbs/32_models.segformer.ipynb #445b8bdc
 class SegFormer(TransformerSegmenter):
     "SegFormer B0 to B5."
-    def __init__(self,
-        name:str="segformer_b0", # published name
-        num_classes:int=19, # k
-        encoder:str="mit_b0", # a name of `MITS`
-        head:str="nvlabs", # "nvlabs" | "mmseg"
-        width:int|None=None, # decoder channels; default: 768 for NVlabs' B2 to B5, else 256
-        embed_eps:float|None=None, # of the norms after convolutions; default: as in that head's code base
-        **kwargs, # of `TransformerSegmenter`
+
+    def __init__(
+        self,
+        name: str = "segformer_b0",  # published name
+        num_classes: int = 19,  # k
+        encoder: str = "mit_b0",  # a name of `MITS`
+        head: str = "nvlabs",  # "nvlabs" | "mmseg"
+        width: int | None = None,  # decoder channels; default: 768 for NVlabs' B2 to B5, else 256
+        # of the norms after convolutions; default: as in that head's code base
+        embed_eps: float | None = None,
+        **kwargs,  # of `TransformerSegmenter`
     ):
-        if head not in ("nvlabs", "mmseg"): raise ValueError(f"head must be 'nvlabs' or 'mmseg', got '{head}'")
+        if head not in ("nvlabs", "mmseg"):
+            raise ValueError(f"head must be 'nvlabs' or 'mmseg', got '{head}'")
         nvlabs = head == "nvlabs"
-        super().__init__(name, num_classes, encoder, embed_eps=(1e-5 if nvlabs else 1e-6) if embed_eps is None else embed_eps, **kwargs)
+        super().__init__(
+            name,
+            num_classes,
+            encoder,
+            embed_eps=(1e-5 if nvlabs else 1e-6) if embed_eps is None else embed_eps,
+            **kwargs,
+        )
         self.width = width or (768 if nvlabs and encoder not in ("mit_b0", "mit_b1") else 256)
         widths = self.encoder.channels
-        self.head = LevelFusion(widths, self.width, inlet=self.width) if nvlabs else LevelHead(widths, self.width)
+        self.head = (
+            LevelFusion(widths, self.width, inlet=self.width)
+            if nvlabs
+            else LevelHead(widths, self.width)
+        )
         self.classifier = nn.Conv2d(self.width, num_classes, 1)
 
     @property
-    def options(self): return {**super().options, "width": self.width}
+    def options(self):
+        return {**super().options, "width": self.width}
 
-    def key_rules(self, state): # both heads' names; those of the other one find no place
+    def key_rules(self, state):  # both heads' names; those of the other one find no place
         "Key table of the official checkpoints."
         encoder = key_rules(r"(?:backbone\.)?", "encoder.")
-        return encoder + (nvlabs_rules(r"decode_head\.") if isinstance(self.head, LevelFusion) else mmseg_rules())
+        return encoder + (
+            nvlabs_rules(r"decode_head\.") if isinstance(self.head, LevelFusion) else mmseg_rules()
+        )
 
 # %% ../../nbs/32_models.segformer.ipynb #67cdef25
 def nvlabs_rules(
-    theirs:str, # pattern of the decoder's prefix
-)->list: # of Rule
+    theirs: str,  # pattern of the decoder's prefix
+) -> list:  # of Rule
     "Key table of the linear decoder."
-    return [*[Rule(rf"{theirs}linear_c{i}\.proj\.", f"head.inlets.{i - 1}.") for i in (1, 2, 3, 4)], Rule(rf"{theirs}linear_fuse\.(conv|bn)\.", r"head.\1."),
-            Rule(rf"{theirs}linear_pred\.", "classifier."), Rule(rf"{theirs}conv_seg\.", unused="unused: the base class's classifier, which this decoder does not call")]
+    return [
+        *[Rule(rf"{theirs}linear_c{i}\.proj\.", f"head.inlets.{i - 1}.") for i in (1, 2, 3, 4)],
+        Rule(rf"{theirs}linear_fuse\.(conv|bn)\.", r"head.\1."),
+        Rule(rf"{theirs}linear_pred\.", "classifier."),
+        Rule(
+            rf"{theirs}conv_seg\.",
+            unused="unused: the base class's classifier, which this decoder does not call",
+        ),
+    ]
 
+# %% ../../nbs/32_models.segformer.ipynb #107d575b
 def mmseg_rules():
     "Key table of OpenMMLab's decoder."
-    return [Rule(r"decode_head\.convs\.(\d)\.", r"head.levels.\1."), Rule(r"decode_head\.fusion_conv\.", "head.fusion."), Rule(r"decode_head\.conv_seg\.", "classifier.")]
+    return [
+        Rule(r"decode_head\.convs\.(\d)\.", r"head.levels.\1."),
+        Rule(r"decode_head\.fusion_conv\.", "head.fusion."),
+        Rule(r"decode_head\.conv_seg\.", "classifier."),
+    ]
 
+# %% ../../nbs/32_models.segformer.ipynb #847d5188
 def describe_state(
-    state:dict, # official state dict
-    model, # that it did not fit
-)->str: # what it seems to be
+    state: dict,  # official state dict
+    model,  # that it did not fit
+) -> str:  # what it seems to be
     "What network an official checkpoint holds, read off its keys."
     keys = "\n".join(state)
-    depths = tuple(len(set(re.findall(rf"(?:block{s + 1}|layers\.{s}\.1)\.(\d+)\.norm1\.weight", keys))) for s in range(4))
-    if not depths[0]: return "the checkpoint holds no Mix Transformer"
-    width = next((len(v) for k, v in state.items() if k.endswith(("patch_embed1.norm.weight", "layers.0.0.norm.weight"))), 0)
-    name = next((n for n, (c, d) in MITS.items() if (c[0], d) == (width, depths)), "an unknown size")
-    head = "NVlabs' decoder" if "linear_fuse." in keys else "OpenMMLab's decoder" if "fusion_conv." in keys else ""
-    return describe_file(model, name, head, find_tensor(state, "linear_pred.weight", "conv_seg.weight"))
+    depths = tuple(
+        len(set(re.findall(rf"(?:block{s + 1}|layers\.{s}\.1)\.(\d+)\.norm1\.weight", keys)))
+        for s in range(4)
+    )
+    if not depths[0]:
+        return "the checkpoint holds no Mix Transformer"
+    width = next(
+        (
+            len(v)
+            for k, v in state.items()
+            if k.endswith(("patch_embed1.norm.weight", "layers.0.0.norm.weight"))
+        ),
+        0,
+    )
+    name = next(
+        (n for n, (c, d) in MITS.items() if (c[0], d) == (width, depths)), "an unknown size"
+    )
+    head = (
+        "NVlabs' decoder"
+        if "linear_fuse." in keys
+        else "OpenMMLab's decoder"
+        if "fusion_conv." in keys
+        else ""
+    )
+    return describe_file(
+        model, name, head, find_tensor(state, "linear_pred.weight", "conv_seg.weight")
+    )

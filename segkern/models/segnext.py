@@ -19,91 +19,131 @@ from ..weights import Rule
 
 # %% ../../nbs/36_models.segnext.ipynb #5d2131b0
 def unit_bases(
-    raw:torch.Tensor, # [b, d, r], not negative
-)->torch.Tensor: # the same, columns of length 1
+    raw: torch.Tensor,  # [b, d, r], not negative
+) -> torch.Tensor:  # the same, columns of length 1
     "Patterns to start from."
     return F.normalize(raw, dim=1)
 
+# %% ../../nbs/36_models.segnext.ipynb #14ed9eb0
 def factorise(
-    x:torch.Tensor, # [b, d, n], not negative
-    bases:torch.Tensor, # [b, d, r], columns of length 1
-    steps:int, # updates of both
-)->tuple: # patterns [b, d, r] and coefficients [b, n, r]; x is about patterns @ coefficients^T
+    x: torch.Tensor,  # [b, d, n], not negative
+    bases: torch.Tensor,  # [b, d, r], columns of length 1
+    steps: int,  # updates of both
+) -> tuple:  # patterns [b, d, r] and coefficients [b, n, r]; x is about patterns @ coefficients^T
     "Non-negative matrix factorisation by multiplicative updates."
-    m, z = bases, torch.softmax(x.transpose(1, 2) @ bases, 2)
-    coefficients = lambda m, z: z*(x.transpose(1, 2) @ m)/(z @ (m.transpose(1, 2) @ m) + 1e-6)
+    m = bases
+    z = torch.softmax(x.transpose(1, 2) @ bases, 2)
+
+    def coefficients(m, z):
+        return z * (x.transpose(1, 2) @ m) / (z @ (m.transpose(1, 2) @ m) + 1e-6)
+
     for _ in range(steps):
         z = coefficients(m, z)
-        m = m*(x @ z)/(m @ (z.transpose(1, 2) @ z) + 1e-6)
+        m = m * (x @ z) / (m @ (z.transpose(1, 2) @ z) + 1e-6)
     return m, coefficients(m, z)
 
 # %% ../../nbs/36_models.segnext.ipynb #3a024f9a
 class Bases(nn.Module):
     "Random patterns; a fixed table in evaluation."
-    def __init__(self,
-        d:int, # channels
-        r:int, # number of patterns
-        seed:int|None=0, # of the table; None: fresh ones in evaluation too
+
+    def __init__(
+        self,
+        d: int,  # channels
+        r: int,  # number of patterns
+        seed: int | None = 0,  # of the table; None: fresh ones in evaluation too
     ):
         super().__init__()
-        self.d, self.r, self.seed = d, r, seed
-        self.table = None if seed is None else unit_bases(torch.rand((1, d, r), generator=torch.Generator().manual_seed(seed), device="cpu"))
+        self.d = d
+        self.r = r
+        self.seed = seed
+        self.table = (
+            None
+            if seed is None
+            else unit_bases(
+                torch.rand((1, d, r), generator=torch.Generator().manual_seed(seed), device="cpu")
+            )
+        )
 
-    def forward(self,
-        x:torch.Tensor, # [b, d, ...], tells batch, type and device
-        generator:torch.Generator|None=None, # draw from this one, in training and in evaluation
-    )->torch.Tensor: # [b, d, r]
+    def forward(
+        self,
+        x: torch.Tensor,  # [b, d, ...], tells batch, type and device
+        # draw from this one, in training and in evaluation
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:  # [b, d, r]
         "Patterns with columns of length 1."
-        if generator is None and self.table is not None and not self.training: return self.table.to(x).expand(len(x), -1, -1)
+        if generator is None and self.table is not None and not self.training:
+            return self.table.to(x).expand(len(x), -1, -1)
         device = x.device if generator is None else generator.device
-        return unit_bases(torch.rand((len(x), self.d, self.r), generator=generator, device=device).to(x))
+        return unit_bases(
+            torch.rand((len(x), self.d, self.r), generator=generator, device=device).to(x)
+        )
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.table is not None: # follows to another device, keeps its type
+        if self.table is not None:  # follows to another device, keeps its type
             device = fn(torch.empty(0, device=self.table.device)).device
-            if device.type != "meta": self.table = self.table.to(device)
+            if device.type != "meta":
+                self.table = self.table.to(device)
         return self
 
-    def extra_repr(self): return f"{self.d}, {self.r}, seed={self.seed}"
+    def extra_repr(self):
+        return f"{self.d}, {self.r}, seed={self.seed}"
 
 # %% ../../nbs/36_models.segnext.ipynb #4b0972b2
 class GroupUnit(nn.Module):
     "1×1 convolution without a bias, and a group norm; its ReLU stands outside."
-    def __init__(self,
-        c_in:int, # input channels
-        c:int, # output channels
+
+    def __init__(
+        self,
+        c_in: int,  # input channels
+        c: int,  # output channels
     ):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(c_in, c, 1, bias=False), nn.GroupNorm(32, c)
+        self.conv = nn.Conv2d(c_in, c, 1, bias=False)
+        self.norm = nn.GroupNorm(32, c)
 
-    def forward(self, x): return self.norm(self.conv(x)) # [b, c_in, h, w] -> [b, c, h, w]
+    def forward(self, x):
+        return self.norm(self.conv(x))  # [b, c_in, h, w] -> [b, c, h, w]
 
+# %% ../../nbs/36_models.segnext.ipynb #5f9587cb
 class HamHead(nn.Module):
     "The decoder: maps brought together, factorised, and aligned."
-    literal = False # resize, concatenate and convolve; write the factorised map
 
-    def __init__(self,
-        widths:list, # channels of the maps, finest first
-        c:int=256, # channels
-        rank:int=16, # number of patterns
-        seed:int|None=0, # of the patterns in evaluation, see `Bases`
-        steps:tuple=(6, 7), # updates in training and in evaluation
+    literal = False  # resize, concatenate and convolve; write the factorised map
+
+    def __init__(
+        self,
+        widths: list,  # channels of the maps, finest first
+        c: int = 256,  # channels
+        rank: int = 16,  # number of patterns
+        seed: int | None = 0,  # of the patterns in evaluation, see `Bases`
+        steps: tuple = (6, 7),  # updates in training and in evaluation
     ):
         super().__init__()
-        if c % 32: raise ValueError(f"the decoder's width must be a multiple of 32 for its group norms, got {c}")
-        self.widths, self.steps, self.bases = list(widths), steps, Bases(c, rank, seed)
-        self.squeeze, self.inlet = GroupUnit(sum(widths), c), nn.Conv2d(c, c, 1)
-        self.outlet, self.align = GroupUnit(c, c), GroupUnit(c, c)
+        if c % 32:
+            raise ValueError(
+                f"the decoder's width must be a multiple of 32 for its group norms, got {c}"
+            )
+        self.widths = list(widths)
+        self.steps = steps
+        self.bases = Bases(c, rank, seed)
+        self.squeeze = GroupUnit(sum(widths), c)
+        self.inlet = nn.Conv2d(c, c, 1)
+        self.outlet = GroupUnit(c, c)
+        self.align = GroupUnit(c, c)
 
-    def squeezed(self, maps): # [b, c_i, h_i, w_i], finest first -> [b, c, h_1, w_1]
+    def squeezed(self, maps):  # [b, c_i, h_i, w_i], finest first -> [b, c, h_1, w_1]
         "All maps in one."
         size = maps[0].shape[2:]
-        if self.literal: return F.relu(self.squeeze(torch.cat([resize(x, size) for x in maps], 1)))
-        parts = [F.conv2d(x, w) for x, w in zip(maps, self.squeeze.conv.weight.split(self.widths, 1))]
+        if self.literal:
+            return F.relu(self.squeeze(torch.cat([resize(x, size) for x in maps], 1)))
+        parts = [
+            F.conv2d(x, w) for x, w in zip(maps, self.squeeze.conv.weight.split(self.widths, 1))
+        ]
         return F.relu(self.squeeze.norm(sum(resize(x, size) for x in parts[1:]) + parts[0]))
 
-    def factors(self, s, bases=None, generator=None): # [b, c, h, w] -> patterns [b, c, r], coefficients [b, h*w, r]
+    # [b, c, h, w] -> patterns [b, c, r], coefficients [b, h*w, r]
+    def factors(self, s, bases=None, generator=None):
         "The map that enters, factorised in float32 or double."
         x = F.relu(self.inlet(s)).flatten(2)
         with without_autocast(x):
@@ -111,84 +151,132 @@ class HamHead(nn.Module):
             start = self.bases(x, generator) if bases is None else bases.to(x)
             return factorise(x, start, self.steps[0 if self.training else 1])
 
-    def forward(self,
-        maps:list, # [b, c_i, h_i, w_i], finest first
-        bases:torch.Tensor|None=None, # [b, c, r]: start from these patterns, columns of length 1
-        generator:torch.Generator|None=None, # or draw them from this one
-    )->torch.Tensor: # [b, c, h_1, w_1]
+    def forward(
+        self,
+        maps: list,  # [b, c_i, h_i, w_i], finest first
+        # [b, c, r]: start from these patterns, columns of length 1
+        bases: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,  # or draw them from this one
+    ) -> torch.Tensor:  # [b, c, h_1, w_1]
         "The map in front of the classifier."
         s = self.squeezed(maps)
         m, z = self.factors(s, bases, generator)
-        if self.literal: x = self.outlet.conv((m @ z.transpose(1, 2)).to(s.dtype).unflatten(2, s.shape[2:]))
+        if self.literal:
+            x = self.outlet.conv((m @ z.transpose(1, 2)).to(s.dtype).unflatten(2, s.shape[2:]))
         else:
-            with without_autocast(s): x = (self.outlet.conv.weight[:, :, 0, 0].to(m.dtype) @ m @ z.transpose(1, 2)).to(s.dtype).unflatten(2, s.shape[2:])
+            with without_autocast(s):
+                x = (
+                    (self.outlet.conv.weight[:, :, 0, 0].to(m.dtype) @ m @ z.transpose(1, 2))
+                    .to(s.dtype)
+                    .unflatten(2, s.shape[2:])
+                )
         return F.relu(self.align(F.relu(s + self.outlet.norm(x))))
 
 # %% ../../nbs/36_models.segnext.ipynb #3ac58f4a
-SEGNEXTS = {"segnext_t": ("mscan_t", 256, 16), "segnext_s": ("mscan_s", 256, 16), "segnext_b": ("mscan_b", 512, 64), "segnext_l": ("mscan_l", 1024, 64)} # encoder, width, rank
+# encoder, width, rank
+SEGNEXTS = {
+    "segnext_t": ("mscan_t", 256, 16),
+    "segnext_s": ("mscan_s", 256, 16),
+    "segnext_b": ("mscan_b", 512, 64),
+    "segnext_l": ("mscan_l", 1024, 64),
+}
 
+# %% ../../nbs/36_models.segnext.ipynb #8197cad3
 class SegNeXt(Segmentor):
     "SegNeXt: MSCAN and the factorising decoder."
+
     stride = 8
 
-    def __init__(self,
-        name:str="segnext_t", # published name
-        num_classes:int=150, # k
-        encoder:str="mscan_t", # a name of `MSCANS`
-        dataset:str|None=None, # for class names; None: by the number of classes
-        pretrained:bool=False, # see `MSCAN`
-        width:int|None=None, # channels of the decoder; None: the published ones of this encoder
-        rank:int|None=None, # number of patterns; None: the published one
-        bases_seed:int|None=0, # of the patterns in evaluation; None: fresh ones for every picture, as the authors do
-        drop_path:float|None=None, # of the encoder's last block; None: the published one
-        dropout:float=0.1, # of whole channels before the classifier
-        mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
-        preprocess=IMAGENET, # from uint8 RGB to input
+    def __init__(
+        self,
+        name: str = "segnext_t",  # published name
+        num_classes: int = 150,  # k
+        encoder: str = "mscan_t",  # a name of `MSCANS`
+        dataset: str | None = None,  # for class names; None: by the number of classes
+        pretrained: bool = False,  # see `MSCAN`
+        # channels of the decoder; None: the published ones of this encoder
+        width: int | None = None,
+        rank: int | None = None,  # number of patterns; None: the published one
+        # of the patterns in evaluation; None: fresh ones for every picture, as the authors do
+        bases_seed: int | None = 0,
+        drop_path: float | None = None,  # of the encoder's last block; None: the published one
+        dropout: float = 0.1,  # of whole channels before the classifier
+        mean_over: str = "all",  # which pixels divide the loss, see `pixel_cross_entropy`
+        preprocess=IMAGENET,  # from uint8 RGB to input
     ):
         super().__init__(name, num_classes, dataset, dropout, 0.0, mean_over, preprocess)
-        self.encoder_name, self.encoder = encoder, MSCAN(encoder, drop_path, pretrained=pretrained)
+        self.encoder_name = encoder
+        self.encoder = MSCAN(encoder, drop_path, pretrained=pretrained)
         _, c, r = next(v for v in SEGNEXTS.values() if v[0] == encoder)
-        self.width, self.rank, self.bases_seed, self.drop_path = width or c, rank or r, bases_seed, self.encoder.drop_path
-        self.head, self.classifier = HamHead(self.encoder.channels[1:], self.width, self.rank, bases_seed), nn.Conv2d(self.width, num_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=.01)
+        self.width = width or c
+        self.rank = rank or r
+        self.bases_seed = bases_seed
+        self.drop_path = self.encoder.drop_path
+        self.head = HamHead(self.encoder.channels[1:], self.width, self.rank, bases_seed)
+        self.classifier = nn.Conv2d(self.width, num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-    def decode(self,
-        maps:list, # of the encoder
-        bases:torch.Tensor|None=None, # [b, width, rank]: start the factorisation here
-        generator:torch.Generator|None=None, # or draw from this one
-    )->torch.Tensor: # [b, width, h/8, w/8]
+    def decode(
+        self,
+        maps: list,  # of the encoder
+        bases: torch.Tensor | None = None,  # [b, width, rank]: start the factorisation here
+        generator: torch.Generator | None = None,  # or draw from this one
+    ) -> torch.Tensor:  # [b, width, h/8, w/8]
         "The map in front of dropout and classifier."
         return self.head(maps[1:], bases, generator)
 
     @property
-    def options(self): # what a file must remember besides the name
-        return {**super().options, "width": self.width, "rank": self.rank, "bases_seed": self.bases_seed, "drop_path": self.drop_path}
+    def options(self):  # what a file must remember besides the name
+        return {
+            **super().options,
+            "width": self.width,
+            "rank": self.rank,
+            "bases_seed": self.bases_seed,
+            "drop_path": self.drop_path,
+        }
 
-    def adapt(self, state, undo): return adapt(state)
+    def adapt(self, state, undo):
+        return adapt(state)
 
     def key_rules(self, state):
         "Key table of the authors' and OpenMMLab's segmentors, and of encoders' files."
         return key_rules(ours="encoder.") + head_rules()
 
-    def hint(self, state): return describe_state(state, self)
+    def hint(self, state):
+        return describe_state(state, self)
 
 # %% ../../nbs/36_models.segnext.ipynb #352c0597
 def head_rules():
     "Key table of the decoder."
-    ham, at = r"hamburger\.", r"decode_head\."
-    pairs = [(r"squeeze\.conv\.", "head.squeeze.conv."), (r"squeeze\.gn\.", "head.squeeze.norm."), (ham + r"ham_in\.conv\.", "head.inlet."),
-             (ham + r"ham_out\.conv\.", "head.outlet.conv."), (ham + r"ham_out\.gn\.", "head.outlet.norm."), (r"align\.conv\.", "head.align.conv."),
-             (r"align\.gn\.", "head.align.norm."), (r"conv_seg\.", "classifier.")]
-    return [Rule(at + a, b) for a, b in pairs] + [Rule(at + ham + r"ham\.bases$", unused="unused: patterns of one picture, kept by a run without random starts")]
+    ham = r"hamburger\."
+    at = r"decode_head\."
+    pairs = [
+        (r"squeeze\.conv\.", "head.squeeze.conv."),
+        (r"squeeze\.gn\.", "head.squeeze.norm."),
+        (ham + r"ham_in\.conv\.", "head.inlet."),
+        (ham + r"ham_out\.conv\.", "head.outlet.conv."),
+        (ham + r"ham_out\.gn\.", "head.outlet.norm."),
+        (r"align\.conv\.", "head.align.conv."),
+        (r"align\.gn\.", "head.align.norm."),
+        (r"conv_seg\.", "classifier."),
+    ]
+    return [Rule(at + a, b) for a, b in pairs] + [
+        Rule(
+            at + ham + r"ham\.bases$",
+            unused="unused: patterns of one picture, kept by a run without random starts",
+        )
+    ]
 
+# %% ../../nbs/36_models.segnext.ipynb #a53fda90
 def describe_state(
-    state:dict, # official state dict
-    model, # that it did not fit
-)->str: # what it seems to be
+    state: dict,  # official state dict
+    model,  # that it did not fit
+) -> str:  # what it seems to be
     "What network an official checkpoint holds, read off its keys."
     encoder = describe_encoder(state)
-    if encoder == "no MSCAN": return "the checkpoint holds no MSCAN"
+    if encoder == "no MSCAN":
+        return "the checkpoint holds no MSCAN"
     squeeze = find_tensor(state, "decode_head.squeeze.conv.weight")
     decoder = "" if squeeze is None else f"a Hamburger decoder of width {len(squeeze)}"
     return describe_file(model, encoder, decoder, find_tensor(state, "decode_head.conv_seg.weight"))

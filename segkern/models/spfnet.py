@@ -26,16 +26,19 @@ def block(c_in, c_out, kernel=1, **kw):
 # %% ../../nbs/30a_models.spfnet.ipynb #0606675e
 class RPP(nn.Module):
     "One quarter of SPFM: dilated convolution with pixel shuffle, plus the average."
-    literal = False # compute the enlarged map twice, as the official code does
 
-    def __init__(self,
-        c:int=128, # channels
+    literal = False  # compute the enlarged map twice, as the official code does
+
+    def __init__(
+        self,
+        c: int = 128,  # channels
     ):
         super().__init__()
-        self.up, self.average = block(c, 4*c, 3, dilation=4), block(c, c)
-        self.fuse = nn.Sequential(block(2*c, c), block(c, c, 3), block(c, c))
+        self.up = block(c, 4 * c, 3, dilation=4)
+        self.average = block(c, c)
+        self.fuse = nn.Sequential(block(2 * c, c), block(c, c, 3), block(c, c))
 
-    def forward(self, x): # [b, c, h, w] -> [b, c, 2h, 2w]
+    def forward(self, x):  # [b, c, h, w] -> [b, c, 2h, 2w]
         first = F.pixel_shuffle(self.up(x), 2)
         # in training the norm's statistics move twice
         second = F.pixel_shuffle(self.up(x), 2) if self.training or self.literal else first
@@ -44,91 +47,157 @@ class RPP(nn.Module):
 # %% ../../nbs/30a_models.spfnet.ipynb #dc61acf8
 class SPFM(nn.Module):
     "Spatial pyramid fusion: four quarters of 512 channels side by side; doubles the size."
+
     def __init__(self):
         super().__init__()
-        self.parts, self.out = nn.ModuleList([RPP(128) for _ in range(4)]), block(512, 512)
+        self.parts = nn.ModuleList([RPP(128) for _ in range(4)])
+        self.out = block(512, 512)
 
-    def forward(self, x): # [b, 512, h, w] -> [b, 512, 2h, 2w]
+    def forward(self, x):  # [b, 512, h, w] -> [b, 512, 2h, 2w]
         return self.out(torch.cat([part(t) for part, t in zip(self.parts, x.chunk(4, 1))], 1))
 
 # %% ../../nbs/30a_models.spfnet.ipynb #b26a6ffa
 class DSC(nn.Module):
     "Decoder step: resize to the guide, fuse, enlarge twofold."
-    def __init__(self,
-        c:int, # channels of both inputs
-        out:int, # channels of the output
+
+    def __init__(
+        self,
+        c: int,  # channels of both inputs
+        out: int,  # channels of the output
     ):
         super().__init__()
-        self.guide, self.coarse, self.fuse = block(c, c), block(c, c, 3), block(2*c, 4*out, 3)
+        self.guide = block(c, c)
+        self.coarse = block(c, c, 3)
+        self.fuse = block(2 * c, 4 * out, 3)
 
-    def forward(self, guide, y): # [b, c, h, w], [b, c, h', w'] -> [b, out, 2h, 2w]
+    def forward(self, guide, y):  # [b, c, h, w], [b, c, h', w'] -> [b, out, 2h, 2w]
         y = self.coarse(resize(y, guide.shape[-2:], align_corners=True))
         return F.pixel_shuffle(self.fuse(torch.cat([y, self.guide(guide)], 1)), 2)
 
 # %% ../../nbs/30a_models.spfnet.ipynb #1aa5fc54
 class EGCA(nn.Module):
     "Efficient global context: channel softmax at every position, shuffle, depthwise branch."
-    def __init__(self,
-        c:int, # channels
+
+    def __init__(
+        self,
+        c: int,  # channels
     ):
         super().__init__()
-        self.embed, self.point = block(c//2, c, groups=c//2), block(c, c, norm=False)
+        self.embed = block(c // 2, c, groups=c // 2)
+        self.point = block(c, c, norm=False)
         self.branch = nn.Sequential(block(c, c, 3, groups=c), block(c, c))
 
-    def forward(self, x): # [b, c, h, w] -> the same
+    def forward(self, x):  # [b, c, h, w] -> the same
         a, b = (self.point(F.max_pool2d(self.embed(t), 3, 1, 1)) for t in x.chunk(2, 1))
-        return F.channel_shuffle((a + b).softmax(1)*x + x, 2) + self.branch(x)
+        return F.channel_shuffle((a + b).softmax(1) * x + x, 2) + self.branch(x)
 
 # %% ../../nbs/30a_models.spfnet.ipynb #23686b34
 class SPFNet(SegModel):
     "SPFNet with ResNet-18 or 34; deeper encoders do not fit its 512-channel pyramid."
+
     align_corners = True
 
-    def __init__(self,
-        name:str="spfnet_r18", # published name
-        num_classes:int=19, # k
-        encoder:str="resnet18", # "resnet18" | "resnet34"
-        dataset:str|None=None, # for the input's mean, class names and weights; None: by the number of classes
-        pretrained:bool=False, # download the encoder's ImageNet weights
+    def __init__(
+        self,
+        name: str = "spfnet_r18",  # published name
+        num_classes: int = 19,  # k
+        encoder: str = "resnet18",  # "resnet18" | "resnet34"
+        # for the input's mean, class names and weights; None: by the number of classes
+        dataset: str | None = None,
+        pretrained: bool = False,  # download the encoder's ImageNet weights
     ):
-        if encoder not in ("resnet18", "resnet34"): raise ValueError(f"spfnet takes resnet18 or resnet34, got '{encoder}'")
+        if encoder not in ("resnet18", "resnet34"):
+            raise ValueError(f"spfnet takes resnet18 or resnet34, got '{encoder}'")
         table = dataset_table(num_classes, dataset)
-        super().__init__(name, num_classes, mean_only(table["name"] if "mean_rgb" in table else "cityscapes"), table)
-        self.encoder, self.spfm = ResNet(encoder, pretrained=pretrained), SPFM()
-        for i, c, out in ((5, 512, 256), (4, 256, 128), (3, 128, 64), (2, 64, 64)): self.add_module(f"dsc{i}", DSC(c, out))
+        super().__init__(
+            name,
+            num_classes,
+            mean_only(table["name"] if "mean_rgb" in table else "cityscapes"),
+            table,
+        )
+        self.encoder = ResNet(encoder, pretrained=pretrained)
+        self.spfm = SPFM()
+        for i, c, out in ((5, 512, 256), (4, 256, 128), (3, 128, 64), (2, 64, 64)):
+            self.add_module(f"dsc{i}", DSC(c, out))
         for i, c in enumerate((64, 128, 256, 512), 1):
             self.add_module(f"egca{i}", EGCA(c))
             self.add_module(f"adjust{i + 1}", block(c, 64))
-        self.fuse, self.classifier = block(320, 64, 3), nn.Conv2d(64, num_classes, 1, bias=False)
+        self.fuse = block(320, 64, 3)
+        self.classifier = nn.Conv2d(64, num_classes, 1, bias=False)
 
-    def feature(self, x): # [b, 64, h/4, w/4]
+    def feature(self, x):  # [b, 64, h/4, w/4]
         "Encoder and decoder."
         x2, x3, x4, x5 = self.encoder(x)
         d = self.dsc5(x5, self.spfm(x5))
         d = self.dsc2(x2, self.dsc3(x3, self.dsc4(x4, d)))
-        maps = [self.adjust2(self.egca1(x2)), d, self.adjust3(self.egca2(x3)), self.adjust4(self.egca3(x4)), self.adjust5(self.egca4(x5))]
-        return self.fuse(torch.cat([resize(t, x2.shape[-2:], align_corners=False) for t in maps], 1))
+        maps = [
+            self.adjust2(self.egca1(x2)),
+            d,
+            self.adjust3(self.egca2(x3)),
+            self.adjust4(self.egca3(x4)),
+            self.adjust5(self.egca4(x5)),
+        ]
+        return self.fuse(
+            torch.cat([resize(t, x2.shape[-2:], align_corners=False) for t in maps], 1)
+        )
 
-    def key_rules(self, state): return key_rules(state)
+    def key_rules(self, state):
+        return key_rules(state)
 
 # %% ../../nbs/30a_models.spfnet.ipynb #0169d81c
-_STEP = r"(?:\.\d)?\." # a block may stand in a Sequential beside a layer without parameters
+_STEP = r"(?:\.\d)?\."  # a block may stand in a Sequential beside a layer without parameters
 
+# %% ../../nbs/30a_models.spfnet.ipynb #921f0c53
 def key_rules(state):
     "Rules for the keys of an official SPFNet checkpoint."
-    shape = lambda k: tuple(state[k].shape)
-    parts = [k.split(".conv_dws1")[0] for k in state if ".conv_dws1" in k and k.endswith("conv.weight") and shape(k) == (512, 128, 3, 3)]
-    spfm = [Rule(re.escape(p) + r"\.conv_dws2\.", unused="unused: the first convolution is called twice instead") for p in parts]
+
+    def shape(k):
+        return tuple(state[k].shape)
+
+    parts = [
+        k.split(".conv_dws1")[0]
+        for k in state
+        if ".conv_dws1" in k and k.endswith("conv.weight") and shape(k) == (512, 128, 3, 3)
+    ]
+    spfm = [
+        Rule(
+            re.escape(p) + r"\.conv_dws2\.",
+            unused="unused: the first convolution is called twice instead",
+        )
+        for p in parts
+    ]
     for i, p in enumerate(parts):
-        spfm += [Rule(re.escape(p) + rf"\.{theirs}", f"spfm.parts.{i}.{ours}") for theirs, ours in
-                 ((r"conv_dws1" + _STEP, "up."), (r"conv_dws3" + _STEP, "average."), (r"fusion\.", "fuse."))]
-    root = re.escape(parts[0].rsplit(".", 2 if parts[0].rsplit(".", 1)[-1].isdigit() else 1)[0]) if parts else "spfm"
+        spfm += [
+            Rule(re.escape(p) + rf"\.{theirs}", f"spfm.parts.{i}.{ours}")
+            for theirs, ours in (
+                (r"conv_dws1" + _STEP, "up."),
+                (r"conv_dws3" + _STEP, "average."),
+                (r"fusion\.", "fuse."),
+            )
+        ]
+    root = (
+        re.escape(parts[0].rsplit(".", 2 if parts[0].rsplit(".", 1)[-1].isdigit() else 1)[0])
+        if parts
+        else "spfm"
+    )
     return [
-        *spfm, Rule(root + r"\.out" + _STEP, "spfm.out."),
+        *spfm,
+        Rule(root + r"\.out" + _STEP, "spfm.out."),
         Rule(r"egca\d\.conv_(?:dws2|pw2)\.", unused="unused: never called"),
-        Rule(r"(?:egca\d\.conv_pw1|classifier(?:\.fc)?)(?:\.\d)?\.(?:bn|act)\.", unused="unused: this convolution runs without norm and activation"),
-        Rule(r"conv\.", "encoder.body.conv1."), Rule(r"bn1\.", "encoder.body.bn1."), *[Rule(rf"conv{i}_x\.", f"encoder.body.layer{i - 1}.") for i in (2, 3, 4, 5)],
-        Rule(r"(dsc\d)\.conv1" + _STEP, r"\1.guide."), Rule(r"(dsc\d)\.conv2" + _STEP, r"\1.coarse."), Rule(r"(dsc\d)\.conv3" + _STEP, r"\1.fuse."),
-        Rule(r"(egca\d)\.conv_dws1" + _STEP, r"\1.embed."), Rule(r"(egca\d)\.conv_pw1" + _STEP, r"\1.point."), Rule(r"(egca\d)\.branch3\.", r"\1.branch."),
-        Rule(r"(adjust\d)" + _STEP, r"\1."), Rule(r"fuse" + _STEP, "fuse."), Rule(r"classifier(?:\.fc)?(?:\.\d)?\.conv\.", "classifier."),
+        Rule(
+            r"(?:egca\d\.conv_pw1|classifier(?:\.fc)?)(?:\.\d)?\.(?:bn|act)\.",
+            unused="unused: this convolution runs without norm and activation",
+        ),
+        Rule(r"conv\.", "encoder.body.conv1."),
+        Rule(r"bn1\.", "encoder.body.bn1."),
+        *[Rule(rf"conv{i}_x\.", f"encoder.body.layer{i - 1}.") for i in (2, 3, 4, 5)],
+        Rule(r"(dsc\d)\.conv1" + _STEP, r"\1.guide."),
+        Rule(r"(dsc\d)\.conv2" + _STEP, r"\1.coarse."),
+        Rule(r"(dsc\d)\.conv3" + _STEP, r"\1.fuse."),
+        Rule(r"(egca\d)\.conv_dws1" + _STEP, r"\1.embed."),
+        Rule(r"(egca\d)\.conv_pw1" + _STEP, r"\1.point."),
+        Rule(r"(egca\d)\.branch3\.", r"\1.branch."),
+        Rule(r"(adjust\d)" + _STEP, r"\1."),
+        Rule(r"fuse" + _STEP, "fuse."),
+        Rule(r"classifier(?:\.fc)?(?:\.\d)?\.conv\.", "classifier."),
     ]

@@ -12,171 +12,345 @@ import torch
 from torch import nn
 
 from ..core import IGNORE
-from ..losses.distill import at_grid, position_distillation, relation_distillation, response_distillation
+from segkern.losses.distill import (
+    at_grid,
+    position_distillation,
+    relation_distillation,
+    response_distillation,
+)
 from .base import SegModel, check_input
 from ..ops import upsample_cross_entropy, upsample_dice
-from ..ops.prototype import class_sums, cosine_logits, cosine_logits_ref, prototypes, prototypes_ref
+from segkern.ops.prototype import (
+    class_sums,
+    cosine_logits,
+    cosine_logits_ref,
+    prototypes,
+    prototypes_ref,
+)
 from ..weights import Rule
 
 # %% ../../nbs/34_models.ssa.ipynb #9f64f310
 class Answer(NamedTuple):
     "Everything a pass through the classifier makes."
-    logits:torch.Tensor    # [b, k, h, w] final scores, 15 cos
-    coarse:torch.Tensor    # [b, k, h, w] scores of the fixed prototypes
-    position:torch.Tensor  # [b, c, h, w] position features
-    semantic:torch.Tensor  # [b, k, c] semantic prototypes
-    spatial:torch.Tensor   # [b, k, c] spatial prototypes
 
+    logits: torch.Tensor  # [b, k, h, w] final scores, 15 cos
+    coarse: torch.Tensor  # [b, k, h, w] scores of the fixed prototypes
+    position: torch.Tensor  # [b, c, h, w] position features
+    semantic: torch.Tensor  # [b, k, c] semantic prototypes
+    spatial: torch.Tensor  # [b, k, c] spatial prototypes
+
+# %% ../../nbs/34_models.ssa.ipynb #746c6bf8
 class Prototypes(nn.Module):
     "Two multilayer perceptrons and a projection: what student and teacher have alike."
-    def __init__(self, c:int): # channels
-        super().__init__()
-        mlp = lambda: nn.Sequential(nn.Linear(2*c, c//2, bias=False), nn.ReLU(inplace=True), nn.Linear(c//2, c))
-        self.content, self.place, self.out = mlp(), mlp(), nn.Linear(c, c, bias=False)
 
+    def __init__(self, c: int):  # channels
+        super().__init__()
+
+        def mlp():
+            return nn.Sequential(
+                nn.Linear(2 * c, c // 2, bias=False), nn.ReLU(inplace=True), nn.Linear(c // 2, c)
+            )
+
+        self.content = mlp()
+        self.place = mlp()
+        self.out = nn.Linear(c, c, bias=False)
+
+# %% ../../nbs/34_models.ssa.ipynb #c48b1ca4
 class SSAClassifier(nn.Module):
     "Takes the place of a decoder's last 1×1 convolution."
-    literal = False # compute as written; costs are counted so, on the meta device
 
-    def __init__(self,
-        num_classes:int, # k
-        channels:int, # c of the features
-        scale:float=15.0, # of the cosines
-        dropout:float=0.1, # of whole channels, in front of the coarse scores only
+    literal = False  # compute as written; costs are counted so, on the meta device
+
+    def __init__(
+        self,
+        num_classes: int,  # k
+        channels: int,  # c of the features
+        scale: float = 15.0,  # of the cosines
+        dropout: float = 0.1,  # of whole channels, in front of the coarse scores only
     ):
         super().__init__()
-        if num_classes < 1 or channels < 2: raise ValueError(f"SSAClassifier wants at least one class and two channels, got {num_classes} and {channels}")
-        self.num_classes, self.channels, self.scale = num_classes, channels, scale
-        self.dropout, self.seg = nn.Dropout2d(dropout) if dropout else nn.Identity(), nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.seg.weight, std=.01)
+        if num_classes < 1 or channels < 2:
+            raise ValueError(
+                f"SSAClassifier wants at least one class and two channels, got {num_classes} and {channels}"
+            )
+        self.num_classes = num_classes
+        self.channels = channels
+        self.scale = scale
+        self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
+        self.seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.seg.weight, std=0.01)
         nn.init.zeros_(self.seg.bias)
-        self.pos, self.basis = nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Embedding(num_classes, channels)
-        self.student, self.teacher = Prototypes(channels), Prototypes(channels)
+        self.pos = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.basis = nn.Embedding(num_classes, channels)
+        self.student = Prototypes(channels)
+        self.teacher = Prototypes(channels)
 
-    def answer(self,
-        feat:torch.Tensor, # [b, c, h, w]
-    )->Answer:
+    def answer(
+        self,
+        feat: torch.Tensor,  # [b, c, h, w]
+    ) -> Answer:
         "Scores and prototypes of a picture's features."
-        coarse, position = self.seg(self.dropout(feat)), self.pos(feat)
+        coarse = self.seg(self.dropout(feat))
+        position = self.pos(feat)
         plain = self.literal or feat.is_meta
         mean, place = (prototypes_ref if plain else prototypes)(coarse, feat, position)
-        fixed, basis = (w.to(mean.dtype).expand(len(feat), -1, -1) for w in (self.seg.weight[:, :, 0, 0], self.basis.weight))
-        semantic, spatial = self.student.content(torch.cat([mean, fixed], -1)), self.student.place(torch.cat([basis, place], -1))
-        return Answer((cosine_logits_ref if plain else cosine_logits)(self.student.out(semantic + spatial), feat, position, self.scale), coarse, position, semantic, spatial)
+        fixed, basis = (
+            w.to(mean.dtype).expand(len(feat), -1, -1)
+            for w in (self.seg.weight[:, :, 0, 0], self.basis.weight)
+        )
+        semantic = self.student.content(torch.cat([mean, fixed], -1))
+        spatial = self.student.place(torch.cat([basis, place], -1))
+        return Answer(
+            (cosine_logits_ref if plain else cosine_logits)(
+                self.student.out(semantic + spatial), feat, position, self.scale
+            ),
+            coarse,
+            position,
+            semantic,
+            spatial,
+        )
 
-    def forward(self, feat): return self.answer(feat).logits # [b, c, h, w] -> [b, k, h, w]
+    def forward(self, feat):
+        return self.answer(feat).logits  # [b, c, h, w] -> [b, k, h, w]
 
-    def teach(self,
-        feat:torch.Tensor, # [b, c, h, w]
-        position:torch.Tensor, # [b, c, h, w]
-        labels:torch.Tensor, # ids [b, h, w] on the features' grid, 255 = void
-    )->tuple: # scores [b, k, h, w], semantic prototypes [1, k, c], spatial prototypes [b, k, c]
-        "The teacher: semantic centres of the whole batch, places of every picture; an absent class keeps its fixed ones."
-        fixed, basis = self.seg.weight[:, :, 0, 0], self.basis.weight
+    def teach(
+        self,
+        feat: torch.Tensor,  # [b, c, h, w]
+        position: torch.Tensor,  # [b, c, h, w]
+        labels: torch.Tensor,  # ids [b, h, w] on the features' grid, 255 = void
+    ) -> tuple:  # scores [b, k, h, w], semantic prototypes [1, k, c], spatial prototypes [b, k, c]
+        """The teacher: semantic centres of the whole batch, places of every picture; an absent
+        class keeps its fixed ones."""
+        fixed = self.seg.weight[:, :, 0, 0]
+        basis = self.basis.weight
         sums, n = class_sums(feat, labels, self.num_classes)
-        mean = torch.where(n[:, None] > 0, (sums/n[:, None].clamp(min=1)).to(fixed.dtype), fixed.detach())
+        mean = torch.where(
+            n[:, None] > 0, (sums / n[:, None].clamp(min=1)).to(fixed.dtype), fixed.detach()
+        )
         sums, n = class_sums(position, labels, self.num_classes, per_image=True)
-        place = torch.where(n[..., None] > 0, (sums/n[..., None].clamp(min=1)).to(basis.dtype), basis.detach())
+        place = torch.where(
+            n[..., None] > 0, (sums / n[..., None].clamp(min=1)).to(basis.dtype), basis.detach()
+        )
         semantic = self.teacher.content(torch.cat([mean, fixed], -1))[None]
         spatial = self.teacher.place(torch.cat([place, basis.expand(len(feat), -1, -1)], -1))
-        return cosine_logits(self.teacher.out(semantic + spatial), feat, position, self.scale), semantic, spatial
+        return (
+            cosine_logits(self.teacher.out(semantic + spatial), feat, position, self.scale),
+            semantic,
+            spatial,
+        )
 
-    def deploy(self)->"SSAClassifier": # itself
+    def deploy(self) -> "SSAClassifier":  # itself
         "Drop the teacher, in place."
         self.teacher = None
         return self
 
 # %% ../../nbs/34_models.ssa.ipynb #c5e58b62
 def ssa_losses(
-    net:SSAClassifier, # with its teacher
-    answer:Answer, # of `net.answer(feat)`
-    feat:torch.Tensor, # [b, c, h, w]
-    target:torch.Tensor, # ids [b, H, W], 255 = void
-    mean_over:str="all", # of the main cross-entropy: "all" | "valid"
-    align_corners:bool=True, # of the resizes in training
-)->dict: # by the names of the official log
+    net: SSAClassifier,  # with its teacher
+    answer: Answer,  # of `net.answer(feat)`
+    feat: torch.Tensor,  # [b, c, h, w]
+    target: torch.Tensor,  # ids [b, H, W], 255 = void
+    mean_over: str = "all",  # of the main cross-entropy: "all" | "valid"
+    align_corners: bool = True,  # of the resizes in training
+) -> dict:  # by the names of the official log
     "The terms of the training loss; their sum is what is minimised."
-    if net.teacher is None: raise RuntimeError("the classifier is in its deploy form: its teacher is gone, so it has no training loss")
-    if target.ndim != 3 or len(target) != len(feat): raise ValueError(f"the target must be ids [{len(feat)}, h, w], got {tuple(target.shape)}")
+    if net.teacher is None:
+        raise RuntimeError(
+            "the classifier is in its deploy form: its teacher is gone, so it has no training loss"
+        )
+    if target.ndim != 3 or len(target) != len(feat):
+        raise ValueError(f"the target must be ids [{len(feat)}, h, w], got {tuple(target.shape)}")
     labels = at_grid(target, feat.shape[2:])
     taught, semantic, spatial = net.teach(feat, answer.position, labels)
-    ce = lambda z: upsample_cross_entropy(z, target, align_corners=align_corners, empty="zero")
-    main = upsample_cross_entropy(answer.logits, target, align_corners=align_corners, reduction="sum")/target.numel() if mean_over == "all" else ce(answer.logits)
-    dice = lambda z: upsample_dice(z, target, align_corners=align_corners)
-    return {"MainLoss": main, "PreSelfLoss": ce(answer.coarse), "PreLoss": ce(taught), "KLLoss": response_distillation(answer.logits, taught, labels),
-            "dice_pred": dice(answer.logits), "dice_gt": dice(taught), "disLoss": relation_distillation(answer.semantic, semantic.expand_as(answer.semantic)),
-            "pos_disLoss": position_distillation(answer.spatial, spatial)}
+
+    def ce(z):
+        return upsample_cross_entropy(z, target, align_corners=align_corners, empty="zero")
+
+    main = (
+        upsample_cross_entropy(answer.logits, target, align_corners=align_corners, reduction="sum")
+        / target.numel()
+        if mean_over == "all"
+        else ce(answer.logits)
+    )
+
+    def dice(z):
+        return upsample_dice(z, target, align_corners=align_corners)
+
+    return {
+        "MainLoss": main,
+        "PreSelfLoss": ce(answer.coarse),
+        "PreLoss": ce(taught),
+        "KLLoss": response_distillation(answer.logits, taught, labels),
+        "dice_pred": dice(answer.logits),
+        "dice_gt": dice(taught),
+        "disLoss": relation_distillation(answer.semantic, semantic.expand_as(answer.semantic)),
+        "pos_disLoss": position_distillation(answer.spatial, spatial),
+    }
 
 # %% ../../nbs/34_models.ssa.ipynb #4192f881
 class SSA(SegModel):
     "A host network with the adaptive classifier."
-    def __init__(self,
-        host:nn.Module, # has `feature(x)` -> [b, c, h, w] and `classifier`, a 1×1 convolution
-        name:str|None=None, # default: the host's with _ssa
-        main_mean:str="all", # of the main cross-entropy: "all" pixels or "valid" ones divide it
-        align_corners_train:bool=True, # of the resizes in training
+
+    def __init__(
+        self,
+        host: nn.Module,  # has `feature(x)` -> [b, c, h, w] and `classifier`, a 1×1 convolution
+        name: str | None = None,  # default: the host's with _ssa
+        # of the main cross-entropy: "all" pixels or "valid" ones divide it
+        main_mean: str = "all",
+        align_corners_train: bool = True,  # of the resizes in training
     ):
-        if main_mean not in ("all", "valid"): raise ValueError(f"main_mean must be 'all' or 'valid', got '{main_mean}'")
+        if main_mean not in ("all", "valid"):
+            raise ValueError(f"main_mean must be 'all' or 'valid', got '{main_mean}'")
         old = getattr(host, "classifier", None)
-        if not isinstance(old, nn.Conv2d) or old.kernel_size != (1, 1) or not hasattr(host, "feature"):
-            raise ValueError(f"{type(host).__name__} cannot take the classifier: it needs feature(x) and a 1x1 convolution `classifier`, which is {type(old).__name__}")
-        super().__init__(name or f"{getattr(host, 'name', type(host).__name__.lower())}_ssa", old.out_channels)
-        for n in ("preprocess", "dataset", "classes", "palette", "stride", "multiple", "align_corners", "rule"):
-            if hasattr(host, n): setattr(self, n, getattr(host, n))
-        self.host, self.main_mean, self.align_corners_train = host, main_mean, align_corners_train
-        self.classifier = SSAClassifier(old.out_channels, old.in_channels, dropout=getattr(getattr(host, "dropout", None), "p", 0.0))
-        if hasattr(host, "bare"): host.bare()
+        if (
+            not isinstance(old, nn.Conv2d)
+            or old.kernel_size != (1, 1)
+            or not hasattr(host, "feature")
+        ):
+            raise ValueError(
+                f"{type(host).__name__} cannot take the classifier: it needs feature(x) and "
+                f"a 1x1 convolution `classifier`, which is {type(old).__name__}"
+            )
+        super().__init__(
+            name or f"{getattr(host, 'name', type(host).__name__.lower())}_ssa", old.out_channels
+        )
+        for n in (
+            "preprocess",
+            "dataset",
+            "classes",
+            "palette",
+            "stride",
+            "multiple",
+            "align_corners",
+            "rule",
+        ):
+            if hasattr(host, n):
+                setattr(self, n, getattr(host, n))
+        self.host = host
+        self.main_mean = main_mean
+        self.align_corners_train = align_corners_train
+        self.classifier = SSAClassifier(
+            old.out_channels,
+            old.in_channels,
+            dropout=getattr(getattr(host, "dropout", None), "p", 0.0),
+        )
+        if hasattr(host, "bare"):
+            host.bare()
         del host.classifier
-        if hasattr(host, "deploy") and not hasattr(host, "aux_losses"): host.deploy() # auxiliary heads that nothing would train
+        # auxiliary heads that nothing would train
+        if hasattr(host, "deploy") and not hasattr(host, "aux_losses"):
+            host.deploy()
 
-    def check(self, x): return self.host.check(x) if hasattr(self.host, "check") else check_input(self, x) # x, or a ValueError
+    # x, or a ValueError
+    def check(self, x):
+        return self.host.check(x) if hasattr(self.host, "check") else check_input(self, x)
 
-    def feature(self, x): return self.host.feature(x) # [b, c, h, w]
+    def feature(self, x):
+        return self.host.feature(x)  # [b, c, h, w]
 
-    def features(self, x): return self.host.features(x) if hasattr(self.host, "features") else (self.host.feature(x), {}) # the map and auxiliary outputs
+    # the map and auxiliary outputs
+    def features(self, x):
+        return (
+            self.host.features(x) if hasattr(self.host, "features") else (self.host.feature(x), {})
+        )
 
-    def outputs(self, x): # {"logits", "coarse"} and the host's
+    def outputs(self, x):  # {"logits", "coarse"} and the host's
         feat, aux = self.features(self.check(x))
         answer = self.classifier.answer(feat)
         return {"logits": answer.logits, "coarse": answer.coarse, **({} if self.deployed else aux)}
 
     def forward(self, x, target=None):
         "Logits of the adaptive classifier; with a target, every term of the loss."
-        if target is None: return self.classifier(self.feature(self.check(x)))
-        if self.deployed: raise RuntimeError(f"{self.name} is in its deploy form: its teacher is gone, so it has no training loss")
+        if target is None:
+            return self.classifier(self.feature(self.check(x)))
+        if self.deployed:
+            raise RuntimeError(
+                f"{self.name} is in its deploy form: its teacher is gone, so it has no training loss"
+            )
         feat, aux = self.features(self.check(x))
-        parts = ssa_losses(self.classifier, self.classifier.answer(feat), feat, target, self.main_mean, self.align_corners_train)
+        parts = ssa_losses(
+            self.classifier,
+            self.classifier.answer(feat),
+            feat,
+            target,
+            self.main_mean,
+            self.align_corners_train,
+        )
         parts |= self.host.aux_losses(aux, target) if aux else {}
-        some = (target != IGNORE).any().to(feat.dtype) # without a label nothing is learnt, not even from the teacher's own prototypes
-        return {"loss": sum(parts.values())*some, **{n: v.detach() for n, v in parts.items()}}
+        # without a label nothing is learnt, not even from the teacher's own prototypes
+        some = (target != IGNORE).any().to(feat.dtype)
+        return {"loss": sum(parts.values()) * some, **{n: v.detach() for n, v in parts.items()}}
 
     def deploy(self):
         "Drop the teacher and the host's auxiliary heads, in place; the logits stay the same."
         self.classifier.deploy()
-        if hasattr(self.host, "deploy"): self.host.deploy()
+        if hasattr(self.host, "deploy"):
+            self.host.deploy()
         return super().deploy()
 
     @property
-    def options(self): return {**getattr(self.host, "options", {}), "main_mean": self.main_mean, "align_corners_train": self.align_corners_train}
+    def options(self):
+        return {
+            **getattr(self.host, "options", {}),
+            "main_mean": self.main_mean,
+            "align_corners_train": self.align_corners_train,
+        }
 
-    def key_rules(self, state): # the host's table; its classifier's place is the coarse classifier
-        place = lambda n: n if n is None else tuple(map(place, n)) if isinstance(n, tuple) else f"classifier.seg.{n[11:]}" if n.startswith("classifier.") else f"host.{n}"
-        return ssa_rules(getattr(self.host, "ssa_prefix", r"decode_head\."), self.deployed) + [Rule(r.pattern, place(r.name), r.unused) for r in self.host.key_rules(state)]
+    # the host's table; its classifier's place is the coarse classifier
+    def key_rules(self, state):
+        def place(n):
+            return (
+                n
+                if n is None
+                else tuple(map(place, n))
+                if isinstance(n, tuple)
+                else f"classifier.seg.{n[11:]}"
+                if n.startswith("classifier.")
+                else f"host.{n}"
+            )
 
-    def rename(self, key): return self.host.rename(key) if hasattr(self.host, "rename") else key
+        return ssa_rules(getattr(self.host, "ssa_prefix", r"decode_head\."), self.deployed) + [
+            Rule(r.pattern, place(r.name), r.unused) for r in self.host.key_rules(state)
+        ]
 
-    def adapt(self, state, undo): return self.host.adapt(state, undo) if hasattr(self.host, "adapt") else []
+    def rename(self, key):
+        return self.host.rename(key) if hasattr(self.host, "rename") else key
 
-    def hint(self, state): return self.host.hint(state) if hasattr(self.host, "hint") else ""
+    def adapt(self, state, undo):
+        return self.host.adapt(state, undo) if hasattr(self.host, "adapt") else []
+
+    def hint(self, state):
+        return self.host.hint(state) if hasattr(self.host, "hint") else ""
 
 # %% ../../nbs/34_models.ssa.ipynb #1b8d6528
 def ssa_rules(
-    head:str, # pattern of the decode head's prefix
-    deployed:bool=False, # leave out the teacher
-)->list: # of Rule
+    head: str,  # pattern of the decode head's prefix
+    deployed: bool = False,  # leave out the teacher
+) -> list:  # of Rule
     "Key table of the classifier's own layers."
-    names = [("center_content_proj", "student.content"), ("center_pos_proj", "student.place"), ("center_proj", "student.out")]
-    teacher = [Rule(rf"{head}gt_", unused="unused: the teacher, which the deploy form does not have")] if deployed else \
-              [Rule(rf"{head}gt_{a}\.", f"classifier.{b.replace('student', 'teacher')}.") for a, b in names]
-    return teacher + [Rule(rf"{head}{a}\.", f"classifier.{b}.") for a, b in [*names, ("get_feat_pos", "pos"), ("center_pos", "basis")]] + \
-           [Rule(rf"{head}ssa_loss\.criterion\.empty_weight", unused="unused: a buffer that no loss reads")]
+    names = [
+        ("center_content_proj", "student.content"),
+        ("center_pos_proj", "student.place"),
+        ("center_proj", "student.out"),
+    ]
+    teacher = (
+        [Rule(rf"{head}gt_", unused="unused: the teacher, which the deploy form does not have")]
+        if deployed
+        else [
+            Rule(rf"{head}gt_{a}\.", f"classifier.{b.replace('student', 'teacher')}.")
+            for a, b in names
+        ]
+    )
+    return (
+        teacher
+        + [
+            Rule(rf"{head}{a}\.", f"classifier.{b}.")
+            for a, b in [*names, ("get_feat_pos", "pos"), ("center_pos", "basis")]
+        ]
+        + [
+            Rule(
+                rf"{head}ssa_loss\.criterion\.empty_weight",
+                unused="unused: a buffer that no loss reads",
+            )
+        ]
+    )

@@ -23,130 +23,201 @@ from ..weights import Rule
 # %% ../../nbs/35_models.upernet.ipynb #e74c2a11
 class UPerHead(nn.Module):
     "Pyramid pooling on the coarsest map, then sums from coarse to fine."
-    def __init__(self,
-        widths:list, # channels of the maps, finest first
-        c:int=512, # channels
-        scales:tuple=(1, 2, 3, 6), # fields along each side
+
+    def __init__(
+        self,
+        widths: list,  # channels of the maps, finest first
+        c: int = 512,  # channels
+        scales: tuple = (1, 2, 3, 6),  # fields along each side
     ):
         super().__init__()
         self.scales = scales
         self.pools = nn.ModuleList([ConvNormAct(widths[-1], c, 1) for _ in scales])
-        self.bottleneck = ConvNormAct(widths[-1] + len(scales)*c, c, 3)
+        self.bottleneck = ConvNormAct(widths[-1] + len(scales) * c, c, 3)
         self.laterals = nn.ModuleList([ConvNormAct(w, c, 1) for w in widths[:-1]])
         self.smooth = nn.ModuleList([ConvNormAct(c, c, 3) for _ in widths[:-1]])
-        self.fuse = ConvNormAct(len(widths)*c, c, 3)
+        self.fuse = ConvNormAct(len(widths) * c, c, 3)
         self.apply(init_conv)
 
-    def pyramid(self, x): # [b, c4, h, w] -> [b, c, h, w]
+    def pyramid(self, x):  # [b, c4, h, w] -> [b, c, h, w]
         "The coarsest map together with its averages."
         if self.training and len(x) == 1:
-            raise ValueError(f"{type(self).__name__} normalises one value per channel and picture: training needs at least 2 pictures per device, got 1")
+            raise ValueError(
+                f"{type(self).__name__} normalises one value per channel and picture: "
+                f"training needs at least 2 pictures per device, got 1"
+            )
         means = [conv(F.adaptive_avg_pool2d(x, s)) for s, conv in zip(self.scales, self.pools)]
         return self.bottleneck(torch.cat([x, *[resize(m, x.shape[2:]) for m in means]], 1))
 
-    def forward(self, maps): # four maps, finest first -> [b, c, h/4, w/4]
+    def forward(self, maps):  # four maps, finest first -> [b, c, h/4, w/4]
         levels = [conv(x) for conv, x in zip(self.laterals, maps)] + [self.pyramid(maps[-1])]
-        for i in range(len(levels) - 1, 0, -1): levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[2:])
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[2:])
         levels = [conv(x) for conv, x in zip(self.smooth, levels)] + levels[-1:]
         return self.fuse(torch.cat([resize(x, levels[0].shape[2:]) for x in levels], 1))
 
+# %% ../../nbs/35_models.upernet.ipynb #6dfd0304
 def init_conv(m):
     "OpenMMLab's initialisation of a decoder's convolutions."
-    if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(m, nn.Conv2d):
+        nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
 
 def classifier_of(
-    c:int, # channels
-    num_classes:int, # k
-)->nn.Conv2d: # [b, c, h, w] -> [b, k, h, w]
+    c: int,  # channels
+    num_classes: int,  # k
+) -> nn.Conv2d:  # [b, c, h, w] -> [b, k, h, w]
     "A 1×1 classifier that starts close to zero."
     conv = nn.Conv2d(c, num_classes, 1)
-    nn.init.normal_(conv.weight, std=.01)
+    nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
     return conv
 
 # %% ../../nbs/35_models.upernet.ipynb #3bd4f562
 class AuxHead(nn.Module):
     "A 3×3 convolution, norm, ReLU and a classifier, for training only."
-    def __init__(self,
-        c_in:int, # channels of the encoder's map
-        num_classes:int, # k
-        c:int=256, # channels between
-        dropout:float=0.1, # of whole channels
+
+    def __init__(
+        self,
+        c_in: int,  # channels of the encoder's map
+        num_classes: int,  # k
+        c: int = 256,  # channels between
+        dropout: float = 0.1,  # of whole channels
     ):
         super().__init__()
-        self.conv, self.dropout = ConvNormAct(c_in, c, 3), nn.Dropout2d(dropout)
+        self.conv = ConvNormAct(c_in, c, 3)
+        self.dropout = nn.Dropout2d(dropout)
         self.conv.apply(init_conv)
         self.classifier = classifier_of(c, num_classes)
 
-    def forward(self, x): return self.classifier(self.dropout(self.conv(x))) # [b, c_in, h, w] -> [b, k, h, w]
+    # [b, c_in, h, w] -> [b, k, h, w]
+    def forward(self, x):
+        return self.classifier(self.dropout(self.conv(x)))
 
 # %% ../../nbs/35_models.upernet.ipynb #bed05709
-HALVES = Preprocess(mean=(.5, .5, .5), std=(.5, .5, .5)) # 127.5 and 127.5 of 255
+HALVES = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # 127.5 and 127.5 of 255
 
+# %% ../../nbs/35_models.upernet.ipynb #366e1ec0
 class UPerNet(Segmentor):
     "UPerNet on a Swin Transformer or a ViT-Adapter."
-    def __init__(self,
-        name:str="upernet_swin_t", # published name
-        num_classes:int=150, # k
-        encoder:str="swin_t", # a name of `SWINS` or `VITS`
-        dataset:str|None=None, # for class names; None: by the number of classes
-        pretrained:bool=False, # download the encoder's ImageNet weights
-        width:int=512, # channels of the decoder
-        drop_path:float|None=None, # of the encoder's last block; default: 0.3 for Swin, 0.4 for ViT-Adapter
-        dropout:float=0.1, # of whole channels before both classifiers
-        aux_weight:float=0.4, # of the auxiliary head's loss
-        mean_over:str="all", # which pixels divide the loss, see `pixel_cross_entropy`
-        preprocess=None, # from uint8 RGB to input; default: the published one
-        encoder_options:dict|None=None, # more arguments of the encoder, e.g. a ViT-Adapter's `depth`
+
+    def __init__(
+        self,
+        name: str = "upernet_swin_t",  # published name
+        num_classes: int = 150,  # k
+        encoder: str = "swin_t",  # a name of `SWINS` or `VITS`
+        dataset: str | None = None,  # for class names; None: by the number of classes
+        pretrained: bool = False,  # download the encoder's ImageNet weights
+        width: int = 512,  # channels of the decoder
+        # of the encoder's last block; default: 0.3 for Swin, 0.4 for ViT-Adapter
+        drop_path: float | None = None,
+        dropout: float = 0.1,  # of whole channels before both classifiers
+        aux_weight: float = 0.4,  # of the auxiliary head's loss
+        mean_over: str = "all",  # which pixels divide the loss, see `pixel_cross_entropy`
+        preprocess=None,  # from uint8 RGB to input; default: the published one
+        # more arguments of the encoder, e.g. a ViT-Adapter's `depth`
+        encoder_options: dict | None = None,
     ):
         vit = encoder in VITS
-        super().__init__(name, num_classes, dataset, dropout, aux_weight, mean_over, preprocess or IMAGENET)
-        if vit and preprocess is None and self.dataset == "ade20k": self.preprocess = HALVES
-        if not vit and encoder not in SWINS: raise ValueError(f"unknown encoder '{encoder}'; known: {', '.join([*SWINS, *VITS])}")
-        if vit: self.multiple = 32
-        self.encoder_name, self.width, self.encoder_options = encoder, width, dict(encoder_options or {})
-        self.drop_path = (.4 if vit else .3) if drop_path is None else drop_path
-        self.encoder = (ViTAdapter if vit else Swin)(encoder, self.drop_path, pretrained=pretrained, **self.encoder_options)
+        super().__init__(
+            name, num_classes, dataset, dropout, aux_weight, mean_over, preprocess or IMAGENET
+        )
+        if vit and preprocess is None and self.dataset == "ade20k":
+            self.preprocess = HALVES
+        if not vit and encoder not in SWINS:
+            raise ValueError(f"unknown encoder '{encoder}'; known: {', '.join([*SWINS, *VITS])}")
+        if vit:
+            self.multiple = 32
+        self.encoder_name = encoder
+        self.width = width
+        self.encoder_options = dict(encoder_options or {})
+        self.drop_path = (0.4 if vit else 0.3) if drop_path is None else drop_path
+        self.encoder = (ViTAdapter if vit else Swin)(
+            encoder, self.drop_path, pretrained=pretrained, **self.encoder_options
+        )
         self.head = UPerHead(self.encoder.channels, width)
         self.classifier = classifier_of(width, num_classes)
         self.auxiliary = AuxHead(self.encoder.channels[2], num_classes, dropout=dropout)
 
-    def auxiliaries(self, maps): return {} if self.auxiliary is None else {"aux": self.auxiliary(maps[2])}
+    def auxiliaries(self, maps):
+        return {} if self.auxiliary is None else {"aux": self.auxiliary(maps[2])}
 
     def deploy(self):
         self.auxiliary = None
         return super().deploy()
 
     @property
-    def options(self): # what a file must remember besides the name
+    def options(self):  # what a file must remember besides the name
         more = {"encoder_options": self.encoder_options} if self.encoder_options else {}
-        return {**super().options, "width": self.width, "drop_path": self.drop_path, "aux_weight": self.aux_weight, **more}
+        return {
+            **super().options,
+            "width": self.width,
+            "drop_path": self.drop_path,
+            "aux_weight": self.aux_weight,
+            **more,
+        }
 
-    def adapt(self, state, undo): return [] if self.encoder_name in VITS else swin.adapt(state)
+    def adapt(self, state, undo):
+        return [] if self.encoder_name in VITS else swin.adapt(state)
 
     def key_rules(self, state):
         "Key table of OpenMMLab's checkpoints, and of ImageNet files for the encoder."
-        return (vit_adapter.key_rules(ours="encoder.") if self.encoder_name in VITS else swin.key_rules(state, ours="encoder.")) + head_rules()
+        return (
+            vit_adapter.key_rules(ours="encoder.")
+            if self.encoder_name in VITS
+            else swin.key_rules(state, ours="encoder.")
+        ) + head_rules()
 
-    def hint(self, state): return describe_state(state, self)
+    def hint(self, state):
+        return describe_state(state, self)
 
 # %% ../../nbs/35_models.upernet.ipynb #83e877b5
 def head_rules():
     "Key table of the decoder and the auxiliary head."
-    pairs = [(r"psp_modules\.(\d)\.1\.", r"head.pools.\1."), (r"lateral_convs\.(\d)\.", r"head.laterals.\1."), (r"fpn_convs\.(\d)\.", r"head.smooth.\1."),
-             (r"bottleneck\.", "head.bottleneck."), (r"fpn_bottleneck\.", "head.fuse."), (r"conv_seg\.", "classifier.")]
-    aux = [Rule(r"auxiliary_head\.convs\.0\.", "auxiliary.conv."), Rule(r"auxiliary_head\.conv_seg\.", "auxiliary.classifier.")]
+    pairs = [
+        (r"psp_modules\.(\d)\.1\.", r"head.pools.\1."),
+        (r"lateral_convs\.(\d)\.", r"head.laterals.\1."),
+        (r"fpn_convs\.(\d)\.", r"head.smooth.\1."),
+        (r"bottleneck\.", "head.bottleneck."),
+        (r"fpn_bottleneck\.", "head.fuse."),
+        (r"conv_seg\.", "classifier."),
+    ]
+    aux = [
+        Rule(r"auxiliary_head\.convs\.0\.", "auxiliary.conv."),
+        Rule(r"auxiliary_head\.conv_seg\.", "auxiliary.classifier."),
+    ]
     return [Rule(r"decode_head\." + a, b) for a, b in pairs] + aux
 
+# %% ../../nbs/35_models.upernet.ipynb #77422f2a
 def describe_state(
-    state:dict, # official state dict
-    model, # that it did not fit
-)->str: # what it seems to be
+    state: dict,  # official state dict
+    model,  # that it did not fit
+) -> str:  # what it seems to be
     "What network an official checkpoint holds, read off its keys."
     keys = "\n".join(state)
-    depths = tuple(len(set(re.findall(rf"(?:stages|layers)\.{s}\.blocks\.(\d+)\.norm1\.weight", keys))) for s in range(4))
+    depths = tuple(
+        len(set(re.findall(rf"(?:stages|layers)\.{s}\.blocks\.(\d+)\.norm1\.weight", keys)))
+        for s in range(4)
+    )
     vit = vit_adapter.describe_state(state)
-    if not depths[0] and vit.startswith("no "): return "the checkpoint holds no Swin Transformer and no ViT-Adapter"
+    if not depths[0] and vit.startswith("no "):
+        return "the checkpoint holds no Swin Transformer and no ViT-Adapter"
     norm = find_tensor(state, "patch_embed.norm.weight")
-    name = next((n for n, (c, d, _) in SWINS.items() if (c, d) == (0 if norm is None else len(norm), depths)), "an unknown size") if depths[0] else vit
-    return describe_file(model, name, "a UPerNet decoder" if "fpn_bottleneck." in keys else "", find_tensor(state, "decode_head.conv_seg.weight"))
+    name = (
+        next(
+            (
+                n
+                for n, (c, d, _) in SWINS.items()
+                if (c, d) == (0 if norm is None else len(norm), depths)
+            ),
+            "an unknown size",
+        )
+        if depths[0]
+        else vit
+    )
+    return describe_file(
+        model,
+        name,
+        "a UPerNet decoder" if "fpn_bottleneck." in keys else "",
+        find_tensor(state, "decode_head.conv_seg.weight"),
+    )

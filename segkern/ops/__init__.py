@@ -23,7 +23,31 @@ from .strip_attention import fold_values, strip_attention, strip_attention_ref
 from .strip_pool import strip_means, strip_pool
 
 # %% ../../nbs/19_ops.ipynb #17039a92
-_all_ = ["AttentionMaps", "affinity", "use_impl", "which", "check_target", "confusion", "upsample_argmax", "upsample_confusion", "upsample_cross_entropy",
-         "upsample_dice", "upsample_dice_sums", "msca", "pack_taps", "class_sums", "cosine_logits", "prototypes",
-         "rca_gate", "strip_means", "sr_attention", "fold_values", "strip_attention", "strip_attention_ref", "strip_pool",
-         "axial_add", "axial_attention", "squeeze_axial"]
+_all_ = [
+    "AttentionMaps",
+    "affinity",
+    "use_impl",
+    "which",
+    "check_target",
+    "confusion",
+    "upsample_argmax",
+    "upsample_confusion",
+    "upsample_cross_entropy",
+    "upsample_dice",
+    "upsample_dice_sums",
+    "msca",
+    "pack_taps",
+    "class_sums",
+    "cosine_logits",
+    "prototypes",
+    "rca_gate",
+    "strip_means",
+    "sr_attention",
+    "fold_values",
+    "strip_attention",
+    "strip_attention_ref",
+    "strip_pool",
+    "axial_add",
+    "axial_attention",
+    "squeeze_axial",
+]

@@ -8,129 +8,371 @@ __all__ = ['PROGRAMS', 'PIECE', 'affinity_ref', 'affinity_fwd', 'affinity_bwd', 
 
 # %% ../../nbs/14_ops.affinity.ipynb #5bb2cc6d
 import torch
-from .dispatch import autocast_type, blocks, choose, exporting, kernels_of, on_device, pow2
+from segkern.ops.dispatch import (
+    autocast_type,
+    blocks,
+    choose,
+    exporting,
+    kernels_of,
+    on_device,
+    pow2,
+)
 from .dispatch import tl, triton, unsupported, without_autocast
 from .operator import operator
 
 # %% ../../nbs/14_ops.affinity.ipynb #e6a26fb7
 def affinity_ref(
-    qs:list, # one tensor of queries per block of the stage, each [b, h, n, d]
-    ks:list, # as many of keys, each [b, h, m, d]
-    p:torch.Tensor, # [b, m, c], e.g. class probabilities
-    scale:float|None=None, # of the scores; default: d**-0.5
-)->torch.Tensor: # [b, n, c]
+    qs: list,  # one tensor of queries per block of the stage, each [b, h, n, d]
+    ks: list,  # as many of keys, each [b, h, m, d]
+    p: torch.Tensor,  # [b, m, c], e.g. class probabilities
+    scale: float | None = None,  # of the scores; default: d**-0.5
+) -> torch.Tensor:  # [b, n, c]
     "The definition: average the maps over heads and blocks, multiply."
-    scale = qs[0].shape[3]**-0.5 if scale is None else scale
-    maps = [torch.softmax((q @ k.transpose(2, 3)).to(p.dtype)*scale, 3).mean(1) for q, k in zip(qs, ks)]
-    return sum(maps[1:], maps[0])/len(maps) @ p
+    scale = qs[0].shape[3] ** -0.5 if scale is None else scale
+    maps = [
+        torch.softmax((q @ k.transpose(2, 3)).to(p.dtype) * scale, 3).mean(1)
+        for q, k in zip(qs, ks)
+    ]
+    return sum(maps[1:], maps[0]) / len(maps) @ p
 
 # %% ../../nbs/14_ops.affinity.ipynb #bc0a890c
 @triton.jit
-def _affinity_fwd_kernel(q, k, p, out, lse, scale, weight, H, N, M, D, C, sqb, sqh, sqn, sqd, skb, skh, skm, skd, spb, spm, spc,
-                         FIRST: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
+def _affinity_fwd_kernel(
+    q,
+    k,
+    p,
+    out,
+    lse,
+    scale,
+    weight,
+    H,
+    N,
+    M,
+    D,
+    C,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skm,
+    skd,
+    spb,
+    spm,
+    spc,
+    FIRST: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "out += weight softmax(scale Q K^T) P for a tile of queries of one head; keeps the log-sum-exp in base 2."
     tiles = tl.cdiv(N, BN)
     bh = tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    n, d, c = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BC)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    c = tl.arange(0, BC)
     n64 = n.to(tl.int64)
-    qt = tl.load(q + b*sqb + h*sqh + n64[:, None]*sqn + d[None, :]*sqd, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0) # [BN, BD]
-    top, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
+    # [BN, BD]
+    qt = tl.load(
+        q + b * sqb + h * sqh + n64[:, None] * sqn + d[None, :] * sqd,
+        mask=(n < N)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    top = tl.full([BN], float("-inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
     acc = tl.zeros([BN, BC], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        kt = tl.load(k + b*skb + h*skh + m[None, :]*skm + d[:, None]*skd, mask=(m < M)[None, :] & (d < D)[:, None], other=0.0) # [BD, BM]
-        pt = tl.load(p + b*spb + m[:, None]*spm + c[None, :]*spc, mask=(m < M)[:, None] & (c < C)[None, :], other=0.0) # [BM, BC]
-        s = tl.dot(qt, kt, input_precision=PRECISION)*(scale*1.4426950408889634)
+        # [BD, BM]
+        kt = tl.load(
+            k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+            mask=(m < M)[None, :] & (d < D)[:, None],
+            other=0.0,
+        )
+        # [BM, BC]
+        pt = tl.load(
+            p + b * spb + m[:, None] * spm + c[None, :] * spc,
+            mask=(m < M)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        s = tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634)
         s = tl.where((m < M)[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
-        a, keep = tl.exp2(s - new[:, None]), tl.exp2(top - new)
-        total = total*keep + tl.sum(a, 1)
-        acc = acc*keep[:, None] + tl.dot(a.to(pt.dtype), pt, input_precision=PRECISION)
+        a = tl.exp2(s - new[:, None])
+        keep = tl.exp2(top - new)
+        total = total * keep + tl.sum(a, 1)
+        acc = acc * keep[:, None] + tl.dot(a.to(pt.dtype), pt, input_precision=PRECISION)
         top = new
-    at, inside = out + (bh.to(tl.int64)*C + c[None, :])*N + n[:, None], (n < N)[:, None] & (c < C)[None, :] # [b, h, c, n]
-    acc = acc*(weight/total)[:, None]
-    if not FIRST: acc += tl.load(at, mask=inside, other=0.0)
+    # [b, h, c, n]
+    at = out + (bh.to(tl.int64) * C + c[None, :]) * N + n[:, None]
+    inside = (n < N)[:, None] & (c < C)[None, :]
+    acc = acc * (weight / total)[:, None]
+    if not FIRST:
+        acc += tl.load(at, mask=inside, other=0.0)
     tl.store(at, acc, mask=inside)
-    tl.store(lse + bh.to(tl.int64)*N + n, top + tl.log2(total), mask=n < N)
+    tl.store(lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
 
 # %% ../../nbs/14_ops.affinity.ipynb #6299ccca
 @triton.jit
-def _affinity_dq_kernel(q, k, p, lse, g, dq, delta, scale, weight, H, N, M, D, C, sqb, sqh, sqn, sqd, skb, skh, skm, skd, spb, spm, spc, sgb, sgn, sgc,
-                        tqb, tqh, tqn, tqd, QUERIES: tl.constexpr, WIDE: tl.constexpr,
-                        BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    "delta = sum_m A * dA with dA = dG P^T, then dQ = scale weight (A * (dA - delta)) K, for a tile of queries of one head."
+def _affinity_dq_kernel(
+    q,
+    k,
+    p,
+    lse,
+    g,
+    dq,
+    delta,
+    scale,
+    weight,
+    H,
+    N,
+    M,
+    D,
+    C,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skm,
+    skd,
+    spb,
+    spm,
+    spc,
+    sgb,
+    sgn,
+    sgc,
+    tqb,
+    tqh,
+    tqn,
+    tqd,
+    QUERIES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """delta = sum_m A * dA with dA = dG P^T, then dQ = scale weight (A * (dA - delta)) K, for a
+    tile of queries of one head."""
     tiles = tl.cdiv(N, BN)
     bh = tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    n, d, c = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BC)
-    n64, row, in_q = n.to(tl.int64)[:, None], bh.to(tl.int64)*N + n, (n < N)[:, None] & (d < D)[None, :]
-    qt = tl.load(q + b*sqb + h*sqh + n64*sqn + d[None, :]*sqd, mask=in_q, other=0.0)
-    gt = tl.load(g + b*sgb + n64*sgn + c[None, :]*sgc, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-    l2, dl = tl.load(lse + row, mask=n < N, other=0.0), tl.zeros([BN], tl.float32)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    c = tl.arange(0, BC)
+    n64 = n.to(tl.int64)[:, None]
+    row = bh.to(tl.int64) * N + n
+    in_q = (n < N)[:, None] & (d < D)[None, :]
+    qt = tl.load(q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd, mask=in_q, other=0.0)
+    gt = tl.load(
+        g + b * sgb + n64 * sgn + c[None, :] * sgc,
+        mask=(n < N)[:, None] & (c < C)[None, :],
+        other=0.0,
+    )
+    l2 = tl.load(lse + row, mask=n < N, other=0.0)
+    dl = tl.zeros([BN], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        kt = tl.load(k + b*skb + h*skh + m[None, :]*skm + d[:, None]*skd, mask=(m < M)[None, :] & (d < D)[:, None], other=0.0) # [BD, BM]
-        pt = tl.load(p + b*spb + m[None, :]*spm + c[:, None]*spc, mask=(m < M)[None, :] & (c < C)[:, None], other=0.0) # [BC, BM]
-        a = tl.exp2(tl.dot(qt, kt, input_precision=PRECISION)*(scale*1.4426950408889634) - l2[:, None])
-        dl += tl.sum(tl.where((m < M)[None, :], a*tl.dot(gt, pt, input_precision=PRECISION), 0.0), 1)
+        # [BD, BM]
+        kt = tl.load(
+            k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+            mask=(m < M)[None, :] & (d < D)[:, None],
+            other=0.0,
+        )
+        # [BC, BM]
+        pt = tl.load(
+            p + b * spb + m[None, :] * spm + c[:, None] * spc,
+            mask=(m < M)[None, :] & (c < C)[:, None],
+            other=0.0,
+        )
+        a = tl.exp2(
+            tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634) - l2[:, None]
+        )
+        dl += tl.sum(
+            tl.where((m < M)[None, :], a * tl.dot(gt, pt, input_precision=PRECISION), 0.0), 1
+        )
     tl.store(delta + row, dl, mask=n < N)
     if QUERIES:
         acc = tl.zeros([BN, BD], tl.float32)
         for m0 in range(0, M, BM):
             m = m0 + tl.arange(0, BM)
-            kt = tl.load(k + b*skb + h*skh + m[:, None]*skm + d[None, :]*skd, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0) # [BM, BD]
-            pt = tl.load(p + b*spb + m[None, :]*spm + c[:, None]*spc, mask=(m < M)[None, :] & (c < C)[:, None], other=0.0)
-            a = tl.exp2(tl.dot(qt, tl.trans(kt), input_precision=PRECISION)*(scale*1.4426950408889634) - l2[:, None])
-            ds = tl.where((m < M)[None, :], a*(tl.dot(gt, pt, input_precision=PRECISION) - dl[:, None]), 0.0)
+            # [BM, BD]
+            kt = tl.load(
+                k + b * skb + h * skh + m[:, None] * skm + d[None, :] * skd,
+                mask=(m < M)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            pt = tl.load(
+                p + b * spb + m[None, :] * spm + c[:, None] * spc,
+                mask=(m < M)[None, :] & (c < C)[:, None],
+                other=0.0,
+            )
+            a = tl.exp2(
+                tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * (scale * 1.4426950408889634)
+                - l2[:, None]
+            )
+            ds = tl.where(
+                (m < M)[None, :], a * (tl.dot(gt, pt, input_precision=PRECISION) - dl[:, None]), 0.0
+            )
             kw = kt.to(tl.float32) if WIDE else kt
             acc += tl.dot(ds.to(kw.dtype), kw, input_precision=PRECISION)
-        tl.store(dq + b*tqb + h*tqh + n64*tqn + d[None, :]*tqd, (acc*(scale*weight)).to(dq.dtype.element_ty), mask=in_q)
+        tl.store(
+            dq + b * tqb + h * tqh + n64 * tqn + d[None, :] * tqd,
+            (acc * (scale * weight)).to(dq.dtype.element_ty),
+            mask=in_q,
+        )
 
 # %% ../../nbs/14_ops.affinity.ipynb #fb2e2916
 @triton.jit
-def _affinity_dkp_kernel(q, k, p, lse, delta, g, dk, dp, scale, weight, H, N, M, D, C, sqb, sqh, sqn, sqd, skb, skh, skm, skd, spb, spm, spc, sgb, sgn, sgc,
-                         SPLITS, PER, KEYS: tl.constexpr, VALUES: tl.constexpr, FIRST: tl.constexpr, WIDE: tl.constexpr,
-                         BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    "Partial dK = scale weight dS^T Q and dP += weight A^T dG of a tile of keys of one head, over one split of the queries."
-    pid, tiles = tl.program_id(0), tl.cdiv(M, BM)
-    split, tile, bh = pid % SPLITS, (pid // SPLITS) % tiles, pid // (SPLITS*tiles)
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    m, d, c = tile*BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BC)
-    kt = tl.load(k + b*skb + h*skh + m[None, :]*skm + d[:, None]*skd, mask=(m < M)[None, :] & (d < D)[:, None], other=0.0) # [BD, BM]
-    pt = tl.load(p + b*spb + m[None, :]*spm + c[:, None]*spc, mask=(m < M)[None, :] & (c < C)[:, None], other=0.0) # [BC, BM]
-    ak, ap = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BC], tl.float32)
-    for n0 in range(split*PER, tl.minimum(split*PER + PER, N), BN):
+def _affinity_dkp_kernel(
+    q,
+    k,
+    p,
+    lse,
+    delta,
+    g,
+    dk,
+    dp,
+    scale,
+    weight,
+    H,
+    N,
+    M,
+    D,
+    C,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skm,
+    skd,
+    spb,
+    spm,
+    spc,
+    sgb,
+    sgn,
+    sgc,
+    SPLITS,
+    PER,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial dK = scale weight dS^T Q and dP += weight A^T dG of a tile of keys of one head, over
+    one split of the queries."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(M, BM)
+    split = pid % SPLITS
+    tile = (pid // SPLITS) % tiles
+    bh = pid // (SPLITS * tiles)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    m = tile * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    c = tl.arange(0, BC)
+    # [BD, BM]
+    kt = tl.load(
+        k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+        mask=(m < M)[None, :] & (d < D)[:, None],
+        other=0.0,
+    )
+    # [BC, BM]
+    pt = tl.load(
+        p + b * spb + m[None, :] * spm + c[:, None] * spc,
+        mask=(m < M)[None, :] & (c < C)[:, None],
+        other=0.0,
+    )
+    ak = tl.zeros([BM, BD], tl.float32)
+    ap = tl.zeros([BM, BC], tl.float32)
+    for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        n64, row, inside = n.to(tl.int64)[:, None], bh.to(tl.int64)*N + n, (n < N)[:, None]
-        qt = tl.load(q + b*sqb + h*sqh + n64*sqn + d[None, :]*sqd, mask=inside & (d < D)[None, :], other=0.0)
-        gt = tl.load(g + b*sgb + n64*sgn + c[None, :]*sgc, mask=inside & (c < C)[None, :], other=0.0)
+        n64 = n.to(tl.int64)[:, None]
+        row = bh.to(tl.int64) * N + n
+        inside = (n < N)[:, None]
+        qt = tl.load(
+            q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd,
+            mask=inside & (d < D)[None, :],
+            other=0.0,
+        )
+        gt = tl.load(
+            g + b * sgb + n64 * sgn + c[None, :] * sgc, mask=inside & (c < C)[None, :], other=0.0
+        )
         l2 = tl.load(lse + row, mask=n < N, other=0.0)
-        a = tl.where(inside, tl.exp2(tl.dot(qt, kt, input_precision=PRECISION)*(scale*1.4426950408889634) - l2[:, None]), 0.0)
-        if VALUES: ap += tl.dot(tl.trans(a.to(gt.dtype)), gt, input_precision=PRECISION)
+        a = tl.where(
+            inside,
+            tl.exp2(
+                tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634)
+                - l2[:, None]
+            ),
+            0.0,
+        )
+        if VALUES:
+            ap += tl.dot(tl.trans(a.to(gt.dtype)), gt, input_precision=PRECISION)
         if KEYS:
-            ds = a*(tl.dot(gt, pt, input_precision=PRECISION) - tl.load(delta + row, mask=n < N, other=0.0)[:, None])
+            ds = a * (
+                tl.dot(gt, pt, input_precision=PRECISION)
+                - tl.load(delta + row, mask=n < N, other=0.0)[:, None]
+            )
             qw = qt.to(tl.float32) if WIDE else qt
             ak += tl.dot(tl.trans(ds.to(qw.dtype)), qw, input_precision=PRECISION)
-    at = (bh.to(tl.int64)*SPLITS + split)*M + m[:, None]
-    if KEYS: tl.store(dk + at*D + d[None, :], ak*(scale*weight), mask=(m < M)[:, None] & (d < D)[None, :])
+    at = (bh.to(tl.int64) * SPLITS + split) * M + m[:, None]
+    if KEYS:
+        tl.store(
+            dk + at * D + d[None, :],
+            ak * (scale * weight),
+            mask=(m < M)[:, None] & (d < D)[None, :],
+        )
     if VALUES:
-        to, in_p = dp + at*C + c[None, :], (m < M)[:, None] & (c < C)[None, :]
-        ap = ap*weight
-        if not FIRST: ap += tl.load(to, mask=in_p, other=0.0)
+        to = dp + at * C + c[None, :]
+        in_p = (m < M)[:, None] & (c < C)[None, :]
+        ap = ap * weight
+        if not FIRST:
+            ap += tl.load(to, mask=in_p, other=0.0)
         tl.store(to, ap, mask=in_p)
 
 # %% ../../nbs/14_ops.affinity.ipynb #bd8027fe
-PROGRAMS = 264 # two per multiprocessor of an H100
+PROGRAMS = 264  # two per multiprocessor of an H100
 
+# %% ../../nbs/14_ops.affinity.ipynb #a7e1bbde
 def _options(op, q, c):
-    "Launch options; float32, wide heads and many classes take smaller tiles, the largest that compile without spills for every target."
-    BN, BM, num_warps = 64, 32 if op == "affinity_dkp" else 64, 4
-    if q.dtype == torch.float32: BN, BM, num_warps = 32 if c <= 32 else 16, 32, 8
-    elif q.shape[3] > 64: BN, BM, num_warps = 32, 32, 8
-    elif c > 64: BN, BM = 32, 16
-    return dict(PRECISION="ieee" if q.dtype == torch.float32 else "tf32") | blocks(op, BN=BN, BM=BM, BD=pow2(q.shape[3], 16), BC=pow2(c, 16), num_warps=num_warps)
+    """Launch options; float32, wide heads and many classes take smaller tiles, the largest that
+    compile without spills for every target."""
+    BN = 64
+    BM = 32 if op == "affinity_dkp" else 64
+    num_warps = 4
+    if q.dtype == torch.float32:
+        BN = 32 if c <= 32 else 16
+        BM = 32
+        num_warps = 8
+    elif q.shape[3] > 64:
+        BN = 32
+        BM = 32
+        num_warps = 8
+    elif c > 64:
+        BN = 32
+        BM = 16
+    return dict(PRECISION="ieee" if q.dtype == torch.float32 else "tf32") | blocks(
+        op, BN=BN, BM=BM, BD=pow2(q.shape[3], 16), BC=pow2(c, 16), num_warps=num_warps
+    )
 
+# %% ../../nbs/14_ops.affinity.ipynb #0e86e99f
 def _rows_first(like):
     "An empty [b, h, n, d] that lies in memory as [b, n, h, d]."
     b, h, n, d = like.shape
@@ -138,170 +380,328 @@ def _rows_first(like):
 
 # %% ../../nbs/14_ops.affinity.ipynb #2d085e70
 def affinity_fwd(
-    qs:list, # of [b, h, n, d], any strides
-    ks:list, # of [b, h, m, d], any strides
-    p:torch.Tensor, # [b, m, c], any strides
-    scale:float, # of the scores
-)->tuple: # output [b, n, c] that lies in memory as [b, c, n], log-sum-exp in base 2 [blocks, b, h, n]
+    qs: list,  # of [b, h, n, d], any strides
+    ks: list,  # of [b, h, m, d], any strides
+    p: torch.Tensor,  # [b, m, c], any strides
+    scale: float,  # of the scores
+    # output [b, n, c] that lies in memory as [b, c, n], log-sum-exp in base 2 [blocks, b, h, n]
+) -> tuple:
     "Launch the forward kernel once per block."
     (b, h, n, d), (m, c) = qs[0].shape, p.shape[1:]
-    out, lse = (torch.empty(s, dtype=torch.float32, device=p.device) for s in ((b, h, c, n), (len(qs), b, h, n)))
+    out, lse = (
+        torch.empty(s, dtype=torch.float32, device=p.device)
+        for s in ((b, h, c, n), (len(qs), b, h, n))
+    )
     opts = _options("affinity", qs[0], c)
-    grid, weight = (b*h*triton.cdiv(n, opts["BN"]),), 1/(len(qs)*h)
+    grid = (b * h * triton.cdiv(n, opts["BN"]),)
+    weight = 1 / (len(qs) * h)
     with on_device(p):
         for i, (q, k) in enumerate(zip(qs, ks)):
-            _affinity_fwd_kernel[grid](q, k, p, out, lse[i], scale, weight, h, n, m, d, c, *q.stride(), *k.stride(), *p.stride(), FIRST=i == 0, **opts)
+            _affinity_fwd_kernel[grid](
+                q,
+                k,
+                p,
+                out,
+                lse[i],
+                scale,
+                weight,
+                h,
+                n,
+                m,
+                d,
+                c,
+                *q.stride(),
+                *k.stride(),
+                *p.stride(),
+                FIRST=i == 0,
+                **opts,
+            )
     return (out.sum(1) if h > 1 else out[:, 0]).to(p.dtype).transpose(1, 2), lse
 
 # %% ../../nbs/14_ops.affinity.ipynb #98680b79
 def affinity_bwd(
-    qs:list, # of [b, h, n, d]
-    ks:list, # of [b, h, m, d]
-    p:torch.Tensor, # [b, m, c]
-    lse:torch.Tensor, # of the forward pass
-    g:torch.Tensor, # gradient of the output, any strides
-    scale:float, # of the scores
-    wanted:tuple=(True, True, True), # gradients of the queries, of the keys, of p
-)->tuple: # list of dq, list of dk, dp; an empty list or tensor where not wanted
+    qs: list,  # of [b, h, n, d]
+    ks: list,  # of [b, h, m, d]
+    p: torch.Tensor,  # [b, m, c]
+    lse: torch.Tensor,  # of the forward pass
+    g: torch.Tensor,  # gradient of the output, any strides
+    scale: float,  # of the scores
+    wanted: tuple = (True, True, True),  # gradients of the queries, of the keys, of p
+) -> tuple:  # list of dq, list of dk, dp; an empty list or tensor where not wanted
     "Launch the backward kernels, at most two per block."
     (b, h, n, d), (m, c), (queries, keys, values) = qs[0].shape, p.shape[1:], wanted
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=p.device)
-    a, o = _options("affinity_dq", qs[0], c), _options("affinity_dkp", qs[0], c)
-    tiles, cells = triton.cdiv(n, o["BN"]), triton.cdiv(m, o["BM"])
-    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b*h*cells)))*o["BN"]
-    splits, weight, wide = triton.cdiv(n, per), 1/(len(qs)*h), qs[0].dtype == torch.float16
-    delta, part, dp = new(b, h, n), new(b, h, splits, m, d) if keys else p, new(b, h, splits, m, c) if values else p
-    dqs, dks = [_rows_first(q) for q in qs] if queries else [], []
+
+    def new(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=p.device)
+
+    a = _options("affinity_dq", qs[0], c)
+    o = _options("affinity_dkp", qs[0], c)
+    tiles = triton.cdiv(n, o["BN"])
+    cells = triton.cdiv(m, o["BM"])
+    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b * h * cells))) * o["BN"]
+    splits = triton.cdiv(n, per)
+    weight = 1 / (len(qs) * h)
+    wide = qs[0].dtype == torch.float16
+    delta = new(b, h, n)
+    part = new(b, h, splits, m, d) if keys else p
+    dp = new(b, h, splits, m, c) if values else p
+    dqs = [_rows_first(q) for q in qs] if queries else []
+    dks = []
     with on_device(p):
         for i, (q, k) in enumerate(zip(qs, ks)):
-            common = (scale, weight, h, n, m, d, c, *q.stride(), *k.stride(), *p.stride(), *g.stride())
+            common = (
+                scale,
+                weight,
+                h,
+                n,
+                m,
+                d,
+                c,
+                *q.stride(),
+                *k.stride(),
+                *p.stride(),
+                *g.stride(),
+            )
             dq = dqs[i] if queries else q
-            if queries or keys: _affinity_dq_kernel[(b*h*triton.cdiv(n, a["BN"]),)](q, k, p, lse[i], g, dq, delta, *common, *dq.stride(), QUERIES=queries, WIDE=wide, **a)
+            if queries or keys:
+                _affinity_dq_kernel[(b * h * triton.cdiv(n, a["BN"]),)](
+                    q,
+                    k,
+                    p,
+                    lse[i],
+                    g,
+                    dq,
+                    delta,
+                    *common,
+                    *dq.stride(),
+                    QUERIES=queries,
+                    WIDE=wide,
+                    **a,
+                )
             if keys or values:
-                _affinity_dkp_kernel[(b*h*cells*splits,)](q, k, p, lse[i], delta, g, part, dp, *common, splits, per, KEYS=keys, VALUES=values, FIRST=i == 0, WIDE=wide, **o)
-            if keys: dks.append(part.sum(2).to(k.dtype))
+                _affinity_dkp_kernel[(b * h * cells * splits,)](
+                    q,
+                    k,
+                    p,
+                    lse[i],
+                    delta,
+                    g,
+                    part,
+                    dp,
+                    *common,
+                    splits,
+                    per,
+                    KEYS=keys,
+                    VALUES=values,
+                    FIRST=i == 0,
+                    WIDE=wide,
+                    **o,
+                )
+            if keys:
+                dks.append(part.sum(2).to(k.dtype))
     return dqs, dks, dp.sum((1, 2)).to(p.dtype) if values else p.new_empty(0)
 
 # %% ../../nbs/14_ops.affinity.ipynb #f60cf597
-PIECE = 1 << 17 # elements of a map that exist at a time, per thread of a processor
+PIECE = 1 << 17  # elements of a map that exist at a time, per thread of a processor
 
+# %% ../../nbs/14_ops.affinity.ipynb #f5a21cce
 def _pieces(q, m, p, g=None):
-    "Slices of batch and queries, with P and the gradient of the output there, in float32 at least, and room for one piece of a map."
+    """Slices of batch and queries, with P and the gradient of the output there, in float32 at
+    least, and room for one piece of a map."""
     b, _, n, _ = q.shape
-    kind, piece = torch.float64 if torch.float64 in (q.dtype, p.dtype) else torch.float32, PIECE*(256 if q.is_cuda else torch.get_num_threads())
-    pictures = min(b, max(1, piece//(n*m)))
-    rows = max(1, piece//(pictures*m))
+    kind = torch.float64 if torch.float64 in (q.dtype, p.dtype) else torch.float32
+    piece = PIECE * (256 if q.is_cuda else torch.get_num_threads())
+    pictures = min(b, max(1, piece // (n * m)))
+    rows = max(1, piece // (pictures * m))
     for i in range(0, b, pictures):
-        values = p[i:i + pictures].to(kind)
+        values = p[i : i + pictures].to(kind)
         for a in range(0, n, rows):
             at = slice(i, i + pictures), slice(a, a + rows)
-            yield *at, values, None if g is None else g[at].to(kind), values.new_empty((len(values), min(rows, n - a), m))
+            yield (
+                *at,
+                values,
+                None if g is None else g[at].to(kind),
+                values.new_empty((len(values), min(rows, n - a), m)),
+            )
 
+# %% ../../nbs/14_ops.affinity.ipynb #a6f65f4b
 def _piece(q, k, scale, room):
     "Softmax of the scores of a piece of one head."
-    return torch.softmax(torch.baddbmm(room, q.to(room.dtype), k.to(room.dtype).transpose(1, 2), beta=0, alpha=scale, out=room), 2)
+    return torch.softmax(
+        torch.baddbmm(
+            room, q.to(room.dtype), k.to(room.dtype).transpose(1, 2), beta=0, alpha=scale, out=room
+        ),
+        2,
+    )
 
 # %% ../../nbs/14_ops.affinity.ipynb #86f9aaeb
 def affinity_pieces(
-    qs:list, # of [b, h, n, d]
-    ks:list, # of [b, h, m, d]
-    p:torch.Tensor, # [b, m, c]
-    scale:float, # of the scores
-)->torch.Tensor: # [b, n, c] that lies in memory as [b, c, n]
+    qs: list,  # of [b, h, n, d]
+    ks: list,  # of [b, h, m, d]
+    p: torch.Tensor,  # [b, m, c]
+    scale: float,  # of the scores
+) -> torch.Tensor:  # [b, n, c] that lies in memory as [b, c, n]
     "The forward pass, piece by piece in plain PyTorch."
     (b, h, n, _), (m, c) = qs[0].shape, p.shape[1:]
     out = torch.empty((b, c, n), dtype=p.dtype, device=p.device).transpose(1, 2)
     for i, rows, values, _, room in _pieces(qs[0], m, p):
         mean = torch.zeros_like(room)
         for q, k in zip(qs, ks):
-            for j in range(h): mean += _piece(q[i, j, rows], k[i, j], scale, room)
-        out[i, rows] = (mean @ values).div_(len(qs)*h).to(p.dtype)
+            for j in range(h):
+                mean += _piece(q[i, j, rows], k[i, j], scale, room)
+        out[i, rows] = (mean @ values).div_(len(qs) * h).to(p.dtype)
     return out
 
+# %% ../../nbs/14_ops.affinity.ipynb #22a604b2
 def affinity_pieces_bwd(
-    qs:list, # of [b, h, n, d]
-    ks:list, # of [b, h, m, d]
-    p:torch.Tensor, # [b, m, c]
-    g:torch.Tensor, # gradient of the output, any strides
-    scale:float, # of the scores
-    wanted:tuple=(True, True, True), # gradients of the queries, of the keys, of p
-)->tuple: # list of dq, list of dk, dp; an empty list or tensor where not wanted
+    qs: list,  # of [b, h, n, d]
+    ks: list,  # of [b, h, m, d]
+    p: torch.Tensor,  # [b, m, c]
+    g: torch.Tensor,  # gradient of the output, any strides
+    scale: float,  # of the scores
+    wanted: tuple = (True, True, True),  # gradients of the queries, of the keys, of p
+) -> tuple:  # list of dq, list of dk, dp; an empty list or tensor where not wanted
     "The backward pass: every piece of every map is made again."
     h, m, (queries, keys, values) = qs[0].shape[1], p.shape[1], wanted
     kind = torch.float64 if torch.float64 in (p.dtype, qs[0].dtype) else torch.float32
-    zeros = lambda t: torch.zeros(t.shape, dtype=kind, device=t.device)
-    dqs, dks, dp = [_rows_first(q) for q in qs] if queries else [], [zeros(k) for k in ks] if keys else [], zeros(p) if values else p.new_empty(0)
+
+    def zeros(t):
+        return torch.zeros(t.shape, dtype=kind, device=t.device)
+
+    dqs = [_rows_first(q) for q in qs] if queries else []
+    dks = [zeros(k) for k in ks] if keys else []
+    dp = zeros(p) if values else p.new_empty(0)
     for i, rows, pt, gt, room in _pieces(qs[0], m, p, g):
-        gt, mean = gt/(len(qs)*h), torch.zeros_like(room) if values else None
+        gt = gt / (len(qs) * h)
+        mean = torch.zeros_like(room) if values else None
         da = torch.bmm(gt, pt.transpose(1, 2)).mul_(scale) if queries or keys else None
         for l, (q, k) in enumerate(zip(qs, ks)):
             for j in range(h):
                 a = _piece(q[i, j, rows], k[i, j], scale, room)
-                if values: mean += a
-                if queries or keys: ds = torch._softmax_backward_data(da, a, 2, a.dtype)
-                if queries: dqs[l][i, j, rows] = torch.bmm(ds, k[i, j].to(kind))
-                if keys: dks[l][i, j].baddbmm_(ds.transpose(1, 2), q[i, j, rows].to(kind))
-        if values: dp[i].baddbmm_(mean.transpose(1, 2), gt)
+                if values:
+                    mean += a
+                if queries or keys:
+                    ds = torch._softmax_backward_data(da, a, 2, a.dtype)
+                if queries:
+                    dqs[l][i, j, rows] = torch.bmm(ds, k[i, j].to(kind))
+                if keys:
+                    dks[l][i, j].baddbmm_(ds.transpose(1, 2), q[i, j, rows].to(kind))
+        if values:
+            dp[i].baddbmm_(mean.transpose(1, 2), gt)
     return dqs, [t.to(k.dtype) for t, k in zip(dks, ks)], dp.to(p.dtype)
 
 # %% ../../nbs/14_ops.affinity.ipynb #713cd7d9
 @operator("segkern::affinity")
-def _affinity_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, scale:float) -> tuple[torch.Tensor, torch.Tensor]:
+def _affinity_op(
+    qs: list[torch.Tensor], ks: list[torch.Tensor], p: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     "The kernel as an operator."
     return affinity_fwd(qs, ks, p, scale)
 
+# %% ../../nbs/14_ops.affinity.ipynb #762bcbb0
 @operator("segkern::affinity_backward")
-def _affinity_backward_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, lse:torch.Tensor, g:torch.Tensor, scale:float,
-                          queries:bool, keys:bool, values:bool) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+def _affinity_backward_op(
+    qs: list[torch.Tensor],
+    ks: list[torch.Tensor],
+    p: torch.Tensor,
+    lse: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
+    queries: bool,
+    keys: bool,
+    values: bool,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     "The backward kernels as an operator."
     return affinity_bwd(qs, ks, p, lse, g, scale, (queries, keys, values))
 
+# %% ../../nbs/14_ops.affinity.ipynb #b9052706
 @operator("segkern::affinity_pieces")
-def _affinity_pieces_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, scale:float) -> torch.Tensor:
+def _affinity_pieces_op(
+    qs: list[torch.Tensor], ks: list[torch.Tensor], p: torch.Tensor, scale: float
+) -> torch.Tensor:
     "The loop over pieces as an operator; the caller's autocast would round inside."
-    with without_autocast(p): return affinity_pieces(qs, ks, p, scale)
+    with without_autocast(p):
+        return affinity_pieces(qs, ks, p, scale)
 
+# %% ../../nbs/14_ops.affinity.ipynb #c08d33f2
 @operator("segkern::affinity_pieces_backward")
-def _affinity_pieces_backward_op(qs:list[torch.Tensor], ks:list[torch.Tensor], p:torch.Tensor, g:torch.Tensor, scale:float,
-                                 queries:bool, keys:bool, values:bool) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+def _affinity_pieces_backward_op(
+    qs: list[torch.Tensor],
+    ks: list[torch.Tensor],
+    p: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
+    queries: bool,
+    keys: bool,
+    values: bool,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     "The backward loop as an operator."
-    with without_autocast(p): return affinity_pieces_bwd(qs, ks, p, g, scale, (queries, keys, values))
+    with without_autocast(p):
+        return affinity_pieces_bwd(qs, ks, p, g, scale, (queries, keys, values))
 
 # %% ../../nbs/14_ops.affinity.ipynb #69b76489
 def _fake_out(qs, p):
     "Shape and layout of the output."
-    return torch.empty((p.shape[0], p.shape[2], qs[0].shape[2]), dtype=p.dtype, device=p.device).transpose(1, 2)
+    return torch.empty(
+        (p.shape[0], p.shape[2], qs[0].shape[2]), dtype=p.dtype, device=p.device
+    ).transpose(1, 2)
 
+# %% ../../nbs/14_ops.affinity.ipynb #55d6f8b5
 def _fake_grads(qs, ks, p, queries, keys, values):
     "Shapes and layouts of the gradients."
-    new = lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device)
-    return [_rows_first(q) for q in qs] if queries else [], [new(k) for k in ks] if keys else [], new(p) if values else p.new_empty(0)
 
+    def new(t):
+        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+    return (
+        [_rows_first(q) for q in qs] if queries else [],
+        [new(k) for k in ks] if keys else [],
+        new(p) if values else p.new_empty(0),
+    )
+
+# %% ../../nbs/14_ops.affinity.ipynb #d7297bcf
 @_affinity_op.register_fake
-def _(qs, ks, p, scale): return _fake_out(qs, p), torch.empty((len(qs), *qs[0].shape[:3]), dtype=torch.float32, device=p.device)
+def _(qs, ks, p, scale):
+    return _fake_out(qs, p), torch.empty(
+        (len(qs), *qs[0].shape[:3]), dtype=torch.float32, device=p.device
+    )
+
 
 @_affinity_pieces_op.register_fake
-def _(qs, ks, p, scale): return _fake_out(qs, p)
+def _(qs, ks, p, scale):
+    return _fake_out(qs, p)
+
 
 @_affinity_backward_op.register_fake
-def _(qs, ks, p, lse, g, scale, queries, keys, values): return _fake_grads(qs, ks, p, queries, keys, values)
+def _(qs, ks, p, lse, g, scale, queries, keys, values):
+    return _fake_grads(qs, ks, p, queries, keys, values)
 
+# %% ../../nbs/14_ops.affinity.ipynb #29d0154c
 @_affinity_pieces_backward_op.register_fake
-def _(qs, ks, p, g, scale, queries, keys, values): return _fake_grads(qs, ks, p, queries, keys, values)
+def _(qs, ks, p, g, scale, queries, keys, values):
+    return _fake_grads(qs, ks, p, queries, keys, values)
+
 
 def _affinity_setup(ctx, inputs, output):
     qs, ks, p, ctx.scale = inputs
-    ctx.blocks, kept = len(qs), [output[1]] if isinstance(output, tuple) else []
+    ctx.blocks = len(qs)
+    kept = [output[1]] if isinstance(output, tuple) else []
     ctx.save_for_backward(*qs, *ks, p, *kept)
-    if kept: ctx.mark_non_differentiable(*kept)
+    if kept:
+        ctx.mark_non_differentiable(*kept)
 
+# %% ../../nbs/14_ops.affinity.ipynb #af3cedec
 def _affinity_backward(ctx, g, *_):
     n, saved, (dqs, dks, dp, _) = ctx.blocks, ctx.saved_tensors, ctx.needs_input_grad
     wanted = any(dqs), any(dks), bool(dp)
-    op = _affinity_backward_op if len(saved) > 2*n + 1 else _affinity_pieces_backward_op
-    gq, gk, gp = op(list(saved[:n]), list(saved[n:2*n]), *saved[2*n:], g, ctx.scale, *wanted)
-    chosen = lambda grads, need: [t if w else None for t, w in zip(grads or [None]*n, need)]
+    op = _affinity_backward_op if len(saved) > 2 * n + 1 else _affinity_pieces_backward_op
+    gq, gk, gp = op(list(saved[:n]), list(saved[n : 2 * n]), *saved[2 * n :], g, ctx.scale, *wanted)
+
+    def chosen(grads, need):
+        return [t if w else None for t, w in zip(grads or [None] * n, need)]
+
     return chosen(gq, dqs), chosen(gk, dks), gp if dp else None, None
+
 
 _affinity_op.register_autograd(_affinity_backward, setup_context=_affinity_setup)
 _affinity_pieces_op.register_autograd(_affinity_backward, setup_context=_affinity_setup)
@@ -310,91 +710,163 @@ _affinity_pieces_op.register_autograd(_affinity_backward, setup_context=_affinit
 def _cannot(*tensors):
     "Why the kernels cannot run these tensors: queries, as many keys, then p."
     *maps, p = tensors
-    d, c, wide = maps[0].shape[3] if maps else 0, p.shape[-1], any(t.dtype == torch.float32 for t in maps)
-    if d > (64 if wide else 128): return f"{'float32 ' if wide else ''}heads of width {d}; the kernels take at most {64 if wide else 128}"
-    if c > (64 if wide else 256): return f"{c} columns{' with float32 queries' if wide else ''}; the kernels take at most {64 if wide else 256}"
-    if d > 64 and c > 64: return f"heads of width {d} with {c} columns; the kernels take more than 64 of one only"
+    d = maps[0].shape[3] if maps else 0
+    c = p.shape[-1]
+    wide = any(t.dtype == torch.float32 for t in maps)
+    if d > (64 if wide else 128):
+        return f"{'float32 ' if wide else ''}heads of width {d}; the kernels take at most {64 if wide else 128}"
+    if c > (64 if wide else 256):
+        return f"{c} columns{' with float32 queries' if wide else ''}; the kernels take at most {64 if wide else 256}"
+    if d > 64 and c > 64:
+        return f"heads of width {d} with {c} columns; the kernels take more than 64 of one only"
     return (unsupported(*maps) if maps else None) or unsupported(p)
+
 
 kernels_of("affinity", _cannot, affinity_fwd, affinity_bwd)
 
+# %% ../../nbs/14_ops.affinity.ipynb #6ee69c6f
 def _check(qs, ks, p):
     "Raise where shapes do not fit."
-    if not qs or len(qs) != len(ks): raise ValueError(f"affinity wants as many keys as queries, at least one of each; got {len(qs)} and {len(ks)}")
-    ok = qs[0].ndim == ks[0].ndim == 4 and p.ndim == 3 and all(q.shape == qs[0].shape for q in qs) and all(k.shape == ks[0].shape for k in ks)
-    if not ok or qs[0].shape[:2] != ks[0].shape[:2] or qs[0].shape[3] != ks[0].shape[3] or p.shape[:2] != (ks[0].shape[0], ks[0].shape[2]):
-        raise ValueError("affinity wants queries [b, h, n, d], keys [b, h, m, d], the same for every block, and p [b, m, c]; got "
-                         f"{sorted({tuple(q.shape) for q in qs})}, {sorted({tuple(k.shape) for k in ks})}, {tuple(p.shape)}")
-    if ks[0].shape[2] == 0: raise ValueError("affinity needs at least one key")
-    if not p.is_floating_point(): raise ValueError(f"affinity propagates floating point values, got {p.dtype}")
+    if not qs or len(qs) != len(ks):
+        raise ValueError(
+            f"affinity wants as many keys as queries, at least one of each; got {len(qs)} and {len(ks)}"
+        )
+    ok = (
+        qs[0].ndim == ks[0].ndim == 4
+        and p.ndim == 3
+        and all(q.shape == qs[0].shape for q in qs)
+        and all(k.shape == ks[0].shape for k in ks)
+    )
+    if (
+        not ok
+        or qs[0].shape[:2] != ks[0].shape[:2]
+        or qs[0].shape[3] != ks[0].shape[3]
+        or p.shape[:2] != (ks[0].shape[0], ks[0].shape[2])
+    ):
+        raise ValueError(
+            "affinity wants queries [b, h, n, d], keys [b, h, m, d], the same for every block, and p [b, m, c]; got "
+            f"{sorted({tuple(q.shape) for q in qs})}, {sorted({tuple(k.shape) for k in ks})}, {tuple(p.shape)}"
+        )
+    if ks[0].shape[2] == 0:
+        raise ValueError("affinity needs at least one key")
+    if not p.is_floating_point():
+        raise ValueError(f"affinity propagates floating point values, got {p.dtype}")
 
 # %% ../../nbs/14_ops.affinity.ipynb #6c31eb91
 def affinity(
-    qs:list, # queries of the stage's blocks, each [b, h, n, d], any strides
-    ks:list, # keys of the stage's blocks, each [b, h, m, d], any strides
-    p:torch.Tensor, # [b, m, c], e.g. class probabilities on the key grid
-    scale:float|None=None, # of the scores; default: d**-0.5
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # [b, n, c] in the type of p
+    qs: list,  # queries of the stage's blocks, each [b, h, n, d], any strides
+    ks: list,  # keys of the stage's blocks, each [b, h, m, d], any strides
+    p: torch.Tensor,  # [b, m, c], e.g. class probabilities on the key grid
+    scale: float | None = None,  # of the scores; default: d**-0.5
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, n, c] in the type of p
     "Carry `p` through the average of a stage's attention maps; the maps are never stored."
-    qs, ks = list(qs), list(ks)
+    qs = list(qs)
+    ks = list(ks)
     _check(qs, ks, p)
     kind = autocast_type(p)
-    if kind: qs, ks = [q.to(kind) for q in qs], [k.to(kind) for k in ks]
-    scale = float(qs[0].shape[3]**-0.5 if scale is None else scale)
-    if exporting() or not qs[0].numel() or not p.numel(): return affinity_ref(qs, ks, p, scale)
+    if kind:
+        qs = [q.to(kind) for q in qs]
+        ks = [k.to(kind) for k in ks]
+    scale = float(qs[0].shape[3] ** -0.5 if scale is None else scale)
+    if exporting() or not qs[0].numel() or not p.numel():
+        return affinity_ref(qs, ks, p, scale)
     ours = choose("affinity", *qs, *ks, p, impl=impl, sizes=(*p.shape[1:], len(qs)))
     return _affinity_op(qs, ks, p, scale)[0] if ours else _affinity_pieces_op(qs, ks, p, scale)
 
 # %% ../../nbs/14_ops.affinity.ipynb #b93125b3
 class AttentionMaps:
     "The attention maps of one stage, made only where someone looks."
-    def __init__(self,
-        qs:list, # queries of the blocks, each [b, h, n, d]
-        ks:list, # keys of the blocks, each [b, h, m, d]
-        size:tuple, # (height, width) of the grid of the queries
-        key_size:tuple, # (height, width) of the grid of the keys
-        scale:float|None=None, # of the scores; default: d**-0.5
+
+    def __init__(
+        self,
+        qs: list,  # queries of the blocks, each [b, h, n, d]
+        ks: list,  # keys of the blocks, each [b, h, m, d]
+        size: tuple,  # (height, width) of the grid of the queries
+        key_size: tuple,  # (height, width) of the grid of the keys
+        scale: float | None = None,  # of the scores; default: d**-0.5
     ):
-        self.qs, self.ks, self.size, self.key_size = list(qs), list(ks), tuple(size), tuple(key_size)
-        if not self.qs or len(self.qs) != len(self.ks): raise ValueError(f"attention maps need as many keys as queries, at least one; got {len(self.qs)} and {len(self.ks)}")
-        n, m = self.qs[0].shape[2], self.ks[0].shape[2]
-        if n != size[0]*size[1] or m != key_size[0]*key_size[1]:
-            raise ValueError(f"{n} queries do not fill a grid of {size[0]}×{size[1]}, or {m} keys one of {key_size[0]}×{key_size[1]}")
-        self.scale = self.qs[0].shape[3]**-0.5 if scale is None else float(scale)
+        self.qs = list(qs)
+        self.ks = list(ks)
+        self.size = tuple(size)
+        self.key_size = tuple(key_size)
+        if not self.qs or len(self.qs) != len(self.ks):
+            raise ValueError(
+                f"attention maps need as many keys as queries, at least one; got {len(self.qs)} and {len(self.ks)}"
+            )
+        n = self.qs[0].shape[2]
+        m = self.ks[0].shape[2]
+        if n != size[0] * size[1] or m != key_size[0] * key_size[1]:
+            raise ValueError(
+                f"{n} queries do not fill a grid of {size[0]}×{size[1]}, or {m} keys one of {key_size[0]}×{key_size[1]}"
+            )
+        self.scale = self.qs[0].shape[3] ** -0.5 if scale is None else float(scale)
 
-    def __len__(self): return len(self.qs)
-    def __repr__(self): return f"AttentionMaps({len(self)} blocks, {self.qs[0].shape[1]} heads, {self.size[0]}×{self.size[1]} from {self.key_size[0]}×{self.key_size[1]})"
+    def __len__(self):
+        return len(self.qs)
 
-    def __getitem__(self,
-        i:int, # number of the block
-    )->torch.Tensor: # [b, h, n, m], float32 at least
+    def __repr__(self):
+        return (
+            f"AttentionMaps({len(self)} blocks, {self.qs[0].shape[1]} heads, "
+            f"{self.size[0]}×{self.size[1]} from {self.key_size[0]}×{self.key_size[1]})"
+        )
+
+    def __getitem__(
+        self,
+        i: int,  # number of the block
+    ) -> torch.Tensor:  # [b, h, n, m], float32 at least
         "The map of one block."
-        q, k = self.qs[i], self.ks[i]
+        q = self.qs[i]
+        k = self.ks[i]
         kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-        with without_autocast(q): return torch.softmax(q.to(kind) @ k.to(kind).transpose(2, 3)*self.scale, 3)
+        with without_autocast(q):
+            return torch.softmax(q.to(kind) @ k.to(kind).transpose(2, 3) * self.scale, 3)
 
-    def average(self)->torch.Tensor: # [b, n, m]
+    def average(self) -> torch.Tensor:  # [b, n, m]
         "The mean map over blocks and heads; for small pictures."
-        return sum(self[i].mean(1) for i in range(len(self)))/len(self)
+        return sum(self[i].mean(1) for i in range(len(self))) / len(self)
 
-    def propagate(self,
-        p:torch.Tensor, # [b, c, h', w'] on the grid of the keys
-        impl:str|None=None, # "auto" | "ref" | "triton"
-    )->torch.Tensor: # [b, c, h, w] on the grid of the queries
+    def propagate(
+        self,
+        p: torch.Tensor,  # [b, c, h', w'] on the grid of the keys
+        impl: str | None = None,  # "auto" | "ref" | "triton"
+    ) -> torch.Tensor:  # [b, c, h, w] on the grid of the queries
         "Carry `p` through the average map, which is not made."
-        if p.ndim != 4 or tuple(p.shape[2:]) != self.key_size: raise ValueError(f"expected values [b, c, {self.key_size[0]}, {self.key_size[1]}], got {tuple(p.shape)}")
-        return affinity(self.qs, self.ks, p.flatten(2).transpose(1, 2), self.scale, impl).transpose(1, 2).unflatten(2, self.size)
+        if p.ndim != 4 or tuple(p.shape[2:]) != self.key_size:
+            raise ValueError(
+                f"expected values [b, c, {self.key_size[0]}, {self.key_size[1]}], got {tuple(p.shape)}"
+            )
+        return (
+            affinity(self.qs, self.ks, p.flatten(2).transpose(1, 2), self.scale, impl)
+            .transpose(1, 2)
+            .unflatten(2, self.size)
+        )
 
-    def at(self,
-        y:int, # row of the query
-        x:int, # its column
-    )->torch.Tensor: # [b, h', w']
+    def at(
+        self,
+        y: int,  # row of the query
+        x: int,  # its column
+    ) -> torch.Tensor:  # [b, h', w']
         "What one query looks at: its row of the average map, as a picture."
-        if not (0 <= y < self.size[0] and 0 <= x < self.size[1]): raise ValueError(f"query ({y}, {x}) lies outside the grid of {self.size[0]}×{self.size[1]}")
-        i = y*self.size[1] + x
-        return AttentionMaps([q[:, :, i:i + 1] for q in self.qs], self.ks, (1, 1), self.key_size, self.scale).average()[:, 0].unflatten(1, self.key_size)
+        if not (0 <= y < self.size[0] and 0 <= x < self.size[1]):
+            raise ValueError(
+                f"query ({y}, {x}) lies outside the grid of {self.size[0]}×{self.size[1]}"
+            )
+        i = y * self.size[1] + x
+        return (
+            AttentionMaps(
+                [q[:, :, i : i + 1] for q in self.qs], self.ks, (1, 1), self.key_size, self.scale
+            )
+            .average()[:, 0]
+            .unflatten(1, self.key_size)
+        )
 
-    def detach(self): # AttentionMaps
+    def detach(self):  # AttentionMaps
         "The same maps without gradients."
-        return AttentionMaps([q.detach() for q in self.qs], [k.detach() for k in self.ks], self.size, self.key_size, self.scale)
+        return AttentionMaps(
+            [q.detach() for q in self.qs],
+            [k.detach() for k in self.ks],
+            self.size,
+            self.key_size,
+            self.scale,
+        )

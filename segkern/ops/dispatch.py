@@ -17,45 +17,63 @@ from .verdicts import UNMEASURED, call_facts, hash_of, measured, objection
 
 # %% ../../nbs/10_ops.dispatch.ipynb #50cec070
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# %% ../../nbs/10_ops.dispatch.ipynb #f43fa67f
 if HAS_TRITON:
     import triton
     import triton.language as tl
 else:
+
     class _Absent:
         "Stands in for triton: decorators return what they decorate, everything else is an empty name."
+
         constexpr = object
         jit = staticmethod(lambda fn=None, **kw: fn if fn is not None else (lambda f: f))
-        def __getattr__(self, name): return _Absent()
-        def __call__(self, *a, **kw): raise RuntimeError("this needs triton, which is not installed (it comes with the Linux wheels of torch)")
+
+        def __getattr__(self, name):
+            return _Absent()
+
+        def __call__(self, *a, **kw):
+            raise RuntimeError(
+                "this needs triton, which is not installed (it comes with the Linux wheels of torch)"
+            )
+
     triton = tl = _Absent()
 
 # %% ../../nbs/10_ops.dispatch.ipynb #582d6b4a
 @triton.jit
-def _probe(): pass
+def _probe():
+    pass
 
-def interpreting()->bool: # True where `TRITON_INTERPRET=1` was set when triton was imported
+
+def interpreting() -> bool:  # True where `TRITON_INTERPRET=1` was set when triton was imported
     "Whether kernels run in Triton's interpreter, on CPU tensors."
     return type(_probe).__name__ == "InterpretedFunction"
 
 # %% ../../nbs/10_ops.dispatch.ipynb #87e0cfee
-def exporting()->bool: # True while a graph is exported
+def exporting() -> bool:  # True while a graph is exported
     "Whether the graph must hold plain PyTorch."
     # torch.compile of PyTorch 2.11 takes `torch.compiler.is_exporting()` for true
     return torch.compiler._is_exporting_flag
 
 # %% ../../nbs/10_ops.dispatch.ipynb #60292b68
 IMPLS = ("auto", "ref", "triton")
-KERNELS = {} # name of an op -> function(*tensors) that returns why its kernels cannot run them, or None
-LAUNCHERS = {} # name of an op -> the functions that launch its kernels
+# name of an op -> function(*tensors) that returns why its kernels cannot run them, or None
+KERNELS = {}
+LAUNCHERS = {}  # name of an op -> the functions that launch its kernels
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_forced = [os.environ.get("SEGKERN_IMPL", "auto")] # read at import: at every call it would cost as much as the rest
-_blocks, _asked, _told, _choices = [], [], set(), {}
+# read at import: at every call it would cost as much as the rest
+_forced = [os.environ.get("SEGKERN_IMPL", "auto")]
+_blocks = []
+_asked = []
+_told = set()
+_choices = {}
 
 # %% ../../nbs/10_ops.dispatch.ipynb #251a79cc
 def kernels_of(
-    op:str, # its name
-    cannot, # function(*tensors) that returns why the kernels cannot run them, or None
-    *launchers, # functions that launch them, forward and backward
+    op: str,  # its name
+    cannot,  # function(*tensors) that returns why the kernels cannot run them, or None
+    *launchers,  # functions that launch them, forward and backward
 ):
     "Register the kernels of an op."
     KERNELS[op], LAUNCHERS[op] = cannot, launchers
@@ -63,116 +81,153 @@ def kernels_of(
 
 # %% ../../nbs/10_ops.dispatch.ipynb #988c700b
 def wanted_impl(
-    impl:str|None=None, # what the call itself asks for
-)->str: # "auto" | "ref" | "triton"
+    impl: str | None = None,  # what the call itself asks for
+) -> str:  # "auto" | "ref" | "triton"
     "What the user asked for: the call, else the innermost `use_impl`, else `set_impl` or `SEGKERN_IMPL`, else 'auto'."
     impl = impl or _forced[-1]
-    if impl not in IMPLS: raise ValueError(f"unknown implementation '{impl}' (impl, SEGKERN_IMPL or use_impl); known: {', '.join(IMPLS)}")
+    if impl not in IMPLS:
+        raise ValueError(
+            f"unknown implementation '{impl}' (impl, SEGKERN_IMPL or use_impl); known: {', '.join(IMPLS)}"
+        )
     return impl
 
 # %% ../../nbs/10_ops.dispatch.ipynb #f3fbcb6d
 def set_impl(
-    impl:str, # "auto" | "ref" | "triton"
+    impl: str,  # "auto" | "ref" | "triton"
 ):
     "Choose the implementation of every op from here on; `SEGKERN_IMPL` does so from the start."
     _forced[0] = wanted_impl(impl)
 
+# %% ../../nbs/10_ops.dispatch.ipynb #28b0566e
 @contextlib.contextmanager
 def use_impl(
-    impl:str, # "auto" | "ref" | "triton"
+    impl: str,  # "auto" | "ref" | "triton"
 ):
     "Choose the implementation of every op called inside the block."
     _forced.append(impl)
     try:
         wanted_impl()
         yield
-    finally: _forced.pop()
+    finally:
+        _forced.pop()
 
 # %% ../../nbs/10_ops.dispatch.ipynb #060e9749
 _hashes = {}
 
+
 def code_hash(
-    op:str, # its name
-)->str: # changes with the code of its kernels
+    op: str,  # its name
+) -> str:  # changes with the code of its kernels
     "The hash that a verdict about this op must carry now."
     launchers = LAUNCHERS.get(op, ())
-    if launchers not in _hashes: _hashes[launchers] = hash_of(launchers)
+    if launchers not in _hashes:
+        _hashes[launchers] = hash_of(launchers)
     return _hashes[launchers]
 
 # %% ../../nbs/10_ops.dispatch.ipynb #d2fa2bf8
 def on_gpu(
-    op:str, # its name
-    index:int, # of the GPU
-    facts:dict|None=None, # of `call_facts`; None: at sizes that are not known yet
-)->str|None: # None: the kernel is taken
+    op: str,  # its name
+    index: int,  # of the GPU
+    facts: dict | None = None,  # of `call_facts`; None: at sizes that are not known yet
+) -> str | None:  # None: the kernel is taken
     "Why `auto` does not take a kernel on a GPU."
     table = measured().get(torch.cuda.get_device_name(index))
     return UNMEASURED if table is None else objection(table.get(op), code_hash(op), facts)
 
+
 @torch.compiler.assume_constant_result
-def _while_compiling(op, index): return on_gpu(op, index)
+def _while_compiling(op, index):
+    return on_gpu(op, index)
 
 # %% ../../nbs/10_ops.dispatch.ipynb #761745a2
 def which(
-    op:str, # name of an op, e.g. "strip_attention"
-    *tensors:torch.Tensor, # its tensor arguments
-    impl:str|None=None, # what the call asks for
-    sizes:tuple=(), # numbers that decide besides the first tensor's shape
-    mode:str="", # variant of the op
-)->tuple: # (implementation, reason)
+    op: str,  # name of an op, e.g. "strip_attention"
+    *tensors: torch.Tensor,  # its tensor arguments
+    impl: str | None = None,  # what the call asks for
+    sizes: tuple = (),  # numbers that decide besides the first tensor's shape
+    mode: str = "",  # variant of the op
+) -> tuple:  # (implementation, reason)
     "The implementation that a call with these tensors takes, and why."
-    want, cuda = wanted_impl(impl), len(tensors) > 0 and all(t.is_cuda for t in tensors)
-    if op not in KERNELS: raise ValueError(f"unknown op '{op}'; ops with kernels: {', '.join(sorted(KERNELS))}")
-    if want == "ref": return "ref", "asked for"
-    if exporting(): return "ref", "exported graphs hold plain PyTorch"
-    if want == "auto" and not cuda: return "ref", "the tensors are not on a CUDA device"
+    want = wanted_impl(impl)
+    cuda = len(tensors) > 0 and all(t.is_cuda for t in tensors)
+    if op not in KERNELS:
+        raise ValueError(f"unknown op '{op}'; ops with kernels: {', '.join(sorted(KERNELS))}")
+    if want == "ref":
+        return "ref", "asked for"
+    if exporting():
+        return "ref", "exported graphs hold plain PyTorch"
+    if want == "auto" and not cuda:
+        return "ref", "the tensors are not on a CUDA device"
     if not HAS_TRITON:
-        if want == "triton": raise ValueError("impl 'triton' was asked for, but triton is not installed (it comes with the Linux wheels of torch)")
+        if want == "triton":
+            raise ValueError(
+                "impl 'triton' was asked for, but triton is not installed (it comes with the Linux wheels of torch)"
+            )
         return "ref", "triton is not installed"
     if not cuda and not (interpreting() and all(t.device.type == "cpu" for t in tensors)):
-        raise ValueError(f"impl 'triton' was asked for, but op '{op}' was called with {tensors[0].device.type if tensors else 'no'} tensors; kernels need "
-                         "a CUDA device, or TRITON_INTERPRET=1 set before triton is imported")
+        raise ValueError(
+            f"impl 'triton' was asked for, but op '{op}' was called with "
+            f"{tensors[0].device.type if tensors else 'no'} tensors; kernels need "
+            "a CUDA device, or TRITON_INTERPRET=1 set before triton is imported"
+        )
     reason = KERNELS[op](*tensors) if tensors else None
-    if reason: return "ref", reason
-    if want == "triton": return "triton", "asked for"
+    if reason:
+        return "ref", reason
+    if want == "triton":
+        return "triton", "asked for"
     index = tensors[0].device.index
     if torch.compiler.is_compiling():
-        reason = _while_compiling(op, index) # a look at sizes would freeze them in the graph
-    else: reason = on_gpu(op, index, call_facts(*tensors, sizes=sizes, mode=mode))
-    return ("ref", reason) if reason else ("triton", "it passed the gate on this GPU and wins at such sizes")
+        reason = _while_compiling(op, index)  # a look at sizes would freeze them in the graph
+    else:
+        reason = on_gpu(op, index, call_facts(*tensors, sizes=sizes, mode=mode))
+    return (
+        ("ref", reason)
+        if reason
+        else ("triton", "it passed the gate on this GPU and wins at such sizes")
+    )
 
 # %% ../../nbs/10_ops.dispatch.ipynb #5bff6b4c
 def choose(
-    op:str, # name of an op
-    *tensors:torch.Tensor, # its tensor arguments
-    impl:str|None=None, # what the call asks for
-    sizes:tuple=(), # numbers that decide besides the first tensor's shape
-    mode:str="", # variant of the op
-)->bool: # True: the kernel
+    op: str,  # name of an op
+    *tensors: torch.Tensor,  # its tensor arguments
+    impl: str | None = None,  # what the call asks for
+    sizes: tuple = (),  # numbers that decide besides the first tensor's shape
+    mode: str = "",  # variant of the op
+) -> bool:  # True: the kernel
     "Whether the kernel runs; says once where one was asked for and cannot run, or none can be trusted."
-    want, first = impl or _forced[-1], tensors[0]
-    if want == "auto" and not first.is_cuda: return False
+    want = impl or _forced[-1]
+    first = tensors[0]
+    if want == "auto" and not first.is_cuda:
+        return False
     if torch.compiler.is_compiling():
         return which(op, *tensors, impl=impl, sizes=sizes, mode=mode)[0] == "triton"
-    if _asked: _asked[-1].append((op, call_facts(*tensors, sizes=sizes, mode=mode)))
+    if _asked:
+        _asked[-1].append((op, call_facts(*tensors, sizes=sizes, mode=mode)))
     grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
     lies = first.is_contiguous() or first.stride()
     key = op, want, grad, lies, sizes, mode, first.get_device(), first.dtype, first.shape
-    for other in tensors[1:]: key += other.shape, other.dtype
+    for other in tensors[1:]:
+        key += other.shape, other.dtype
     known = _choices.get(key)
-    if known is None: known = _choices[key] = _decide(op, tensors, want, sizes, mode)
+    if known is None:
+        known = _choices[key] = _decide(op, tensors, want, sizes, mode)
     return known
 
+# %% ../../nbs/10_ops.dispatch.ipynb #3e346826
 def _decide(op, tensors, want, sizes, mode):
     "Ask `which`, and tell the user where it matters."
-    if len(_choices) >= 4096: _choices.clear()
+    if len(_choices) >= 4096:
+        _choices.clear()
     got, why = which(op, *tensors, impl=want, sizes=sizes, mode=mode)
     said = why if why == UNMEASURED else (op, why)
     if got == "ref" and why != "asked for" and said not in _told:
         _told.add(said)
         if why == UNMEASURED:
             logger.warning("kernels are off: %s; SEGKERN_IMPL=triton runs them all the same", why)
-        else: logger.log(30 if want == "triton" else 20, "%s runs its reference implementation: %s", op, why)
+        else:
+            logger.log(
+                30 if want == "triton" else 20, "%s runs its reference implementation: %s", op, why
+            )
     return got == "triton"
 
 # %% ../../nbs/10_ops.dispatch.ipynb #0770d278
@@ -182,74 +237,86 @@ def forget():
     _choices.clear()
     _told.clear()
 
+
 @contextlib.contextmanager
-def asked(): # a context that gives a list of (op, `call_facts`)
+def asked():  # a context that gives a list of (op, `call_facts`)
     "Collects what ops ask in the block: what a measurement of them is filed under."
     _asked.append([])
-    try: yield _asked[-1]
-    finally: _asked.pop()
+    try:
+        yield _asked[-1]
+    finally:
+        _asked.pop()
 
 # %% ../../nbs/10_ops.dispatch.ipynb #e3aff147
 def unsupported(
-    *tensors:torch.Tensor, # float tensors of one call
-)->str|None: # the reason, or None
+    *tensors: torch.Tensor,  # float tensors of one call
+) -> str | None:  # the reason, or None
     "What no kernel can do: other types than the three usual floats, or a mix of types."
     kinds = {t.dtype for t in tensors}
-    if len(kinds) > 1: return f"the tensors have different types ({', '.join(sorted(str(k).split('.')[1] for k in kinds))})"
+    if len(kinds) > 1:
+        return f"the tensors have different types ({', '.join(sorted(str(k).split('.')[1] for k in kinds))})"
     kind = kinds.pop()
     return None if kind in FLOATS else f"{str(kind).split('.')[1]} has no kernel"
 
 # %% ../../nbs/10_ops.dispatch.ipynb #be6d24bf
 def blocks(
-    op:str, # name of an op
-    **default, # block sizes, `num_warps`, `num_stages`
-)->dict: # keyword arguments of the launch
+    op: str,  # name of an op
+    **default,  # block sizes, `num_warps`, `num_stages`
+) -> dict:  # keyword arguments of the launch
     "The launch options of an op: its own, or those of the innermost `use_blocks`."
     for name, override in reversed(_blocks):
-        if name == op: return default | {k: v for k, v in override.items() if k in default}
+        if name == op:
+            return default | {k: v for k, v in override.items() if k in default}
     return default
 
+# %% ../../nbs/10_ops.dispatch.ipynb #08c6cbd4
 @contextlib.contextmanager
 def use_blocks(
-    op:str, # name of an op
-    **override, # the options that change
+    op: str,  # name of an op
+    **override,  # the options that change
 ):
     "Launch an op with other block sizes inside the block."
     _blocks.append((op, override))
-    try: yield
-    finally: _blocks.pop()
+    try:
+        yield
+    finally:
+        _blocks.pop()
 
 # %% ../../nbs/10_ops.dispatch.ipynb #26126615
 def pow2(
-    n:int, # at least 1
-    low:int=1, # lower bound of the result
-    high:int|None=None, # upper bound of the result
-)->int: # the power of two
+    n: int,  # at least 1
+    low: int = 1,  # lower bound of the result
+    high: int | None = None,  # upper bound of the result
+) -> int:  # the power of two
     "The smallest power of two that is at least `n`, within bounds."
     p = max(low, 1 << (int(n) - 1).bit_length())
     return p if high is None else min(p, high)
 
+
 # asked once: torch.compile of PyTorch 2.11 cannot trace the question
 AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 
+# %% ../../nbs/10_ops.dispatch.ipynb #cc1bb01e
 def autocast_type(
-    x:torch.Tensor, # a tensor of the call
-)->torch.dtype|None: # None: leave the types as they are
+    x: torch.Tensor,  # a tensor of the call
+) -> torch.dtype | None:  # None: leave the types as they are
     "The type that matrix products of `x` take under the caller's autocast."
     kind = x.device.type
     on = kind in AUTOCAST and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if on else None
 
+
 def without_autocast(
-    x:torch.Tensor, # any tensor of the device
-): # a context
+    x: torch.Tensor,  # any tensor of the device
+):  # a context
     "Without the caller's autocast, on devices that have one."
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if kind in AUTOCAST else contextlib.nullcontext()
 
+# %% ../../nbs/10_ops.dispatch.ipynb #d6e328f1
 def on_device(
-    x:torch.Tensor, # a tensor of the launch
-): # a context manager
+    x: torch.Tensor,  # a tensor of the launch
+):  # a context manager
     "Makes the device of `x` the current one, as a launch needs it."
     away = x.is_cuda and x.device.index != torch.cuda.current_device()
     return torch.cuda.device(x.device) if away else contextlib.nullcontext()

@@ -17,54 +17,70 @@ from .dispatch import autocast_type, wanted_impl
 # %% ../../nbs/10b_ops.graphs.ipynb #fe292660
 class CudaRecorder:
     "Records functions of one tensor as CUDA graphs in one pool of memory."
-    def __init__(self): self.forget()
+
+    def __init__(self):
+        self.forget()
 
     def forget(self):
         "Start with a new pool."
-        self.pool, self.done = None, None
+        self.pool = None
+        self.done = None
 
-    def takes(self,
-        x:torch.Tensor, # input of a call
-    )->bool: # whether a function of it can be recorded here and now
+    def takes(
+        self,
+        x: torch.Tensor,  # input of a call
+    ) -> bool:  # whether a function of it can be recorded here and now
         return x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
     @contextlib.contextmanager
-    def turn(self,
-        x:torch.Tensor, # tells the device
+    def turn(
+        self,
+        x: torch.Tensor,  # tells the device
     ):
         "The device does what the block asks for after the turn before, whatever the streams."
         with torch.cuda.device(x.device):
-            if self.done is None: self.done = torch.cuda.Event()
-            else: torch.cuda.current_stream().wait_event(self.done)
-            try: yield
-            finally: self.done.record()
+            if self.done is None:
+                self.done = torch.cuda.Event()
+            else:
+                torch.cuda.current_stream().wait_event(self.done)
+            try:
+                yield
+            finally:
+                self.done.record()
 
-    def record(self,
-        fn, # function of one tensor
-        x:torch.Tensor, # what it reads, in every replay
-    ): # function without arguments that computes `fn(x)` again, always into the same memory
+    def record(
+        self,
+        fn,  # function of one tensor
+        x: torch.Tensor,  # what it reads, in every replay
+    ):  # function without arguments that computes `fn(x)` again, always into the same memory
         "Capture a call."
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        here = torch.cuda.current_stream()
+        beside = torch.cuda.Stream()
         beside.wait_stream(here)
         with torch.cuda.stream(beside):
-            for _ in range(3): fn(x)
+            for _ in range(3):
+                fn(x)
         here.wait_stream(beside)
-        if self.pool is None: self.pool = torch.cuda.graph_pool_handle()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 out = fn(x)
         except Exception:
-            self.pool = None # a broken capture may still hold it
+            self.pool = None  # a broken capture may still hold it
             raise
+
         def replay():
             graph.replay()
             return out
+
         return replay
 
-    def milliseconds(self,
-        run, # function without arguments
-    )->float: # median of five calls
+    def milliseconds(
+        self,
+        run,  # function without arguments
+    ) -> float:  # median of five calls
         "Time on the device."
         times = []
         for _ in range(5):
@@ -78,27 +94,37 @@ class CudaRecorder:
 
 # %% ../../nbs/10b_ops.graphs.ipynb #3915c283
 def first_line(
-    error:Exception,
-)->str: # for the log
+    error: Exception,
+) -> str:  # for the log
     "What an error says first."
     return (str(error) or repr(error)).splitlines()[0]
 
 # %% ../../nbs/10b_ops.graphs.ipynb #9efaddd6
 class Recordings:
     "Graphs by kind of call; the one that was not used for longest goes. They are neither copied nor saved."
-    def __init__(self,
-        limit:int=4, # graphs that are kept; 0: none
-        copies:bool=True, # results are the caller's own; False: the next replay overwrites them
-        after:int=3, # a kind of call is recorded when it comes for the so-many-th time
-        recorder=None, # default: `CudaRecorder`
+
+    def __init__(
+        self,
+        limit: int = 4,  # graphs that are kept; 0: none
+        # results are the caller's own; False: the next replay overwrites them
+        copies: bool = True,
+        after: int = 3,  # a kind of call is recorded when it comes for the so-many-th time
+        recorder=None,  # default: `CudaRecorder`
     ):
-        if limit < 0: raise ValueError(f"the number of graphs must be 0 or more, got {limit}")
-        self.limit, self.copies, self.after, self.recorder = limit, copies, after, recorder or CudaRecorder()
+        if limit < 0:
+            raise ValueError(f"the number of graphs must be 0 or more, got {limit}")
+        self.limit = limit
+        self.copies = copies
+        self.after = after
+        self.recorder = recorder or CudaRecorder()
         self._start()
 
     def _start(self):
-        self.lock, self.busy = threading.RLock(), False
-        self.graphs, self.calls, self.failed = OrderedDict(), OrderedDict(), {}
+        self.lock = threading.RLock()
+        self.busy = False
+        self.graphs = OrderedDict()
+        self.calls = OrderedDict()
+        self.failed = {}
 
     def __getstate__(self):
         kept = {k: getattr(self, k) for k in ("limit", "copies", "after")}
@@ -111,27 +137,34 @@ class Recordings:
     def clear(self):
         "Forget all graphs: the memory that they read is no longer what counts."
         with self.lock:
-            for held in (self.graphs, self.calls, self.failed): held.clear()
+            for held in (self.graphs, self.calls, self.failed):
+                held.clear()
             self.recorder.forget()
 
     def _has(self, key, fn, x, settings):
         "Whether there is a graph of such calls; makes it when it is time."
-        if key in self.graphs: return True
+        if key in self.graphs:
+            return True
         seen = self.calls[key] = self.calls.pop(key, 0) + 1
-        if len(self.calls) > 64: self.calls.popitem(last=False)
-        if key in self.failed or seen < self.after: return False
-        try: self.graphs[key] = self.recorded(lambda t: fn(t, *settings), x)
+        if len(self.calls) > 64:
+            self.calls.popitem(last=False)
+        if key in self.failed or seen < self.after:
+            return False
+        try:
+            self.graphs[key] = self.recorded(lambda t: fn(t, *settings), x)
         except Exception as e:
             self.failed[key] = reason = first_line(e)
             logger.warning("no graph of %s for %s: %s", fn.__name__, tuple(x.shape), reason)
         self.calls.pop(key)
-        if len(self.graphs) > self.limit: self.graphs.popitem(last=False)
+        if len(self.graphs) > self.limit:
+            self.graphs.popitem(last=False)
         return key in self.graphs
 
-    def recorded(self,
-        fn, # function of one tensor
-        x:torch.Tensor, # an input
-    )->tuple: # the tensor that replays read, and the replay
+    def recorded(
+        self,
+        fn,  # function of one tensor
+        x: torch.Tensor,  # an input
+    ) -> tuple:  # the tensor that replays read, and the replay
         "Record a function on memory of its own; inside `outermost`."
         with self.recorder.turn(x):
             buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
@@ -140,22 +173,28 @@ class Recordings:
 # %% ../../nbs/10b_ops.graphs.ipynb #d1958077
 class Replays(Recordings):
     "Calls functions of one tensor, and replays those that come often."
-    def takes(self,
-        x, # input of a call
-    )->bool: # whether that call may be a replay
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not torch.Tensor: return False
+
+    def takes(
+        self,
+        x,  # input of a call
+    ) -> bool:  # whether that call may be a replay
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not torch.Tensor:
+            return False
         return self.limit > 0 and x.numel() > 0 and self.recorder.takes(x)
 
-    def __call__(self,
-        fn, # function of a tensor and of settings that can be compared; returns a tensor
-        x:torch.Tensor, # its input
-        *settings, # e.g. the size of the labels
-    )->torch.Tensor: # `fn(x, *settings)`
+    def __call__(
+        self,
+        fn,  # function of a tensor and of settings that can be compared; returns a tensor
+        x: torch.Tensor,  # its input
+        *settings,  # e.g. the size of the labels
+    ) -> torch.Tensor:  # `fn(x, *settings)`
         "Call or replay."
-        if not self.takes(x): return fn(x, *settings)
+        if not self.takes(x):
+            return fn(x, *settings)
         key = fn.__name__, settings, x.shape, x.dtype, x.device, wanted_impl(), autocast_type(x)
         with self.outermost() as free, torch.inference_mode():
-            if not free or not self._has(key, fn, x, settings): return fn(x, *settings)
+            if not free or not self._has(key, fn, x, settings):
+                return fn(x, *settings)
             buffer, replay = self.graphs[key]
             self.graphs.move_to_end(key)
             with self.recorder.turn(x):
@@ -164,26 +203,35 @@ class Replays(Recordings):
                 return out.clone() if self.copies else out
 
     @contextlib.contextmanager
-    def outermost(self): # a context that says whether no other call is going on
+    def outermost(self):  # a context that says whether no other call is going on
         "One call at a time; what it calls in turn is a part of it."
         with self.lock:
-            free, self.busy = not self.busy, True
-            try: yield free
-            finally: self.busy = not free
+            free = not self.busy
+            self.busy = True
+            try:
+                yield free
+            finally:
+                self.busy = not free
 
 # %% ../../nbs/10b_ops.graphs.ipynb #af4e332d
 class Rerun(CudaRecorder):
     "A stand-in for tests: replays by calling the function again, on the recorded input and into the recorded output."
-    def takes(self, x): return True
 
-    def turn(self, x): return contextlib.nullcontext()
+    def takes(self, x):
+        return True
+
+    def turn(self, x):
+        return contextlib.nullcontext()
 
     def record(self, fn, x):
         out = fn(x)
-        def replay(): return out.copy_(fn(x))
+
+        def replay():
+            return out.copy_(fn(x))
+
         return replay
 
     def milliseconds(self, run):
         start = time.perf_counter()
         run()
-        return 1e3*(time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - start)

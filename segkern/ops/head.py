@@ -15,51 +15,70 @@ from torch.utils.checkpoint import checkpoint
 from ..core import IGNORE
 from .dispatch import choose, exporting, kernels_of, unsupported, without_autocast
 from .head_checks import _check_head, _check_options, _check_pair, check_target, wide_ids
-from .head_kernels import select, upsample_argmax_fwd, upsample_ce_bwd, upsample_ce_fwd, upsample_confusion_fwd
+from segkern.ops.head_kernels import (
+    select,
+    upsample_argmax_fwd,
+    upsample_ce_bwd,
+    upsample_ce_fwd,
+    upsample_confusion_fwd,
+)
 from .head_quads import ce_bwd, ce_fwd
 from .operator import operator
 
 # %% ../../nbs/17_ops.head.ipynb #27c85c6f
 def _source_rows(h, height, align_corners, device, dtype):
     "For each output row the two input rows it lies between and the weight of the second."
-    o = torch.arange(height, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    o = torch.arange(
+        height, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     src = _source(o, h, height, align_corners).clamp(min=0)
     lo = src.floor().long().clamp(max=h - 1)
     return lo, (lo + 1).clamp(max=h - 1), (src - lo).to(dtype)
 
+
 def _source(o, h, height, align_corners):
     "Where output rows `o`, a tensor or an array, lie in the input."
-    if align_corners: return o*((h - 1)/max(1, height - 1))
-    return (o + 0.5)*(h/height) - 0.5
+    if align_corners:
+        return o * ((h - 1) / max(1, height - 1))
+    return (o + 0.5) * (h / height) - 0.5
 
+# %% ../../nbs/17_ops.head.ipynb #9adee6af
 def _first_rows(h, height, align_corners, dtype):
     "The first input row of each output row, with the roundings of `_source_rows`; no device is asked."
     o = np.arange(height, dtype=np.float64 if dtype == torch.float64 else np.float32)
     return np.clip(np.floor(_source(o, h, height, align_corners)), 0, h - 1).astype(int).tolist()
 
 # %% ../../nbs/17_ops.head.ipynb #fab7f312
-def _compute_dtype(x): return x.dtype if x.dtype == torch.float64 else torch.float32
+def _compute_dtype(x):
+    return x.dtype if x.dtype == torch.float64 else torch.float32
+
 
 def _span(geometry, rows):
     "First and last input row of a band, plus one."
     h, first = geometry[3:]
     return first[rows][0], min(first[rows][-1] + 1, h - 1) + 1
 
+# %% ../../nbs/17_ops.head.ipynb #5aaf5c31
 def _band(z, size, rows, geometry, align_corners):
     "Output rows `rows` (a slice) of the resized logits; `z` holds the input rows of `_span` only."
     lo, hi, t = (g[rows] for g in geometry[:3])
-    wide = F.interpolate(z, (z.shape[2], size[1]), mode="bilinear", align_corners=align_corners) if z.shape[3] != size[1] else z
+    wide = (
+        F.interpolate(z, (z.shape[2], size[1]), mode="bilinear", align_corners=align_corners)
+        if z.shape[3] != size[1]
+        else z
+    )
     base = _span(geometry, rows)[0]
     t = t[:, None]
-    return wide[:, :, lo - base]*(1 - t) + wide[:, :, hi - base]*t
+    return wide[:, :, lo - base] * (1 - t) + wide[:, :, hi - base] * t
 
 # %% ../../nbs/17_ops.head.ipynb #0a74bc70
-BAND = 1 << 21 # elements of the resized map that exist at a time
+BAND = 1 << 21  # elements of the resized map that exist at a time
+
 
 def _bands(shape, size, align_corners, device, dtype):
     "Row slices of bounded size; the row geometry on the device, and what the host must know of it."
     b, k, h, _ = shape
-    step = max(1, BAND // max(1, b*k*size[1]))
+    step = max(1, BAND // max(1, b * k * size[1]))
     geometry = _source_rows(h, size[0], align_corners, device, dtype)
     slices = [slice(r, min(r + step, size[0])) for r in range(0, size[0], step)]
     return slices, (*geometry, h, _first_rows(h, size[0], align_corners, dtype))
@@ -68,17 +87,22 @@ def _bands(shape, size, align_corners, device, dtype):
 def _band_backward(g, shape, rows, geometry, align_corners):
     "Gradient of the input rows of `_span`, [b, k, rows, w] = `shape`, from that of the band."
     lo, hi, t = (v[rows] for v in geometry[:3])
-    mix, i = g.new_zeros(len(t), shape[2]), torch.arange(len(t), device=g.device)
+    mix = g.new_zeros(len(t), shape[2])
+    i = torch.arange(len(t), device=g.device)
     mix.index_put_((i, lo - lo[0]), 1 - t, accumulate=True)
     mix.index_put_((i, hi - lo[0]), t, accumulate=True)
     wide = mix.T @ g
-    if wide.shape[3] == shape[3]: return wide
-    return torch.ops.aten.upsample_bilinear2d_backward(wide, list(wide.shape[2:]), list(shape), align_corners)
+    if wide.shape[3] == shape[3]:
+        return wide
+    return torch.ops.aten.upsample_bilinear2d_backward(
+        wide, list(wide.shape[2:]), list(shape), align_corners
+    )
 
 # %% ../../nbs/17_ops.head.ipynb #5227b8cc
 def _argmax(band):
     "Argmax over channels in planes that stay in cache; NaN wins, as in torch."
-    best, label = band[:, 0].clone(), torch.zeros(band[:, 0].shape, dtype=torch.uint8, device=band.device)
+    best = band[:, 0].clone()
+    label = torch.zeros(band[:, 0].shape, dtype=torch.uint8, device=band.device)
     for c in range(1, band.shape[1]):
         plane = band[:, c]
         label.masked_fill_(~(plane <= best) & (best == best), c)
@@ -88,80 +112,113 @@ def _argmax(band):
 # %% ../../nbs/17_ops.head.ipynb #769a55fa
 @torch.no_grad()
 def upsample_argmax_ref(
-    logits:torch.Tensor, # [b, k, h, w]
-    size:tuple, # (height, width) of the labels
-    align_corners:bool=False, # convention of the resize
-)->torch.Tensor: # uint8 [b, H, W]; int64 where k > 256
+    logits: torch.Tensor,  # [b, k, h, w]
+    size: tuple,  # (height, width) of the labels
+    align_corners: bool = False,  # convention of the resize
+) -> torch.Tensor:  # uint8 [b, H, W]; int64 where k > 256
     "Labels band by band; in traced graphs the plain composition, which compilers fuse themselves."
     b, k = logits.shape[:2]
     if torch.compiler.is_compiling():
-        full = F.interpolate(logits.to(_compute_dtype(logits)), size, mode="bilinear", align_corners=align_corners)
+        full = F.interpolate(
+            logits.to(_compute_dtype(logits)), size, mode="bilinear", align_corners=align_corners
+        )
         return full.argmax(1).to(torch.uint8 if k <= 256 else torch.int64)
-    out = torch.empty(b, *size, dtype=torch.uint8 if k <= 256 else torch.int64, device=logits.device)
-    if b == 0: return out
-    slices, geometry = _bands(logits.shape, size, align_corners, logits.device, _compute_dtype(logits))
+    out = torch.empty(
+        b, *size, dtype=torch.uint8 if k <= 256 else torch.int64, device=logits.device
+    )
+    if b == 0:
+        return out
+    slices, geometry = _bands(
+        logits.shape, size, align_corners, logits.device, _compute_dtype(logits)
+    )
     for rows in slices:
         a, e = _span(geometry, rows)
-        band = _band(logits[:, :, a:e].to(_compute_dtype(logits)), size, rows, geometry, align_corners)
+        band = _band(
+            logits[:, :, a:e].to(_compute_dtype(logits)), size, rows, geometry, align_corners
+        )
         out[:, rows] = _argmax(band) if k <= 256 else band.argmax(1)
     return out
 
 # %% ../../nbs/17_ops.head.ipynb #9cc4ea0d
-def _head_kernels(logits, *_): return unsupported(logits)
+def _head_kernels(logits, *_):
+    return unsupported(logits)
+
 
 kernels_of("upsample_argmax", _head_kernels, upsample_argmax_fwd)
 kernels_of("upsample_confusion", _head_kernels, upsample_confusion_fwd)
-kernels_of("upsample_cross_entropy", _head_kernels, ce_fwd, ce_bwd, upsample_ce_fwd, upsample_ce_bwd, select)
+kernels_of(
+    "upsample_cross_entropy",
+    _head_kernels,
+    ce_fwd,
+    ce_bwd,
+    upsample_ce_fwd,
+    upsample_ce_bwd,
+    select,
+)
 
+# %% ../../nbs/17_ops.head.ipynb #be600f64
 @operator("segkern::upsample_argmax")
-def _upsample_argmax_op(logits:torch.Tensor, height:int, width:int, align_corners:bool) -> torch.Tensor:
+def _upsample_argmax_op(
+    logits: torch.Tensor, height: int, width: int, align_corners: bool
+) -> torch.Tensor:
     "The kernel as an operator."
     return upsample_argmax_fwd(logits, (height, width), align_corners)
 
+
 @_upsample_argmax_op.register_fake
 def _(logits, height, width, align_corners):
-    return torch.empty((len(logits), height, width), dtype=torch.uint8 if logits.shape[1] <= 256 else torch.int64, device=logits.device)
+    return torch.empty(
+        (len(logits), height, width),
+        dtype=torch.uint8 if logits.shape[1] <= 256 else torch.int64,
+        device=logits.device,
+    )
 
 # %% ../../nbs/17_ops.head.ipynb #ad1e0176
 @torch.no_grad()
 def upsample_argmax(
-    logits:torch.Tensor, # [b, k, h, w]
-    size:tuple, # (height, width) of the labels
-    align_corners:bool=False, # convention of the resize
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # uint8 [b, H, W]; int64 where k > 256
+    logits: torch.Tensor,  # [b, k, h, w]
+    size: tuple,  # (height, width) of the labels
+    align_corners: bool = False,  # convention of the resize
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # uint8 [b, H, W]; int64 where k > 256
     "Labels at full size from small logits: the argmax of their bilinear resize."
     size = tuple(int(s) for s in size)
     _check_head(logits, size)
-    if len(logits) and choose("upsample_argmax", logits, impl=impl, sizes=size): return _upsample_argmax_op(logits, *size, bool(align_corners))
+    if len(logits) and choose("upsample_argmax", logits, impl=impl, sizes=size):
+        return _upsample_argmax_op(logits, *size, bool(align_corners))
     return upsample_argmax_ref(logits, size, align_corners)
 
 # %% ../../nbs/17_ops.head.ipynb #9f75652c
 @torch.no_grad()
 def confusion(
-    pred:torch.Tensor, # predicted ids, any integer dtype
-    target:torch.Tensor, # true ids, same shape
-    num_classes:int, # k
-    ignore_index:int=IGNORE, # target id that does not count
-)->torch.Tensor: # int64 [k, k], rows = target
+    pred: torch.Tensor,  # predicted ids, any integer dtype
+    target: torch.Tensor,  # true ids, same shape
+    num_classes: int,  # k
+    ignore_index: int = IGNORE,  # target id that does not count
+) -> torch.Tensor:  # int64 [k, k], rows = target
     "Count pairs of true and predicted class."
     target = wide_ids(target)
     keep = target != ignore_index
-    if target.is_cuda: return _tally(target, pred, keep, num_classes)
-    pair = target[keep].long()*num_classes + pred[keep].long()
+    if target.is_cuda:
+        return _tally(target, pred, keep, num_classes)
+    pair = target[keep].long() * num_classes + pred[keep].long()
     return torch.bincount(pair, minlength=num_classes**2).view(num_classes, num_classes)
 
+# %% ../../nbs/17_ops.head.ipynb #7706a602
 def _tally(target, pred, keep, k):
     "The same without waiting for the device, which `bincount` and masks do: what does not count has a bin of its own."
-    pair = torch.where(keep, target.long()*k + pred.long(), k*k).flatten()
-    bins = torch.zeros(k*k + 1, dtype=torch.int64, device=pair.device)
+    pair = torch.where(keep, target.long() * k + pred.long(), k * k).flatten()
+    bins = torch.zeros(k * k + 1, dtype=torch.int64, device=pair.device)
     return bins.scatter_add_(0, pair, torch.ones_like(pair))[:-1].view(k, k)
 
 # %% ../../nbs/17_ops.head.ipynb #82319ac6
 @operator("segkern::upsample_confusion")
-def _upsample_confusion_op(logits:torch.Tensor, target:torch.Tensor, ignore_index:int, align_corners:bool) -> torch.Tensor:
+def _upsample_confusion_op(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, align_corners: bool
+) -> torch.Tensor:
     "The kernel as an operator."
     return upsample_confusion_fwd(logits, target, ignore_index, align_corners)
+
 
 @_upsample_confusion_op.register_fake
 def _(logits, target, ignore_index, align_corners):
@@ -169,128 +226,242 @@ def _(logits, target, ignore_index, align_corners):
 
 # %% ../../nbs/17_ops.head.ipynb #d6c8c565
 def upsample_confusion(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W], any integer dtype
-    ignore_index:int=IGNORE, # target id that does not count
-    align_corners:bool=False, # convention of the resize
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # int64 [k, k], rows = target
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W], any integer dtype
+    ignore_index: int = IGNORE,  # target id that does not count
+    align_corners: bool = False,  # convention of the resize
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # int64 [k, k], rows = target
     "Confusion matrix of the labels that the resized logits give."
     _check_pair(logits, target)
     check_target(target, logits.shape[1], ignore_index)
-    if len(logits) and choose("upsample_confusion", logits, impl=impl, sizes=tuple(target.shape[1:])):
-        return _upsample_confusion_op(logits.detach(), wide_ids(target).contiguous(), ignore_index, bool(align_corners))
-    return confusion(upsample_argmax(logits, target.shape[-2:], align_corners, "ref"), target, logits.shape[1], ignore_index)
+    if len(logits) and choose(
+        "upsample_confusion", logits, impl=impl, sizes=tuple(target.shape[1:])
+    ):
+        return _upsample_confusion_op(
+            logits.detach(), wide_ids(target).contiguous(), ignore_index, bool(align_corners)
+        )
+    return confusion(
+        upsample_argmax(logits, target.shape[-2:], align_corners, "ref"),
+        target,
+        logits.shape[1],
+        ignore_index,
+    )
 
 # %% ../../nbs/17_ops.head.ipynb #4392bb9d
 def _log_likelihood(band, target, ignore_index):
-    "Log-probabilities of a band, its targets as int64 with 0 where ignored, and the negative log-likelihood, 0 where ignored."
-    valid, logp = target != ignore_index, F.log_softmax(band, 1)
+    """Log-probabilities of a band, its targets as int64 with 0 where ignored, and the negative
+    log-likelihood, 0 where ignored."""
+    valid = target != ignore_index
+    logp = F.log_softmax(band, 1)
     y = target.long().where(valid, 0)
     return logp, y, torch.where(valid, -logp.gather(1, y[:, None])[:, 0], 0)
 
 # %% ../../nbs/17_ops.head.ipynb #5d83b155
 def _ohem_keep(nll, valid, thres, min_kept):
     "Mask of the pixels whose true class has a probability below the threshold of online hard example mining."
-    if nll.is_cuda: return _ohem_keep_fast(nll, valid, thres, min_kept, _by_sorting)
+    if nll.is_cuda:
+        return _ohem_keep_fast(nll, valid, thres, min_kept, _by_sorting)
     p = torch.exp(-nll)
     n = valid.sum()
-    if n == 0: return valid
+    if n == 0:
+        return valid
     rank = min(int(min_kept), int(n) - 1)
     pv = p[valid]
-    t = torch.as_tensor(thres, dtype=p.dtype, device=p.device) if (pv <= thres).sum() > rank else pv.kthvalue(rank + 1).values
+    t = (
+        torch.as_tensor(thres, dtype=p.dtype, device=p.device)
+        if (pv <= thres).sum() > rank
+        else pv.kthvalue(rank + 1).values
+    )
     return valid & (p < torch.maximum(t, torch.as_tensor(thres, dtype=p.dtype, device=p.device)))
 
+# %% ../../nbs/17_ops.head.ipynb #d2dd87c7
 def _by_sorting(p, rank):
     "The value of that rank, without waiting for the device."
     return p.flatten().sort().values.gather(0, rank.reshape(1))[0]
-
 
 # %% ../../nbs/17_ops.head.ipynb #855d79bd
 def _mean(losses, weights, zero):
     "Losses over weights; without weights it is zero, or what PyTorch has (NaN), and the gradient zero."
     some = weights != 0
-    mean = losses/torch.where(some, weights, 1)
-    return mean if zero else torch.where(some, mean, (losses/weights).detach())
+    mean = losses / torch.where(some, weights, 1)
+    return mean if zero else torch.where(some, mean, (losses / weights).detach())
 
 # %% ../../nbs/17_ops.head.ipynb #777489a7
 @operator("segkern::upsample_cross_entropy")
-def _upsample_ce(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool, mean:bool,
-                 ohem_thres:float, ohem_kept:int, zero:bool, grad:bool, smoothing:float) -> tuple[torch.Tensor, torch.Tensor]:
-    "Loss and, where `grad`, its float32 gradient with respect to the logits (else an empty tensor). `ohem_kept` < 0: no mining; `zero`: 0/0 is 0."
-    with without_autocast(logits): # the caller's autocast would round the gradient
-        return _upsample_ce_body(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, zero, grad, smoothing)
+def _upsample_ce(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    mean: bool,
+    ohem_thres: float,
+    ohem_kept: int,
+    zero: bool,
+    grad: bool,
+    smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and, where `grad`, its float32 gradient with respect to the logits (else an empty
+    tensor). `ohem_kept` < 0: no mining; `zero`: 0/0 is 0."""
+    with without_autocast(logits):  # the caller's autocast would round the gradient
+        return _upsample_ce_body(
+            logits,
+            target,
+            weight,
+            ignore_index,
+            align_corners,
+            mean,
+            ohem_thres,
+            ohem_kept,
+            zero,
+            grad,
+            smoothing,
+        )
 
-def _upsample_ce_body(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, zero, grad, smoothing):
+# %% ../../nbs/17_ops.head.ipynb #0c799751
+def _upsample_ce_body(
+    logits,
+    target,
+    weight,
+    ignore_index,
+    align_corners,
+    mean,
+    ohem_thres,
+    ohem_kept,
+    zero,
+    grad,
+    smoothing,
+):
     "Loss and gradient, band by band."
-    dtype, size = _compute_dtype(logits), tuple(target.shape[-2:])
+    dtype = _compute_dtype(logits)
+    size = tuple(target.shape[-2:])
     slices, geometry = _bands(logits.shape, size, align_corners, logits.device, dtype)
-    z, valid = logits.detach().to(dtype), target != ignore_index
-    w = torch.ones(logits.shape[1], dtype=dtype, device=z.device) if weight is None else weight.to(dtype)
+    z = logits.detach().to(dtype)
+    valid = target != ignore_index
+    w = (
+        torch.ones(logits.shape[1], dtype=dtype, device=z.device)
+        if weight is None
+        else weight.to(dtype)
+    )
     pixel = torch.where(valid, w[target.long().where(valid, 0)], 0)
     bands = [(r, slice(*_span(geometry, r))) for r in slices]
-    make = lambda r, rows: _band(z[:, :, rows], size, r, geometry, align_corners)
+
+    def make(r, rows):
+        return _band(z[:, :, rows], size, r, geometry, align_corners)
+
     if ohem_kept >= 0:
-        nll = torch.cat([_log_likelihood(make(r, rows), target[:, r], ignore_index)[2] for r, rows in bands], 1)
+        nll = torch.cat(
+            [_log_likelihood(make(r, rows), target[:, r], ignore_index)[2] for r, rows in bands], 1
+        )
         keep = _ohem_keep(nll, valid, ohem_thres, ohem_kept)
-        pixel, total = pixel*keep, keep.sum().to(dtype)
-    else: total = pixel.sum()
-    if not mean: total = torch.ones_like(total)
-    loss, dz = z.new_zeros(()), torch.zeros(z.shape, dtype=dtype, device=z.device) if grad else z.new_zeros(0)
+        pixel = pixel * keep
+        total = keep.sum().to(dtype)
+    else:
+        total = pixel.sum()
+    if not mean:
+        total = torch.ones_like(total)
+    loss = z.new_zeros(())
+    dz = torch.zeros(z.shape, dtype=dtype, device=z.device) if grad else z.new_zeros(0)
     for r, rows in bands:
         logp, y, nll = _log_likelihood(make(r, rows), target[:, r], ignore_index)
-        loss += (1 - smoothing)*(nll*pixel[:, r]).sum()
-        if smoothing: loss -= smoothing/len(w)*torch.einsum("bkhw,k,bhw->", logp, w, valid[:, r].to(dtype))
+        loss += (1 - smoothing) * (nll * pixel[:, r]).sum()
+        if smoothing:
+            loss -= (
+                smoothing / len(w) * torch.einsum("bkhw,k,bhw->", logp, w, valid[:, r].to(dtype))
+            )
         if grad:
             p = logp.exp_()
-            even = valid[:, None, r]*(w.sum()*p - w[:, None, None]) if smoothing else 0
+            even = valid[:, None, r] * (w.sum() * p - w[:, None, None]) if smoothing else 0
             d = p.scatter_add_(1, y[:, None], -torch.ones_like(logp[:, :1])).mul_(pixel[:, None, r])
-            if smoothing: d = (1 - smoothing)*d + smoothing/len(w)*even
+            if smoothing:
+                d = (1 - smoothing) * d + smoothing / len(w) * even
             dz[:, :, rows] += _band_backward(d, dz[:, :, rows].shape, r, geometry, align_corners)
     # 0/0 is PyTorch's answer for ignore-only targets: NaN, with a zero gradient
-    return _mean(loss, total, zero), dz/total.clamp(min=torch.finfo(dtype).tiny)
+    return _mean(loss, total, zero), dz / total.clamp(min=torch.finfo(dtype).tiny)
 
 # %% ../../nbs/17_ops.head.ipynb #3500dc35
 @_upsample_ce.register_fake
-def _(logits, target, weight, ignore_index, align_corners, mean, ohem_thres, ohem_kept, zero, grad, smoothing):
+def _(
+    logits,
+    target,
+    weight,
+    ignore_index,
+    align_corners,
+    mean,
+    ohem_thres,
+    ohem_kept,
+    zero,
+    grad,
+    smoothing,
+):
     dtype = _compute_dtype(logits)
-    return logits.new_empty((), dtype=dtype), torch.empty(logits.shape if grad else (0,), dtype=dtype, device=logits.device)
+    return logits.new_empty((), dtype=dtype), torch.empty(
+        logits.shape if grad else (0,), dtype=dtype, device=logits.device
+    )
 
+# %% ../../nbs/17_ops.head.ipynb #236064bb
 def _upsample_ce_setup(ctx, inputs, output):
-    ctx.save_for_backward(output[1], inputs[0]) # the logits are there for a second derivative to be noticed
+    # the logits are there for a second derivative to be noticed
+    ctx.save_for_backward(output[1], inputs[0])
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
+
 def _upsample_ce_backward(ctx, g, _):
     dz, _ = ctx.saved_tensors
-    if g is not None and dz.numel() == 0: raise RuntimeError("upsample_cross_entropy was called without gradients and cannot be differentiated now")
-    return (None if g is None else (dz*g).to(ctx.dtype), *[None]*10)
+    if g is not None and dz.numel() == 0:
+        raise RuntimeError(
+            "upsample_cross_entropy was called without gradients and cannot be differentiated now"
+        )
+    return (None if g is None else (dz * g).to(ctx.dtype), *[None] * 10)
 
+# %% ../../nbs/17_ops.head.ipynb #e6c9e167
 _upsample_ce.register_autograd(_upsample_ce_backward, setup_context=_upsample_ce_setup)
 
 # %% ../../nbs/17_ops.head.ipynb #6ee6582b
 @operator("segkern::upsample_nll")
-def _upsample_nll_op(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, ignore_index:int, align_corners:bool,
-                     smoothing:float, pixels:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _upsample_nll_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+    pixels: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The kernel as an operator: sums of losses and weights, loss of each pixel, log-sum-exp in base 2."
     return ce_fwd(logits, target, weight, ignore_index, align_corners, smoothing, pixels)
 
+# %% ../../nbs/17_ops.head.ipynb #82e05fb0
 @_upsample_nll_op.register_fake
 def _(logits, target, weight, ignore_index, align_corners, smoothing, pixels):
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=logits.device)
+    def new(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=logits.device)
+
     return new(2), new(*target.shape) if pixels else new(0), new(*target.shape)
 
+# %% ../../nbs/17_ops.head.ipynb #56cdf309
 @operator("segkern::upsample_nll_backward")
-def _upsample_nll_backward_op(logits:torch.Tensor, target:torch.Tensor, weight:torch.Tensor|None, lse:torch.Tensor,
-                              pixel:torch.Tensor|None, scale:torch.Tensor, ignore_index:int, align_corners:bool,
-                              smoothing:float) -> torch.Tensor:
+def _upsample_nll_backward_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    pixel: torch.Tensor | None,
+    scale: torch.Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    smoothing: float,
+) -> torch.Tensor:
     "The backward kernel as an operator."
     return ce_bwd(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing)
 
+# %% ../../nbs/17_ops.head.ipynb #d1293664
 @_upsample_nll_backward_op.register_fake
-def _(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing): return torch.empty_like(logits)
-
+def _(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing):
+    return torch.empty_like(logits)
 
 # %% ../../nbs/17_ops.head.ipynb #8fe107d0
 def _nll_setup(ctx, inputs, output):
@@ -299,91 +470,161 @@ def _nll_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[2], *([] if ctx.pixels else [output[1]]))
     ctx.set_materialize_grads(False)
 
+# %% ../../nbs/17_ops.head.ipynb #5d2a591d
 def _nll_backward(ctx, g_sums, g_nll, _):
     logits, target, weight, lse = ctx.saved_tensors
-    rest, parts = (ctx.ignore_index, ctx.align_corners), []
+    rest = (ctx.ignore_index, ctx.align_corners)
+    parts = []
     if g_sums is not None:
         scale = g_sums[0].float().contiguous()
-        parts.append(_upsample_nll_backward_op(logits, target, weight, lse, None, scale, *rest, ctx.smoothing))
+        parts.append(
+            _upsample_nll_backward_op(
+                logits, target, weight, lse, None, scale, *rest, ctx.smoothing
+            )
+        )
     if g_nll is not None:
         one = g_nll.new_ones((), dtype=torch.float32)
-        parts.append(_upsample_nll_backward_op(logits, target, None, lse, g_nll.float().contiguous(), one, *rest, 0.0))
-    return sum(parts[1:], parts[0]) if parts else None, *[None]*6
+        parts.append(
+            _upsample_nll_backward_op(
+                logits, target, None, lse, g_nll.float().contiguous(), one, *rest, 0.0
+            )
+        )
+    return sum(parts[1:], parts[0]) if parts else None, *[None] * 6
 
+# %% ../../nbs/17_ops.head.ipynb #1bbabc1c
 _upsample_nll_op.register_autograd(_nll_backward, setup_context=_nll_setup)
 
-
 # %% ../../nbs/17_ops.head.ipynb #fd4938ff
-def _ce_kernel(logits, target, weight, ignore_index, align_corners, reduction, ohem, zero, smoothing):
+def _ce_kernel(
+    logits, target, weight, ignore_index, align_corners, reduction, ohem, zero, smoothing
+):
     "The loss through the kernels."
     w = None if weight is None else weight.detach().to(logits.device, torch.float32).contiguous()
     maps = ohem is not None or reduction == "none"
     sums, nll, _ = _upsample_nll_op(logits, target, w, ignore_index, align_corners, smoothing, maps)
-    if not maps: return sums[0] if reduction == "sum" else _mean(sums[0], sums[1].detach(), zero)
+    if not maps:
+        return sums[0] if reduction == "sum" else _mean(sums[0], sums[1].detach(), zero)
     valid = target != ignore_index
     pixel = valid.float() if w is None else torch.where(valid, w[target.long().where(valid, 0)], 0)
     if ohem is not None:
         keep = _ohem_keep_fast(nll.detach(), valid, *ohem)
-        pixel = pixel*keep
-    loss = torch.where(pixel != 0, nll*pixel, 0*nll)
-    if reduction != "mean": return loss if reduction == "none" else loss.sum()
+        pixel = pixel * keep
+    loss = torch.where(pixel != 0, nll * pixel, 0 * nll)
+    if reduction != "mean":
+        return loss if reduction == "none" else loss.sum()
     return _mean(loss.sum(), keep.sum().float(), zero)
 
+# %% ../../nbs/17_ops.head.ipynb #da6eaf5a
 def _ohem_keep_fast(nll, valid, thres, min_kept, select=select):
     "The mask of online hard example mining; the device is never waited for."
-    p, n = torch.exp(-nll), valid.sum()
+    p = torch.exp(-nll)
+    n = valid.sum()
     rank = torch.clamp(n - 1, 0, int(min_kept))
     at = select(torch.where(valid & (p == p), p, 2.0), rank)
     return valid & ((p < torch.clamp(at, min=float(thres))) | (p != p))
 
 # %% ../../nbs/17_ops.head.ipynb #aa6f93c3
 def upsample_cross_entropy(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W], any integer dtype
-    ignore_index:int=IGNORE, # target id that does not count
-    weight:torch.Tensor|None=None, # [k] class weights
-    align_corners:bool=False, # convention of the resize
-    reduction:str="mean", # "mean" | "sum" | "none"
-    ohem:tuple|None=None, # (thres, min_kept): online hard example mining
-    empty:str="nan", # value for ignore-only targets: "nan" as torch, or "zero"
-    label_smoothing:float=0.0, # in 0..1, as in `F.cross_entropy`; with "mean" and "sum"
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # scalar, or [b, H, W] for "none"; float32 at least
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W], any integer dtype
+    ignore_index: int = IGNORE,  # target id that does not count
+    weight: torch.Tensor | None = None,  # [k] class weights
+    align_corners: bool = False,  # convention of the resize
+    reduction: str = "mean",  # "mean" | "sum" | "none"
+    ohem: tuple | None = None,  # (thres, min_kept): online hard example mining
+    empty: str = "nan",  # value for ignore-only targets: "nan" as torch, or "zero"
+    label_smoothing: float = 0.0,  # in 0..1, as in `F.cross_entropy`; with "mean" and "sum"
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # scalar, or [b, H, W] for "none"; float32 at least
     "`F.cross_entropy(F.interpolate(logits, (H, W), mode='bilinear'), target)` without the full-size logits."
     _check_pair(logits, target)
     _check_options(logits, weight, reduction, ohem, empty, label_smoothing)
     check_target(target, logits.shape[1], ignore_index)
     target = wide_ids(target)
-    zero, align_corners = empty == "zero" or ohem is not None, bool(align_corners)
-    if len(logits) and choose("upsample_cross_entropy", logits, impl=impl, sizes=tuple(target.shape[1:])):
-        return _ce_kernel(logits, target.contiguous(), weight, ignore_index, align_corners, reduction, ohem, zero, float(label_smoothing))
-    if reduction == "none": return _unreduced(logits, target, ignore_index, weight, align_corners, ohem)
+    zero = empty == "zero" or ohem is not None
+    align_corners = bool(align_corners)
+    if len(logits) and choose(
+        "upsample_cross_entropy", logits, impl=impl, sizes=tuple(target.shape[1:])
+    ):
+        return _ce_kernel(
+            logits,
+            target.contiguous(),
+            weight,
+            ignore_index,
+            align_corners,
+            reduction,
+            ohem,
+            zero,
+            float(label_smoothing),
+        )
+    if reduction == "none":
+        return _unreduced(logits, target, ignore_index, weight, align_corners, ohem)
     thres, kept = (0.0, -1) if ohem is None else (float(ohem[0]), int(ohem[1]))
-    if exporting() and ohem is None: # an exported graph holds plain PyTorch
-        full = F.interpolate(logits.to(_compute_dtype(logits)), tuple(target.shape[1:]), mode="bilinear", align_corners=align_corners)
-        return F.cross_entropy(full, target.long(), weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    if exporting() and ohem is None:  # an exported graph holds plain PyTorch
+        full = F.interpolate(
+            logits.to(_compute_dtype(logits)),
+            tuple(target.shape[1:]),
+            mode="bilinear",
+            align_corners=align_corners,
+        )
+        return F.cross_entropy(
+            full,
+            target.long(),
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
     grad = torch.is_grad_enabled() and logits.requires_grad
-    return _upsample_ce(logits, target, weight, ignore_index, align_corners, reduction == "mean", thres, kept, zero, grad, float(label_smoothing))[0]
+    return _upsample_ce(
+        logits,
+        target,
+        weight,
+        ignore_index,
+        align_corners,
+        reduction == "mean",
+        thres,
+        kept,
+        zero,
+        grad,
+        float(label_smoothing),
+    )[0]
 
 # %% ../../nbs/17_ops.head.ipynb #a5a3a68b
 def banded(
-    fn, # function(band [b, k, rows, W], row slice) -> tensor
-    logits:torch.Tensor, # [b, k, h, w]
-    size:tuple, # (H, W)
-    align_corners:bool, # convention of the resize
-)->list: # what `fn` returns, per band
+    fn,  # function(band [b, k, rows, W], row slice) -> tensor
+    logits: torch.Tensor,  # [b, k, h, w]
+    size: tuple,  # (H, W)
+    align_corners: bool,  # convention of the resize
+) -> list:  # what `fn` returns, per band
     "Apply a differentiable function to bands of the resized logits; the backward pass makes each band again."
     z = logits.to(_compute_dtype(logits))
     slices, geometry = _bands(z.shape, size, align_corners, z.device, z.dtype)
     spans = [(r, slice(*_span(geometry, r))) for r in slices]
-    part = lambda low, r: fn(_band(low, size, r, geometry, align_corners), r)
-    if not (torch.is_grad_enabled() and z.requires_grad) or len(spans) == 1: return [part(z[:, :, a], r) for r, a in spans]
-    return [checkpoint(part, z[:, :, a], r, use_reentrant=False, preserve_rng_state=False) for r, a in spans]
+
+    def part(low, r):
+        return fn(_band(low, size, r, geometry, align_corners), r)
+
+    if not (torch.is_grad_enabled() and z.requires_grad) or len(spans) == 1:
+        return [part(z[:, :, a], r) for r, a in spans]
+    return [
+        checkpoint(part, z[:, :, a], r, use_reentrant=False, preserve_rng_state=False)
+        for r, a in spans
+    ]
 
 # %% ../../nbs/17_ops.head.ipynb #2b61237e
 def _unreduced(logits, target, ignore_index, weight, align_corners, ohem):
     "The loss of every pixel, 0 where it does not count."
-    per = lambda band, r: _log_likelihood(band, target[:, r], ignore_index)[2]
-    nll, valid = torch.cat(banded(per, logits, tuple(target.shape[-2:]), align_corners), 1), target != ignore_index
-    if ohem is not None: nll = nll*_ohem_keep(nll.detach(), valid, *ohem)
-    return nll if weight is None else nll*torch.where(valid, weight.to(nll.dtype)[target.long().where(valid, 0)], 0)
+
+    def per(band, r):
+        return _log_likelihood(band, target[:, r], ignore_index)[2]
+
+    nll = torch.cat(banded(per, logits, tuple(target.shape[-2:]), align_corners), 1)
+    valid = target != ignore_index
+    if ohem is not None:
+        nll = nll * _ohem_keep(nll.detach(), valid, *ohem)
+    return (
+        nll
+        if weight is None
+        else nll * torch.where(valid, weight.to(nll.dtype)[target.long().where(valid, 0)], 0)
+    )

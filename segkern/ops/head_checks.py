@@ -13,48 +13,76 @@ from ..core import IGNORE
 # %% ../../nbs/16c_ops.head_checks.ipynb #6a6dd772
 def _check_head(logits, size):
     "Raise where the logits are no map."
-    if logits.ndim != 4 or 0 in logits.shape[1:]: raise ValueError(f"logits must be [b, k, h, w] with k, h, w > 0, got {tuple(logits.shape)}")
-    if len(size) != 2 or min(size) < 1: raise ValueError(f"size must be (height, width), both positive, got {tuple(size)}")
+    if logits.ndim != 4 or 0 in logits.shape[1:]:
+        raise ValueError(f"logits must be [b, k, h, w] with k, h, w > 0, got {tuple(logits.shape)}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (height, width), both positive, got {tuple(size)}")
+
 
 def _check_pair(logits, target):
     "Raise where logits and target do not belong together."
     if target.ndim != 3 or logits.ndim != 4 or len(target) != len(logits):
-        raise ValueError(f"logits must be [b, k, h, w] and target [b, H, W], got {tuple(logits.shape)} and {tuple(target.shape)}")
+        raise ValueError(
+            f"logits must be [b, k, h, w] and target [b, H, W], got {tuple(logits.shape)} and {tuple(target.shape)}"
+        )
     _check_head(logits, target.shape[-2:])
 
 # %% ../../nbs/16c_ops.head_checks.ipynb #494ef25f
 def _check_options(logits, weight, reduction, ohem, empty, smoothing):
     "Raise where an option of the loss makes no sense."
-    if empty not in ("nan", "zero"): raise ValueError(f"empty must be 'nan' or 'zero', got '{empty}'")
-    if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got '{reduction}'")
-    if weight is not None and weight.shape != (logits.shape[1],): raise ValueError(f"{logits.shape[1]} classes need as many weights, got {tuple(weight.shape)}")
-    if not 0 <= smoothing <= 1: raise ValueError(f"label_smoothing must lie in 0..1, got {smoothing}")
-    if smoothing and (ohem is not None or reduction == "none"): raise ValueError("label_smoothing goes with reduction 'mean' and 'sum' and without ohem")
-    if ohem is not None and (not isinstance(ohem, (tuple, list)) or len(ohem) != 2 or not ohem[0] >= 0 or int(ohem[1]) < 0):
-        raise ValueError(f"ohem must be (threshold, least number of pixels), both at least 0, got {ohem}")
+    if empty not in ("nan", "zero"):
+        raise ValueError(f"empty must be 'nan' or 'zero', got '{empty}'")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got '{reduction}'")
+    if weight is not None and weight.shape != (logits.shape[1],):
+        raise ValueError(
+            f"{logits.shape[1]} classes need as many weights, got {tuple(weight.shape)}"
+        )
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in 0..1, got {smoothing}")
+    if smoothing and (ohem is not None or reduction == "none"):
+        raise ValueError("label_smoothing goes with reduction 'mean' and 'sum' and without ohem")
+    if ohem is not None and (
+        not isinstance(ohem, (tuple, list))
+        or len(ohem) != 2
+        or not ohem[0] >= 0
+        or int(ohem[1]) < 0
+    ):
+        raise ValueError(
+            f"ohem must be (threshold, least number of pixels), both at least 0, got {ohem}"
+        )
 
 # %% ../../nbs/16c_ops.head_checks.ipynb #d49698a1
 def wide_ids(
-    target:torch.Tensor, # any integer dtype
-)->torch.Tensor: # int32 or int64, the same ids
+    target: torch.Tensor,  # any integer dtype
+) -> torch.Tensor:  # int32 or int64, the same ids
     "Ids in a type that holds negative ones and that kernels take."
-    if target.dtype in (torch.int32, torch.int64): return target
+    if target.dtype in (torch.int32, torch.int64):
+        return target
     return target.to(torch.int32 if target.dtype.itemsize <= 2 else torch.int64)
 
 # %% ../../nbs/16c_ops.head_checks.ipynb #32b88790
 def check_target(
-    target:torch.Tensor, # any integer dtype
-    num_classes:int, # k
-    ignore_index:int=IGNORE, # the one id that may lie outside
-)->None:
+    target: torch.Tensor,  # any integer dtype
+    num_classes: int,  # k
+    ignore_index: int = IGNORE,  # the one id that may lie outside
+) -> None:
     "Raise where a target holds an id outside 0..k-1 that is not the ignored one."
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool: raise ValueError(f"the target must hold integer ids, got {target.dtype}")
-    if target.numel() == 0: return
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"the target must hold integer ids, got {target.dtype}")
+    if target.numel() == 0:
+        return
     target = wide_ids(target)
     bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
     if torch.compiler.is_compiling() or bad.is_cuda:
-        torch.ops.aten._assert_async.msg(~bad.any(), f"the target holds an id outside 0..{num_classes - 1} that is not the ignored {ignore_index}")
+        torch.ops.aten._assert_async.msg(
+            ~bad.any(),
+            f"the target holds an id outside 0..{num_classes - 1} that is not the ignored {ignore_index}",
+        )
     elif bad.any():
         ids = torch.unique(target[bad])[:5].tolist()
-        raise ValueError(f"the target holds id {', '.join(map(str, ids))}, but there are {num_classes} classes (0..{num_classes - 1}) and the "
-                         f"ignored id is {ignore_index}: map your labels first, `segkern data check` lists them")
+        raise ValueError(
+            f"the target holds id {', '.join(map(str, ids))}, but there are {num_classes} "
+            f"classes (0..{num_classes - 1}) and the "
+            f"ignored id is {ignore_index}: map your labels first, `segkern data check` lists them"
+        )

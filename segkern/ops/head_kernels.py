@@ -14,53 +14,81 @@ from .dispatch import blocks, on_device, tl, triton
 @triton.jit
 def _corners(o, scale, n, ALIGN: tl.constexpr):
     "For output indices `o`: the source index below, the one after, and the weight of the second."
-    if ALIGN: src = o.to(tl.float32)*scale
-    else: src = tl.maximum((o.to(tl.float32) + 0.5)*scale - 0.5, 0.0)
+    if ALIGN:
+        src = o.to(tl.float32) * scale
+    else:
+        src = tl.maximum((o.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     lo = tl.minimum(src.to(tl.int32), n - 1)
     return lo, tl.minimum(lo + 1, n - 1), src - lo.to(tl.float32)
 
+# %% ../../nbs/16a_ops.head_kernels.ipynb #25875de3
 @triton.jit
 def _hat(o, i, scale, n, N, ALIGN: tl.constexpr):
     "Weight of output index `o` (columns) in input index `i` (rows)."
-    if ALIGN: src = o.to(tl.float32)*scale
-    else: src = tl.maximum((o.to(tl.float32) + 0.5)*scale - 0.5, 0.0)
+    if ALIGN:
+        src = o.to(tl.float32) * scale
+    else:
+        src = tl.maximum((o.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     src = tl.minimum(src, n - 1.0)
     w = tl.maximum(1.0 - tl.abs(src[None, :] - i[:, None].to(tl.float32)), 0.0)
     return tl.where((o < N)[None, :], w, 0.0)
 
+# %% ../../nbs/16a_ops.head_kernels.ipynb #7e804fe3
 @triton.jit
 def _bilinear(z, rows, cols, sh, sw, mask):
     "A tile of the resized plane at `z`, mixed along the width first."
     lo_h, hi_h, th = rows
     lo_w, hi_w, tw = cols
-    a = tl.load(z + lo_h[:, None]*sh + lo_w[None, :]*sw, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(z + lo_h[:, None]*sh + hi_w[None, :]*sw, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(z + hi_h[:, None]*sh + lo_w[None, :]*sw, mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(z + hi_h[:, None]*sh + hi_w[None, :]*sw, mask=mask, other=0.0).to(tl.float32)
-    top, low = a*(1.0 - tw)[None, :] + b*tw[None, :], c*(1.0 - tw)[None, :] + d*tw[None, :]
-    return top*(1.0 - th)[:, None] + low*th[:, None]
+    a = tl.load(z + lo_h[:, None] * sh + lo_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(z + lo_h[:, None] * sh + hi_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(z + hi_h[:, None] * sh + lo_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(z + hi_h[:, None] * sh + hi_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
+    top = a * (1.0 - tw)[None, :] + b * tw[None, :]
+    low = c * (1.0 - tw)[None, :] + d * tw[None, :]
+    return top * (1.0 - th)[:, None] + low * th[:, None]
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #438cdefa
 def scales(
-    n:int, # input rows or columns
-    N:int, # output rows or columns
-    align_corners:bool, # convention of the resize
-)->tuple: # source step per output index, and its inverse
+    n: int,  # input rows or columns
+    N: int,  # output rows or columns
+    align_corners: bool,  # convention of the resize
+) -> tuple:  # source step per output index, and its inverse
     "The two step sizes of a resize; the inverse is finite where the step is zero."
-    if align_corners: return ((n - 1)/(N - 1) if N > 1 else 0.0), ((N - 1)/(n - 1) if n > 1 else float(N))
-    return n/N, N/n
+    if align_corners:
+        return ((n - 1) / (N - 1) if N > 1 else 0.0), ((N - 1) / (n - 1) if n > 1 else float(N))
+    return n / N, N / n
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #0f4bafcf
 @triton.jit
-def _upsample_argmax_kernel(z, out, K, h, w, H, W, sb, sc, sh, sw, step_h, step_w, ALIGN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _upsample_argmax_kernel(
+    z,
+    out,
+    K,
+    h,
+    w,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    step_h,
+    step_w,
+    ALIGN: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "argmax_k (U z)_k for a tile of output pixels."
     tiles_w = tl.cdiv(W, BW)
-    tiles = tiles_w*tl.cdiv(H, BH)
-    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    oh, ow = (tile // tiles_w)*BH + tl.arange(0, BH), (tile % tiles_w)*BW + tl.arange(0, BW)
+    tiles = tiles_w * tl.cdiv(H, BH)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    oh = (tile // tiles_w) * BH + tl.arange(0, BH)
+    ow = (tile % tiles_w) * BW + tl.arange(0, BW)
     inside = (oh < H)[:, None] & (ow < W)[None, :]
-    rows, cols = _corners(oh, step_h, h, ALIGN), _corners(ow, step_w, w, ALIGN)
-    plane = z + b*sb
+    rows = _corners(oh, step_h, h, ALIGN)
+    cols = _corners(ow, step_w, w, ALIGN)
+    plane = z + b * sb
     best = _bilinear(plane, rows, cols, sh, sw, inside)
     label = tl.zeros([BH, BW], tl.int32)
     for k in range(1, K):
@@ -69,37 +97,76 @@ def _upsample_argmax_kernel(z, out, K, h, w, H, W, sb, sc, sh, sw, step_h, step_
         better = (v > best) | ((v != v) & (best == best))
         label = tl.where(better, k, label)
         best = tl.where(better, v, best)
-    tl.store(out + b*H*W + oh[:, None]*W + ow[None, :], label.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + b * H * W + oh[:, None] * W + ow[None, :], label.to(out.dtype.element_ty), mask=inside
+    )
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #c3ea2bcc
-def _tiles(b, size, BH, BW, **_): return b*triton.cdiv(size[0], BH)*triton.cdiv(size[1], BW)
+def _tiles(b, size, BH, BW, **_):
+    return b * triton.cdiv(size[0], BH) * triton.cdiv(size[1], BW)
 
+# %% ../../nbs/16a_ops.head_kernels.ipynb #fe1cf4de
 def upsample_argmax_fwd(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-    size:tuple, # (height, width)
-    align_corners:bool, # convention of the resize
-)->torch.Tensor: # uint8 [b, H, W]; int64 where k > 256
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+    size: tuple,  # (height, width)
+    align_corners: bool,  # convention of the resize
+) -> torch.Tensor:  # uint8 [b, H, W]; int64 where k > 256
     "Launch the argmax kernel."
     b, k, h, w = logits.shape
-    out = torch.empty((b, *size), dtype=torch.uint8 if k <= 256 else torch.int64, device=logits.device)
+    out = torch.empty(
+        (b, *size), dtype=torch.uint8 if k <= 256 else torch.int64, device=logits.device
+    )
     opts = blocks("upsample_argmax", BH=8, BW=128, num_warps=4)
     with on_device(logits):
-        _upsample_argmax_kernel[(_tiles(b, size, **opts),)](logits, out, k, h, w, *size, *logits.stride(), scales(h, size[0], align_corners)[0],
-                                                           scales(w, size[1], align_corners)[0], ALIGN=align_corners, **opts)
+        _upsample_argmax_kernel[(_tiles(b, size, **opts),)](
+            logits,
+            out,
+            k,
+            h,
+            w,
+            *size,
+            *logits.stride(),
+            scales(h, size[0], align_corners)[0],
+            scales(w, size[1], align_corners)[0],
+            ALIGN=align_corners,
+            **opts,
+        )
     return out
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #4ea03def
 @triton.jit
-def _upsample_confusion_kernel(z, target, out, ignore, K, h, w, H, W, sb, sc, sh, sw, step_h, step_w,
-                               BINS: tl.constexpr, ALIGN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _upsample_confusion_kernel(
+    z,
+    target,
+    out,
+    ignore,
+    K,
+    h,
+    w,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    step_h,
+    step_w,
+    BINS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "Counts of (target, argmax_k (U z)_k) over a tile; `BINS` 0: one atomic per pixel."
     tiles_w = tl.cdiv(W, BW)
-    tiles = tiles_w*tl.cdiv(H, BH)
-    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    oh, ow = (tile // tiles_w)*BH + tl.arange(0, BH), (tile % tiles_w)*BW + tl.arange(0, BW)
+    tiles = tiles_w * tl.cdiv(H, BH)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    oh = (tile // tiles_w) * BH + tl.arange(0, BH)
+    ow = (tile % tiles_w) * BW + tl.arange(0, BW)
     inside = (oh < H)[:, None] & (ow < W)[None, :]
-    rows, cols = _corners(oh, step_h, h, ALIGN), _corners(ow, step_w, w, ALIGN)
-    plane = z + b*sb
+    rows = _corners(oh, step_h, h, ALIGN)
+    cols = _corners(ow, step_w, w, ALIGN)
+    plane = z + b * sb
     best = _bilinear(plane, rows, cols, sh, sw, inside)
     label = tl.zeros([BH, BW], tl.int32)
     for k in range(1, K):
@@ -108,81 +175,131 @@ def _upsample_confusion_kernel(z, target, out, ignore, K, h, w, H, W, sb, sc, sh
         better = (v > best) | ((v != v) & (best == best))
         label = tl.where(better, k, label)
         best = tl.where(better, v, best)
-    y = tl.load(target + b*H*W + oh[:, None]*W + ow[None, :], mask=inside, other=ignore).to(tl.int32)
+    y = tl.load(target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore).to(
+        tl.int32
+    )
     counted = inside & (y != ignore)
-    pair = tl.where(counted, y*K + label, 0)
+    pair = tl.where(counted, y * K + label, 0)
     if BINS:
-        n = tl.histogram(tl.reshape(pair, [BH*BW]), BINS, mask=tl.reshape(counted, [BH*BW]))
+        n = tl.histogram(tl.reshape(pair, [BH * BW]), BINS, mask=tl.reshape(counted, [BH * BW]))
         bins = tl.arange(0, BINS)
-        tl.atomic_add(out + bins, n.to(tl.int64), mask=(n > 0) & (bins < K*K))
-    else: tl.atomic_add(out + pair, tl.full([BH, BW], 1, tl.int64), mask=counted)
+        tl.atomic_add(out + bins, n.to(tl.int64), mask=(n > 0) & (bins < K * K))
+    else:
+        tl.atomic_add(out + pair, tl.full([BH, BW], 1, tl.int64), mask=counted)
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #27d823dc
 def upsample_confusion_fwd(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-    target:torch.Tensor, # [b, H, W], contiguous, integer
-    ignore_index:int, # target id that does not count
-    align_corners:bool, # convention of the resize
-)->torch.Tensor: # int64 [k, k], rows = target
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+    target: torch.Tensor,  # [b, H, W], contiguous, integer
+    ignore_index: int,  # target id that does not count
+    align_corners: bool,  # convention of the resize
+) -> torch.Tensor:  # int64 [k, k], rows = target
     "Launch the counting kernel."
     (b, k, h, w), size = logits.shape, tuple(target.shape[1:])
     out = torch.zeros(k, k, dtype=torch.int64, device=logits.device)
     opts = blocks("upsample_confusion", BH=8, BW=128, num_warps=4)
     with on_device(logits):
         _upsample_confusion_kernel[(_tiles(b, size, **opts),)](
-            logits, target, out, ignore_index, k, h, w, *size, *logits.stride(), scales(h, size[0], align_corners)[0], scales(w, size[1], align_corners)[0],
-            BINS=triton.next_power_of_2(max(k*k, 16)) if k <= 32 else 0, ALIGN=align_corners, **opts)
+            logits,
+            target,
+            out,
+            ignore_index,
+            k,
+            h,
+            w,
+            *size,
+            *logits.stride(),
+            scales(h, size[0], align_corners)[0],
+            scales(w, size[1], align_corners)[0],
+            BINS=triton.next_power_of_2(max(k * k, 16)) if k <= 32 else 0,
+            ALIGN=align_corners,
+            **opts,
+        )
     return out
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #a639fc0b
 @triton.jit
-def _upsample_ce_fwd_kernel(z, target, weight, total, lse, nll, sums, ignore, K, smooth, h, w, H, W, sb, sc, sh, sw, step_h, step_w,
-                            WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, NLL: tl.constexpr, ALIGN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _upsample_ce_fwd_kernel(
+    z,
+    target,
+    weight,
+    total,
+    lse,
+    nll,
+    sums,
+    ignore,
+    K,
+    smooth,
+    h,
+    w,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    step_h,
+    step_w,
+    WEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    NLL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "lse_k (U z)_k in base 2, the loss of each pixel where `NLL`, and the tile's sums of losses and weights."
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     tiles_w = tl.cdiv(W, BW)
-    tiles = tiles_w*tl.cdiv(H, BH)
-    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    oh, ow = (tile // tiles_w)*BH + tl.arange(0, BH), (tile % tiles_w)*BW + tl.arange(0, BW)
+    tiles = tiles_w * tl.cdiv(H, BH)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    oh = (tile // tiles_w) * BH + tl.arange(0, BH)
+    ow = (tile % tiles_w) * BW + tl.arange(0, BW)
     inside = (oh < H)[:, None] & (ow < W)[None, :]
-    at = b*H*W + oh[:, None]*W + ow[None, :]
-    rows, cols = _corners(oh, step_h, h, ALIGN), _corners(ow, step_w, w, ALIGN)
+    at = b * H * W + oh[:, None] * W + ow[None, :]
+    rows = _corners(oh, step_h, h, ALIGN)
+    cols = _corners(ow, step_w, w, ALIGN)
     y = tl.load(target + at, mask=inside, other=ignore).to(tl.int32)
     valid = inside & (y != ignore)
-    plane = z + b*sb
-    m, s = tl.full([BH, BW], float("-inf"), tl.float32), tl.zeros([BH, BW], tl.float32)
-    zy, smoothed = tl.zeros([BH, BW], tl.float32), tl.zeros([BH, BW], tl.float32)
+    plane = z + b * sb
+    m = tl.full([BH, BW], float("-inf"), tl.float32)
+    s = tl.zeros([BH, BW], tl.float32)
+    zy = tl.zeros([BH, BW], tl.float32)
+    smoothed = tl.zeros([BH, BW], tl.float32)
     for k in range(0, K):
-        v = _bilinear(plane, rows, cols, sh, sw, inside)*LOG2E
+        v = _bilinear(plane, rows, cols, sh, sw, inside) * LOG2E
         d = tl.where(v == m, 1.0, tl.exp2(-tl.abs(v - m)))
-        s = tl.where(v > m, s*d + 1.0, s + d)
+        s = tl.where(v > m, s * d + 1.0, s + d)
         m = tl.where(v > m, v, m)
         zy = tl.where(y == k, v, zy)
-        if SMOOTH: smoothed += v*(tl.load(weight + k) if WEIGHT else 1.0)
+        if SMOOTH:
+            smoothed += v * (tl.load(weight + k) if WEIGHT else 1.0)
         plane += sc
     l2 = m + tl.log2(s)
     tl.store(lse + at, l2, mask=inside)
-    loss = (l2 - zy)*LN2
-    if NLL: tl.store(nll + at, tl.where(valid, loss, 0.0), mask=inside)
+    loss = (l2 - zy) * LN2
+    if NLL:
+        tl.store(nll + at, tl.where(valid, loss, 0.0), mask=inside)
     wy = tl.load(weight + y, mask=valid, other=0.0) if WEIGHT else valid.to(tl.float32)
-    part = wy*loss
+    part = wy * loss
     if SMOOTH:
         whole = tl.load(total) if WEIGHT else K.to(tl.float32)
-        part = (1.0 - smooth)*part + smooth/K*(whole*l2 - smoothed)*LN2
-    tl.store(sums + 2*tl.program_id(0), tl.sum(tl.sum(tl.where(valid, part, 0.0), 1), 0))
-    tl.store(sums + 2*tl.program_id(0) + 1, tl.sum(tl.sum(tl.where(valid, wy, 0.0), 1), 0))
+        part = (1.0 - smooth) * part + smooth / K * (whole * l2 - smoothed) * LN2
+    tl.store(sums + 2 * tl.program_id(0), tl.sum(tl.sum(tl.where(valid, part, 0.0), 1), 0))
+    tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(tl.sum(tl.where(valid, wy, 0.0), 1), 0))
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #7bf88f11
 def upsample_ce_fwd(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-    target:torch.Tensor, # [b, H, W], contiguous, integer
-    weight:torch.Tensor|None, # float32 [k]
-    ignore_index:int, # target id that does not count
-    align_corners:bool, # convention of the resize
-    smoothing:float=0.0, # label smoothing
-    pixels:bool=False, # also the loss of every pixel
-)->tuple: # sums [2] = (losses, weights) float32, nll [b, H, W] or empty, lse in base 2 [b, H, W]
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+    target: torch.Tensor,  # [b, H, W], contiguous, integer
+    weight: torch.Tensor | None,  # float32 [k]
+    ignore_index: int,  # target id that does not count
+    align_corners: bool,  # convention of the resize
+    smoothing: float = 0.0,  # label smoothing
+    pixels: bool = False,  # also the loss of every pixel
+    # sums [2] = (losses, weights) float32, nll [b, H, W] or empty, lse in base 2 [b, H, W]
+) -> tuple:
     "Launch the forward kernel of the cross-entropy."
     (b, k, h, w), size, device = logits.shape, tuple(target.shape[1:]), logits.device
     opts = blocks("upsample_cross_entropy", BH=4, BW=128, num_warps=4)
@@ -193,91 +310,196 @@ def upsample_ce_fwd(
     total = weight.sum() if smoothing and weight is not None else None
     with on_device(logits):
         _upsample_ce_fwd_kernel[(grid,)](
-            logits, target, weight, total, lse, nll, sums, ignore_index, k, smoothing, h, w, *size, *logits.stride(),
-            scales(h, size[0], align_corners)[0], scales(w, size[1], align_corners)[0], WEIGHT=weight is not None, SMOOTH=smoothing > 0, NLL=pixels, ALIGN=align_corners, **opts)
+            logits,
+            target,
+            weight,
+            total,
+            lse,
+            nll,
+            sums,
+            ignore_index,
+            k,
+            smoothing,
+            h,
+            w,
+            *size,
+            *logits.stride(),
+            scales(h, size[0], align_corners)[0],
+            scales(w, size[1], align_corners)[0],
+            WEIGHT=weight is not None,
+            SMOOTH=smoothing > 0,
+            NLL=pixels,
+            ALIGN=align_corners,
+            **opts,
+        )
     return sums.double().sum(0).float(), nll, lse
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #863dc8b4
 @triton.jit
 def _first(i, inv, ALIGN: tl.constexpr):
     "An output index at or before the first one whose source lies above i - 1."
-    if ALIGN: return tl.maximum(((i - 1.0)*inv).to(tl.int32) - 1, 0)
-    return tl.maximum(((i - 0.5)*inv - 0.5).to(tl.int32) - 2, 0)
+    if ALIGN:
+        return tl.maximum(((i - 1.0) * inv).to(tl.int32) - 1, 0)
+    return tl.maximum(((i - 0.5) * inv - 0.5).to(tl.int32) - 2, 0)
+
 
 @triton.jit
 def _last(i, inv, n, N, ALIGN: tl.constexpr):
     "An output index after the last one whose source lies below i; all where i is beyond the map."
-    if ALIGN: e = (i*inv).to(tl.int32) + 2
-    else: e = ((i + 0.5)*inv - 0.5).to(tl.int32) + 2
+    if ALIGN:
+        e = (i * inv).to(tl.int32) + 2
+    else:
+        e = ((i + 0.5) * inv - 0.5).to(tl.int32) + 2
     return tl.where(i >= n, N, tl.minimum(e, N))
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #1b3bd696
 @triton.jit
-def _upsample_ce_bwd_kernel(z, target, weight, total, lse, pixel, scale, dz, ignore, K, smooth, h, w, H, W, sb, sc, sh, sw, gb, gc, gh, gw,
-                            step_h, step_w, inv_h, inv_w, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, PIXEL: tl.constexpr, ALIGN: tl.constexpr,
-                            T: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr):
+def _upsample_ce_bwd_kernel(
+    z,
+    target,
+    weight,
+    total,
+    lse,
+    pixel,
+    scale,
+    dz,
+    ignore,
+    K,
+    smooth,
+    h,
+    w,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    gb,
+    gc,
+    gh,
+    gw,
+    step_h,
+    step_w,
+    inv_h,
+    inv_w,
+    WEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    PIXEL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    T: tl.constexpr,
+    BO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "dz = U^T [c (softmax(U z) - onehot)] for a tile of cells of one class plane that the program owns."
     LOG2E: tl.constexpr = 1.4426950408889634
     tiles_w = tl.cdiv(w, T)
-    tiles = tiles_w*tl.cdiv(h, T)
-    b, tile, k = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(1)
-    i0, j0 = (tile // tiles_w)*T, (tile % tiles_w)*T
-    i, j = i0 + tl.arange(0, T), j0 + tl.arange(0, T)
-    plane = z + b*sb + k.to(tl.int64)*sc
+    tiles = tiles_w * tl.cdiv(h, T)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    k = tl.program_id(1)
+    i0 = (tile // tiles_w) * T
+    j0 = (tile % tiles_w) * T
+    i = i0 + tl.arange(0, T)
+    j = j0 + tl.arange(0, T)
+    plane = z + b * sb + k.to(tl.int64) * sc
     wk = tl.load(weight + k) if WEIGHT else 1.0
     whole = tl.load(total) if WEIGHT and SMOOTH else K.to(tl.float32)
     acc = tl.zeros([T, T], tl.float32)
     for r in range(_first(i0, inv_h, ALIGN), _last(i0 + T, inv_h, h, H, ALIGN), BO):
         oh = r + tl.arange(0, BO)
-        rows, wy = _corners(oh, step_h, h, ALIGN), _hat(oh, i, step_h, h, H, ALIGN)
+        rows = _corners(oh, step_h, h, ALIGN)
+        wy = _hat(oh, i, step_h, h, H, ALIGN)
         for c in range(_first(j0, inv_w, ALIGN), _last(j0 + T, inv_w, w, W, ALIGN), BO):
             ow = c + tl.arange(0, BO)
-            cols, wx = _corners(ow, step_w, w, ALIGN), _hat(ow, j, step_w, w, W, ALIGN)
+            cols = _corners(ow, step_w, w, ALIGN)
+            wx = _hat(ow, j, step_w, w, W, ALIGN)
             inside = (oh < H)[:, None] & (ow < W)[None, :]
-            at = b*H*W + oh[:, None]*W + ow[None, :]
+            at = b * H * W + oh[:, None] * W + ow[None, :]
             y = tl.load(target + at, mask=inside, other=ignore).to(tl.int32)
             valid = inside & (y != ignore)
-            p = tl.exp2(_bilinear(plane, rows, cols, sh, sw, inside)*LOG2E - tl.load(lse + at, mask=inside, other=0.0))
-            if PIXEL: coefficient = tl.load(pixel + at, mask=valid, other=0.0)
-            elif WEIGHT: coefficient = tl.load(weight + y, mask=valid, other=0.0)
-            else: coefficient = 1.0
-            d = coefficient*tl.where(y == k, p - 1.0, p)
-            if SMOOTH: d = (1.0 - smooth)*d + smooth/K*(whole*p - wk)
+            p = tl.exp2(
+                _bilinear(plane, rows, cols, sh, sw, inside) * LOG2E
+                - tl.load(lse + at, mask=inside, other=0.0)
+            )
+            if PIXEL:
+                coefficient = tl.load(pixel + at, mask=valid, other=0.0)
+            elif WEIGHT:
+                coefficient = tl.load(weight + y, mask=valid, other=0.0)
+            else:
+                coefficient = 1.0
+            d = coefficient * tl.where(y == k, p - 1.0, p)
+            if SMOOTH:
+                d = (1.0 - smooth) * d + smooth / K * (whole * p - wk)
             d = tl.where(valid, d, 0.0)
-            acc += tl.dot(tl.dot(wy, d, input_precision=PRECISION), tl.trans(wx), input_precision=PRECISION)
+            acc += tl.dot(
+                tl.dot(wy, d, input_precision=PRECISION), tl.trans(wx), input_precision=PRECISION
+            )
     acc *= tl.load(scale)
-    tl.store(dz + b*gb + k.to(tl.int64)*gc + i[:, None]*gh + j[None, :]*gw, acc.to(dz.dtype.element_ty), mask=(i < h)[:, None] & (j < w)[None, :])
+    tl.store(
+        dz + b * gb + k.to(tl.int64) * gc + i[:, None] * gh + j[None, :] * gw,
+        acc.to(dz.dtype.element_ty),
+        mask=(i < h)[:, None] & (j < w)[None, :],
+    )
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #5c3adc5a
 def upsample_ce_bwd(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-    target:torch.Tensor, # [b, H, W], contiguous, integer
-    weight:torch.Tensor|None, # float32 [k]
-    lse:torch.Tensor, # of the forward pass
-    pixel:torch.Tensor|None, # float32 [b, H, W]: coefficient of every pixel, instead of the class weights
-    scale:torch.Tensor, # float32 scalar: multiplies everything
-    ignore_index:int, # target id that does not count
-    align_corners:bool, # convention of the resize
-    smoothing:float=0.0, # label smoothing
-)->torch.Tensor: # gradient, like the logits
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+    target: torch.Tensor,  # [b, H, W], contiguous, integer
+    weight: torch.Tensor | None,  # float32 [k]
+    lse: torch.Tensor,  # of the forward pass
+    # float32 [b, H, W]: coefficient of every pixel, instead of the class weights
+    pixel: torch.Tensor | None,
+    scale: torch.Tensor,  # float32 scalar: multiplies everything
+    ignore_index: int,  # target id that does not count
+    align_corners: bool,  # convention of the resize
+    smoothing: float = 0.0,  # label smoothing
+) -> torch.Tensor:  # gradient, like the logits
     "Launch the backward kernel of the cross-entropy."
     (b, k, h, w), size = logits.shape, tuple(target.shape[1:])
-    dz, total = torch.empty_like(logits), weight.sum() if smoothing and weight is not None else None
+    dz = torch.empty_like(logits)
+    total = weight.sum() if smoothing and weight is not None else None
     opts = blocks("upsample_cross_entropy_bwd", T=16, BO=32, num_warps=4)
-    (step_h, inv_h), (step_w, inv_w) = scales(h, size[0], align_corners), scales(w, size[1], align_corners)
-    grid = (b*triton.cdiv(h, opts["T"])*triton.cdiv(w, opts["T"]), k)
+    (step_h, inv_h), (step_w, inv_w) = (
+        scales(h, size[0], align_corners),
+        scales(w, size[1], align_corners),
+    )
+    grid = (b * triton.cdiv(h, opts["T"]) * triton.cdiv(w, opts["T"]), k)
     with on_device(logits):
         _upsample_ce_bwd_kernel[grid](
-            logits, target, weight, total, lse, pixel, scale, dz, ignore_index, k, smoothing, h, w, *size, *logits.stride(), *dz.stride(),
-            step_h, step_w, inv_h, inv_w, WEIGHT=weight is not None, SMOOTH=smoothing > 0, PIXEL=pixel is not None, ALIGN=align_corners,
-            PRECISION="ieee" if logits.dtype == torch.float32 else "tf32", **opts)
+            logits,
+            target,
+            weight,
+            total,
+            lse,
+            pixel,
+            scale,
+            dz,
+            ignore_index,
+            k,
+            smoothing,
+            h,
+            w,
+            *size,
+            *logits.stride(),
+            *dz.stride(),
+            step_h,
+            step_w,
+            inv_h,
+            inv_w,
+            WEIGHT=weight is not None,
+            SMOOTH=smoothing > 0,
+            PIXEL=pixel is not None,
+            ALIGN=align_corners,
+            PRECISION="ieee" if logits.dtype == torch.float32 else "tf32",
+            **opts,
+        )
     return dz
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #22c2f0ca
 @triton.jit
 def _digit_histogram_kernel(x, prefix, counts, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     "Histogram of ten bits of the values whose higher bits equal the prefix."
-    i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(x + i, mask=i < n, other=-1)
     match = (i < n) & ((bits >> (SHIFT + 10)) == tl.load(prefix))
     c = tl.histogram((bits >> SHIFT) & 1023, 1024, mask=match)
@@ -286,17 +508,23 @@ def _digit_histogram_kernel(x, prefix, counts, n, SHIFT: tl.constexpr, BLOCK: tl
 
 # %% ../../nbs/16a_ops.head_kernels.ipynb #959678a8
 def select(
-    p:torch.Tensor, # float32, at least 0; values of 2 and more do not take part
-    rank:torch.Tensor, # int64 scalar on the device, 0 is the smallest
-)->torch.Tensor: # float32 scalar
+    p: torch.Tensor,  # float32, at least 0; values of 2 and more do not take part
+    rank: torch.Tensor,  # int64 scalar on the device, 0 is the smallest
+) -> torch.Tensor:  # float32 scalar
     "The value of that rank, exact, without a sort and without waiting for the device."
-    bits, (opts, rank) = p.flatten().view(torch.int32), (blocks("select", BLOCK=4096, num_warps=4), rank.reshape(1))
+    bits, (opts, rank) = (
+        p.flatten().view(torch.int32),
+        (blocks("select", BLOCK=4096, num_warps=4), rank.reshape(1)),
+    )
     prefix = torch.zeros(1, dtype=torch.int32, device=p.device)
     for shift in (20, 10, 0):
         counts = torch.zeros(1024, dtype=torch.int32, device=p.device)
-        with on_device(p): _digit_histogram_kernel[(triton.cdiv(bits.numel(), opts["BLOCK"]),)](bits, prefix, counts, bits.numel(), SHIFT=shift, **opts)
+        with on_device(p):
+            _digit_histogram_kernel[(triton.cdiv(bits.numel(), opts["BLOCK"]),)](
+                bits, prefix, counts, bits.numel(), SHIFT=shift, **opts
+            )
         upto = counts.cumsum(0)
         digit = (upto <= rank).sum(0, keepdim=True).clamp(max=1023)
         rank = rank - torch.where(digit > 0, upto.gather(0, (digit - 1).clamp(min=0)), 0)
-        prefix = (prefix*1024 + digit).to(torch.int32)
+        prefix = (prefix * 1024 + digit).to(torch.int32)
     return prefix.view(torch.float32)[0]

@@ -16,45 +16,50 @@ from .head_kernels import scales, upsample_ce_bwd, upsample_ce_fwd
 @triton.jit
 def _before(q, n, N, S: tl.constexpr, P: tl.constexpr):
     "Patches before quad `q`, corners aligned."
-    return q*(S//P) + (q*(N - 1) + n - 2)//(n - 1) - S*q
+    return q * (S // P) + (q * (N - 1) + n - 2) // (n - 1) - S * q
 
+# %% ../../nbs/16b_ops.head_quads.ipynb #f2fa4d6e
 @triton.jit
 def _patches(p, n, N, S: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr):
     "Of patches along an axis: the input below (-1 before the first one), the first output, the output after the last."
     if ALIGN:
-        per_quad = (N - 1.0)/(n - 1.0) - (S - S//P)
-        q = tl.minimum((p.to(tl.float32)/per_quad).to(tl.int32), n - 1)
+        per_quad = (N - 1.0) / (n - 1.0) - (S - S // P)
+        q = tl.minimum((p.to(tl.float32) / per_quad).to(tl.int32), n - 1)
         q -= (_before(q, n, N, S, P) > p).to(tl.int32)
         q += ((q < n - 1) & (_before(q + 1, n, N, S, P) <= p)).to(tl.int32)
-        first = (q*(N - 1) + n - 2)//(n - 1) + (p - _before(q, n, N, S, P))*P
-        return q, first, tl.minimum(((q + 1)*(N - 1) + n - 2)//(n - 1), N)
-    q = p//(S//P)
-    first = q*S - S//2 + (p - q*(S//P))*P
+        first = (q * (N - 1) + n - 2) // (n - 1) + (p - _before(q, n, N, S, P)) * P
+        return q, first, tl.minimum(((q + 1) * (N - 1) + n - 2) // (n - 1), N)
+    q = p // (S // P)
+    first = q * S - S // 2 + (p - q * (S // P)) * P
     return q - 1, first, tl.minimum(first + P, N)
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #13d00087
 def patch_count(
-    n:int, # input rows or columns
-    N:int, # output rows or columns
-    S:int, # outputs per quad
-    P:int, # outputs per patch
-    align_corners:bool, # convention of the resize
-)->int: # patches
+    n: int,  # input rows or columns
+    N: int,  # output rows or columns
+    S: int,  # outputs per quad
+    P: int,  # outputs per patch
+    align_corners: bool,  # convention of the resize
+) -> int:  # patches
     "How many patches an axis has."
-    if not align_corners: return (n + 1)*(S//P)
-    return (n - 1)*(S//P) + N - S*(n - 1)
+    if not align_corners:
+        return (n + 1) * (S // P)
+    return (n - 1) * (S // P) + N - S * (n - 1)
 
+# %% ../../nbs/16b_ops.head_quads.ipynb #eae900f6
 def quad_scale(
-    shape:tuple, # of the logits, [b, k, h, w]
-    size:tuple, # (H, W)
-    align_corners:bool, # convention of the resize
-)->int: # outputs per quad, 0 where quads do not fit
+    shape: tuple,  # of the logits, [b, k, h, w]
+    size: tuple,  # (H, W)
+    align_corners: bool,  # convention of the resize
+) -> int:  # outputs per quad, 0 where quads do not fit
     "The factor of a resize that quads can do: 2, 4, 8, 16 or 32, the same along both axes."
     (h, w), (H, W) = shape[2:], size
-    S = H//h
-    if S not in (2, 4, 8, 16, 32) or (H, W) != (S*h, S*w): return 0
-    if align_corners and min(h, w) <= S: return 0
-    return S if max(h*H, w*W, H*W) < 2**31 else 0
+    S = H // h
+    if S not in (2, 4, 8, 16, 32) or (H, W) != (S * h, S * w):
+        return 0
+    if align_corners and min(h, w) <= S:
+        return 0
+    return S if max(h * H, w * W, H * W) < 2**31 else 0
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #e26ebb8c
 @triton.jit
@@ -63,8 +68,10 @@ def _axis(p, n, N, step, S: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr, 
     below, first, after = _patches(p, n, N, S, P, ALIGN)
     plain = first[None, :] + tl.arange(0, P)[:, None]
     o = tl.maximum(tl.minimum(plain, after[None, :] - 1), 0)
-    if ALIGN: src = o.to(tl.float32)*step
-    else: src = tl.maximum((o.to(tl.float32) + 0.5)*step - 0.5, 0.0)
+    if ALIGN:
+        src = o.to(tl.float32) * step
+    else:
+        src = tl.maximum((o.to(tl.float32) + 0.5) * step - 0.5, 0.0)
     lo = tl.minimum(tl.maximum(below, 0), n - 1)
     if OWN:
         hi = tl.minimum(below + 1, n - 1)
@@ -75,37 +82,56 @@ def _axis(p, n, N, step, S: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr, 
     t = tl.minimum(tl.maximum(t, 0.0), 1.0)
     return lo, hi, t, o, plain == o
 
+# %% ../../nbs/16b_ops.head_quads.ipynb #47180a64
 @triton.jit
-def _quads(h, w, H, W, rows, cols, sh, step_h, step_w, S: tl.constexpr,
-           PH: tl.constexpr, PW: tl.constexpr, NQ: tl.constexpr, ALIGN: tl.constexpr, OWN: tl.constexpr):
+def _quads(
+    h,
+    w,
+    H,
+    W,
+    rows,
+    cols,
+    sh,
+    step_h,
+    step_w,
+    S: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    NQ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OWN: tl.constexpr,
+):
     "A program's picture, patches, offsets of the four corners, weights, pixels [PH, PW, NQ] and whether they exist."
-    tiles = tl.cdiv(rows*cols, NQ)
-    b = (tl.program_id(0)//tiles).to(tl.int64)
-    p = (tl.program_id(0) % tiles)*NQ + tl.arange(0, NQ)
-    row = tl.minimum(p//cols, rows - 1)
+    tiles = tl.cdiv(rows * cols, NQ)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    p = (tl.program_id(0) % tiles) * NQ + tl.arange(0, NQ)
+    row = tl.minimum(p // cols, rows - 1)
     i, i2, th, oh, in_h = _axis(row, h, H, step_h, S, PH, ALIGN, OWN)
     j, j2, tw, ow, in_w = _axis(p % cols, w, W, step_w, S, PW, ALIGN, OWN)
-    inside = in_h[:, None, :] & in_w[None, :, :] & (p < rows*cols)[None, None, :]
-    at = oh[:, None, :]*W + ow[None, :, :]
-    return b, p, (i*sh + j, i*sh + j2, i2*sh + j, i2*sh + j2), th, tw, at, inside
+    inside = in_h[:, None, :] & in_w[None, :, :] & (p < rows * cols)[None, None, :]
+    at = oh[:, None, :] * W + ow[None, :, :]
+    return b, p, (i * sh + j, i * sh + j2, i2 * sh + j, i2 * sh + j2), th, tw, at, inside
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #aa90213d
 @triton.jit
 def _corner_values(z, corners, sc, last, KB: tl.constexpr):
     "The four corners of each patch for `KB` classes, each [KB, NQ]; classes after the last one repeat it."
-    plane = z + (tl.minimum(tl.arange(0, KB), last)*sc)[:, None]
+    plane = z + (tl.minimum(tl.arange(0, KB), last) * sc)[:, None]
     a = tl.load(plane + corners[0][None, :]).to(tl.float32)
     b = tl.load(plane + corners[1][None, :]).to(tl.float32)
     c = tl.load(plane + corners[2][None, :]).to(tl.float32)
     d = tl.load(plane + corners[3][None, :]).to(tl.float32)
     return a, b, c, d
 
+# %% ../../nbs/16b_ops.head_quads.ipynb #2dacab2b
 @triton.jit
 def _between(values, left, right, add, th):
     "The pixels of the patches plus `add`, [KB, PH, PW, NQ]; `left` and `right` weigh the columns, `th` the row above."
-    top = values[0][:, None, :]*left[None, :, :] + values[1][:, None, :]*right[None, :, :]
-    low = values[2][:, None, :]*left[None, :, :] + values[3][:, None, :]*right[None, :, :]
-    return top[:, None, :, :]*(1.0 - th)[None, :, None, :] + (low[:, None, :, :]*th[None, :, None, :] + add)
+    top = values[0][:, None, :] * left[None, :, :] + values[1][:, None, :] * right[None, :, :]
+    low = values[2][:, None, :] * left[None, :, :] + values[3][:, None, :] * right[None, :, :]
+    return top[:, None, :, :] * (1.0 - th)[None, :, None, :] + (
+        low[:, None, :, :] * th[None, :, None, :] + add
+    )
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #55f3e4bc
 @triton.jit
@@ -113,54 +139,93 @@ def _more_classes(z, corners, sc, m, s, left, right, th, KB: tl.constexpr):
     "Running maximum and sum after `KB` more classes, and these classes' values."
     v = _between(_corner_values(z, corners, sc, KB - 1, KB), left, right, 0.0, th)
     n = tl.maximum(m, tl.max(v, 0))
-    return n, s*tl.exp2(m - n) + tl.sum(tl.exp2(v - n[None, :, :, :]), 0), v
+    return n, s * tl.exp2(m - n) + tl.sum(tl.exp2(v - n[None, :, :, :]), 0), v
+
 
 @triton.jit
 def _weighted(v, weight, k, KB: tl.constexpr, WEIGHT: tl.constexpr):
     "Sum over the classes of a block, each times its weight."
-    if WEIGHT: v = v*tl.load(weight + k + tl.arange(0, KB))[:, None, None, None]
+    if WEIGHT:
+        v = v * tl.load(weight + k + tl.arange(0, KB))[:, None, None, None]
     return tl.sum(v, 0)
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #8eaab7ec
 @triton.jit(do_not_specialize=["ignore", "K", "h", "w", "H", "W", "rows", "cols", "sb", "sc", "sh"])
-def _quad_ce_fwd_kernel(z, target, weight, total, lse, nll, sums, ignore, K, smooth, h, w, H, W, rows, cols, sb, sc, sh, step_h, step_w,
-                        WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, NLL: tl.constexpr, ALIGN: tl.constexpr, S: tl.constexpr,
-                        PH: tl.constexpr, PW: tl.constexpr, NQ: tl.constexpr, KB: tl.constexpr):
+def _quad_ce_fwd_kernel(
+    z,
+    target,
+    weight,
+    total,
+    lse,
+    nll,
+    sums,
+    ignore,
+    K,
+    smooth,
+    h,
+    w,
+    H,
+    W,
+    rows,
+    cols,
+    sb,
+    sc,
+    sh,
+    step_h,
+    step_w,
+    WEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    NLL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    S: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    NQ: tl.constexpr,
+    KB: tl.constexpr,
+):
     "lse_k (U z)_k in base 2, the loss of each pixel where `NLL`, and the program's sums of losses and weights."
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
-    b, p, corners, th, tw, at, inside = _quads(h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, False)
-    left, right = (1.0 - tw)*LOG2E, tw*LOG2E
-    m, s = tl.full([PH, PW, NQ], -3e38, tl.float32), tl.zeros([PH, PW, NQ], tl.float32)
+    b, p, corners, th, tw, at, inside = _quads(
+        h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, False
+    )
+    left = (1.0 - tw) * LOG2E
+    right = tw * LOG2E
+    m = tl.full([PH, PW, NQ], -3e38, tl.float32)
+    s = tl.zeros([PH, PW, NQ], tl.float32)
     smoothed = tl.zeros([PH, PW, NQ], tl.float32)
-    plane, wide = z + b*sb, sc.to(tl.int64)
+    plane = z + b * sb
+    wide = sc.to(tl.int64)
     for k in range(0, K - K % KB, KB):
         m, s, v = _more_classes(plane, corners, wide, m, s, left, right, th, KB)
-        if SMOOTH: smoothed += _weighted(v, weight, k, KB, WEIGHT)
-        plane += KB*wide
+        if SMOOTH:
+            smoothed += _weighted(v, weight, k, KB, WEIGHT)
+        plane += KB * wide
     for k in range(K - K % KB, K):
         m, s, v = _more_classes(plane, corners, wide, m, s, left, right, th, 1)
-        if SMOOTH: smoothed += _weighted(v, weight, k, 1, WEIGHT)
+        if SMOOTH:
+            smoothed += _weighted(v, weight, k, 1, WEIGHT)
         plane += wide
     l2 = m + tl.log2(s)
-    picture = b*H*W
+    picture = b * H * W
     tl.store(lse + picture + at, l2, mask=inside)
     y = tl.load(target + picture + at).to(tl.int32)
     valid = inside & (y != ignore)
     y = tl.minimum(tl.maximum(tl.where(valid, y, 0), 0), K - 1)
-    own = z + b*sb + y.to(tl.int64)*sc
-    top = tl.load(own + corners[0][None, None, :]).to(tl.float32)*left[None, :, :]
-    top += tl.load(own + corners[1][None, None, :]).to(tl.float32)*right[None, :, :]
-    low = tl.load(own + corners[2][None, None, :]).to(tl.float32)*left[None, :, :]
-    low += tl.load(own + corners[3][None, None, :]).to(tl.float32)*right[None, :, :]
-    loss = (l2 - (top*(1.0 - th)[:, None, :] + low*th[:, None, :]))*LN2
-    if NLL: tl.store(nll + picture + at, tl.where(valid, loss, 0.0), mask=inside)
+    own = z + b * sb + y.to(tl.int64) * sc
+    top = tl.load(own + corners[0][None, None, :]).to(tl.float32) * left[None, :, :]
+    top += tl.load(own + corners[1][None, None, :]).to(tl.float32) * right[None, :, :]
+    low = tl.load(own + corners[2][None, None, :]).to(tl.float32) * left[None, :, :]
+    low += tl.load(own + corners[3][None, None, :]).to(tl.float32) * right[None, :, :]
+    loss = (l2 - (top * (1.0 - th)[:, None, :] + low * th[:, None, :])) * LN2
+    if NLL:
+        tl.store(nll + picture + at, tl.where(valid, loss, 0.0), mask=inside)
     wy = tl.where(valid, tl.load(weight + y), 0.0) if WEIGHT else valid.to(tl.float32)
-    part = wy*loss
+    part = wy * loss
     if SMOOTH:
         whole = tl.load(total) if WEIGHT else K.to(tl.float32)
-        part = (1.0 - smooth)*part + smooth/K*(whole*l2 - smoothed)*LN2
-    place = sums + 2*tl.program_id(0)
+        part = (1.0 - smooth) * part + smooth / K * (whole * l2 - smoothed) * LN2
+    place = sums + 2 * tl.program_id(0)
     tl.store(place, tl.sum(tl.sum(tl.sum(tl.where(valid, part, 0.0), 0), 0), 0))
     tl.store(place + 1, tl.sum(tl.sum(tl.sum(tl.where(valid, wy, 0.0), 0), 0), 0))
 
@@ -168,99 +233,198 @@ def _quad_ce_fwd_kernel(z, target, weight, total, lse, nll, sums, ignore, K, smo
 def _geometry(shape, size, align_corners, S, PH, PW):
     "Sizes, numbers of patches and steps, as the kernels take them; and the patches of a picture."
     (h, w), (H, W) = shape[2:], size
-    rows, cols = patch_count(h, H, S, PH, align_corners), patch_count(w, W, S, PW, align_corners)
+    rows = patch_count(h, H, S, PH, align_corners)
+    cols = patch_count(w, W, S, PW, align_corners)
     steps = scales(h, H, align_corners)[0], scales(w, W, align_corners)[0]
-    return (h, w, H, W, rows, cols), steps, rows*cols
+    return (h, w, H, W, rows, cols), steps, rows * cols
+
 
 def loads_well(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-)->torch.Tensor: # itself, or a copy of the small map whose rows are contiguous
-    "Lanes lie along a row: a map with its classes innermost (channels_last) is copied once, instead of gathered four times."
-    near = (logits.shape[2] - 1)*logits.stride(2) + logits.shape[3] < 2**31
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+) -> torch.Tensor:  # itself, or a copy of the small map whose rows are contiguous
+    """Lanes lie along a row: a map with its classes innermost (channels_last) is copied once,
+    instead of gathered four times."""
+    near = (logits.shape[2] - 1) * logits.stride(2) + logits.shape[3] < 2**31
     return logits if logits.stride(3) == 1 and near else logits.contiguous()
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #3ba1e9f4
 def ce_fwd(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-    target:torch.Tensor, # [b, H, W], contiguous, integer
-    weight:torch.Tensor|None, # float32 [k]
-    ignore_index:int, # target id that does not count
-    align_corners:bool, # convention of the resize
-    smoothing:float=0.0, # label smoothing
-    pixels:bool=False, # also the loss of every pixel
-)->tuple: # sums [2] = (losses, weights) float32, nll [b, H, W] or empty, lse in base 2 [b, H, W]
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+    target: torch.Tensor,  # [b, H, W], contiguous, integer
+    weight: torch.Tensor | None,  # float32 [k]
+    ignore_index: int,  # target id that does not count
+    align_corners: bool,  # convention of the resize
+    smoothing: float = 0.0,  # label smoothing
+    pixels: bool = False,  # also the loss of every pixel
+    # sums [2] = (losses, weights) float32, nll [b, H, W] or empty, lse in base 2 [b, H, W]
+) -> tuple:
     "Launch the forward kernel of the cross-entropy: with quads where they fit."
     size = tuple(target.shape[1:])
     S = quad_scale(logits.shape, size, align_corners)
     if not S:
-        return upsample_ce_fwd(logits, target, weight, ignore_index, align_corners, smoothing, pixels)
+        return upsample_ce_fwd(
+            logits, target, weight, ignore_index, align_corners, smoothing, pixels
+        )
     (b, k), z, device = logits.shape[:2], loads_well(logits), logits.device
-    opts = blocks("quad_cross_entropy", PH=min(S, 4), PW=min(S, 4), NQ=128, KB=2 if align_corners else 4, num_warps=4)
+    opts = blocks(
+        "quad_cross_entropy",
+        PH=min(S, 4),
+        PW=min(S, 4),
+        NQ=128,
+        KB=2 if align_corners else 4,
+        num_warps=4,
+    )
     sizes, steps, patches = _geometry(logits.shape, size, align_corners, S, opts["PH"], opts["PW"])
-    grid = b*triton.cdiv(patches, opts["NQ"])
+    grid = b * triton.cdiv(patches, opts["NQ"])
     lse = torch.empty((b, *size), dtype=torch.float32, device=device)
     nll = torch.empty((b, *size) if pixels else (0,), dtype=torch.float32, device=device)
     sums = torch.empty((grid, 2), dtype=torch.float32, device=device)
     total = weight.sum() if smoothing and weight is not None else None
     with on_device(logits):
         _quad_ce_fwd_kernel[(grid,)](
-            z, target, weight, total, lse, nll, sums, ignore_index, k, smoothing, *sizes, *z.stride()[:3], *steps,
-            WEIGHT=weight is not None, SMOOTH=smoothing > 0, NLL=pixels, ALIGN=align_corners, S=S, **opts)
+            z,
+            target,
+            weight,
+            total,
+            lse,
+            nll,
+            sums,
+            ignore_index,
+            k,
+            smoothing,
+            *sizes,
+            *z.stride()[:3],
+            *steps,
+            WEIGHT=weight is not None,
+            SMOOTH=smoothing > 0,
+            NLL=pixels,
+            ALIGN=align_corners,
+            S=S,
+            **opts,
+        )
     return sums.double().sum(0).float(), nll, lse
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #bbfe3ba1
 @triton.jit
 def _onto_corners(d, th, left, right):
     "What a patch's pixels give to its four corners, each [KB, NQ]; `left` + `right` may be any multiple of one."
-    both, low = tl.sum(d, 1), tl.sum(d*th[None, :, None, :], 1)
+    both = tl.sum(d, 1)
+    low = tl.sum(d * th[None, :, None, :], 1)
     top = both - low
-    return (tl.sum(top*left[None, :, :], 1), tl.sum(top*right[None, :, :], 1),
-            tl.sum(low*left[None, :, :], 1), tl.sum(low*right[None, :, :], 1))
+    return (
+        tl.sum(top * left[None, :, :], 1),
+        tl.sum(top * right[None, :, :], 1),
+        tl.sum(low * left[None, :, :], 1),
+        tl.sum(low * right[None, :, :], 1),
+    )
 
+# %% ../../nbs/16b_ops.head_quads.ipynb #7e219e1b
 @triton.jit
 def _store_corners(part, sums, k, n, total, at, live, KB: tl.constexpr):
     "Write the four sums of `KB` classes to the partial maps [classes, 4, all patches]."
     kk = k + tl.arange(0, KB)
-    place = part + (kk.to(tl.int64)*4*total)[:, None] + at[None, :]
+    place = part + (kk.to(tl.int64) * 4 * total)[:, None] + at[None, :]
     ok = (kk < n)[:, None] & live[None, :]
     tl.store(place, sums[0], mask=ok)
     tl.store(place + total, sums[1], mask=ok)
-    tl.store(place + 2*total, sums[2], mask=ok)
-    tl.store(place + 3*total, sums[3], mask=ok)
+    tl.store(place + 2 * total, sums[2], mask=ok)
+    tl.store(place + 3 * total, sums[3], mask=ok)
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #1eea7a59
-@triton.jit(do_not_specialize=["ignore", "K", "k0", "n", "share", "h", "w", "H", "W", "rows", "cols", "sb", "sc", "sh", "total"])
-def _quad_ce_bwd_kernel(z, target, weight, weights, lse, pixel, part, ignore, K, k0, n, share, smooth, total, h, w, H, W, rows, cols,
-                        sb, sc, sh, step_h, step_w, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, PIXEL: tl.constexpr,
-                        ALIGN: tl.constexpr, S: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, NQ: tl.constexpr, KB: tl.constexpr):
+@triton.jit(
+    do_not_specialize=[
+        "ignore",
+        "K",
+        "k0",
+        "n",
+        "share",
+        "h",
+        "w",
+        "H",
+        "W",
+        "rows",
+        "cols",
+        "sb",
+        "sc",
+        "sh",
+        "total",
+    ]
+)
+def _quad_ce_bwd_kernel(
+    z,
+    target,
+    weight,
+    weights,
+    lse,
+    pixel,
+    part,
+    ignore,
+    K,
+    k0,
+    n,
+    share,
+    smooth,
+    total,
+    h,
+    w,
+    H,
+    W,
+    rows,
+    cols,
+    sb,
+    sc,
+    sh,
+    step_h,
+    step_w,
+    WEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    PIXEL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    S: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    NQ: tl.constexpr,
+    KB: tl.constexpr,
+):
     "Partial sums of c (softmax(U z) - onehot) for the corners of each patch, `share` of the classes k0 to k0 + n."
     LOG2E: tl.constexpr = 1.4426950408889634
-    b, p, corners, th, tw, at, inside = _quads(h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, True)
-    left, right = (1.0 - tw)*LOG2E, tw*LOG2E
-    picture = b*H*W
+    b, p, corners, th, tw, at, inside = _quads(
+        h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, True
+    )
+    left = (1.0 - tw) * LOG2E
+    right = tw * LOG2E
+    picture = b * H * W
     y = tl.load(target + picture + at).to(tl.int32)
     valid = inside & (y != ignore)
     y = tl.where(valid, y, -1)
     l2 = tl.where(valid, tl.load(lse + picture + at), float("inf"))
-    if PIXEL: coefficient = tl.where(valid, tl.load(pixel + picture + at), 0.0)
-    elif WEIGHT: coefficient = tl.where(valid, tl.load(weight + tl.minimum(tl.maximum(y, 0), K - 1)), 0.0)
+    if PIXEL:
+        coefficient = tl.where(valid, tl.load(pixel + picture + at), 0.0)
+    elif WEIGHT:
+        coefficient = tl.where(valid, tl.load(weight + tl.minimum(tl.maximum(y, 0), K - 1)), 0.0)
     whole = tl.load(weights) if WEIGHT and SMOOTH else K.to(tl.float32)
-    first = tl.program_id(1)*share
+    first = tl.program_id(1) * share
     wide = sc.to(tl.int64)
-    plane = z + b*sb + (k0 + first).to(tl.int64)*sc
-    live, where = p < rows*cols, b*rows*cols + p
+    plane = z + b * sb + (k0 + first).to(tl.int64) * sc
+    live = p < rows * cols
+    where = b * rows * cols + p
     for c in range(first, tl.minimum(first + share, n), KB):
         k = c + tl.arange(0, KB)
         values = _corner_values(plane, corners, wide, n - 1 - c, KB)
         q = tl.exp2(_between(values, left, right, -l2[None, :, :, :], th))
         d = tl.where(y[None, :, :, :] == (k0 + k)[:, None, None, None], q - 1.0, q)
-        if PIXEL or WEIGHT: d = d*coefficient[None, :, :, :]
+        if PIXEL or WEIGHT:
+            d = d * coefficient[None, :, :, :]
         if SMOOTH:
-            wk = tl.load(weight + k0 + k, mask=k < n, other=0.0)[:, None, None, None] if WEIGHT else 1.0
-            even = tl.where(valid[None, :, :, :], whole*q - wk, 0.0)
-            d = (1.0 - smooth)*d + smooth/K*even
+            wk = (
+                tl.load(weight + k0 + k, mask=k < n, other=0.0)[:, None, None, None]
+                if WEIGHT
+                else 1.0
+            )
+            even = tl.where(valid[None, :, :, :], whole * q - wk, 0.0)
+            d = (1.0 - smooth) * d + smooth / K * even
         _store_corners(part, _onto_corners(d, th, left, right), c, n, total, where, live, KB)
-        plane += KB*wide
+        plane += KB * wide
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #5c5417bc
 @triton.jit
@@ -272,95 +436,178 @@ def _touching(i, SIDE: tl.constexpr, n, N, S: tl.constexpr, P: tl.constexpr, ALI
         after = tl.where(q < n - 1, _before(q + 1, n, N, S, P), first + 1)
         return first, tl.where(q >= 0, after, first)
     q = i + 1 - SIDE
-    return q*(S//P), (q + 1)*(S//P)
+    return q * (S // P), (q + 1) * (S // P)
 
+# %% ../../nbs/16b_ops.head_quads.ipynb #170ae9c0
 @triton.jit(do_not_specialize=["total", "h", "w", "H", "W", "rows", "cols", "gb", "gc"])
-def _quad_gather_kernel(part, scale, dz, total, h, w, H, W, rows, cols, gb, gc, ALIGN: tl.constexpr, S: tl.constexpr,
-                        PH: tl.constexpr, PW: tl.constexpr, BLOCK: tl.constexpr):
+def _quad_gather_kernel(
+    part,
+    scale,
+    dz,
+    total,
+    h,
+    w,
+    H,
+    W,
+    rows,
+    cols,
+    gb,
+    gc,
+    ALIGN: tl.constexpr,
+    S: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     "Each cell adds what its quads hold for it, times the incoming gradient."
     LN2: tl.constexpr = 0.6931471805599453
-    cell, k, b = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    inside, i = cell < h*w, cell//w
-    j = cell - i*w
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    inside = cell < h * w
+    i = cell // w
+    j = cell - i * w
     acc = tl.zeros([BLOCK], tl.float32)
     for side_h in tl.static_range(2):
         row, row_end = _touching(i, side_h, h, H, S, PH, ALIGN)
         for side_w in tl.static_range(2):
             col, col_end = _touching(j, side_w, w, W, S, PW, ALIGN)
-            plane = part + (k*4 + 2*side_h + side_w)*total + b*rows*cols
-            for down in tl.static_range(S//PH + ALIGN):
-                for along in tl.static_range(S//PW + ALIGN):
+            plane = part + (k * 4 + 2 * side_h + side_w) * total + b * rows * cols
+            for down in tl.static_range(S // PH + ALIGN):
+                for along in tl.static_range(S // PW + ALIGN):
                     there = inside
-                    if ALIGN: there = inside & (row + down < row_end) & (col + along < col_end)
-                    acc += tl.load(plane + ((row + down)*cols + col + along), mask=there, other=0.0)
-    acc *= tl.load(scale)*LN2
-    tl.store(dz + b*gb + k*gc + cell, acc.to(dz.dtype.element_ty), mask=inside)
+                    if ALIGN:
+                        there = inside & (row + down < row_end) & (col + along < col_end)
+                    acc += tl.load(
+                        plane + ((row + down) * cols + col + along), mask=there, other=0.0
+                    )
+    acc *= tl.load(scale) * LN2
+    tl.store(dz + b * gb + k * gc + cell, acc.to(dz.dtype.element_ty), mask=inside)
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #545e7b40
-PARTIALS = 48 << 20 # bytes of partial sums at a time; 8 classes at least
+PARTIALS = 48 << 20  # bytes of partial sums at a time; 8 classes at least
+
 
 def classes_each(
-    n:int, # classes of a launch
-    KB:int, # classes at a time
-)->int: # a multiple of `KB`
+    n: int,  # classes of a launch
+    KB: int,  # classes at a time
+) -> int:  # a multiple of `KB`
     "How many classes a program takes: about 16, the same number in every program."
     programs = triton.cdiv(n, 16)
-    return triton.cdiv(triton.cdiv(n, programs), KB)*KB
+    return triton.cdiv(triton.cdiv(n, programs), KB) * KB
 
+# %% ../../nbs/16b_ops.head_quads.ipynb #6fefce41
 def through_corners(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-    size:tuple, # (H, W)
-    align_corners:bool, # convention of the resize
-    scale:torch.Tensor, # float32 scalar: multiplies everything
-    opts:dict, # launch options of the kernel that fills the partial maps
-    launch, # function(z, part, k0, n, share, total, grid, sizes, steps) that launches it for the classes k0 to k0 + n
-)->torch.Tensor: # gradient, like the logits
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+    size: tuple,  # (H, W)
+    align_corners: bool,  # convention of the resize
+    scale: torch.Tensor,  # float32 scalar: multiplies everything
+    opts: dict,  # launch options of the kernel that fills the partial maps
+    # function(z, part, k0, n, share, total, grid, sizes, steps) that launches it for the classes
+    # k0 to k0 + n
+    launch,
+) -> torch.Tensor:  # gradient, like the logits
     "A gradient by way of the quads' partial sums, some classes at a time."
     (b, k, h, w), z = logits.shape, loads_well(logits)
-    S, PH, PW = opts["S"], opts["PH"], opts["PW"]
+    S = opts["S"]
+    PH = opts["PH"]
+    PW = opts["PW"]
     sizes, steps, patches = _geometry(logits.shape, size, align_corners, S, PH, PW)
-    total, dz = b*patches, torch.empty((b, k, h, w), dtype=logits.dtype, device=logits.device)
-    group = min(k, max(8, PARTIALS//(16*total)))
+    total = b * patches
+    dz = torch.empty((b, k, h, w), dtype=logits.dtype, device=logits.device)
+    group = min(k, max(8, PARTIALS // (16 * total)))
     part = torch.empty((group, 4, total), dtype=torch.float32, device=logits.device)
     for k0 in range(0, k, group):
         n = min(group, k - k0)
         share = classes_each(n, opts["KB"])
         with on_device(logits):
-            launch(z, part, k0, n, share, total, (b*triton.cdiv(patches, opts["NQ"]), triton.cdiv(n, share)), sizes, steps)
-            _quad_gather_kernel[(triton.cdiv(h*w, 256), n, b)](
-                part, scale, dz[:, k0:], total, *sizes, *dz.stride()[:2], ALIGN=align_corners, S=S, PH=PH, PW=PW, BLOCK=256,
-                num_warps=4)
+            launch(
+                z,
+                part,
+                k0,
+                n,
+                share,
+                total,
+                (b * triton.cdiv(patches, opts["NQ"]), triton.cdiv(n, share)),
+                sizes,
+                steps,
+            )
+            _quad_gather_kernel[(triton.cdiv(h * w, 256), n, b)](
+                part,
+                scale,
+                dz[:, k0:],
+                total,
+                *sizes,
+                *dz.stride()[:2],
+                ALIGN=align_corners,
+                S=S,
+                PH=PH,
+                PW=PW,
+                BLOCK=256,
+                num_warps=4,
+            )
     return dz if logits.is_contiguous() else torch.empty_like(logits).copy_(dz)
 
 # %% ../../nbs/16b_ops.head_quads.ipynb #15719819
 def bwd_options(
-    op:str, # name for `use_blocks`
-    S:int, # outputs per quad
-)->dict: # launch options: the patch, patches per program, classes at a time
+    op: str,  # name for `use_blocks`
+    S: int,  # outputs per quad
+) -> dict:  # launch options: the patch, patches per program, classes at a time
     "Patches of 8 x 4 pixels, 4 x 4 or 2 x 2, and more classes at a time where they are small."
-    PH, PW = min(S, 8), min(S, 4)
-    return blocks(op, PH=PH, PW=PW, NQ=128, KB=max(1, min(4, 32//(PH*PW))), num_warps=4) | dict(S=S)
+    PH = min(S, 8)
+    PW = min(S, 4)
+    return blocks(op, PH=PH, PW=PW, NQ=128, KB=max(1, min(4, 32 // (PH * PW))), num_warps=4) | dict(
+        S=S
+    )
 
+# %% ../../nbs/16b_ops.head_quads.ipynb #67e3f4ad
 def ce_bwd(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-    target:torch.Tensor, # [b, H, W], contiguous, integer
-    weight:torch.Tensor|None, # float32 [k]
-    lse:torch.Tensor, # of the forward pass
-    pixel:torch.Tensor|None, # float32 [b, H, W]: coefficient of every pixel, instead of the class weights
-    scale:torch.Tensor, # float32 scalar: multiplies everything
-    ignore_index:int, # target id that does not count
-    align_corners:bool, # convention of the resize
-    smoothing:float=0.0, # label smoothing
-)->torch.Tensor: # gradient, like the logits
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+    target: torch.Tensor,  # [b, H, W], contiguous, integer
+    weight: torch.Tensor | None,  # float32 [k]
+    lse: torch.Tensor,  # of the forward pass
+    # float32 [b, H, W]: coefficient of every pixel, instead of the class weights
+    pixel: torch.Tensor | None,
+    scale: torch.Tensor,  # float32 scalar: multiplies everything
+    ignore_index: int,  # target id that does not count
+    align_corners: bool,  # convention of the resize
+    smoothing: float = 0.0,  # label smoothing
+) -> torch.Tensor:  # gradient, like the logits
     "Launch the backward kernels of the cross-entropy: with quads where they fit."
     size = tuple(target.shape[1:])
     S = quad_scale(logits.shape, size, align_corners)
     if not S:
-        return upsample_ce_bwd(logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing)
-    opts, k = bwd_options("quad_cross_entropy_bwd", S), logits.shape[1]
+        return upsample_ce_bwd(
+            logits, target, weight, lse, pixel, scale, ignore_index, align_corners, smoothing
+        )
+    opts = bwd_options("quad_cross_entropy_bwd", S)
+    k = logits.shape[1]
     weights = weight.sum() if smoothing and weight is not None else None
+
     def launch(z, part, k0, n, share, total, grid, sizes, steps):
         _quad_ce_bwd_kernel[grid](
-            z, target, weight, weights, lse, pixel, part, ignore_index, k, k0, n, share, smoothing, total, *sizes, *z.stride()[:3],
-            *steps, WEIGHT=weight is not None, SMOOTH=smoothing > 0, PIXEL=pixel is not None, ALIGN=align_corners, **opts)
+            z,
+            target,
+            weight,
+            weights,
+            lse,
+            pixel,
+            part,
+            ignore_index,
+            k,
+            k0,
+            n,
+            share,
+            smoothing,
+            total,
+            *sizes,
+            *z.stride()[:3],
+            *steps,
+            WEIGHT=weight is not None,
+            SMOOTH=smoothing > 0,
+            PIXEL=pixel is not None,
+            ALIGN=align_corners,
+            **opts,
+        )
+
     return through_corners(logits, size, align_corners, scale, opts, launch)

@@ -14,70 +14,162 @@ from .dispatch import blocks, choose, kernels_of, on_device, tl, triton, unsuppo
 from .head import banded
 from .head_checks import _check_pair, check_target, wide_ids
 from .head_kernels import _bilinear, _corners, _first, _hat, _last, _tiles, scales
-from .head_quads import _between, _corner_values, _geometry, _onto_corners, _quads, _store_corners
-from .head_quads import bwd_options, classes_each, loads_well, quad_scale, through_corners
+from segkern.ops.head_quads import (
+    _between,
+    _corner_values,
+    _geometry,
+    _onto_corners,
+    _quads,
+    _store_corners,
+)
+from segkern.ops.head_quads import (
+    bwd_options,
+    classes_each,
+    loads_well,
+    quad_scale,
+    through_corners,
+)
 from .operator import operator
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #640abf72
 def dice_sums_ref(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W]
-    ignore_index:int=IGNORE, # target id of no class
-    align_corners:bool=False, # convention of the resize
-    exclude:bool=False, # ignored pixels count nowhere; else they are negatives
-)->tuple: # intersection and total, each [b, k]
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W]
+    ignore_index: int = IGNORE,  # target id of no class
+    align_corners: bool = False,  # convention of the resize
+    exclude: bool = False,  # ignored pixels count nowhere; else they are negatives
+) -> tuple:  # intersection and total, each [b, k]
     "The sums band by band."
-    k, keep = logits.shape[1], target != ignore_index
+    k = logits.shape[1]
+    keep = target != ignore_index
+
     def part(band, r):
-        p = band.sigmoid()*keep[:, None, r] if exclude else band.sigmoid()
-        hit = F.one_hot(target[:, r].long().where(keep[:, r], k), k + 1)[..., :k].permute(0, 3, 1, 2)
-        return torch.stack([(p*hit).sum((2, 3)), p.sum((2, 3))])
+        p = band.sigmoid() * keep[:, None, r] if exclude else band.sigmoid()
+        hit = F.one_hot(target[:, r].long().where(keep[:, r], k), k + 1)[..., :k].permute(
+            0, 3, 1, 2
+        )
+        return torch.stack([(p * hit).sum((2, 3)), p.sum((2, 3))])
+
     return tuple(torch.stack(banded(part, logits, tuple(target.shape[1:]), align_corners)).sum(0))
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #de87b12e
 @triton.jit
-def _dice_fwd_kernel(z, target, out, ignore, K, h, w, H, W, sb, sc, sh, sw, step_h, step_w, EXCLUDE: tl.constexpr, ALIGN: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _dice_fwd_kernel(
+    z,
+    target,
+    out,
+    ignore,
+    K,
+    h,
+    w,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    step_h,
+    step_w,
+    EXCLUDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "Sums of sigmoid(U z)[y = k] and of sigmoid(U z) over a tile of output pixels, for one class."
     tiles_w = tl.cdiv(W, BW)
-    tiles = tiles_w*tl.cdiv(H, BH)
-    b, tile, k = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(1)
-    oh, ow = (tile // tiles_w)*BH + tl.arange(0, BH), (tile % tiles_w)*BW + tl.arange(0, BW)
+    tiles = tiles_w * tl.cdiv(H, BH)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    k = tl.program_id(1)
+    oh = (tile // tiles_w) * BH + tl.arange(0, BH)
+    ow = (tile % tiles_w) * BW + tl.arange(0, BW)
     inside = (oh < H)[:, None] & (ow < W)[None, :]
-    v = _bilinear(z + b*sb + k.to(tl.int64)*sc, _corners(oh, step_h, h, ALIGN), _corners(ow, step_w, w, ALIGN), sh, sw, inside)
-    y = tl.load(target + b*H*W + oh[:, None]*W + ow[None, :], mask=inside, other=ignore).to(tl.int32)
+    v = _bilinear(
+        z + b * sb + k.to(tl.int64) * sc,
+        _corners(oh, step_h, h, ALIGN),
+        _corners(ow, step_w, w, ALIGN),
+        sh,
+        sw,
+        inside,
+    )
+    y = tl.load(target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore).to(
+        tl.int32
+    )
     counted = inside & (y != ignore) if EXCLUDE else inside
     p = tl.where(counted, tl.sigmoid(v), 0.0)
-    at = out + (tl.program_id(0).to(tl.int64)*K + k)*2
+    at = out + (tl.program_id(0).to(tl.int64) * K + k) * 2
     tl.store(at, tl.sum(tl.sum(tl.where((y == k) & (y != ignore), p, 0.0), 1), 0))
     tl.store(at + 1, tl.sum(tl.sum(p, 1), 0))
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #1d531bbc
 @triton.jit
-def _dice_bwd_kernel(z, target, g, dz, ignore, K, h, w, H, W, sb, sc, sh, sw, gb, gc, gh, gw, step_h, step_w, inv_h, inv_w,
-                     EXCLUDE: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr):
+def _dice_bwd_kernel(
+    z,
+    target,
+    g,
+    dz,
+    ignore,
+    K,
+    h,
+    w,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    gb,
+    gc,
+    gh,
+    gw,
+    step_h,
+    step_w,
+    inv_h,
+    inv_w,
+    EXCLUDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    T: tl.constexpr,
+    BO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "dz = U^T [(g_I [y = k] + g_S) s (1 - s)] for a tile of cells of one class plane."
     tiles_w = tl.cdiv(w, T)
-    tiles = tiles_w*tl.cdiv(h, T)
-    b, tile, k = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(1)
-    i0, j0 = (tile // tiles_w)*T, (tile % tiles_w)*T
-    i, j = i0 + tl.arange(0, T), j0 + tl.arange(0, T)
-    plane = z + b*sb + k.to(tl.int64)*sc
-    g_inter, g_total = tl.load(g + (b*K + k)*2), tl.load(g + (b*K + k)*2 + 1)
+    tiles = tiles_w * tl.cdiv(h, T)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    k = tl.program_id(1)
+    i0 = (tile // tiles_w) * T
+    j0 = (tile % tiles_w) * T
+    i = i0 + tl.arange(0, T)
+    j = j0 + tl.arange(0, T)
+    plane = z + b * sb + k.to(tl.int64) * sc
+    g_inter = tl.load(g + (b * K + k) * 2)
+    g_total = tl.load(g + (b * K + k) * 2 + 1)
     acc = tl.zeros([T, T], tl.float32)
     for r in range(_first(i0, inv_h, ALIGN), _last(i0 + T, inv_h, h, H, ALIGN), BO):
         oh = r + tl.arange(0, BO)
-        rows, wy = _corners(oh, step_h, h, ALIGN), _hat(oh, i, step_h, h, H, ALIGN)
+        rows = _corners(oh, step_h, h, ALIGN)
+        wy = _hat(oh, i, step_h, h, H, ALIGN)
         for c in range(_first(j0, inv_w, ALIGN), _last(j0 + T, inv_w, w, W, ALIGN), BO):
             ow = c + tl.arange(0, BO)
-            cols, wx = _corners(ow, step_w, w, ALIGN), _hat(ow, j, step_w, w, W, ALIGN)
+            cols = _corners(ow, step_w, w, ALIGN)
+            wx = _hat(ow, j, step_w, w, W, ALIGN)
             inside = (oh < H)[:, None] & (ow < W)[None, :]
-            y = tl.load(target + b*H*W + oh[:, None]*W + ow[None, :], mask=inside, other=ignore).to(tl.int32)
+            y = tl.load(
+                target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore
+            ).to(tl.int32)
             s = tl.sigmoid(_bilinear(plane, rows, cols, sh, sw, inside))
-            d = (tl.where((y == k) & (y != ignore), g_inter, 0.0) + g_total)*s*(1.0 - s)
+            d = (tl.where((y == k) & (y != ignore), g_inter, 0.0) + g_total) * s * (1.0 - s)
             counted = inside & (y != ignore) if EXCLUDE else inside
             d = tl.where(counted, d, 0.0)
-            acc += tl.dot(tl.dot(wy, d, input_precision=PRECISION), tl.trans(wx), input_precision=PRECISION)
-    tl.store(dz + b*gb + k.to(tl.int64)*gc + i[:, None]*gh + j[None, :]*gw, acc.to(dz.dtype.element_ty), mask=(i < h)[:, None] & (j < w)[None, :])
+            acc += tl.dot(
+                tl.dot(wy, d, input_precision=PRECISION), tl.trans(wx), input_precision=PRECISION
+            )
+    tl.store(
+        dz + b * gb + k.to(tl.int64) * gc + i[:, None] * gh + j[None, :] * gw,
+        acc.to(dz.dtype.element_ty),
+        mask=(i < h)[:, None] & (j < w)[None, :],
+    )
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #b4ed3ab6
 def dice_tiles_fwd(logits, target, ignore_index, align_corners, exclude):
@@ -87,171 +179,369 @@ def dice_tiles_fwd(logits, target, ignore_index, align_corners, exclude):
     n = _tiles(b, size, **opts)
     out = torch.empty((n, k, 2), dtype=torch.float32, device=logits.device)
     with on_device(logits):
-        _dice_fwd_kernel[(n, k)](logits, target, out, ignore_index, k, h, w, *size, *logits.stride(), scales(h, size[0], align_corners)[0],
-                                 scales(w, size[1], align_corners)[0], EXCLUDE=exclude, ALIGN=align_corners, **opts)
-    return out.view(b, n//b, k, 2).sum(1)
+        _dice_fwd_kernel[(n, k)](
+            logits,
+            target,
+            out,
+            ignore_index,
+            k,
+            h,
+            w,
+            *size,
+            *logits.stride(),
+            scales(h, size[0], align_corners)[0],
+            scales(w, size[1], align_corners)[0],
+            EXCLUDE=exclude,
+            ALIGN=align_corners,
+            **opts,
+        )
+    return out.view(b, n // b, k, 2).sum(1)
 
+# %% ../../nbs/17a_ops.head_soft.ipynb #9f09bbfb
 def dice_tiles_bwd(logits, target, g, ignore_index, align_corners, exclude):
     "Launch the backward kernel for any scale; `g` [b, k, 2] contiguous."
     (b, k, h, w), size = logits.shape, tuple(target.shape[1:])
-    dz, opts = torch.empty_like(logits), blocks("upsample_dice_bwd", T=16, BO=32, num_warps=4)
-    (step_h, inv_h), (step_w, inv_w) = scales(h, size[0], align_corners), scales(w, size[1], align_corners)
+    dz = torch.empty_like(logits)
+    opts = blocks("upsample_dice_bwd", T=16, BO=32, num_warps=4)
+    (step_h, inv_h), (step_w, inv_w) = (
+        scales(h, size[0], align_corners),
+        scales(w, size[1], align_corners),
+    )
     with on_device(logits):
-        _dice_bwd_kernel[(b*triton.cdiv(h, opts["T"])*triton.cdiv(w, opts["T"]), k)](
-            logits, target, g, dz, ignore_index, k, h, w, *size, *logits.stride(), *dz.stride(), step_h, step_w, inv_h, inv_w,
-            EXCLUDE=exclude, ALIGN=align_corners, PRECISION="ieee" if logits.dtype == torch.float32 else "tf32", **opts)
+        _dice_bwd_kernel[(b * triton.cdiv(h, opts["T"]) * triton.cdiv(w, opts["T"]), k)](
+            logits,
+            target,
+            g,
+            dz,
+            ignore_index,
+            k,
+            h,
+            w,
+            *size,
+            *logits.stride(),
+            *dz.stride(),
+            step_h,
+            step_w,
+            inv_h,
+            inv_w,
+            EXCLUDE=exclude,
+            ALIGN=align_corners,
+            PRECISION="ieee" if logits.dtype == torch.float32 else "tf32",
+            **opts,
+        )
     return dz
-
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #f8912e73
 @triton.jit
 def _one_over_one_plus(e):
     "1/(1 + e): the square of a reciprocal root is two instructions, a division eight."
     root = tl.rsqrt(1.0 + e)
-    return root*root
+    return root * root
+
 
 @triton.jit
 def _sums_over_pixels(x):
     "Sum of [KB, PH, PW, NQ] over all but the classes."
     return tl.sum(tl.sum(tl.sum(x, 1), 1), 1)
 
-@triton.jit(do_not_specialize=["ignore", "K", "share", "h", "w", "H", "W", "rows", "cols", "sb", "sc", "sh"])
-def _quad_dice_fwd_kernel(z, target, out, ignore, K, share, h, w, H, W, rows, cols, sb, sc, sh, step_h, step_w, EXCLUDE: tl.constexpr,
-                          ALIGN: tl.constexpr, S: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, NQ: tl.constexpr, KB: tl.constexpr):
+# %% ../../nbs/17a_ops.head_soft.ipynb #5eb9fd2a
+@triton.jit(
+    do_not_specialize=["ignore", "K", "share", "h", "w", "H", "W", "rows", "cols", "sb", "sc", "sh"]
+)
+def _quad_dice_fwd_kernel(
+    z,
+    target,
+    out,
+    ignore,
+    K,
+    share,
+    h,
+    w,
+    H,
+    W,
+    rows,
+    cols,
+    sb,
+    sc,
+    sh,
+    step_h,
+    step_w,
+    EXCLUDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    S: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    NQ: tl.constexpr,
+    KB: tl.constexpr,
+):
     "Sums of sigmoid(U z)[y = k] and of sigmoid(U z) over the program's patches, for `share` classes."
     LOG2E: tl.constexpr = 1.4426950408889634
-    b, p, corners, th, tw, at, inside = _quads(h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, False)
-    left, right = (tw - 1.0)*LOG2E, -tw*LOG2E
-    y = tl.load(target + b*H*W + at).to(tl.int32)
+    b, p, corners, th, tw, at, inside = _quads(
+        h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, False
+    )
+    left = (tw - 1.0) * LOG2E
+    right = -tw * LOG2E
+    y = tl.load(target + b * H * W + at).to(tl.int32)
     valid = inside & (y != ignore)
     y = tl.where(valid, y, -1)
     counted = (valid if EXCLUDE else inside).to(tl.float32)
-    first, wide = tl.program_id(1)*share, sc.to(tl.int64)
-    plane = z + b*sb + first.to(tl.int64)*sc
+    first = tl.program_id(1) * share
+    wide = sc.to(tl.int64)
+    plane = z + b * sb + first.to(tl.int64) * sc
     for c in range(first, tl.minimum(first + share, K), KB):
         k = c + tl.arange(0, KB)
-        s = _one_over_one_plus(tl.exp2(_between(_corner_values(plane, corners, wide, K - 1 - c, KB), left, right, 0.0, th)))
-        place = out + (tl.program_id(0).to(tl.int64)*K + k)*2
+        s = _one_over_one_plus(
+            tl.exp2(
+                _between(_corner_values(plane, corners, wide, K - 1 - c, KB), left, right, 0.0, th)
+            )
+        )
+        place = out + (tl.program_id(0).to(tl.int64) * K + k) * 2
         hit = y[None, :, :, :] == k[:, None, None, None]
         tl.store(place, _sums_over_pixels(tl.where(hit, s, 0.0)), mask=k < K)
-        tl.store(place + 1, _sums_over_pixels(s*counted[None, :, :, :]), mask=k < K)
-        plane += KB*wide
-
+        tl.store(place + 1, _sums_over_pixels(s * counted[None, :, :, :]), mask=k < K)
+        plane += KB * wide
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #2b667ab2
-@triton.jit(do_not_specialize=["ignore", "K", "k0", "n", "share", "h", "w", "H", "W", "rows", "cols", "sb", "sc", "sh", "total"])
-def _quad_dice_bwd_kernel(z, target, g, part, ignore, K, k0, n, share, total, h, w, H, W, rows, cols, sb, sc, sh, step_h, step_w,
-                          EXCLUDE: tl.constexpr, ALIGN: tl.constexpr, S: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-                          NQ: tl.constexpr, KB: tl.constexpr):
+@triton.jit(
+    do_not_specialize=[
+        "ignore",
+        "K",
+        "k0",
+        "n",
+        "share",
+        "h",
+        "w",
+        "H",
+        "W",
+        "rows",
+        "cols",
+        "sb",
+        "sc",
+        "sh",
+        "total",
+    ]
+)
+def _quad_dice_bwd_kernel(
+    z,
+    target,
+    g,
+    part,
+    ignore,
+    K,
+    k0,
+    n,
+    share,
+    total,
+    h,
+    w,
+    H,
+    W,
+    rows,
+    cols,
+    sb,
+    sc,
+    sh,
+    step_h,
+    step_w,
+    EXCLUDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    S: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    NQ: tl.constexpr,
+    KB: tl.constexpr,
+):
     "Partial sums of (g_I [y = k] + g_S) s (1 - s) for the corners of each patch."
     LOG2E: tl.constexpr = 1.4426950408889634
-    b, p, corners, th, tw, at, inside = _quads(h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, True)
-    left, right = (tw - 1.0)*LOG2E, -tw*LOG2E
-    y = tl.load(target + b*H*W + at).to(tl.int32)
+    b, p, corners, th, tw, at, inside = _quads(
+        h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, True
+    )
+    left = (tw - 1.0) * LOG2E
+    right = -tw * LOG2E
+    y = tl.load(target + b * H * W + at).to(tl.int32)
     valid = inside & (y != ignore)
     y = tl.where(valid, y, -1)
     counted = valid if EXCLUDE else inside
-    first, wide = tl.program_id(1)*share, sc.to(tl.int64)
-    plane = z + b*sb + (k0 + first).to(tl.int64)*sc
-    live, where = p < rows*cols, b*rows*cols + p
+    first = tl.program_id(1) * share
+    wide = sc.to(tl.int64)
+    plane = z + b * sb + (k0 + first).to(tl.int64) * sc
+    live = p < rows * cols
+    where = b * rows * cols + p
     for c in range(first, tl.minimum(first + share, n), KB):
         k = k0 + c + tl.arange(0, KB)
-        of_class = g + (b*K + tl.minimum(k, K - 1))*2
-        inter, whole = tl.load(of_class)[:, None, None, None], tl.load(of_class + 1)[:, None, None, None]
-        s = _one_over_one_plus(tl.exp2(_between(_corner_values(plane, corners, wide, n - 1 - c, KB), left, right, 0.0, th)))
-        d = tl.where(y[None, :, :, :] == k[:, None, None, None], inter + whole, whole)*(s - s*s)
+        of_class = g + (b * K + tl.minimum(k, K - 1)) * 2
+        inter = tl.load(of_class)[:, None, None, None]
+        whole = tl.load(of_class + 1)[:, None, None, None]
+        s = _one_over_one_plus(
+            tl.exp2(
+                _between(_corner_values(plane, corners, wide, n - 1 - c, KB), left, right, 0.0, th)
+            )
+        )
+        d = tl.where(y[None, :, :, :] == k[:, None, None, None], inter + whole, whole) * (s - s * s)
         d = tl.where(counted[None, :, :, :], d, 0.0)
         _store_corners(part, _onto_corners(d, th, left, right), c, n, total, where, live, KB)
-        plane += KB*wide
-
+        plane += KB * wide
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #88d51b25
 def dice_fwd(logits, target, ignore_index, align_corners, exclude):
     "Launch the forward kernel, with quads where they fit: sums [b, k, 2]."
     size = tuple(target.shape[1:])
     S = quad_scale(logits.shape, size, align_corners)
-    if not S: return dice_tiles_fwd(logits, target, ignore_index, align_corners, exclude)
+    if not S:
+        return dice_tiles_fwd(logits, target, ignore_index, align_corners, exclude)
     (b, k), z = logits.shape[:2], loads_well(logits)
     opts = blocks("quad_dice", PH=min(S, 4), PW=min(S, 4), NQ=128, KB=2, num_warps=4)
     sizes, steps, patches = _geometry(logits.shape, size, align_corners, S, opts["PH"], opts["PW"])
     n = triton.cdiv(patches, opts["NQ"])
     share = classes_each(k, opts["KB"])
-    out = torch.empty((b*n, k, 2), dtype=torch.float32, device=logits.device)
+    out = torch.empty((b * n, k, 2), dtype=torch.float32, device=logits.device)
     with on_device(logits):
-        _quad_dice_fwd_kernel[(b*n, triton.cdiv(k, share))](
-            z, target, out, ignore_index, k, share, *sizes, *z.stride()[:3], *steps, EXCLUDE=exclude, ALIGN=align_corners, S=S, **opts)
+        _quad_dice_fwd_kernel[(b * n, triton.cdiv(k, share))](
+            z,
+            target,
+            out,
+            ignore_index,
+            k,
+            share,
+            *sizes,
+            *z.stride()[:3],
+            *steps,
+            EXCLUDE=exclude,
+            ALIGN=align_corners,
+            S=S,
+            **opts,
+        )
     return out.view(b, n, k, 2).sum(1)
 
+# %% ../../nbs/17a_ops.head_soft.ipynb #0e80f622
 def dice_bwd(logits, target, g, ignore_index, align_corners, exclude):
     "Launch the backward kernels, with quads where they fit; `g` [b, k, 2] contiguous."
     size = tuple(target.shape[1:])
     S = quad_scale(logits.shape, size, align_corners)
-    if not S: return dice_tiles_bwd(logits, target, g, ignore_index, align_corners, exclude)
-    opts, k = bwd_options("quad_dice_bwd", S), logits.shape[1]
-    def launch(z, part, k0, n, share, total, grid, sizes, steps):
-        _quad_dice_bwd_kernel[grid](z, target, g, part, ignore_index, k, k0, n, share, total, *sizes, *z.stride()[:3], *steps,
-                                    EXCLUDE=exclude, ALIGN=align_corners, **opts)
-    minus = torch.full((), -1.0, dtype=torch.float32, device=logits.device) # the weights of the columns are negative
-    return through_corners(logits, size, align_corners, minus, opts, launch)
+    if not S:
+        return dice_tiles_bwd(logits, target, g, ignore_index, align_corners, exclude)
+    opts = bwd_options("quad_dice_bwd", S)
+    k = logits.shape[1]
 
+    def launch(z, part, k0, n, share, total, grid, sizes, steps):
+        _quad_dice_bwd_kernel[grid](
+            z,
+            target,
+            g,
+            part,
+            ignore_index,
+            k,
+            k0,
+            n,
+            share,
+            total,
+            *sizes,
+            *z.stride()[:3],
+            *steps,
+            EXCLUDE=exclude,
+            ALIGN=align_corners,
+            **opts,
+        )
+
+    # the weights of the columns are negative
+    minus = torch.full((), -1.0, dtype=torch.float32, device=logits.device)
+    return through_corners(logits, size, align_corners, minus, opts, launch)
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #5bfd5473
 @operator("segkern::upsample_dice_sums")
-def _dice_op(logits:torch.Tensor, target:torch.Tensor, ignore_index:int, align_corners:bool, exclude:bool) -> torch.Tensor:
+def _dice_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    exclude: bool,
+) -> torch.Tensor:
     "The kernel as an operator."
     return dice_fwd(logits, target, ignore_index, align_corners, exclude)
 
+# %% ../../nbs/17a_ops.head_soft.ipynb #3f505da9
 @operator("segkern::upsample_dice_sums_backward")
-def _dice_backward_op(logits:torch.Tensor, target:torch.Tensor, g:torch.Tensor, ignore_index:int, align_corners:bool, exclude:bool) -> torch.Tensor:
+def _dice_backward_op(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    g: torch.Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    exclude: bool,
+) -> torch.Tensor:
     "The backward kernel as an operator."
     return dice_bwd(logits, target, g, ignore_index, align_corners, exclude)
 
-@_dice_op.register_fake
-def _(logits, target, ignore_index, align_corners, exclude): return torch.empty((*logits.shape[:2], 2), dtype=torch.float32, device=logits.device)
 
+@_dice_op.register_fake
+def _(logits, target, ignore_index, align_corners, exclude):
+    return torch.empty((*logits.shape[:2], 2), dtype=torch.float32, device=logits.device)
+
+# %% ../../nbs/17a_ops.head_soft.ipynb #4ef350f3
 @_dice_backward_op.register_fake
-def _(logits, target, g, ignore_index, align_corners, exclude): return torch.empty_like(logits)
+def _(logits, target, g, ignore_index, align_corners, exclude):
+    return torch.empty_like(logits)
+
 
 def _dice_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
     ctx.rest = inputs[2:]
 
-def _dice_backward(ctx, g): return _dice_backward_op(*ctx.saved_tensors, g.float().contiguous(), *ctx.rest), *[None]*4
+
+def _dice_backward(ctx, g):
+    return _dice_backward_op(*ctx.saved_tensors, g.float().contiguous(), *ctx.rest), *[None] * 4
+
 
 _dice_op.register_autograd(_dice_backward, setup_context=_dice_setup)
-kernels_of("upsample_dice", lambda logits, *_: unsupported(logits), dice_fwd, dice_bwd, dice_tiles_fwd, dice_tiles_bwd)
+
+# %% ../../nbs/17a_ops.head_soft.ipynb #42f12b93
+kernels_of(
+    "upsample_dice",
+    lambda logits, *_: unsupported(logits),
+    dice_fwd,
+    dice_bwd,
+    dice_tiles_fwd,
+    dice_tiles_bwd,
+)
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #0773ecaf
 def upsample_dice_sums(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W], any integer dtype
-    ignore_index:int=IGNORE, # target id of no class
-    align_corners:bool=False, # convention of the resize
-    exclude:bool=False, # ignored pixels count nowhere; else they are negatives
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->tuple: # intersection, total, count, each [b, k]
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W], any integer dtype
+    ignore_index: int = IGNORE,  # target id of no class
+    align_corners: bool = False,  # convention of the resize
+    exclude: bool = False,  # ignored pixels count nowhere; else they are negatives
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> tuple:  # intersection, total, count, each [b, k]
     "Per image and class: sum of the probabilities on its pixels, sum of its probabilities, number of its pixels."
     _check_pair(logits, target)
     check_target(target, logits.shape[1], ignore_index)
-    y, k = wide_ids(target).contiguous(), logits.shape[1]
+    y = wide_ids(target).contiguous()
+    k = logits.shape[1]
     ids = torch.where(y != ignore_index, y, k).long().flatten(1)
-    count = torch.zeros(len(y), k + 1, dtype=torch.float32, device=y.device).scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))[:, :k]
-    if len(logits) and choose("upsample_dice", logits, impl=impl, sizes=tuple(y.shape[1:])): inter, total = _dice_op(logits, y, ignore_index, bool(align_corners), exclude).unbind(-1)
-    else: inter, total = dice_sums_ref(logits, y, ignore_index, bool(align_corners), exclude)
+    count = torch.zeros(len(y), k + 1, dtype=torch.float32, device=y.device).scatter_add_(
+        1, ids, torch.ones_like(ids, dtype=torch.float32)
+    )[:, :k]
+    if len(logits) and choose("upsample_dice", logits, impl=impl, sizes=tuple(y.shape[1:])):
+        inter, total = _dice_op(logits, y, ignore_index, bool(align_corners), exclude).unbind(-1)
+    else:
+        inter, total = dice_sums_ref(logits, y, ignore_index, bool(align_corners), exclude)
     return inter, total, count
 
 # %% ../../nbs/17a_ops.head_soft.ipynb #133ba97b
 def upsample_dice(
-    logits:torch.Tensor, # [b, k, h, w]
-    target:torch.Tensor, # [b, H, W], any integer dtype
-    ignore_index:int=IGNORE, # target id of no class
-    align_corners:bool=False, # convention of the resize
-    smooth:float=1.0, # added above and below
-    exclude:bool=False, # ignored pixels count nowhere; else they are negatives
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # scalar
+    logits: torch.Tensor,  # [b, k, h, w]
+    target: torch.Tensor,  # [b, H, W], any integer dtype
+    ignore_index: int = IGNORE,  # target id of no class
+    align_corners: bool = False,  # convention of the resize
+    smooth: float = 1.0,  # added above and below
+    exclude: bool = False,  # ignored pixels count nowhere; else they are negatives
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # scalar
     "Mean dice loss over the classes present in each image; 0 where there is none."
-    inter, total, count = upsample_dice_sums(logits, target, ignore_index, align_corners, exclude, impl)
+    inter, total, count = upsample_dice_sums(
+        logits, target, ignore_index, align_corners, exclude, impl
+    )
     present = count > 0
-    d = 1 - (2*inter + smooth)/(total + count + smooth)
-    return torch.where(present, d, 0*d).sum()/present.sum().clamp(min=1)
+    d = 1 - (2 * inter + smooth) / (total + count + smooth)
+    return torch.where(present, d, 0 * d).sum() / present.sum().clamp(min=1)

@@ -14,57 +14,76 @@ from .dispatch import tl, triton, unsupported, without_autocast
 from .operator import operator
 
 # %% ../../nbs/13_ops.msca.ipynb #02b2a8b0
-STRIPS = (7, 11, 21) # lengths of the strips
-TAPS = 110           # numbers per channel
+STRIPS = (7, 11, 21)  # lengths of the strips
+TAPS = 110  # numbers per channel
 PARTS = [25, *STRIPS, *STRIPS, 1, 3, 3]
 
+
 def pack_taps(
-    square, # the 5×5 convolution, a module with `weight` [c, 1, 5, 5] and `bias`
-    rows, # three 1×k convolutions
-    columns, # three k×1 convolutions
-)->torch.Tensor: # [c, 110]
+    square,  # the 5×5 convolution, a module with `weight` [c, 1, 5, 5] and `bias`
+    rows,  # three 1×k convolutions
+    columns,  # three k×1 convolutions
+) -> torch.Tensor:  # [c, 110]
     "All numbers of a channel side by side."
     convs = [square, *rows, *columns]
     return torch.cat([m.weight.flatten(1) for m in convs] + [m.bias[:, None] for m in convs], 1)
 
+# %% ../../nbs/13_ops.msca.ipynb #a1c88f19
 def msca_ref(
-    x:torch.Tensor, # [b, c, h, w]
-    taps:torch.Tensor, # [c, 110], see `pack_taps`
-)->torch.Tensor: # [b, c, h, w]
+    x: torch.Tensor,  # [b, c, h, w]
+    taps: torch.Tensor,  # [c, 110], see `pack_taps`
+) -> torch.Tensor:  # [b, c, h, w]
     "The definition: seven depthwise convolutions, each padded with zeros."
-    c, parts = x.shape[1], taps.to(x.dtype).split(PARTS, 1)
+    c = x.shape[1]
+    parts = taps.to(x.dtype).split(PARTS, 1)
     square, rows, columns, (b0, bh, bv) = parts[0], parts[1:4], parts[4:7], parts[7:]
     t = F.conv2d(x, square.reshape(c, 1, 5, 5), b0.flatten(), padding=2, groups=c)
     y = t
     for i, k in enumerate(STRIPS):
-        a = F.conv2d(t, rows[i].reshape(c, 1, 1, k), bh[:, i], padding=(0, k//2), groups=c)
-        y = y + F.conv2d(a, columns[i].reshape(c, 1, k, 1), bv[:, i], padding=(k//2, 0), groups=c)
+        a = F.conv2d(t, rows[i].reshape(c, 1, 1, k), bh[:, i], padding=(0, k // 2), groups=c)
+        y = y + F.conv2d(a, columns[i].reshape(c, 1, k, 1), bv[:, i], padding=(k // 2, 0), groups=c)
     return y
 
 # %% ../../nbs/13_ops.msca.ipynb #22db67ae
 @triton.jit
 def _band(taps, K, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
     "B[i, j] = taps[i - j + K//2], zero outside of the strip; TURN: its transpose."
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, R)[None, :]
-    if TURN: t = j - i + K // 2
-    else: t = i - j + K // 2
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, R)[None, :]
+    if TURN:
+        t = j - i + K // 2
+    else:
+        t = i - j + K // 2
     return tl.load(taps + t, mask=(t >= 0) & (t < K), other=0.0).to(T)
 
+# %% ../../nbs/13_ops.msca.ipynb #cdd57f3f
 @triton.jit
 def _five(taps, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
     "The band matrices of the rows of a 5×5 convolution."
-    return (_band(taps, 5, R, TURN, T), _band(taps + 5, 5, R, TURN, T), _band(taps + 10, 5, R, TURN, T),
-            _band(taps + 15, 5, R, TURN, T), _band(taps + 20, 5, R, TURN, T))
+    return (
+        _band(taps, 5, R, TURN, T),
+        _band(taps + 5, 5, R, TURN, T),
+        _band(taps + 10, 5, R, TURN, T),
+        _band(taps + 15, 5, R, TURN, T),
+        _band(taps + 20, 5, R, TURN, T),
+    )
 
+# %% ../../nbs/13_ops.msca.ipynb #3ed40f7b
 @triton.jit
 def _three(taps, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
     "The band matrices of strips of 7, 11 and 21."
-    return _band(taps, 7, R, TURN, T), _band(taps + 7, 11, R, TURN, T), _band(taps + 18, 21, R, TURN, T)
+    return (
+        _band(taps, 7, R, TURN, T),
+        _band(taps + 7, 11, R, TURN, T),
+        _band(taps + 18, 21, R, TURN, T),
+    )
 
+# %% ../../nbs/13_ops.msca.ipynb #182327eb
 @triton.jit
 def _diagonals(g, K, R: tl.constexpr, T: tl.constexpr):
     "[T]: sum over j of g[j + t - K//2, j], the gradient of tap t from that of a band matrix."
-    t, j = tl.arange(0, T)[:, None], tl.arange(0, R)[None, :]
+    t = tl.arange(0, T)[:, None]
+    j = tl.arange(0, R)[None, :]
     i = j + t - K // 2
     inside = (i >= 0) & (i < R) & (t < K)
     return tl.sum(tl.where(inside, tl.gather(g, tl.where(inside, i, 0), 0), 0.0), 1)
@@ -73,97 +92,216 @@ def _diagonals(g, K, R: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def _task(i, H, W, TR, TC, PH: tl.constexpr, PW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr):
     "Picture, rows and columns of tile number i, and which of its pixels are its own: the margins are not."
-    tile, h, w = i % (TR*TC), tl.arange(0, RH), tl.arange(0, RW)
-    down, right = tile // TC, tile % TC
-    row, col = down*(RH - 2*PH) + h, right*(RW - 2*PW) + w
+    tile = i % (TR * TC)
+    h = tl.arange(0, RH)
+    w = tl.arange(0, RW)
+    down = tile // TC
+    right = tile % TC
+    row = down * (RH - 2 * PH) + h
+    col = right * (RW - 2 * PW) + w
     own_row = ((h >= PH) | (down == 0)) & ((h < RH - PH) | (down == TR - 1)) & (row < H)
     own_col = ((w >= PW) | (right == 0)) & ((w < RW - PW) | (right == TC - 1)) & (col < W)
-    return (i // (TR*TC)).to(tl.int64), row, col, own_row[:, None] & own_col[None, :]
+    return (i // (TR * TC)).to(tl.int64), row, col, own_row[:, None] & own_col[None, :]
 
+# %% ../../nbs/13_ops.msca.ipynb #4fd77e49
 @triton.jit
 def _rows(x, row, col, H, W, sh, sw):
     "A tile of a map, zero beyond its borders."
-    at = x + row.to(tl.int64)[:, None]*sh # [RH, 1]
-    return tl.load(at + col.to(tl.int64)[None, :]*sw, mask=((row >= 0) & (row < H))[:, None] & (col < W)[None, :], other=0.0)
+    at = x + row.to(tl.int64)[:, None] * sh  # [RH, 1]
+    return tl.load(
+        at + col.to(tl.int64)[None, :] * sw,
+        mask=((row >= 0) & (row < H))[:, None] & (col < W)[None, :],
+        other=0.0,
+    )
 
+# %% ../../nbs/13_ops.msca.ipynb #ba538988
 @triton.jit
 def _square(x, bands, bias, row, col, H, W, sh, sw, EDGES: tl.constexpr, PRECISION: tl.constexpr):
     "t = K*x + b on a tile, zero beyond the borders of the map."
     acc = tl.dot(_rows(x, row - 2, col, H, W, sh, sw), bands[0], input_precision=PRECISION)
     for dy in tl.static_range(1, 5):
-        acc = tl.dot(_rows(x, row + dy - 2, col, H, W, sh, sw), bands[dy], acc, input_precision=PRECISION)
+        acc = tl.dot(
+            _rows(x, row + dy - 2, col, H, W, sh, sw), bands[dy], acc, input_precision=PRECISION
+        )
     acc += bias
-    if EDGES: acc = tl.where((row < H)[:, None] & (col < W)[None, :], acc, 0.0)
+    if EDGES:
+        acc = tl.where((row < H)[:, None] & (col < W)[None, :], acc, 0.0)
     return acc
 
+# %% ../../nbs/13_ops.msca.ipynb #551a00b5
 @triton.jit
 def _along(t, band, bias, on_map, EDGES: tl.constexpr, PRECISION: tl.constexpr):
     "a = r*t + b, zero beyond the last row of the map."
     a = tl.dot(t, band, input_precision=PRECISION) + tl.load(bias)
-    if EDGES: a = tl.where(on_map, a, 0.0)
+    if EDGES:
+        a = tl.where(on_map, a, 0.0)
     return a.to(t.dtype)
 
 # %% ../../nbs/13_ops.msca.ipynb #3ec189a8
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_fwd_kernel(x, taps, y, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, PH: tl.constexpr, PW: tl.constexpr,
-                     RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+def _msca_fwd_kernel(
+    x,
+    taps,
+    y,
+    TASKS,
+    EACH,
+    C,
+    H,
+    W,
+    TR,
+    TC,
+    sb,
+    sc,
+    sh,
+    sw,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    RH: tl.constexpr,
+    RW: tl.constexpr,
+    EDGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "y = t + sum_k (c_k*(r_k*t + b) + b) on tiles with margins PH and PW; strips of 7, 11 and 21."
     T: tl.constexpr = y.dtype.element_ty
-    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    taps += c*110
-    square, across, down = _five(taps, RW, False, T), _three(taps + 25, RW, False, T), _three(taps + 64, RH, True, T)
+    c = (tl.program_id(0) % C).to(tl.int64)
+    first = (tl.program_id(0) // C) * EACH
+    taps += c * 110
+    square = _five(taps, RW, False, T)
+    across = _three(taps + 25, RW, False, T)
+    down = _three(taps + 64, RH, True, T)
     bias = tl.load(taps + 107) + tl.load(taps + 108) + tl.load(taps + 109)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-        acc = _square(x + b*sb + c*sc, square, tl.load(taps + 103), row, col, H, W, sh, sw, EDGES, PRECISION)
+        acc = _square(
+            x + b * sb + c * sc,
+            square,
+            tl.load(taps + 103),
+            row,
+            col,
+            H,
+            W,
+            sh,
+            sw,
+            EDGES,
+            PRECISION,
+        )
         t = acc.to(T)
         for k in tl.static_range(3):
             a = _along(t, across[k], taps + 104 + k, (row < H)[:, None], EDGES, PRECISION)
             acc = tl.dot(down[k], a, acc, input_precision=PRECISION)
-        at = (b*C + c)*H*W + row.to(tl.int64)[:, None]*W + col[None, :]
+        at = (b * C + c) * H * W + row.to(tl.int64)[:, None] * W + col[None, :]
         tl.store(y + at, (acc + bias).to(T), mask=own)
 
 # %% ../../nbs/13_ops.msca.ipynb #a5347090
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_strips_kernel(x, taps, g, t, dt, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
-                        WEIGHTS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+def _msca_strips_kernel(
+    x,
+    taps,
+    g,
+    t,
+    dt,
+    TASKS,
+    EACH,
+    C,
+    H,
+    W,
+    TR,
+    TC,
+    sb,
+    sc,
+    sh,
+    sw,
+    gb,
+    gc,
+    gh,
+    gw,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    RH: tl.constexpr,
+    RW: tl.constexpr,
+    EDGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "dt = g + sum_k r_k^T u_k, u_k = c_k^T g, on tiles; and t again, where sums for taps are wanted."
     T: tl.constexpr = dt.dtype.element_ty
-    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    taps += c*110
-    across, down = _three(taps + 25, RW, True, T), _three(taps + 64, RH, False, T)
-    if WEIGHTS: square = _five(taps, RW, False, T)
+    c = (tl.program_id(0) % C).to(tl.int64)
+    first = (tl.program_id(0) // C) * EACH
+    taps += c * 110
+    across = _three(taps + 25, RW, True, T)
+    down = _three(taps + 64, RH, False, T)
+    if WEIGHTS:
+        square = _five(taps, RW, False, T)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-        at = (b*C + c)*H*W + row.to(tl.int64)[:, None]*W + col[None, :]
+        at = (b * C + c) * H * W + row.to(tl.int64)[:, None] * W + col[None, :]
         if WEIGHTS:
-            made = _square(x + b*sb + c*sc, square, tl.load(taps + 103), row, col, H, W, sh, sw, EDGES, PRECISION)
+            made = _square(
+                x + b * sb + c * sc,
+                square,
+                tl.load(taps + 103),
+                row,
+                col,
+                H,
+                W,
+                sh,
+                sw,
+                EDGES,
+                PRECISION,
+            )
             tl.store(t + at, made.to(T), mask=own)
-        gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T) # [RH, RW]
+        gt = _rows(g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
         acc = gt.to(tl.float32)
         for k in tl.static_range(3):
-            u = tl.dot(down[k], gt, input_precision=PRECISION).to(T) # rows beyond the border stay there
+            # rows beyond the border stay there
+            u = tl.dot(down[k], gt, input_precision=PRECISION).to(T)
             acc = tl.dot(u, across[k], acc, input_precision=PRECISION)
         tl.store(dt + at, acc.to(T), mask=own)
 
 # %% ../../nbs/13_ops.msca.ipynb #d6e5e497
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_rows_kernel(t, taps, g, part, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
-                      RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+def _msca_rows_kernel(
+    t,
+    taps,
+    g,
+    part,
+    TASKS,
+    EACH,
+    C,
+    H,
+    W,
+    TR,
+    TC,
+    gb,
+    gc,
+    gh,
+    gw,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    RH: tl.constexpr,
+    RW: tl.constexpr,
+    EDGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "The sums of the tiles' own pixels for the strips along rows, sum u_k t, and for their biases."
     T: tl.constexpr = t.dtype.element_ty
-    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    part, s = part + tl.program_id(0).to(tl.int64)*110, tl.arange(0, 32)
+    c = (tl.program_id(0) % C).to(tl.int64)
+    first = (tl.program_id(0) // C) * EACH
+    part = part + tl.program_id(0).to(tl.int64) * 110
+    s = tl.arange(0, 32)
     for k in range(3):
-        size, at = 7 + 4*k + 3*k*(k - 1), 7*k + 2*k*(k - 1)
-        down = _band(taps + c*110 + 64 + at, size, RH, False, T)
-        d, total = tl.zeros([RW, RW], tl.float32), tl.zeros([RH], tl.float32)
+        size = 7 + 4 * k + 3 * k * (k - 1)
+        at = 7 * k + 2 * k * (k - 1)
+        down = _band(taps + c * 110 + 64 + at, size, RH, False, T)
+        d = tl.zeros([RW, RW], tl.float32)
+        total = tl.zeros([RH], tl.float32)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-            turned = tl.trans(_rows(t + (b*C + c)*H*W, row, col, H, W, W, 1)) # [RW, RH]
-            gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw).to(T) # [RH, RW]
+            turned = tl.trans(_rows(t + (b * C + c) * H * W, row, col, H, W, W, 1))  # [RW, RH]
+            gt = _rows(g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
             u = tl.dot(down, gt, input_precision=PRECISION)
-            if EDGES: u = tl.where(own, u, 0.0)
+            if EDGES:
+                u = tl.where(own, u, 0.0)
             total += tl.sum(u, 1)
             d = tl.dot(turned, u.to(T), d, input_precision=PRECISION)
         tl.store(part + 25 + at + s, _diagonals(d, size, RW, 32), mask=s < size)
@@ -171,98 +309,197 @@ def _msca_rows_kernel(t, taps, g, part, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh
 
 # %% ../../nbs/13_ops.msca.ipynb #8a5d3dd6
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_columns_kernel(t, taps, g, part, TASKS, EACH, C, H, W, TR, TC, gb, gc, gh, gw, PH: tl.constexpr, PW: tl.constexpr,
-                         RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+def _msca_columns_kernel(
+    t,
+    taps,
+    g,
+    part,
+    TASKS,
+    EACH,
+    C,
+    H,
+    W,
+    TR,
+    TC,
+    gb,
+    gc,
+    gh,
+    gw,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    RH: tl.constexpr,
+    RW: tl.constexpr,
+    EDGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "The sums of the tiles' own pixels for the strips along columns, sum g a_k, and for their biases."
     T: tl.constexpr = t.dtype.element_ty
-    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    part, s = part + tl.program_id(0).to(tl.int64)*110, tl.arange(0, 32)
+    c = (tl.program_id(0) % C).to(tl.int64)
+    first = (tl.program_id(0) // C) * EACH
+    part = part + tl.program_id(0).to(tl.int64) * 110
+    s = tl.arange(0, 32)
     for k in range(3):
-        size, at = 7 + 4*k + 3*k*(k - 1), 7*k + 2*k*(k - 1)
-        across = _band(taps + c*110 + 25 + at, size, RW, False, T)
-        d, total = tl.zeros([RH, RH], tl.float32), tl.zeros([RH], tl.float32)
+        size = 7 + 4 * k + 3 * k * (k - 1)
+        at = 7 * k + 2 * k * (k - 1)
+        across = _band(taps + c * 110 + 25 + at, size, RW, False, T)
+        d = tl.zeros([RH, RH], tl.float32)
+        total = tl.zeros([RH], tl.float32)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-            made = _rows(t + (b*C + c)*H*W, row, col, H, W, W, 1) # [RH, RW]
-            gt = _rows(g + b*gb + c*gc, row, col, H, W, gh, gw)
-            if EDGES: gt = tl.where(own, gt, 0.0)
+            made = _rows(t + (b * C + c) * H * W, row, col, H, W, W, 1)  # [RH, RW]
+            gt = _rows(g + b * gb + c * gc, row, col, H, W, gh, gw)
+            if EDGES:
+                gt = tl.where(own, gt, 0.0)
             total += tl.sum(gt.to(tl.float32), 1)
-            a = _along(made, across, taps + c*110 + 104 + k, (row < H)[:, None], EDGES, PRECISION)
+            a = _along(made, across, taps + c * 110 + 104 + k, (row < H)[:, None], EDGES, PRECISION)
             d = tl.dot(a, tl.trans(gt.to(T)), d, input_precision=PRECISION)
         tl.store(part + 64 + at + s, _diagonals(d, size, RH, 32), mask=s < size)
         tl.store(part + 107 + k, tl.sum(total, 0))
 
 # %% ../../nbs/13_ops.msca.ipynb #715802c9
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_square_kernel(taps, dt, dx, TASKS, EACH, C, H, W, TR, TC, PW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
-                        PRECISION: tl.constexpr):
+def _msca_square_kernel(
+    taps,
+    dt,
+    dx,
+    TASKS,
+    EACH,
+    C,
+    H,
+    W,
+    TR,
+    TC,
+    PW: tl.constexpr,
+    RH: tl.constexpr,
+    RW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "dx = K^T dt on tiles."
     T: tl.constexpr = dx.dtype.element_ty
-    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    square = _five(taps + c*110, RW, True, T)
+    c = (tl.program_id(0) % C).to(tl.int64)
+    first = (tl.program_id(0) // C) * EACH
+    square = _five(taps + c * 110, RW, True, T)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = _task(i, H, W, TR, TC, 0, PW, RH, RW)
-        plane, acc = (b*C + c)*H*W, tl.zeros([RH, RW], tl.float32)
+        plane = (b * C + c) * H * W
+        acc = tl.zeros([RH, RW], tl.float32)
         for dy in tl.static_range(5):
-            acc = tl.dot(_rows(dt + plane, row + 2 - dy, col, H, W, W, 1), square[dy], acc, input_precision=PRECISION)
-        tl.store(dx + plane + row.to(tl.int64)[:, None]*W + col[None, :], acc.to(T), mask=own)
+            acc = tl.dot(
+                _rows(dt + plane, row + 2 - dy, col, H, W, W, 1),
+                square[dy],
+                acc,
+                input_precision=PRECISION,
+            )
+        tl.store(dx + plane + row.to(tl.int64)[:, None] * W + col[None, :], acc.to(T), mask=own)
 
 # %% ../../nbs/13_ops.msca.ipynb #a6991ceb
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
-def _msca_taps_kernel(x, dt, part, TASKS, EACH, C, H, W, TR, TC, sb, sc, sh, sw, PW: tl.constexpr,
-                      RH: tl.constexpr, RW: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+def _msca_taps_kernel(
+    x,
+    dt,
+    part,
+    TASKS,
+    EACH,
+    C,
+    H,
+    W,
+    TR,
+    TC,
+    sb,
+    sc,
+    sh,
+    sw,
+    PW: tl.constexpr,
+    RH: tl.constexpr,
+    RW: tl.constexpr,
+    EDGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "The sums of the tiles' own pixels for the 25 taps and their bias: two rows of taps at a time."
-    c, first = (tl.program_id(0) % C).to(tl.int64), (tl.program_id(0) // C)*EACH
-    part += tl.program_id(0).to(tl.int64)*110
+    c = (tl.program_id(0) % C).to(tl.int64)
+    first = (tl.program_id(0) // C) * EACH
+    part += tl.program_id(0).to(tl.int64) * 110
     for dy in range(0, 6, 2):
-        d0, d1 = tl.zeros([RW, RW], tl.float32), tl.zeros([RW, RW], tl.float32)
-        total, s = tl.zeros([RH], tl.float32), tl.arange(0, 8)
+        d0 = tl.zeros([RW, RW], tl.float32)
+        d1 = tl.zeros([RW, RW], tl.float32)
+        total = tl.zeros([RH], tl.float32)
+        s = tl.arange(0, 8)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = _task(i, H, W, TR, TC, 0, PW, RH, RW)
-            mine, at = _rows(dt + (b*C + c)*H*W, row, col, H, W, W, 1), x + b*sb + c*sc
-            if EDGES: mine = tl.where(own, mine, 0.0).to(mine.dtype)
+            mine = _rows(dt + (b * C + c) * H * W, row, col, H, W, W, 1)
+            at = x + b * sb + c * sc
+            if EDGES:
+                mine = tl.where(own, mine, 0.0).to(mine.dtype)
             total += tl.sum(mine.to(tl.float32), 1)
-            d0 = tl.dot(tl.trans(_rows(at, row + dy - 2, col, H, W, sh, sw)), mine, d0, input_precision=PRECISION)
-            d1 = tl.dot(tl.trans(_rows(at, row + dy - 1, col, H, W, sh, sw)), mine, d1, input_precision=PRECISION)
-        tl.store(part + 5*dy + s, _diagonals(d0, 5, RW, 8), mask=s < 5)
-        tl.store(part + 5*dy + 5 + s, _diagonals(d1, 5, RW, 8), mask=(s < 5) & (dy < 4))
+            d0 = tl.dot(
+                tl.trans(_rows(at, row + dy - 2, col, H, W, sh, sw)),
+                mine,
+                d0,
+                input_precision=PRECISION,
+            )
+            d1 = tl.dot(
+                tl.trans(_rows(at, row + dy - 1, col, H, W, sh, sw)),
+                mine,
+                d1,
+                input_precision=PRECISION,
+            )
+        tl.store(part + 5 * dy + s, _diagonals(d0, 5, RW, 8), mask=s < 5)
+        tl.store(part + 5 * dy + 5 + s, _diagonals(d1, 5, RW, 8), mask=(s < 5) & (dy < 4))
         tl.store(part + 103, tl.sum(total, 0))
 
 # %% ../../nbs/13_ops.msca.ipynb #0828172e
 def _cut(size, r, margin):
-    "Tiles along one axis and their margin: none where one tile is enough. The first and the last own what lies at the border."
-    if size <= r: return 1, 0
-    if r <= 2*margin: raise ValueError(f"a tile of {r} has no room for margins of {margin}")
-    return 1 + triton.cdiv(size - r, r - 2*margin), margin
+    """Tiles along one axis and their margin: none where one tile is enough. The first and the last
+    own what lies at the border."""
+    if size <= r:
+        return 1, 0
+    if r <= 2 * margin:
+        raise ValueError(f"a tile of {r} has no room for margins of {margin}")
+    return 1 + triton.cdiv(size - r, r - 2 * margin), margin
 
+# %% ../../nbs/13_ops.msca.ipynb #a9be9004
 def _options(op, x):
-    "Launch options: tile sizes, and warps by the size of a channel; more where loads are narrow and need an address per number."
-    h, w = pow2(x.shape[2], 16, 64), pow2(x.shape[3], 16, 64)
+    """Launch options: tile sizes, and warps by the size of a channel; more where loads are narrow
+    and need an address per number."""
+    h = pow2(x.shape[2], 16, 64)
+    w = pow2(x.shape[3], 16, 64)
     many = x.shape[3] % 8 or op == "msca_taps"
-    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h*w, 8 if many else 4)
-    return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1, SHARE=0)
+    warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h * w, 8 if many else 4)
+    return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(
+        op, RH=h, RW=w, num_warps=warps, num_stages=1, SHARE=0
+    )
+
 
 def _edges(x, opts):
     "Whether a tile reaches beyond the map, or has neighbours."
     return tuple(x.shape[2:]) != (opts["RH"], opts["RW"])
 
+# %% ../../nbs/13_ops.msca.ipynb #d90249ba
 def _plan(op, x, n=None):
-    "Options, programs per channel (as many as fill a GPU, each makes its band matrices), sizes and margins of a launch."
+    """Options, programs per channel (as many as fill a GPU, each makes its band matrices), sizes
+    and margins of a launch."""
     (b, c, h, w), o = x.shape, _options(op, x)
     near = op in ("msca_square", "msca_taps")
-    (tr, ph), (tc, pw) = _cut(h, o["RH"], 0 if near else 10), _cut(w, o["RW"], 2 if near else 16 if o["RW"] > 32 else 12)
-    tasks = b*tr*tc
-    share = o.pop("SHARE") or max(1, (264 if o["RH"]*o["RW"] > 2048 else 1056)//c)
-    if n is None: n = min(tasks, share)
+    (tr, ph), (tc, pw) = (
+        _cut(h, o["RH"], 0 if near else 10),
+        _cut(w, o["RW"], 2 if near else 16 if o["RW"] > 32 else 12),
+    )
+    tasks = b * tr * tc
+    share = o.pop("SHARE") or max(1, (264 if o["RH"] * o["RW"] > 2048 else 1056) // c)
+    if n is None:
+        n = min(tasks, share)
     return o, n, (tasks, triton.cdiv(tasks, n), c, h, w, tr, tc), dict(PH=ph, PW=pw)
 
+# %% ../../nbs/13_ops.msca.ipynb #caa1278d
 def _lasts(x):
     "Whether channels are neighbours in memory, and pixels are not."
     return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
 
+
 def _plain(x):
     "The map with neighbours along rows."
     return x.contiguous() if _lasts(x) else x
+
 
 def _as(y, x):
     "A map in the layout of x: channels last, or none with gaps."
@@ -270,55 +507,84 @@ def _as(y, x):
 
 # %% ../../nbs/13_ops.msca.ipynb #4a0669a4
 def msca_fwd(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    taps:torch.Tensor, # [c, 110], contiguous
-)->torch.Tensor: # [b, c, h, w], channels last where x is
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    taps: torch.Tensor,  # [c, 110], contiguous
+) -> torch.Tensor:  # [b, c, h, w], channels last where x is
     "Launch the forward kernel."
     z, (o, n, sizes, margins) = _plain(x), _plan("msca", x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on_device(x):
-        _msca_fwd_kernel[(x.shape[1]*n,)](z, taps, y, *sizes, *z.stride(), EDGES=_edges(x, o), **margins, **o)
+        _msca_fwd_kernel[(x.shape[1] * n,)](
+            z, taps, y, *sizes, *z.stride(), EDGES=_edges(x, o), **margins, **o
+        )
     return _as(y, x)
 
 # %% ../../nbs/13_ops.msca.ipynb #16a9615f
 def msca_bwd(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    taps:torch.Tensor, # [c, 110], contiguous
-    g:torch.Tensor, # gradient [b, c, h, w], any strides
-    wanted:tuple=(True, True), # gradients of `x`, of `taps`
-)->tuple: # [b, c, h, w] in type and layout of `x`, [c, 110] in float32; an empty tensor where not wanted
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    taps: torch.Tensor,  # [c, 110], contiguous
+    g: torch.Tensor,  # gradient [b, c, h, w], any strides
+    wanted: tuple = (True, True),  # gradients of `x`, of `taps`
+    # [b, c, h, w] in type and layout of `x`, [c, 110] in float32; an empty tensor where not wanted
+) -> tuple:
     "Launch the backward kernels and add the partial sums."
     (b, c, h, w), (want_x, want_taps), z, g = x.shape, wanted, _plain(x), _plain(g)
     o, n, sizes, margins = _plan("msca_strips", x)
-    dt, t, dx = (torch.empty((b, c, h, w) if want else (0,), dtype=x.dtype, device=x.device) for want in (True, want_taps, want_x))
+    dt, t, dx = (
+        torch.empty((b, c, h, w) if want else (0,), dtype=x.dtype, device=x.device)
+        for want in (True, want_taps, want_x)
+    )
     with on_device(x):
-        _msca_strips_kernel[(c*n,)](z, taps, g, t, dt, *sizes, *z.stride(), *g.stride(), WEIGHTS=want_taps, EDGES=_edges(x, o),
-                                    **margins, **o)
+        _msca_strips_kernel[(c * n,)](
+            z,
+            taps,
+            g,
+            t,
+            dt,
+            *sizes,
+            *z.stride(),
+            *g.stride(),
+            WEIGHTS=want_taps,
+            EDGES=_edges(x, o),
+            **margins,
+            **o,
+        )
         if want_x:
             o, n, sizes, margins = _plan("msca_square", x)
-            _msca_square_kernel[(c*n,)](taps, dt, dx, *sizes, PW=margins["PW"], **o)
-        if not want_taps: return _as(dx, x), torch.empty(0, dtype=torch.float32, device=x.device)
+            _msca_square_kernel[(c * n,)](taps, dt, dx, *sizes, PW=margins["PW"], **o)
+        if not want_taps:
+            return _as(dx, x), torch.empty(0, dtype=torch.float32, device=x.device)
         o, n, sizes, margins = _plan("msca_sums", x)
         part = torch.empty((n, c, TAPS), dtype=torch.float32, device=x.device)
         for kernel in (_msca_rows_kernel, _msca_columns_kernel):
-            kernel[(c*n,)](t, taps, g, part, *sizes, *g.stride(), EDGES=_edges(x, o), **margins, **o)
+            kernel[(c * n,)](
+                t, taps, g, part, *sizes, *g.stride(), EDGES=_edges(x, o), **margins, **o
+            )
         o, _, sizes, margins = _plan("msca_taps", x, n)
-        _msca_taps_kernel[(c*n,)](z, dt, part, *sizes, *z.stride(), PW=margins["PW"], EDGES=_edges(x, o), **o)
+        _msca_taps_kernel[(c * n,)](
+            z, dt, part, *sizes, *z.stride(), PW=margins["PW"], EDGES=_edges(x, o), **o
+        )
     return _as(dx, x) if want_x else dx, part.sum(0)
 
 # %% ../../nbs/13_ops.msca.ipynb #44344965
 @operator("segkern::msca")
-def _msca_op(x:torch.Tensor, taps:torch.Tensor) -> torch.Tensor:
+def _msca_op(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     "The forward kernel as an operator."
     return msca_fwd(x, taps)
 
+
 @operator("segkern::msca_backward")
-def _msca_backward_op(x:torch.Tensor, taps:torch.Tensor, g:torch.Tensor, want_x:bool, want_taps:bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _msca_backward_op(
+    x: torch.Tensor, taps: torch.Tensor, g: torch.Tensor, want_x: bool, want_taps: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."
     return msca_bwd(x, taps, g, (want_x, want_taps))
 
+# %% ../../nbs/13_ops.msca.ipynb #6f36ac5d
 @_msca_op.register_fake
-def _(x, taps): return _as(torch.empty(x.shape, dtype=x.dtype, device=x.device), x)
+def _(x, taps):
+    return _as(torch.empty(x.shape, dtype=x.dtype, device=x.device), x)
+
 
 @_msca_backward_op.register_fake
 def _(x, taps, g, want_x, want_taps):
@@ -326,33 +592,48 @@ def _(x, taps, g, want_x, want_taps):
     dtaps = torch.empty(taps.shape if want_taps else (0,), dtype=torch.float32, device=x.device)
     return _as(dx, x) if want_x else dx, dtaps
 
-def _msca_setup(ctx, inputs, output): ctx.save_for_backward(*inputs)
 
+def _msca_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+# %% ../../nbs/13_ops.msca.ipynb #071d8f48
 def _msca_backward(ctx, g):
     need = ctx.needs_input_grad
     dx, dtaps = _msca_backward_op(*ctx.saved_tensors, g, need[0], need[1])
     return dx if need[0] else None, dtaps.to(ctx.saved_tensors[1].dtype) if need[1] else None
 
+
 _msca_op.register_autograd(_msca_backward, setup_context=_msca_setup)
+
 
 def _cannot(x, taps):
     "Why the kernels cannot run these tensors; the taps may have a type of their own."
-    if x.is_cuda and x.dtype == torch.float32: return "float32 is left to the convolutions: products without tensor cores are slower"
+    if x.is_cuda and x.dtype == torch.float32:
+        return "float32 is left to the convolutions: products without tensor cores are slower"
     return unsupported(x) or ("float64 has no kernel" if taps.dtype == torch.float64 else None)
 
+# %% ../../nbs/13_ops.msca.ipynb #8754b329
 kernels_of("msca", _cannot, msca_fwd, msca_bwd)
 
 # %% ../../nbs/13_ops.msca.ipynb #fe28c48a
 def msca(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    taps:torch.Tensor, # [c, 110], see `pack_taps`
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # [b, c, h, w] in the type of `x`
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    taps: torch.Tensor,  # [c, 110], see `pack_taps`
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, c, h, w] in the type of `x`
     "A 5×5 convolution and what three pairs of strips make of it, for every channel, summed."
-    if x.ndim != 4: raise ValueError(f"msca wants a map [b, c, h, w], got {tuple(x.shape)}")
-    if tuple(taps.shape) != (x.shape[1], TAPS): raise ValueError(f"msca wants taps {[x.shape[1], TAPS]} for a map of {tuple(x.shape)}, got {tuple(taps.shape)}")
+    if x.ndim != 4:
+        raise ValueError(f"msca wants a map [b, c, h, w], got {tuple(x.shape)}")
+    if tuple(taps.shape) != (x.shape[1], TAPS):
+        raise ValueError(
+            f"msca wants taps {[x.shape[1], TAPS]} for a map of {tuple(x.shape)}, got {tuple(taps.shape)}"
+        )
     for name, t in dict(x=x, taps=taps).items():
-        if not t.is_floating_point(): raise ValueError(f"msca wants {name} in floating point, got {t.dtype}")
-    if kind := autocast_type(x): x = x.to(kind)
-    if x.numel() and choose("msca", x, taps, impl=impl): return _msca_op(x, taps.contiguous())
-    with without_autocast(x): return msca_ref(x, taps)
+        if not t.is_floating_point():
+            raise ValueError(f"msca wants {name} in floating point, got {t.dtype}")
+    if kind := autocast_type(x):
+        x = x.to(kind)
+    if x.numel() and choose("msca", x, taps, impl=impl):
+        return _msca_op(x, taps.contiguous())
+    with without_autocast(x):
+        return msca_ref(x, taps)

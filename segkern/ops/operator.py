@@ -17,12 +17,14 @@ from ..core import once
 # %% ../../nbs/09_ops.operator.ipynb #7a659405
 def _flat(args):
     "Arguments with lists taken apart, and the length of each list; None where there was none."
-    flat, lengths = [], []
+    flat = []
+    lengths = []
     for arg in args:
         is_list = isinstance(arg, (list, tuple))
         lengths.append(len(arg) if is_list else None)
         flat.extend(arg if is_list else [arg])
     return flat, lengths
+
 
 def _folded(flat, lengths):
     "The opposite of `_flat`."
@@ -32,39 +34,51 @@ def _folded(flat, lengths):
 # %% ../../nbs/09_ops.operator.ipynb #7253d853
 def _watched():
     "Whether a compiler, a trace, a transform, a mode or a profiler wants to hear of operators."
-    if torch.compiler.is_compiling() or get_eval_frame_callback() is not None: return True
-    if torch._C._is_tracing() or torch._C._functorch.maybe_current_level() is not None: return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack(): return True
+    if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
+        return True
+    if torch._C._is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
     return torch._C._autograd._profiler_enabled()
 
 # %% ../../nbs/09_ops.operator.ipynb #beaece20
 _TENSORS = torch.Tensor, torch.nn.Parameter
 _VALUES = frozenset((int, float, bool, str, type(None)))
 
+# %% ../../nbs/09_ops.operator.ipynb #cd4b3513
 def _ordinary(args):
     "Whether a body can take the arguments as they are."
     for arg in args:
         kind = type(arg)
-        if kind in _VALUES: continue
-        if kind in (list, tuple): known = _ordinary(arg)
-        else: known = kind in _TENSORS and not arg.is_meta and not arg.is_neg()
-        if not known: return False
+        if kind in _VALUES:
+            continue
+        if kind in (list, tuple):
+            known = _ordinary(arg)
+        else:
+            known = kind in _TENSORS and not arg.is_meta and not arg.is_neg()
+        if not known:
+            return False
     return True
 
 # %% ../../nbs/09_ops.operator.ipynb #b58c211a
 class _Refuse(torch.autograd.Function):
     "A gradient as it is, that cannot be differentiated with respect to what it was made of."
+
     @staticmethod
     def forward(ctx, words, grad, *sources):
         ctx.words = words
         return grad.detach()
 
     @staticmethod
-    def backward(ctx, *_): raise RuntimeError(ctx.words)
+    def backward(ctx, *_):
+        raise RuntimeError(ctx.words)
 
+# %% ../../nbs/09_ops.operator.ipynb #fc4083c6
 def _once(operator, grads, sources):
     "Gradients that raise where someone differentiates them."
-    if not torch.is_grad_enabled(): return grads
+    if not torch.is_grad_enabled():
+        return grads
     words = f"{operator.name} can be differentiated once: its gradient has no derivative"
     sources = [s for s in sources if s is not None and s.requires_grad]
     return [g if g is None else _Refuse.apply(words, g, *sources) for g in grads]
@@ -73,13 +87,17 @@ def _once(operator, grads, sources):
 @contextlib.contextmanager
 def _wanting(ctx, needs):
     "Shows a derivative which of the operator's own arguments want a gradient; a graph can be run through again."
-    own, ctx.needs_input_grad = ctx.needs_input_grad, needs
-    try: yield
-    finally: ctx.needs_input_grad = own
+    own = ctx.needs_input_grad
+    ctx.needs_input_grad = needs
+    try:
+        yield
+    finally:
+        ctx.needs_input_grad = own
 
 # %% ../../nbs/09_ops.operator.ipynb #f3a619ee
 class _Node(torch.autograd.Function):
     "What autograd remembers of one call."
+
     @staticmethod
     def forward(ctx, operator, keys, *args):
         ctx.operator = operator
@@ -97,6 +115,7 @@ class _Node(torch.autograd.Function):
 # %% ../../nbs/09_ops.operator.ipynb #73101d28
 class _ListNode(torch.autograd.Function):
     "The same for an operator with lists among its arguments."
+
     @staticmethod
     def forward(ctx, operator, keys, lengths, *flat):
         ctx.lengths = lengths
@@ -105,18 +124,22 @@ class _ListNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         needs = tuple(_folded(ctx.needs_input_grad[3:], ctx.lengths))
-        with torch.no_grad(), _wanting(ctx, needs): got = ctx.operator.differentiate(ctx, *grads)
-        whole = [[None]*n if n is not None and g is None else g for g, n in zip(got, ctx.lengths)]
+        with torch.no_grad(), _wanting(ctx, needs):
+            got = ctx.operator.differentiate(ctx, *grads)
+        whole = [[None] * n if n is not None and g is None else g for g, n in zip(got, ctx.lengths)]
         return None, None, None, *_once(ctx.operator, _flat(whole)[0], (*grads, *ctx.saved_tensors))
 
 # %% ../../nbs/09_ops.operator.ipynb #6965474a
 class Operator:
     "A registered operator; `body`, `fake`, `keep` and `differentiate` are what it calls."
-    def __init__(self,
-        name:str, # with its namespace, e.g. "segkern::strip_pool"
-        schema:str, # of its arguments and results
+
+    def __init__(
+        self,
+        name: str,  # with its namespace, e.g. "segkern::strip_pool"
+        schema: str,  # of its arguments and results
     ):
-        self.name, self.schema = name, schema
+        self.name = name
+        self.schema = schema
         self.body = self.fake = None
         space, short = name.split("::")
         self.library = once(f"library {space}", lambda: torch.library.Library(space, "FRAGMENT"))
@@ -124,22 +147,27 @@ class Operator:
         self.op = getattr(getattr(torch.ops, space), short).default
         self.takes_lists = "Tensor[]" in schema.split("->")[0]
         torch.library.register_fake(name, lambda *args: self.fake(*args), lib=self.library)
-        run = torch._disable_dynamo(lambda *args: self.body(*args)) # a body is not traced, also after a graph break
+        # a body is not traced, also after a graph break
+        run = torch._disable_dynamo(lambda *args: self.body(*args))
         self.library.impl(short, run, "CompositeExplicitAutograd")
         self.library.impl(short, self._autograd, "Autograd", with_keyset=True)
 
     def __call__(self, *args):
         "Call it: through the dispatcher for those who listen, else straight to autograd's node and the body."
-        if _watched() or not _ordinary(args): return self.op(*args)
+        if _watched() or not _ordinary(args):
+            return self.op(*args)
         return self._autograd(None, *args)
 
-    def __repr__(self): return f"{self.name}{self.schema}"
+    def __repr__(self):
+        return f"{self.name}{self.schema}"
 
     def _autograd(self, keys, *args):
         "Through autograd where a gradient is wanted."
-        if forward_ad._current_level >= 0: self._refuse_tangents(args)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if not self.takes_lists: return _Node.apply(self, keys, *args)
+            if not self.takes_lists:
+                return _Node.apply(self, keys, *args)
             flat, lengths = _flat(args)
             return _ListNode.apply(self, keys, lengths, *flat)
         return self.below(keys, *args)
@@ -147,45 +175,57 @@ class Operator:
     def below(self, keys, *args):
         "What lies below autograd: the body, or the rest of what the dispatcher was about."
         with torch._C._AutoDispatchBelowAutograd():
-            if keys is None: return self.body(*args)
+            if keys is None:
+                return self.body(*args)
             return self.op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def _refuse_tangents(self, args):
         "Forward mode has no formula here."
         tensors = [a for a in _flat(args)[0] if isinstance(a, torch.Tensor)]
         if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise RuntimeError(f"{self.name} has no forward-mode derivative (jvp); use reverse mode, or impl='ref' "
-                                      "where the reference is plain PyTorch")
+            raise RuntimeError(
+                f"{self.name} has no forward-mode derivative (jvp); use reverse mode, or impl='ref' "
+                "where the reference is plain PyTorch"
+            )
 
-    def keep(self, ctx, inputs, output): pass
+    def keep(self, ctx, inputs, output):
+        pass
 
     def differentiate(self, ctx, *grads):
-        raise RuntimeError(f"{self.name} has no derivative: it cannot be differentiated (a second time)")
+        raise RuntimeError(
+            f"{self.name} has no derivative: it cannot be differentiated (a second time)"
+        )
 
     def register_fake(self, fake):
         "What the results look like: a function of the same arguments that returns empty tensors."
         self.fake = fake
         return fake
 
-    def register_autograd(self,
-        backward, # function(ctx, *gradients of the results) -> gradients of the arguments
-        setup_context=None, # function(ctx, inputs, output) that keeps what `backward` needs
+    def register_autograd(
+        self,
+        backward,  # function(ctx, *gradients of the results) -> gradients of the arguments
+        setup_context=None,  # function(ctx, inputs, output) that keeps what `backward` needs
     ):
         "The derivative. `setup_context` saves the arguments: a second derivative is noticed on the way to one of them."
         self.differentiate = backward
-        if setup_context is not None: self.keep = setup_context
+        if setup_context is not None:
+            self.keep = setup_context
 
 # %% ../../nbs/09_ops.operator.ipynb #14897b90
 def operator(
-    name:str, # with its namespace, e.g. "segkern::strip_pool"
-): # a decorator for a function with typed arguments that changes none of them
+    name: str,  # with its namespace, e.g. "segkern::strip_pool"
+):  # a decorator for a function with typed arguments that changes none of them
     "Make a function an operator, or the new body of the operator that this process already has under that name."
+
     def register(body):
         schema = torch.library.infer_schema(body, mutates_args=())
         op = once(f"operator {name}", lambda: Operator(name, schema))
         if schema != op.schema:
-            raise ValueError(f"operator '{name}' takes {op.schema} in this process, not {schema}: "
-                             "its arguments are fixed, restart the kernel to change them")
+            raise ValueError(
+                f"operator '{name}' takes {op.schema} in this process, not {schema}: "
+                "its arguments are fixed, restart the kernel to change them"
+            )
         op.body = body
         return op
+
     return register

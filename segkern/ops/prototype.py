@@ -12,54 +12,82 @@ from typing import Optional
 
 import torch
 
-from .dispatch import autocast_type, blocks, choose, exporting, kernels_of, on_device, pow2
+from segkern.ops.dispatch import (
+    autocast_type,
+    blocks,
+    choose,
+    exporting,
+    kernels_of,
+    on_device,
+    pow2,
+)
 from .dispatch import tl, triton, unsupported, without_autocast
 from .operator import operator
 
 # %% ../../nbs/15_ops.prototype.ipynb #c9352133
 EPS = 1e-12
 
+
 def _kind(*tensors):
     "The type of sums: float32, or float64 where one of the tensors has it."
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    return (
+        torch.float64
+        if any(t is not None and t.dtype == torch.float64 for t in tensors)
+        else torch.float32
+    )
 
+# %% ../../nbs/15_ops.prototype.ipynb #ea11f8a8
 def prototypes_ref(
-    logits:torch.Tensor, # [b, k, h, w]
-    feat:torch.Tensor, # [b, c, h, w]
-    pos:torch.Tensor, # [b, c, h, w]
-)->tuple: # semantic and spatial centres, each [b, k, c]
+    logits: torch.Tensor,  # [b, k, h, w]
+    feat: torch.Tensor,  # [b, c, h, w]
+    pos: torch.Tensor,  # [b, c, h, w]
+) -> tuple:  # semantic and spatial centres, each [b, k, c]
     "The definition."
     m, f, p = (t.flatten(2).to(_kind(logits, feat, pos)) for t in (logits, feat, pos))
-    s, t = torch.softmax(m, 1), torch.softmax(m, 2)
-    semantic = s @ f.transpose(1, 2)/(s.sum(2, keepdim=True) + EPS)
+    s = torch.softmax(m, 1)
+    t = torch.softmax(m, 2)
+    semantic = s @ f.transpose(1, 2) / (s.sum(2, keepdim=True) + EPS)
     return semantic.to(feat.dtype), (t @ p.transpose(1, 2)).to(feat.dtype)
 
 # %% ../../nbs/15_ops.prototype.ipynb #53381fab
 def cosine_logits_ref(
-    z:torch.Tensor, # prototypes [b, k, c]
-    feat:torch.Tensor, # [b, c, h, w]
-    pos:torch.Tensor|None=None, # [b, c, h, w], added to `feat`
-    scale:float=15.0, # of the cosine
-)->torch.Tensor: # [b, k, h, w]
+    z: torch.Tensor,  # prototypes [b, k, c]
+    feat: torch.Tensor,  # [b, c, h, w]
+    pos: torch.Tensor | None = None,  # [b, c, h, w], added to `feat`
+    scale: float = 15.0,  # of the cosine
+) -> torch.Tensor:  # [b, k, h, w]
     "The definition: the norms are made longer by 1e-12, not bounded from below."
     kind = _kind(z, feat, pos)
     x = feat.to(kind) if pos is None else feat.to(kind) + pos.to(kind)
-    unit = lambda v, dim: v/(v.norm(dim=dim, keepdim=True) + EPS)
-    return (scale*unit(z.to(kind), 2) @ unit(x.flatten(2), 1)).unflatten(2, feat.shape[2:]).to(feat.dtype)
+
+    def unit(v, dim):
+        return v / (v.norm(dim=dim, keepdim=True) + EPS)
+
+    return (
+        (scale * unit(z.to(kind), 2) @ unit(x.flatten(2), 1))
+        .unflatten(2, feat.shape[2:])
+        .to(feat.dtype)
+    )
 
 # %% ../../nbs/15_ops.prototype.ipynb #f2ebef6f
 def class_sums_ref(
-    x:torch.Tensor, # [b, c, h, w]
-    labels:torch.Tensor, # integers [b, h, w]; values outside 0 … num_classes-1 belong to no class
-    num_classes:int, # k
-    per_image:bool=False, # keep the pictures apart
-)->tuple: # sums [k, c] or [b, k, c], counts [k] or [b, k]
+    x: torch.Tensor,  # [b, c, h, w]
+    # integers [b, h, w]; values outside 0 … num_classes-1 belong to no class
+    labels: torch.Tensor,
+    num_classes: int,  # k
+    per_image: bool = False,  # keep the pictures apart
+) -> tuple:  # sums [k, c] or [b, k, c], counts [k] or [b, k]
     "One addition per pixel and channel, into the row of its class; a row more collects what belongs to none."
-    kind, y = _kind(x), labels.flatten(1).long()
+    kind = _kind(x)
+    y = labels.flatten(1).long()
     y = torch.where((y >= 0) & (y < num_classes), y, num_classes)
     sums = torch.zeros((*x.shape[:2], num_classes + 1), dtype=kind, device=x.device)
-    sums = sums.scatter_add(2, y[:, None].expand(-1, x.shape[1], -1), x.flatten(2).to(kind))[..., :num_classes].transpose(1, 2)
-    counts = torch.zeros((len(x), num_classes + 1), dtype=kind, device=x.device).scatter_add(1, y, torch.ones_like(y, dtype=kind))[:, :num_classes]
+    sums = sums.scatter_add(2, y[:, None].expand(-1, x.shape[1], -1), x.flatten(2).to(kind))[
+        ..., :num_classes
+    ].transpose(1, 2)
+    counts = torch.zeros((len(x), num_classes + 1), dtype=kind, device=x.device).scatter_add(
+        1, y, torch.ones_like(y, dtype=kind)
+    )[:, :num_classes]
     return (sums, counts) if per_image else (sums.sum(0), counts.sum(0))
 
 # %% ../../nbs/15_ops.prototype.ipynb #ad971554
@@ -67,429 +95,1044 @@ def class_sums_ref(
 def _place(n, W, sh, sw, FLAT: tl.constexpr):
     "Offsets of the pixels with numbers n in a map with strides sh, sw; FLAT: rows follow each other without gaps."
     n = n.to(tl.int64)
-    if FLAT: at = n*sw
-    else: at = (n // W)*sh + (n % W)*sw
+    if FLAT:
+        at = n * sw
+    else:
+        at = (n // W) * sh + (n % W) * sw
     return at
 
+# %% ../../nbs/15_ops.prototype.ipynb #45b5b15a
 @triton.jit
-def _prototypes_stats_kernel(logits, lse, top, N, K, W, sb, sk, sh, sw, FLAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _prototypes_stats_kernel(
+    logits,
+    lse,
+    top,
+    N,
+    K,
+    W,
+    sb,
+    sk,
+    sh,
+    sw,
+    FLAT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     "In base 2: log-sum-exp over the classes of every pixel, and the maximum of every class over a tile of pixels."
     tiles = tl.cdiv(N, BN)
-    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    n = tile*BN + tl.arange(0, BN)
-    at = logits + b*sb + _place(n, W, sh, sw, FLAT)[None, :]
-    high, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    n = tile * BN + tl.arange(0, BN)
+    at = logits + b * sb + _place(n, W, sh, sw, FLAT)[None, :]
+    high = tl.full([BN], float("-inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        m = tl.load(at + k.to(tl.int64)[:, None]*sk, mask=(k < K)[:, None] & (n < N)[None, :], other=float("-inf")) # [BK, BN]
-        m = m.to(tl.float32)*1.4426950408889634
-        tl.store(top + (b*tiles + tile)*K + k, tl.max(m, 1), mask=k < K)
+        # [BK, BN]
+        m = tl.load(
+            at + k.to(tl.int64)[:, None] * sk,
+            mask=(k < K)[:, None] & (n < N)[None, :],
+            other=float("-inf"),
+        )
+        m = m.to(tl.float32) * 1.4426950408889634
+        tl.store(top + (b * tiles + tile) * K + k, tl.max(m, 1), mask=k < K)
         new = tl.maximum(high, tl.max(m, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
-        total = total*tl.exp2(high - safe) + tl.sum(tl.exp2(m - safe[None, :]), 0)
+        total = total * tl.exp2(high - safe) + tl.sum(tl.exp2(m - safe[None, :]), 0)
         high = new
     total = tl.where(n < N, total, 1.0)
-    tl.store(lse + b*N + n, tl.where(high == float("-inf"), 0.0, high) + tl.log2(total), mask=n < N)
+    tl.store(
+        lse + b * N + n, tl.where(high == float("-inf"), 0.0, high) + tl.log2(total), mask=n < N
+    )
 
 # %% ../../nbs/15_ops.prototype.ipynb #3103a88b
 @triton.jit
-def _prototypes_sums_kernel(logits, feat, pos, lse, top, semantic, spatial, mass, total, N, K, C, W, SPLITS, PER, sb, sk, sh, sw, fb, fc, fh, fw,
-                            pb, pc, ph, pw, FLAT: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    "Sums of S F, exp2(M - top) P and both weights over one split of the pixels, for a tile of classes and one of channels."
-    pid, kt, ct = tl.program_id(0), tl.cdiv(K, BK), tl.cdiv(C, BC)
-    ktile, ctile, split, b = pid % kt, (pid // kt) % ct, (pid // (kt*ct)) % SPLITS, (pid // (kt*ct*SPLITS)).to(tl.int64)
-    k, c = ktile*BK + tl.arange(0, BK), ctile*BC + tl.arange(0, BC)
-    in_k, in_c, k64, c64 = k < K, c < C, k.to(tl.int64), c.to(tl.int64)
-    peak = tl.load(top + b*K + k, mask=in_k, other=0.0)
-    af, ap = tl.zeros([BK, BC], tl.float32), tl.zeros([BK, BC], tl.float32)
-    ms, ts = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    for n0 in range(split*PER, tl.minimum(split*PER + PER, N), BN):
+def _prototypes_sums_kernel(
+    logits,
+    feat,
+    pos,
+    lse,
+    top,
+    semantic,
+    spatial,
+    mass,
+    total,
+    N,
+    K,
+    C,
+    W,
+    SPLITS,
+    PER,
+    sb,
+    sk,
+    sh,
+    sw,
+    fb,
+    fc,
+    fh,
+    fw,
+    pb,
+    pc,
+    ph,
+    pw,
+    FLAT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums of S F, exp2(M - top) P and both weights over one split of the pixels, for a tile of
+    classes and one of channels."""
+    pid = tl.program_id(0)
+    kt = tl.cdiv(K, BK)
+    ct = tl.cdiv(C, BC)
+    ktile = pid % kt
+    ctile = (pid // kt) % ct
+    split = (pid // (kt * ct)) % SPLITS
+    b = (pid // (kt * ct * SPLITS)).to(tl.int64)
+    k = ktile * BK + tl.arange(0, BK)
+    c = ctile * BC + tl.arange(0, BC)
+    in_k = k < K
+    in_c = c < C
+    k64 = k.to(tl.int64)
+    c64 = c.to(tl.int64)
+    peak = tl.load(top + b * K + k, mask=in_k, other=0.0)
+    af = tl.zeros([BK, BC], tl.float32)
+    ap = tl.zeros([BK, BC], tl.float32)
+    ms = tl.zeros([BK], tl.float32)
+    ts = tl.zeros([BK], tl.float32)
+    for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
         in_n = n < N
-        inside, cells = in_k[:, None] & in_n[None, :], in_n[:, None] & in_c[None, :]
-        m = tl.load(logits + b*sb + k64[:, None]*sk + _place(n, W, sh, sw, FLAT)[None, :], mask=inside, other=0.0) # [BK, BN]
-        m = m.to(tl.float32)*1.4426950408889634
-        ft = tl.load(feat + b*fb + _place(n, W, fh, fw, FLAT)[:, None] + c64[None, :]*fc, mask=cells, other=0.0) # [BN, BC]
-        pt = tl.load(pos + b*pb + _place(n, W, ph, pw, FLAT)[:, None] + c64[None, :]*pc, mask=cells, other=0.0)
-        if WIDE: ft, pt = ft.to(tl.float32), pt.to(tl.float32)
-        s = tl.where(inside, tl.exp2(m - tl.load(lse + b*N + n, mask=in_n, other=0.0)[None, :]), 0.0).to(ft.dtype)
+        inside = in_k[:, None] & in_n[None, :]
+        cells = in_n[:, None] & in_c[None, :]
+        # [BK, BN]
+        m = tl.load(
+            logits + b * sb + k64[:, None] * sk + _place(n, W, sh, sw, FLAT)[None, :],
+            mask=inside,
+            other=0.0,
+        )
+        m = m.to(tl.float32) * 1.4426950408889634
+        # [BN, BC]
+        ft = tl.load(
+            feat + b * fb + _place(n, W, fh, fw, FLAT)[:, None] + c64[None, :] * fc,
+            mask=cells,
+            other=0.0,
+        )
+        pt = tl.load(
+            pos + b * pb + _place(n, W, ph, pw, FLAT)[:, None] + c64[None, :] * pc,
+            mask=cells,
+            other=0.0,
+        )
+        if WIDE:
+            ft = ft.to(tl.float32)
+            pt = pt.to(tl.float32)
+        s = tl.where(
+            inside, tl.exp2(m - tl.load(lse + b * N + n, mask=in_n, other=0.0)[None, :]), 0.0
+        ).to(ft.dtype)
         t = tl.where(inside, tl.exp2(m - peak[:, None]), 0.0).to(ft.dtype)
         af += tl.dot(s, ft, input_precision=PRECISION)
         ap += tl.dot(t, pt, input_precision=PRECISION)
         ms += tl.sum(s.to(tl.float32), 1)
         ts += tl.sum(t.to(tl.float32), 1)
-    row = (b*SPLITS + split)*K + k
+    row = (b * SPLITS + split) * K + k
     cells = in_k[:, None] & in_c[None, :]
-    tl.store(semantic + row[:, None]*C + c[None, :], af, mask=cells)
-    tl.store(spatial + row[:, None]*C + c[None, :], ap, mask=cells)
+    tl.store(semantic + row[:, None] * C + c[None, :], af, mask=cells)
+    tl.store(spatial + row[:, None] * C + c[None, :], ap, mask=cells)
     if ctile == 0:
         tl.store(mass + row, ms, mask=in_k)
         tl.store(total + row, ts, mask=in_k)
 
 # %% ../../nbs/15_ops.prototype.ipynb #936a2d06
 @triton.jit
-def _prototypes_bwd_kernel(logits, feat, pos, lse, top, da, dz, ha, hz, dlogits, dfeat, dpos, N, K, C, W, sb, sk, sh, sw, fb, fc, fh, fw, pb, pc, ph, pw,
-                           lb, lk, lw, gb, gc, gw, qb, qc, qw, FLAT: tl.constexpr, WIDE: tl.constexpr, LOGITS: tl.constexpr, FEAT: tl.constexpr, POS: tl.constexpr,
-                           BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
-    "dF = da^T S, dP = ha^T T, dM = S (da F + dz - sum_k S (da F + dz)) + T (ha P - hz) for a tile of pixels; T = exp2(M - top)."
+def _prototypes_bwd_kernel(
+    logits,
+    feat,
+    pos,
+    lse,
+    top,
+    da,
+    dz,
+    ha,
+    hz,
+    dlogits,
+    dfeat,
+    dpos,
+    N,
+    K,
+    C,
+    W,
+    sb,
+    sk,
+    sh,
+    sw,
+    fb,
+    fc,
+    fh,
+    fw,
+    pb,
+    pc,
+    ph,
+    pw,
+    lb,
+    lk,
+    lw,
+    gb,
+    gc,
+    gw,
+    qb,
+    qc,
+    qw,
+    FLAT: tl.constexpr,
+    WIDE: tl.constexpr,
+    LOGITS: tl.constexpr,
+    FEAT: tl.constexpr,
+    POS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dF = da^T S, dP = ha^T T, dM = S (da F + dz - sum_k S (da F + dz)) + T (ha P - hz) for a
+    tile of pixels; T = exp2(M - top)."""
     tiles = tl.cdiv(N, BN)
-    b, n = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles)*BN + tl.arange(0, BN)
-    in_n, n64 = n < N, n.to(tl.int64)
-    from_m = logits + b*sb + _place(n, W, sh, sw, FLAT)[None, :]
-    from_f, from_p = feat + b*fb + _place(n, W, fh, fw, FLAT)[None, :], pos + b*pb + _place(n, W, ph, pw, FLAT)[None, :]
-    l2, delta = tl.load(lse + b*N + n, mask=in_n, other=0.0)[None, :], tl.zeros([BN], tl.float32)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    in_n = n < N
+    n64 = n.to(tl.int64)
+    from_m = logits + b * sb + _place(n, W, sh, sw, FLAT)[None, :]
+    from_f = feat + b * fb + _place(n, W, fh, fw, FLAT)[None, :]
+    from_p = pos + b * pb + _place(n, W, ph, pw, FLAT)[None, :]
+    l2 = tl.load(lse + b * N + n, mask=in_n, other=0.0)[None, :]
+    delta = tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
-        cells, c64 = (c < C)[:, None] & in_n[None, :], c.to(tl.int64)[:, None]
-        af, ap = tl.zeros([BC, BN], tl.float32), tl.zeros([BC, BN], tl.float32)
+        cells = (c < C)[:, None] & in_n[None, :]
+        c64 = c.to(tl.int64)[:, None]
+        af = tl.zeros([BC, BN], tl.float32)
+        ap = tl.zeros([BC, BN], tl.float32)
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
-            inside, small, to = (k < K)[:, None] & in_n[None, :], (c < C)[:, None] & (k < K)[None, :], k[None, :]*C + c[:, None]
-            m = tl.load(from_m + k.to(tl.int64)[:, None]*sk, mask=inside, other=0.0).to(tl.float32)*1.4426950408889634 # [BK, BN]
+            inside = (k < K)[:, None] & in_n[None, :]
+            small = (c < C)[:, None] & (k < K)[None, :]
+            to = k[None, :] * C + c[:, None]
+            # [BK, BN]
+            m = (
+                tl.load(from_m + k.to(tl.int64)[:, None] * sk, mask=inside, other=0.0).to(
+                    tl.float32
+                )
+                * 1.4426950408889634
+            )
             if LOGITS or FEAT:
-                a = tl.load(da + b*K*C + to, mask=small, other=0.0) # [BC, BK]
+                a = tl.load(da + b * K * C + to, mask=small, other=0.0)  # [BC, BK]
                 s = tl.where(inside, tl.exp2(m - l2), 0.0).to(a.dtype)
                 af += tl.dot(a, s, input_precision=PRECISION)
-                if LOGITS: delta += tl.where(c0 == 0, tl.sum(s.to(tl.float32)*tl.load(dz + b*K + k, mask=k < K, other=0.0)[:, None], 0), 0.0)
+                if LOGITS:
+                    delta += tl.where(
+                        c0 == 0,
+                        tl.sum(
+                            s.to(tl.float32)
+                            * tl.load(dz + b * K + k, mask=k < K, other=0.0)[:, None],
+                            0,
+                        ),
+                        0.0,
+                    )
             if POS:
-                a = tl.load(ha + b*K*C + to, mask=small, other=0.0)
-                t = tl.where(inside, tl.exp2(m - tl.load(top + b*K + k, mask=k < K, other=0.0)[:, None]), 0.0).to(a.dtype)
+                a = tl.load(ha + b * K * C + to, mask=small, other=0.0)
+                t = tl.where(
+                    inside,
+                    tl.exp2(m - tl.load(top + b * K + k, mask=k < K, other=0.0)[:, None]),
+                    0.0,
+                ).to(a.dtype)
                 ap += tl.dot(a, t, input_precision=PRECISION)
-        if LOGITS: delta += tl.sum(af*tl.load(from_f + c64*fc, mask=cells, other=0.0).to(tl.float32), 0)
-        if FEAT: tl.store(dfeat + b*gb + c64*gc + n64[None, :]*gw, af.to(dfeat.dtype.element_ty), mask=cells)
-        if POS: tl.store(dpos + b*qb + c64*qc + n64[None, :]*qw, ap.to(dpos.dtype.element_ty), mask=cells)
+        if LOGITS:
+            delta += tl.sum(
+                af * tl.load(from_f + c64 * fc, mask=cells, other=0.0).to(tl.float32), 0
+            )
+        if FEAT:
+            tl.store(
+                dfeat + b * gb + c64 * gc + n64[None, :] * gw,
+                af.to(dfeat.dtype.element_ty),
+                mask=cells,
+            )
+        if POS:
+            tl.store(
+                dpos + b * qb + c64 * qc + n64[None, :] * qw,
+                ap.to(dpos.dtype.element_ty),
+                mask=cells,
+            )
     for k0 in range(0, K if LOGITS else 0, BK):
         k = k0 + tl.arange(0, BK)
-        in_k, inside, k64 = k < K, (k < K)[:, None] & in_n[None, :], k.to(tl.int64)[:, None]
-        ds, dt = tl.zeros([BK, BN], tl.float32), tl.zeros([BK, BN], tl.float32)
+        in_k = k < K
+        inside = (k < K)[:, None] & in_n[None, :]
+        k64 = k.to(tl.int64)[:, None]
+        ds = tl.zeros([BK, BN], tl.float32)
+        dt = tl.zeros([BK, BN], tl.float32)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
-            cells, small = (c < C)[:, None] & in_n[None, :], in_k[:, None] & (c < C)[None, :]
-            c64, to = c.to(tl.int64)[:, None], k[:, None]*C + c[None, :]
-            ft, pt = tl.load(from_f + c64*fc, mask=cells, other=0.0), tl.load(from_p + c64*pc, mask=cells, other=0.0) # [BC, BN]
-            if WIDE: ft, pt = ft.to(tl.float32), pt.to(tl.float32)
-            ds += tl.dot(tl.load(da + b*K*C + to, mask=small, other=0.0), ft, input_precision=PRECISION)
-            dt += tl.dot(tl.load(ha + b*K*C + to, mask=small, other=0.0), pt, input_precision=PRECISION)
-        m = tl.load(from_m + k64*sk, mask=inside, other=0.0).to(tl.float32)*1.4426950408889634
-        s, t = tl.exp2(m - l2), tl.exp2(m - tl.load(top + b*K + k, mask=in_k, other=0.0)[:, None])
-        ds += tl.load(dz + b*K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]
-        out = s*ds + t*(dt - tl.load(hz + b*K + k, mask=in_k, other=0.0)[:, None])
-        tl.store(dlogits + b*lb + k64*lk + n64[None, :]*lw, out.to(dlogits.dtype.element_ty), mask=inside)
+            cells = (c < C)[:, None] & in_n[None, :]
+            small = in_k[:, None] & (c < C)[None, :]
+            c64 = c.to(tl.int64)[:, None]
+            to = k[:, None] * C + c[None, :]
+            # [BC, BN]
+            ft = tl.load(from_f + c64 * fc, mask=cells, other=0.0)
+            pt = tl.load(from_p + c64 * pc, mask=cells, other=0.0)
+            if WIDE:
+                ft = ft.to(tl.float32)
+                pt = pt.to(tl.float32)
+            ds += tl.dot(
+                tl.load(da + b * K * C + to, mask=small, other=0.0), ft, input_precision=PRECISION
+            )
+            dt += tl.dot(
+                tl.load(ha + b * K * C + to, mask=small, other=0.0), pt, input_precision=PRECISION
+            )
+        m = tl.load(from_m + k64 * sk, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        s = tl.exp2(m - l2)
+        t = tl.exp2(m - tl.load(top + b * K + k, mask=in_k, other=0.0)[:, None])
+        ds += tl.load(dz + b * K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]
+        out = s * ds + t * (dt - tl.load(hz + b * K + k, mask=in_k, other=0.0)[:, None])
+        tl.store(
+            dlogits + b * lb + k64 * lk + n64[None, :] * lw,
+            out.to(dlogits.dtype.element_ty),
+            mask=inside,
+        )
 
 # %% ../../nbs/15_ops.prototype.ipynb #c8d6fc12
 @triton.jit
-def _cosine_fwd_kernel(u, feat, pos, out, norm, N, K, C, W, fb, fc, fh, fw, pb, pc, ph, pw, FLAT: tl.constexpr, POS: tl.constexpr,
-                       BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
+def _cosine_fwd_kernel(
+    u,
+    feat,
+    pos,
+    out,
+    norm,
+    N,
+    K,
+    C,
+    W,
+    fb,
+    fc,
+    fh,
+    fw,
+    pb,
+    pc,
+    ph,
+    pw,
+    FLAT: tl.constexpr,
+    POS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "O = u x/(|x| + eps), x = F + P, and |x|, for a tile of classes and one of pixels."
-    pid, kt, tiles = tl.program_id(0), tl.cdiv(K, BK), tl.cdiv(N, BN)
-    ktile, tile, b = pid % kt, (pid // kt) % tiles, (pid // (kt*tiles)).to(tl.int64)
-    n, k = tile*BN + tl.arange(0, BN), ktile*BK + tl.arange(0, BK)
-    in_n, in_k = n < N, k < K
-    from_f, from_p = feat + b*fb + _place(n, W, fh, fw, FLAT)[None, :], pos + b*pb + _place(n, W, ph, pw, FLAT)[None, :]
-    acc, square = tl.zeros([BK, BN], tl.float32), tl.zeros([BN], tl.float32)
+    pid = tl.program_id(0)
+    kt = tl.cdiv(K, BK)
+    tiles = tl.cdiv(N, BN)
+    ktile = pid % kt
+    tile = (pid // kt) % tiles
+    b = (pid // (kt * tiles)).to(tl.int64)
+    n = tile * BN + tl.arange(0, BN)
+    k = ktile * BK + tl.arange(0, BK)
+    in_n = n < N
+    in_k = k < K
+    from_f = feat + b * fb + _place(n, W, fh, fw, FLAT)[None, :]
+    from_p = pos + b * pb + _place(n, W, ph, pw, FLAT)[None, :]
+    acc = tl.zeros([BK, BN], tl.float32)
+    square = tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
-        cells, c64 = (c < C)[:, None] & in_n[None, :], c.to(tl.int64)[:, None]
-        x = tl.load(from_f + c64*fc, mask=cells, other=0.0).to(tl.float32) # [BC, BN]
-        if POS: x += tl.load(from_p + c64*pc, mask=cells, other=0.0).to(tl.float32)
-        a = tl.load(u + b*K*C + (k[:, None]*C + c[None, :]), mask=in_k[:, None] & (c < C)[None, :], other=0.0) # [BK, BC]
-        square += tl.sum(x*x, 0)
+        cells = (c < C)[:, None] & in_n[None, :]
+        c64 = c.to(tl.int64)[:, None]
+        x = tl.load(from_f + c64 * fc, mask=cells, other=0.0).to(tl.float32)  # [BC, BN]
+        if POS:
+            x += tl.load(from_p + c64 * pc, mask=cells, other=0.0).to(tl.float32)
+        # [BK, BC]
+        a = tl.load(
+            u + b * K * C + (k[:, None] * C + c[None, :]),
+            mask=in_k[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        square += tl.sum(x * x, 0)
         acc += tl.dot(a, x.to(a.dtype), input_precision=PRECISION)
     r = tl.sqrt(square)
-    tl.store(out + (b*K + k)[:, None]*N + n[None, :], (acc/(r + 1e-12)[None, :]).to(out.dtype.element_ty), mask=in_k[:, None] & in_n[None, :])
-    if ktile == 0: tl.store(norm + b*N + n, r, mask=in_n)
+    tl.store(
+        out + (b * K + k)[:, None] * N + n[None, :],
+        (acc / (r + 1e-12)[None, :]).to(out.dtype.element_ty),
+        mask=in_k[:, None] & in_n[None, :],
+    )
+    if ktile == 0:
+        tl.store(norm + b * N + n, r, mask=in_n)
 
 # %% ../../nbs/15_ops.prototype.ipynb #57f0c80b
 @triton.jit
-def _cosine_dx_kernel(u, feat, pos, out, norm, g, dx, N, K, C, W, fb, fc, fh, fw, pb, pc, ph, pw, gb, gk, gh, gw, db, dc, dw, FLAT: tl.constexpr, POS: tl.constexpr,
-                      BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
+def _cosine_dx_kernel(
+    u,
+    feat,
+    pos,
+    out,
+    norm,
+    g,
+    dx,
+    N,
+    K,
+    C,
+    W,
+    fb,
+    fc,
+    fh,
+    fw,
+    pb,
+    pc,
+    ph,
+    pw,
+    gb,
+    gk,
+    gh,
+    gw,
+    db,
+    dc,
+    dw,
+    FLAT: tl.constexpr,
+    POS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "dx = (u^T dO - x/|x| sum_k O dO)/(|x| + eps) for a tile of channels and one of pixels."
-    pid, ct, tiles = tl.program_id(0), tl.cdiv(C, BC), tl.cdiv(N, BN)
-    ctile, tile, b = pid % ct, (pid // ct) % tiles, (pid // (ct*tiles)).to(tl.int64)
-    n, c = tile*BN + tl.arange(0, BN), ctile*BC + tl.arange(0, BC)
-    in_n, c64, n64 = n < N, c.to(tl.int64)[:, None], n.to(tl.int64)[None, :]
-    cells, from_g = (c < C)[:, None] & in_n[None, :], g + b*gb + _place(n, W, gh, gw, FLAT)[None, :]
-    acc, along = tl.zeros([BC, BN], tl.float32), tl.zeros([BN], tl.float32)
+    pid = tl.program_id(0)
+    ct = tl.cdiv(C, BC)
+    tiles = tl.cdiv(N, BN)
+    ctile = pid % ct
+    tile = (pid // ct) % tiles
+    b = (pid // (ct * tiles)).to(tl.int64)
+    n = tile * BN + tl.arange(0, BN)
+    c = ctile * BC + tl.arange(0, BC)
+    in_n = n < N
+    c64 = c.to(tl.int64)[:, None]
+    n64 = n.to(tl.int64)[None, :]
+    cells = (c < C)[:, None] & in_n[None, :]
+    from_g = g + b * gb + _place(n, W, gh, gw, FLAT)[None, :]
+    acc = tl.zeros([BC, BN], tl.float32)
+    along = tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         inside = (k < K)[:, None] & in_n[None, :]
-        d = tl.load(from_g + k.to(tl.int64)[:, None]*gk, mask=inside, other=0.0) # [BK, BN]
-        o = tl.load(out + (b*K + k)[:, None]*N + n[None, :], mask=inside, other=0.0)
-        a = tl.load(u + b*K*C + (k[None, :]*C + c[:, None]), mask=(c < C)[:, None] & (k < K)[None, :], other=0.0) # [BC, BK]
-        along += tl.sum(d.to(tl.float32)*o.to(tl.float32), 0)
+        d = tl.load(from_g + k.to(tl.int64)[:, None] * gk, mask=inside, other=0.0)  # [BK, BN]
+        o = tl.load(out + (b * K + k)[:, None] * N + n[None, :], mask=inside, other=0.0)
+        # [BC, BK]
+        a = tl.load(
+            u + b * K * C + (k[None, :] * C + c[:, None]),
+            mask=(c < C)[:, None] & (k < K)[None, :],
+            other=0.0,
+        )
+        along += tl.sum(d.to(tl.float32) * o.to(tl.float32), 0)
         acc += tl.dot(a, d, input_precision=PRECISION)
-    x = tl.load(feat + b*fb + c64*fc + _place(n, W, fh, fw, FLAT)[None, :], mask=cells, other=0.0).to(tl.float32)
-    if POS: x += tl.load(pos + b*pb + c64*pc + _place(n, W, ph, pw, FLAT)[None, :], mask=cells, other=0.0).to(tl.float32)
-    r = tl.load(norm + b*N + n, mask=in_n, other=1.0)
-    acc -= x*tl.where(r == 0, 0.0, along/tl.where(r == 0, 1.0, r))[None, :]
-    tl.store(dx + b*db + c64*dc + n64*dw, (acc/(r + 1e-12)[None, :]).to(dx.dtype.element_ty), mask=cells)
+    x = tl.load(
+        feat + b * fb + c64 * fc + _place(n, W, fh, fw, FLAT)[None, :], mask=cells, other=0.0
+    ).to(tl.float32)
+    if POS:
+        x += tl.load(
+            pos + b * pb + c64 * pc + _place(n, W, ph, pw, FLAT)[None, :], mask=cells, other=0.0
+        ).to(tl.float32)
+    r = tl.load(norm + b * N + n, mask=in_n, other=1.0)
+    acc -= x * tl.where(r == 0, 0.0, along / tl.where(r == 0, 1.0, r))[None, :]
+    tl.store(
+        dx + b * db + c64 * dc + n64 * dw,
+        (acc / (r + 1e-12)[None, :]).to(dx.dtype.element_ty),
+        mask=cells,
+    )
 
 # %% ../../nbs/15_ops.prototype.ipynb #d2017c21
 @triton.jit
-def _cosine_du_kernel(feat, pos, norm, g, du, N, K, C, W, SPLITS, PER, fb, fc, fh, fw, pb, pc, ph, pw, gb, gk, gh, gw, FLAT: tl.constexpr, POS: tl.constexpr,
-                      BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
+def _cosine_du_kernel(
+    feat,
+    pos,
+    norm,
+    g,
+    du,
+    N,
+    K,
+    C,
+    W,
+    SPLITS,
+    PER,
+    fb,
+    fc,
+    fh,
+    fw,
+    pb,
+    pc,
+    ph,
+    pw,
+    gb,
+    gk,
+    gh,
+    gw,
+    FLAT: tl.constexpr,
+    POS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Sum of dO x/(|x| + eps) over one split of the pixels, for a tile of classes and one of channels."
-    pid, kt, ct = tl.program_id(0), tl.cdiv(K, BK), tl.cdiv(C, BC)
-    ktile, ctile, split, b = pid % kt, (pid // kt) % ct, (pid // (kt*ct)) % SPLITS, (pid // (kt*ct*SPLITS)).to(tl.int64)
-    k, c = ktile*BK + tl.arange(0, BK), ctile*BC + tl.arange(0, BC)
-    k64, c64, acc = k.to(tl.int64)[:, None], c.to(tl.int64)[None, :], tl.zeros([BK, BC], tl.float32)
-    for n0 in range(split*PER, tl.minimum(split*PER + PER, N), BN):
+    pid = tl.program_id(0)
+    kt = tl.cdiv(K, BK)
+    ct = tl.cdiv(C, BC)
+    ktile = pid % kt
+    ctile = (pid // kt) % ct
+    split = (pid // (kt * ct)) % SPLITS
+    b = (pid // (kt * ct * SPLITS)).to(tl.int64)
+    k = ktile * BK + tl.arange(0, BK)
+    c = ctile * BC + tl.arange(0, BC)
+    k64 = k.to(tl.int64)[:, None]
+    c64 = c.to(tl.int64)[None, :]
+    acc = tl.zeros([BK, BC], tl.float32)
+    for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
         in_n = n < N
         cells = in_n[:, None] & (c < C)[None, :]
-        d = tl.load(g + b*gb + k64*gk + _place(n, W, gh, gw, FLAT)[None, :], mask=(k < K)[:, None] & in_n[None, :], other=0.0) # [BK, BN]
-        x = tl.load(feat + b*fb + _place(n, W, fh, fw, FLAT)[:, None] + c64*fc, mask=cells, other=0.0).to(tl.float32) # [BN, BC]
-        if POS: x += tl.load(pos + b*pb + _place(n, W, ph, pw, FLAT)[:, None] + c64*pc, mask=cells, other=0.0).to(tl.float32)
-        x = x/(tl.load(norm + b*N + n, mask=in_n, other=1.0) + 1e-12)[:, None]
+        # [BK, BN]
+        d = tl.load(
+            g + b * gb + k64 * gk + _place(n, W, gh, gw, FLAT)[None, :],
+            mask=(k < K)[:, None] & in_n[None, :],
+            other=0.0,
+        )
+        # [BN, BC]
+        x = tl.load(
+            feat + b * fb + _place(n, W, fh, fw, FLAT)[:, None] + c64 * fc, mask=cells, other=0.0
+        ).to(tl.float32)
+        if POS:
+            x += tl.load(
+                pos + b * pb + _place(n, W, ph, pw, FLAT)[:, None] + c64 * pc, mask=cells, other=0.0
+            ).to(tl.float32)
+        x = x / (tl.load(norm + b * N + n, mask=in_n, other=1.0) + 1e-12)[:, None]
         acc += tl.dot(d, x.to(d.dtype), input_precision=PRECISION)
-    tl.store(du + ((b*SPLITS + split)*K + k)[:, None]*C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
+    tl.store(
+        du + ((b * SPLITS + split) * K + k)[:, None] * C + c[None, :],
+        acc,
+        mask=(k < K)[:, None] & (c < C)[None, :],
+    )
 
 # %% ../../nbs/15_ops.prototype.ipynb #5e786af0
 @triton.jit
-def _class_sums_fwd_kernel(x, labels, sums, counts, N, K, C, W, SPLITS, PER, sb, sc, sh, sw, yb, yh, yw, FLAT: tl.constexpr,
-                           BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
+def _class_sums_fwd_kernel(
+    x,
+    labels,
+    sums,
+    counts,
+    N,
+    K,
+    C,
+    W,
+    SPLITS,
+    PER,
+    sb,
+    sc,
+    sh,
+    sw,
+    yb,
+    yh,
+    yw,
+    FLAT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Sums and counts of one split of the pixels, for a tile of classes and one of channels."
-    pid, kt, ct = tl.program_id(0), tl.cdiv(K, BK), tl.cdiv(C, BC)
-    ktile, ctile, split, b = pid % kt, (pid // kt) % ct, (pid // (kt*ct)) % SPLITS, (pid // (kt*ct*SPLITS)).to(tl.int64)
-    k, c = ktile*BK + tl.arange(0, BK), ctile*BC + tl.arange(0, BC)
-    c64, acc, count = c.to(tl.int64)[None, :], tl.zeros([BK, BC], tl.float32), tl.zeros([BK], tl.float32)
-    for n0 in range(split*PER, tl.minimum(split*PER + PER, N), BN):
+    pid = tl.program_id(0)
+    kt = tl.cdiv(K, BK)
+    ct = tl.cdiv(C, BC)
+    ktile = pid % kt
+    ctile = (pid // kt) % ct
+    split = (pid // (kt * ct)) % SPLITS
+    b = (pid // (kt * ct * SPLITS)).to(tl.int64)
+    k = ktile * BK + tl.arange(0, BK)
+    c = ctile * BC + tl.arange(0, BC)
+    c64 = c.to(tl.int64)[None, :]
+    acc = tl.zeros([BK, BC], tl.float32)
+    count = tl.zeros([BK], tl.float32)
+    for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        y = tl.load(labels + b*yb + _place(n, W, yh, yw, FLAT), mask=n < N, other=0).to(tl.int64)
+        y = tl.load(labels + b * yb + _place(n, W, yh, yw, FLAT), mask=n < N, other=0).to(tl.int64)
         valid = (n < N) & (y >= 0) & (y < K)
         y = tl.where(valid, y, -1).to(tl.int32)
-        xt = tl.load(x + b*sb + _place(n, W, sh, sw, FLAT)[:, None] + c64*sc, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0) # [BN, BC]
+        # [BN, BC]
+        xt = tl.load(
+            x + b * sb + _place(n, W, sh, sw, FLAT)[:, None] + c64 * sc,
+            mask=(n < N)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
         xt = tl.where(valid[:, None], xt, 0.0).to(xt.dtype)
-        hit = y[None, :] == k[:, None] # [BK, BN]
+        hit = y[None, :] == k[:, None]  # [BK, BN]
         acc += tl.dot(hit.to(xt.dtype), xt, input_precision=PRECISION)
         count += tl.sum(hit.to(tl.float32), 1)
-    row = (b*SPLITS + split)*K + k
-    tl.store(sums + row[:, None]*C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
-    if ctile == 0: tl.store(counts + row, count, mask=k < K)
+    row = (b * SPLITS + split) * K + k
+    tl.store(sums + row[:, None] * C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
+    if ctile == 0:
+        tl.store(counts + row, count, mask=k < K)
 
+# %% ../../nbs/15_ops.prototype.ipynb #ff28c56e
 @triton.jit
-def _class_sums_bwd_kernel(g, labels, dx, N, K, C, W, gb, gk, gc, yb, yh, yw, db, dc, dw, FLAT: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+def _class_sums_bwd_kernel(
+    g,
+    labels,
+    dx,
+    N,
+    K,
+    C,
+    W,
+    gb,
+    gk,
+    gc,
+    yb,
+    yh,
+    yw,
+    db,
+    dc,
+    dw,
+    FLAT: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
     "Every pixel gets the row of its class, or zero."
-    pid, ct, tiles = tl.program_id(0), tl.cdiv(C, BC), tl.cdiv(N, BN)
-    ctile, tile, b = pid % ct, (pid // ct) % tiles, (pid // (ct*tiles)).to(tl.int64)
-    n, c = tile*BN + tl.arange(0, BN), ctile*BC + tl.arange(0, BC)
+    pid = tl.program_id(0)
+    ct = tl.cdiv(C, BC)
+    tiles = tl.cdiv(N, BN)
+    ctile = pid % ct
+    tile = (pid // ct) % tiles
+    b = (pid // (ct * tiles)).to(tl.int64)
+    n = tile * BN + tl.arange(0, BN)
+    c = ctile * BC + tl.arange(0, BC)
     cells = (c < C)[:, None] & (n < N)[None, :]
-    y = tl.load(labels + b*yb + _place(n, W, yh, yw, FLAT), mask=n < N, other=0).to(tl.int64)
+    y = tl.load(labels + b * yb + _place(n, W, yh, yw, FLAT), mask=n < N, other=0).to(tl.int64)
     valid = (y >= 0) & (y < K)
-    v = tl.load(g + b*gb + tl.where(valid, y, 0)[None, :]*gk + c.to(tl.int64)[:, None]*gc, mask=cells & valid[None, :], other=0.0) # [BC, BN]
-    tl.store(dx + b*db + c.to(tl.int64)[:, None]*dc + n.to(tl.int64)[None, :]*dw, v.to(dx.dtype.element_ty), mask=cells)
+    # [BC, BN]
+    v = tl.load(
+        g + b * gb + tl.where(valid, y, 0)[None, :] * gk + c.to(tl.int64)[:, None] * gc,
+        mask=cells & valid[None, :],
+        other=0.0,
+    )
+    tl.store(
+        dx + b * db + c.to(tl.int64)[:, None] * dc + n.to(tl.int64)[None, :] * dw,
+        v.to(dx.dtype.element_ty),
+        mask=cells,
+    )
 
 # %% ../../nbs/15_ops.prototype.ipynb #72c547b8
-PROGRAMS = 132 # one per multiprocessor of an H100
+PROGRAMS = 132  # one per multiprocessor of an H100
+
 
 def _walk(*maps):
     "Strides of maps [b, …, h, w], and whether each has one stride from pixel to pixel."
-    strides, flat = [], True
+    strides = []
+    flat = True
     for x in maps:
         *first, sh, sw = x.stride()
         h, w = x.shape[-2:]
         strides += [*first, sh, sh if w == 1 else sw]
-        flat = flat and (h == 1 or w == 1 or sh == w*sw)
+        flat = flat and (h == 1 or w == 1 or sh == w * sw)
     return strides, flat
 
+# %% ../../nbs/15_ops.prototype.ipynb #d71a835a
 def _splits(n, step, programs):
     "How often to split the walk over n pixels, and how many of them a split has."
     tiles = triton.cdiv(n, step)
-    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, programs)))*step
+    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, programs))) * step
     return triton.cdiv(n, per), per
 
+# %% ../../nbs/15_ops.prototype.ipynb #f3851495
 def _options(op, x, k, c, BN, BK, BC, num_warps, wide=None, num_stages=3):
     "Launch options: blocks for narrow types, and for float32 and widened float16 other ones."
     exact = x.dtype == torch.float32
-    if wide and (exact or x.dtype == torch.float16): BN, BK, BC, num_warps = wide
-    return dict(PRECISION="ieee" if exact else "tf32") | blocks(op, BN=BN, BK=pow2(k, 16, BK), BC=pow2(c, 16, BC), num_warps=num_warps, num_stages=num_stages)
+    if wide and (exact or x.dtype == torch.float16):
+        BN, BK, BC, num_warps = wide
+    return dict(PRECISION="ieee" if exact else "tf32") | blocks(
+        op,
+        BN=BN,
+        BK=pow2(k, 16, BK),
+        BC=pow2(c, 16, BC),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
 
 # %% ../../nbs/15_ops.prototype.ipynb #4179c524
 def prototypes_fwd(
-    logits:torch.Tensor, # [b, k, h, w], any strides
-    feat:torch.Tensor, # [b, c, h, w], any strides
-    pos:torch.Tensor, # [b, c, h, w] in the type of `feat`, any strides
-)->tuple: # centres [b, k, c], log-sum-exps [b, h*w] and maxima [b, k] in base 2, sums of both weights [b, k]; all float32
+    logits: torch.Tensor,  # [b, k, h, w], any strides
+    feat: torch.Tensor,  # [b, c, h, w], any strides
+    pos: torch.Tensor,  # [b, c, h, w] in the type of `feat`, any strides
+    # centres [b, k, c], log-sum-exps [b, h*w] and maxima [b, k] in base 2, sums of both weights [b,
+    # k]; all float32
+) -> tuple:
     "Launch both kernels and add the partial sums."
     (b, k, h, w), c = logits.shape, feat.shape[1]
-    n = h*w
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=feat.device)
+    n = h * w
+
+    def new(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=feat.device)
+
     o = blocks("prototypes_stats", BN=128, BK=pow2(k, 16, 32), num_warps=4)
     small = k <= 32 or n % 8
     # one stage: with more, Triton leaves products pending over the loop's end whose factor the next turn overwrites
-    opts = _options("prototypes", feat, k, c, *((32, 32, 64, 8) if small else (64, 64, 128, 8)), (32, 32, 64, 4), num_stages=1)
-    tiles, cells = triton.cdiv(n, o["BN"]), triton.cdiv(k, opts["BK"])*triton.cdiv(c, opts["BC"])
-    splits, per = _splits(n, opts["BN"], b*cells)
+    opts = _options(
+        "prototypes",
+        feat,
+        k,
+        c,
+        *((32, 32, 64, 8) if small else (64, 64, 128, 8)),
+        (32, 32, 64, 4),
+        num_stages=1,
+    )
+    tiles = triton.cdiv(n, o["BN"])
+    cells = triton.cdiv(k, opts["BK"]) * triton.cdiv(c, opts["BC"])
+    splits, per = _splits(n, opts["BN"], b * cells)
     (strides, flat), lse, tops = _walk(logits, feat, pos), new(b, n), new(b, tiles, k)
     parts = new(b, splits, k, c), new(b, splits, k, c), new(b, splits, k), new(b, splits, k)
     with on_device(feat):
-        _prototypes_stats_kernel[(b*tiles,)](logits, lse, tops, n, k, w, *strides[:4], FLAT=flat, **o)
+        _prototypes_stats_kernel[(b * tiles,)](
+            logits, lse, tops, n, k, w, *strides[:4], FLAT=flat, **o
+        )
         top = tops.amax(1)
-        _prototypes_sums_kernel[(b*cells*splits,)](logits, feat, pos, lse, top, *parts, n, k, c, w, splits, per, *strides, FLAT=flat,
-                                                   WIDE=feat.dtype == torch.float16, **opts)
+        _prototypes_sums_kernel[(b * cells * splits,)](
+            logits,
+            feat,
+            pos,
+            lse,
+            top,
+            *parts,
+            n,
+            k,
+            c,
+            w,
+            splits,
+            per,
+            *strides,
+            FLAT=flat,
+            WIDE=feat.dtype == torch.float16,
+            **opts,
+        )
     semantic, spatial, mass, total = (p.sum(1) for p in parts)
-    return semantic/(mass[..., None] + EPS), spatial/total[..., None], lse, top, mass, total
+    return semantic / (mass[..., None] + EPS), spatial / total[..., None], lse, top, mass, total
 
 # %% ../../nbs/15_ops.prototype.ipynb #cbb7fc19
 def prototypes_bwd(
-    logits:torch.Tensor, # [b, k, h, w]
-    feat:torch.Tensor, # [b, c, h, w]
-    pos:torch.Tensor, # [b, c, h, w]
-    kept:tuple, # what the forward pass returned
-    grads:tuple, # of the semantic and of the spatial centres
-    wanted:tuple=(True, True, True), # gradients of the logits, of `feat`, of `pos`
-)->tuple: # the three gradients; an empty tensor where not wanted
+    logits: torch.Tensor,  # [b, k, h, w]
+    feat: torch.Tensor,  # [b, c, h, w]
+    pos: torch.Tensor,  # [b, c, h, w]
+    kept: tuple,  # what the forward pass returned
+    grads: tuple,  # of the semantic and of the spatial centres
+    wanted: tuple = (True, True, True),  # gradients of the logits, of `feat`, of `pos`
+) -> tuple:  # the three gradients; an empty tensor where not wanted
     "Launch the backward kernel."
     semantic, spatial, lse, top, mass, total = kept
     (b, k, h, w), c, half = logits.shape, feat.shape[1], feat.dtype == torch.float16
-    n = h*w
+    n = h * w
     shares = _shares(semantic, spatial, mass, total, *grads, torch.float32 if half else feat.dtype)
     opts = _options("prototypes_bwd", feat, k, c, 32, 64, 64, 4, (32, 32, 32, 8))
     outs = [_like(x) if need else x.new_empty(0) for x, need in zip((logits, feat, pos), wanted)]
-    to = [s for x, need in zip(outs, wanted) for s in ((x.stride(0), x.stride(1), x.stride(3)) if need else (0, 0, 0))]
+    to = [
+        s
+        for x, need in zip(outs, wanted)
+        for s in ((x.stride(0), x.stride(1), x.stride(3)) if need else (0, 0, 0))
+    ]
     strides, flat = _walk(logits, feat, pos)
-    grid = (b*triton.cdiv(n, opts["BN"]),)
+    grid = (b * triton.cdiv(n, opts["BN"]),)
     with on_device(feat):
-        _prototypes_bwd_kernel[grid](logits, feat, pos, lse, top, *shares, *outs, n, k, c, w, *strides, *to, FLAT=flat, WIDE=half,
-                                     LOGITS=wanted[0], FEAT=wanted[1], POS=wanted[2], **opts)
+        _prototypes_bwd_kernel[grid](
+            logits,
+            feat,
+            pos,
+            lse,
+            top,
+            *shares,
+            *outs,
+            n,
+            k,
+            c,
+            w,
+            *strides,
+            *to,
+            FLAT=flat,
+            WIDE=half,
+            LOGITS=wanted[0],
+            FEAT=wanted[1],
+            POS=wanted[2],
+            **opts,
+        )
     return tuple(outs)
 
 # %% ../../nbs/15_ops.prototype.ipynb #a77fb84d
 def cosine_fwd(
-    u:torch.Tensor, # unit prototypes times the scale, [b, k, c]
-    feat:torch.Tensor, # [b, c, h, w], any strides
-    pos:torch.Tensor|None, # [b, c, h, w] in the type of `feat`, any strides
-)->tuple: # logits [b, k, h, w], norms [b, h*w] in float32
+    u: torch.Tensor,  # unit prototypes times the scale, [b, k, c]
+    feat: torch.Tensor,  # [b, c, h, w], any strides
+    pos: torch.Tensor | None,  # [b, c, h, w] in the type of `feat`, any strides
+) -> tuple:  # logits [b, k, h, w], norms [b, h*w] in float32
     "Launch the forward kernel."
     (b, c, h, w), k, p = feat.shape, u.shape[1], feat if pos is None else pos
-    n = h*w
-    out, norm = torch.empty((b, k, h, w), dtype=feat.dtype, device=feat.device), torch.empty((b, n), dtype=torch.float32, device=feat.device)
-    opts = _options("cosine_logits", feat, k, c, 64, 256, 32, 8 if k > 64 else 4, (32, 64, 32, 8) if feat.dtype == torch.float32 else None)
+    n = h * w
+    out = torch.empty((b, k, h, w), dtype=feat.dtype, device=feat.device)
+    norm = torch.empty((b, n), dtype=torch.float32, device=feat.device)
+    opts = _options(
+        "cosine_logits",
+        feat,
+        k,
+        c,
+        64,
+        256,
+        32,
+        8 if k > 64 else 4,
+        (32, 64, 32, 8) if feat.dtype == torch.float32 else None,
+    )
     strides, flat = _walk(feat, p)
-    grid = (b*triton.cdiv(n, opts["BN"])*triton.cdiv(k, opts["BK"]),)
+    grid = (b * triton.cdiv(n, opts["BN"]) * triton.cdiv(k, opts["BK"]),)
     with on_device(feat):
-        _cosine_fwd_kernel[grid](u.to(feat.dtype).contiguous(), feat, p, out, norm, n, k, c, w, *strides, FLAT=flat, POS=pos is not None, **opts)
+        _cosine_fwd_kernel[grid](
+            u.to(feat.dtype).contiguous(),
+            feat,
+            p,
+            out,
+            norm,
+            n,
+            k,
+            c,
+            w,
+            *strides,
+            FLAT=flat,
+            POS=pos is not None,
+            **opts,
+        )
     return out, norm
 
+# %% ../../nbs/15_ops.prototype.ipynb #d6a13030
 def cosine_bwd(
-    u:torch.Tensor, # [b, k, c]
-    feat:torch.Tensor, # [b, c, h, w]
-    pos:torch.Tensor|None, # [b, c, h, w]
-    kept:tuple, # what the forward pass returned
-    g:torch.Tensor, # gradient of the logits, any strides
-    wanted:tuple=(True, True), # gradients of `u`, of the sum of the maps
-)->tuple: # the two gradients; an empty tensor where not wanted
+    u: torch.Tensor,  # [b, k, c]
+    feat: torch.Tensor,  # [b, c, h, w]
+    pos: torch.Tensor | None,  # [b, c, h, w]
+    kept: tuple,  # what the forward pass returned
+    g: torch.Tensor,  # gradient of the logits, any strides
+    wanted: tuple = (True, True),  # gradients of `u`, of the sum of the maps
+) -> tuple:  # the two gradients; an empty tensor where not wanted
     "Launch the backward kernels, one per gradient."
     (b, c, h, w), k, p, (out, norm) = feat.shape, u.shape[1], feat if pos is None else pos, kept
-    n, wide = h*w, feat.dtype == torch.float32
-    a = _options("cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None, num_stages=1) # as above
+    n = h * w
+    wide = feat.dtype == torch.float32
+    # as above
+    a = _options(
+        "cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None, num_stages=1
+    )
     small = k <= 32 or n % 8
-    o = _options("cosine_du", feat, k, c, *((32, 64, 64, 8) if small else (64, 64, 64, 4)), (32, 32, 64, 8) if wide else None)
-    cells = triton.cdiv(k, o["BK"])*triton.cdiv(c, o["BC"])
-    splits, per = _splits(n, o["BN"], b*cells)
-    (strides, flat), dx, part = _walk(feat, p, g), _like(feat) if wanted[1] else feat.new_empty(0), None
+    o = _options(
+        "cosine_du",
+        feat,
+        k,
+        c,
+        *((32, 64, 64, 8) if small else (64, 64, 64, 4)),
+        (32, 32, 64, 8) if wide else None,
+    )
+    cells = triton.cdiv(k, o["BK"]) * triton.cdiv(c, o["BC"])
+    splits, per = _splits(n, o["BN"], b * cells)
+    (strides, flat), dx, part = (
+        _walk(feat, p, g),
+        _like(feat) if wanted[1] else feat.new_empty(0),
+        None,
+    )
     with on_device(feat):
         if wanted[1]:
-            grid = (b*triton.cdiv(n, a["BN"])*triton.cdiv(c, a["BC"]),)
-            _cosine_dx_kernel[grid](u.to(feat.dtype).contiguous(), feat, p, out, norm, g, dx, n, k, c, w, *strides,
-                                    dx.stride(0), dx.stride(1), dx.stride(3), FLAT=flat, POS=pos is not None, **a)
+            grid = (b * triton.cdiv(n, a["BN"]) * triton.cdiv(c, a["BC"]),)
+            _cosine_dx_kernel[grid](
+                u.to(feat.dtype).contiguous(),
+                feat,
+                p,
+                out,
+                norm,
+                g,
+                dx,
+                n,
+                k,
+                c,
+                w,
+                *strides,
+                dx.stride(0),
+                dx.stride(1),
+                dx.stride(3),
+                FLAT=flat,
+                POS=pos is not None,
+                **a,
+            )
         if wanted[0]:
             part = torch.empty((b, splits, k, c), dtype=torch.float32, device=feat.device)
-            _cosine_du_kernel[(b*cells*splits,)](feat, p, norm, g, part, n, k, c, w, splits, per, *strides, FLAT=flat, POS=pos is not None, **o)
+            _cosine_du_kernel[(b * cells * splits,)](
+                feat,
+                p,
+                norm,
+                g,
+                part,
+                n,
+                k,
+                c,
+                w,
+                splits,
+                per,
+                *strides,
+                FLAT=flat,
+                POS=pos is not None,
+                **o,
+            )
     return u.new_empty(0) if part is None else part.sum(1).to(u.dtype), dx
 
 # %% ../../nbs/15_ops.prototype.ipynb #ec4fe175
 def class_sums_fwd(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    labels:torch.Tensor, # integers [b, h, w], any strides
-    num_classes:int, # k
-)->tuple: # sums [b, k, c], counts [b, k]; float32
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    labels: torch.Tensor,  # integers [b, h, w], any strides
+    num_classes: int,  # k
+) -> tuple:  # sums [b, k, c], counts [b, k]; float32
     "Launch the forward kernel and add the partial sums."
     (b, c, h, w), k = x.shape, num_classes
-    n = h*w
-    opts = _options("class_sums", x, k, c, 64, 64, 128, 8, (32, 32, 64, 4) if x.dtype == torch.float32 else None)
-    cells = triton.cdiv(k, opts["BK"])*triton.cdiv(c, opts["BC"])
-    splits, per = _splits(n, opts["BN"], b*cells)
-    sums, counts = (torch.empty(s, dtype=torch.float32, device=x.device) for s in ((b, splits, k, c), (b, splits, k)))
+    n = h * w
+    opts = _options(
+        "class_sums", x, k, c, 64, 64, 128, 8, (32, 32, 64, 4) if x.dtype == torch.float32 else None
+    )
+    cells = triton.cdiv(k, opts["BK"]) * triton.cdiv(c, opts["BC"])
+    splits, per = _splits(n, opts["BN"], b * cells)
+    sums, counts = (
+        torch.empty(s, dtype=torch.float32, device=x.device)
+        for s in ((b, splits, k, c), (b, splits, k))
+    )
     strides, flat = _walk(x, labels)
     with on_device(x):
-        _class_sums_fwd_kernel[(b*cells*splits,)](x, labels, sums, counts, n, k, c, w, splits, per, *strides, FLAT=flat, **opts)
+        _class_sums_fwd_kernel[(b * cells * splits,)](
+            x, labels, sums, counts, n, k, c, w, splits, per, *strides, FLAT=flat, **opts
+        )
     return sums.sum(1), counts.sum(1)
 
+# %% ../../nbs/15_ops.prototype.ipynb #7b759695
 def class_sums_bwd(
-    x:torch.Tensor, # [b, c, h, w]
-    labels:torch.Tensor, # integers [b, h, w]
-    g:torch.Tensor, # gradient of the sums [b, k, c], any strides
-)->torch.Tensor: # gradient of `x`
+    x: torch.Tensor,  # [b, c, h, w]
+    labels: torch.Tensor,  # integers [b, h, w]
+    g: torch.Tensor,  # gradient of the sums [b, k, c], any strides
+) -> torch.Tensor:  # gradient of `x`
     "Launch the backward kernel."
     (b, c, h, w), dx = x.shape, _like(x)
-    n = h*w
+    n = h * w
     opts = blocks("class_sums_bwd", BN=128, BC=pow2(c, 1, 32), num_warps=4)
     strides, flat = _walk(labels)
-    grid = (b*triton.cdiv(n, opts["BN"])*triton.cdiv(c, opts["BC"]),)
+    grid = (b * triton.cdiv(n, opts["BN"]) * triton.cdiv(c, opts["BC"]),)
     with on_device(x):
-        _class_sums_bwd_kernel[grid](g, labels, dx, n, g.shape[1], c, w, *g.stride(), *strides, dx.stride(0), dx.stride(1), dx.stride(3), FLAT=flat, **opts)
+        _class_sums_bwd_kernel[grid](
+            g,
+            labels,
+            dx,
+            n,
+            g.shape[1],
+            c,
+            w,
+            *g.stride(),
+            *strides,
+            dx.stride(0),
+            dx.stride(1),
+            dx.stride(3),
+            FLAT=flat,
+            **opts,
+        )
     return dx
 
 # %% ../../nbs/15_ops.prototype.ipynb #6625f766
-PIECE = 1 << 18 # elements of a map that exist at a time, per thread of a processor
+PIECE = 1 << 18  # elements of a map that exist at a time, per thread of a processor
+
 
 def _pieces(b, n, width, x):
     "Number of the picture and slice of its pixels."
-    step = max(16, PIECE*(256 if x.is_cuda else torch.get_num_threads())//max(width, 1))
+    step = max(16, PIECE * (256 if x.is_cuda else torch.get_num_threads()) // max(width, 1))
     return [(i, slice(a, a + step)) for i in range(b) for a in range(0, n, step)]
 
+# %% ../../nbs/15_ops.prototype.ipynb #f61f2b36
 def prototypes_pieces(
-    logits:torch.Tensor, # [b, k, h, w]
-    feat:torch.Tensor, # [b, c, h, w]
-    pos:torch.Tensor, # [b, c, h, w]
-)->tuple: # as of `prototypes_fwd`, without the log-sum-exps
+    logits: torch.Tensor,  # [b, k, h, w]
+    feat: torch.Tensor,  # [b, c, h, w]
+    pos: torch.Tensor,  # [b, c, h, w]
+) -> tuple:  # as of `prototypes_fwd`, without the log-sum-exps
     "The forward pass, piece by piece in plain PyTorch."
-    m, f, p, kind = logits.flatten(2), feat.flatten(2), pos.flatten(2), _kind(logits, feat, pos)
+    m = logits.flatten(2)
+    f = feat.flatten(2)
+    p = pos.flatten(2)
+    kind = _kind(logits, feat, pos)
     (b, k, n), c = m.shape, f.shape[1]
-    new = lambda *shape: torch.zeros(shape, dtype=kind, device=feat.device)
-    semantic, spatial, mass, total, top = new(b, k, c), new(b, k, c), new(b, k), new(b, k), m.amax(2).to(kind)
+
+    def new(*shape):
+        return torch.zeros(shape, dtype=kind, device=feat.device)
+
+    semantic = new(b, k, c)
+    spatial = new(b, k, c)
+    mass = new(b, k)
+    total = new(b, k)
+    top = m.amax(2).to(kind)
     for i, at in _pieces(b, n, max(k, c), feat):
         piece = m[i, :, at].to(kind)
-        s, t = torch.softmax(piece, 0), (piece - top[i, :, None]).exp_()
+        s = torch.softmax(piece, 0)
+        t = (piece - top[i, :, None]).exp_()
         semantic[i].addmm_(s, f[i, :, at].to(kind).t())
         spatial[i].addmm_(t, p[i, :, at].to(kind).t())
         mass[i] += s.sum(1)
         total[i] += t.sum(1)
-    return semantic.div_(mass[..., None] + EPS), spatial.div_(total[..., None]), new(b, 0), top, mass, total
+    return (
+        semantic.div_(mass[..., None] + EPS),
+        spatial.div_(total[..., None]),
+        new(b, 0),
+        top,
+        mass,
+        total,
+    )
 
 # %% ../../nbs/15_ops.prototype.ipynb #bc59bc7f
 def _shares(semantic, spatial, mass, total, gs, gp, kind):
-    "What a pixel needs of the centres' gradients: two matrices [b, k, c] in the type of the products, two numbers per class."
-    a, h = (gs/(mass[..., None] + EPS)).to(kind), (gp/total[..., None]).to(kind)
-    return a.contiguous(), -(a*semantic).sum(2), h.contiguous(), (h*spatial).sum(2)
+    """What a pixel needs of the centres' gradients: two matrices [b, k, c] in the type of the
+    products, two numbers per class."""
+    a = (gs / (mass[..., None] + EPS)).to(kind)
+    h = (gp / total[..., None]).to(kind)
+    return a.contiguous(), -(a * semantic).sum(2), h.contiguous(), (h * spatial).sum(2)
 
+# %% ../../nbs/15_ops.prototype.ipynb #510e3f1f
 def _like(x):
     "An empty map of the same shape: channels last where `x` is, else without gaps."
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.empty(
+        x.shape,
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
 
+# %% ../../nbs/15_ops.prototype.ipynb #843311a4
 def prototypes_pieces_bwd(
-    logits:torch.Tensor, # [b, k, h, w]
-    feat:torch.Tensor, # [b, c, h, w]
-    pos:torch.Tensor, # [b, c, h, w]
-    kept:tuple, # what the forward pass returned
-    grads:tuple, # of the semantic and of the spatial centres
-    wanted:tuple=(True, True, True), # gradients of the logits, of `feat`, of `pos`
-)->tuple: # the three gradients; an empty tensor where not wanted
+    logits: torch.Tensor,  # [b, k, h, w]
+    feat: torch.Tensor,  # [b, c, h, w]
+    pos: torch.Tensor,  # [b, c, h, w]
+    kept: tuple,  # what the forward pass returned
+    grads: tuple,  # of the semantic and of the spatial centres
+    wanted: tuple = (True, True, True),  # gradients of the logits, of `feat`, of `pos`
+) -> tuple:  # the three gradients; an empty tensor where not wanted
     "The backward pass: every piece of the two softmaxes is made again."
     semantic, spatial, _, top, mass, total = kept
     kind, (b, k), c = semantic.dtype, logits.shape[:2], feat.shape[1]
     da, dz, ha, hz = _shares(semantic, spatial, mass, total, *grads, kind)
-    m, f, p = logits.flatten(2), feat.flatten(2), pos.flatten(2)
+    m = logits.flatten(2)
+    f = feat.flatten(2)
+    p = pos.flatten(2)
     dl, df, dp = (_like(x) if w else x.new_empty(0) for x, w in zip((logits, feat, pos), wanted))
     to_l, to_f, to_p = (x.flatten(2) if w else x for x, w in zip((dl, df, dp), wanted))
     for i, at in _pieces(b, m.shape[2], max(k, c), feat):
         piece = m[i, :, at].to(kind)
-        s, t = torch.softmax(piece, 0), (piece - top[i, :, None]).exp_()
-        if wanted[1]: to_f[i, :, at] = da[i].t() @ s
-        if wanted[2]: to_p[i, :, at] = ha[i].t() @ t
-        if not wanted[0]: continue
+        s = torch.softmax(piece, 0)
+        t = (piece - top[i, :, None]).exp_()
+        if wanted[1]:
+            to_f[i, :, at] = da[i].t() @ s
+        if wanted[2]:
+            to_p[i, :, at] = ha[i].t() @ t
+        if not wanted[0]:
+            continue
         ds = torch.addmm(dz[i, :, None], da[i], f[i, :, at].to(kind))
         dt = torch.addmm(hz[i, :, None], ha[i], p[i, :, at].to(kind), beta=-1)
         to_l[i, :, at] = torch._softmax_backward_data(ds, s, 0, kind).addcmul_(dt, t)
@@ -501,17 +1144,19 @@ def _sum(feat, pos, i, at, kind):
     x = feat[i, :, at].to(kind)
     return x if pos is None else x + pos[i, :, at].to(kind)
 
+# %% ../../nbs/15_ops.prototype.ipynb #530d81d0
 def cosine_pieces(
-    u:torch.Tensor, # unit prototypes times the scale, [b, k, c]
-    feat:torch.Tensor, # [b, c, h, w]
-    pos:torch.Tensor|None, # [b, c, h, w]
-)->tuple: # logits [b, k, h, w], norms [b, h*w]
+    u: torch.Tensor,  # unit prototypes times the scale, [b, k, c]
+    feat: torch.Tensor,  # [b, c, h, w]
+    pos: torch.Tensor | None,  # [b, c, h, w]
+) -> tuple:  # logits [b, k, h, w], norms [b, h*w]
     "The forward pass, piece by piece in plain PyTorch."
     (b, c, h, w), k, kind = feat.shape, u.shape[1], _kind(u, feat, pos)
-    f, p = feat.flatten(2), None if pos is None else pos.flatten(2)
-    out = torch.empty((b, k, h*w), dtype=feat.dtype, device=feat.device)
-    norm = torch.empty((b, h*w), dtype=kind, device=feat.device)
-    for i, at in _pieces(b, h*w, max(k, c), feat):
+    f = feat.flatten(2)
+    p = None if pos is None else pos.flatten(2)
+    out = torch.empty((b, k, h * w), dtype=feat.dtype, device=feat.device)
+    norm = torch.empty((b, h * w), dtype=kind, device=feat.device)
+    for i, at in _pieces(b, h * w, max(k, c), feat):
         x = _sum(f, p, i, at, kind)
         norm[i, at] = r = x.norm(dim=0)
         out[i, :, at] = (u[i].to(kind) @ x).div_(r + EPS)
@@ -519,119 +1164,196 @@ def cosine_pieces(
 
 # %% ../../nbs/15_ops.prototype.ipynb #0e9aec2b
 def cosine_pieces_bwd(
-    u:torch.Tensor, # [b, k, c]
-    feat:torch.Tensor, # [b, c, h, w]
-    pos:torch.Tensor|None, # [b, c, h, w]
-    kept:tuple, # what the forward pass returned
-    g:torch.Tensor, # gradient of the logits
-    wanted:tuple=(True, True), # gradients of `u`, of the sum of the maps
-)->tuple: # the two gradients; an empty tensor where not wanted
+    u: torch.Tensor,  # [b, k, c]
+    feat: torch.Tensor,  # [b, c, h, w]
+    pos: torch.Tensor | None,  # [b, c, h, w]
+    kept: tuple,  # what the forward pass returned
+    g: torch.Tensor,  # gradient of the logits
+    wanted: tuple = (True, True),  # gradients of `u`, of the sum of the maps
+) -> tuple:  # the two gradients; an empty tensor where not wanted
     "The backward pass, piece by piece."
     (b, c, h, w), (out, norm) = feat.shape, kept
-    kind, f, p, o, g = norm.dtype, feat.flatten(2), None if pos is None else pos.flatten(2), out.flatten(2), g.flatten(2)
+    kind = norm.dtype
+    f = feat.flatten(2)
+    p = None if pos is None else pos.flatten(2)
+    o = out.flatten(2)
+    g = g.flatten(2)
     du = torch.zeros_like(u, dtype=kind) if wanted[0] else u.new_empty(0)
     dx = _like(feat) if wanted[1] else feat.new_empty(0)
     to = dx.flatten(2) if wanted[1] else dx
-    for i, at in _pieces(b, h*w, max(u.shape[1], c), feat):
-        x, r, d = _sum(f, p, i, at, kind), norm[i, at], g[i, :, at].to(kind)
+    for i, at in _pieces(b, h * w, max(u.shape[1], c), feat):
+        x = _sum(f, p, i, at, kind)
+        r = norm[i, at]
+        d = g[i, :, at].to(kind)
         if wanted[1]:
-            along = torch.where(r > 0, (d*o[i, :, at].to(kind)).sum(0)/r, torch.where(r == 0, 0.0, r))
+            along = torch.where(
+                r > 0, (d * o[i, :, at].to(kind)).sum(0) / r, torch.where(r == 0, 0.0, r)
+            )
             to[i, :, at] = torch.addcmul(u[i].to(kind).t() @ d, x, along, value=-1).div_(r + EPS)
-        if wanted[0]: du[i].addmm_(d, (x/(r + EPS)).t())
+        if wanted[0]:
+            du[i].addmm_(d, (x / (r + EPS)).t())
     return du.to(u.dtype), dx
 
 # %% ../../nbs/15_ops.prototype.ipynb #635c7a82
 @operator("segkern::prototypes")
-def _prototypes_op(logits:torch.Tensor, feat:torch.Tensor, pos:torch.Tensor, kernel:bool) -> tuple[
-        torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _prototypes_op(
+    logits: torch.Tensor, feat: torch.Tensor, pos: torch.Tensor, kernel: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "Both centres and what the backward pass needs; the caller's autocast would round inside."
-    with without_autocast(feat): return (prototypes_fwd if kernel else prototypes_pieces)(logits, feat, pos)
+    with without_autocast(feat):
+        return (prototypes_fwd if kernel else prototypes_pieces)(logits, feat, pos)
 
+# %% ../../nbs/15_ops.prototype.ipynb #3ecce9e8
 @operator("segkern::prototypes_backward")
-def _prototypes_backward_op(logits:torch.Tensor, feat:torch.Tensor, pos:torch.Tensor, kept:list[torch.Tensor], grads:list[torch.Tensor],
-                            wanted:list[bool], kernel:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _prototypes_backward_op(
+    logits: torch.Tensor,
+    feat: torch.Tensor,
+    pos: torch.Tensor,
+    kept: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    wanted: list[bool],
+    kernel: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The gradients of the maps."
-    with without_autocast(feat): return (prototypes_bwd if kernel else prototypes_pieces_bwd)(logits, feat, pos, tuple(kept), tuple(grads), tuple(wanted))
+    with without_autocast(feat):
+        return (prototypes_bwd if kernel else prototypes_pieces_bwd)(
+            logits, feat, pos, tuple(kept), tuple(grads), tuple(wanted)
+        )
 
+# %% ../../nbs/15_ops.prototype.ipynb #45ae47d6
 @_prototypes_op.register_fake
 def _(logits, feat, pos, kernel):
     (b, k, h, w), c = logits.shape, feat.shape[1]
-    new = lambda *shape: torch.empty(shape, dtype=_kind(logits, feat, pos), device=feat.device)
-    return new(b, k, c), new(b, k, c), new(b, h*w if kernel else 0), new(b, k), new(b, k), new(b, k)
 
+    def new(*shape):
+        return torch.empty(shape, dtype=_kind(logits, feat, pos), device=feat.device)
+
+    return (
+        new(b, k, c),
+        new(b, k, c),
+        new(b, h * w if kernel else 0),
+        new(b, k),
+        new(b, k),
+        new(b, k),
+    )
+
+# %% ../../nbs/15_ops.prototype.ipynb #2166b74d
 @_prototypes_backward_op.register_fake
-def _(logits, feat, pos, kept, grads, wanted, kernel): return tuple(_like(x) if w else x.new_empty(0) for x, w in zip((logits, feat, pos), wanted))
+def _(logits, feat, pos, kept, grads, wanted, kernel):
+    return tuple(_like(x) if w else x.new_empty(0) for x, w in zip((logits, feat, pos), wanted))
+
 
 def _prototypes_setup(ctx, inputs, output):
     ctx.kernel = inputs[3]
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*inputs[:3], *output)
 
+# %% ../../nbs/15_ops.prototype.ipynb #3cf0564d
 def _prototypes_backward(ctx, gs, gp, *_):
-    maps, kept, wanted = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:]), list(ctx.needs_input_grad[:3])
+    maps = ctx.saved_tensors[:3]
+    kept = list(ctx.saved_tensors[3:])
+    wanted = list(ctx.needs_input_grad[:3])
     grads = [torch.zeros_like(kept[0]) if g is None else g for g in (gs, gp)]
     got = _prototypes_backward_op(*maps, kept, grads, wanted, ctx.kernel)
     return *(g if w else None for g, w in zip(got, wanted)), None
+
 
 _prototypes_op.register_autograd(_prototypes_backward, setup_context=_prototypes_setup)
 
 # %% ../../nbs/15_ops.prototype.ipynb #06928c7d
 @operator("segkern::cosine")
-def _cosine_op(u:torch.Tensor, feat:torch.Tensor, pos:Optional[torch.Tensor], kernel:bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _cosine_op(
+    u: torch.Tensor, feat: torch.Tensor, pos: Optional[torch.Tensor], kernel: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Products with unit pixels, and the norms."
-    with without_autocast(feat): return (cosine_fwd if kernel else cosine_pieces)(u, feat, pos)
+    with without_autocast(feat):
+        return (cosine_fwd if kernel else cosine_pieces)(u, feat, pos)
 
+# %% ../../nbs/15_ops.prototype.ipynb #2b4816c3
 @operator("segkern::cosine_backward")
-def _cosine_backward_op(u:torch.Tensor, feat:torch.Tensor, pos:Optional[torch.Tensor], out:torch.Tensor, norm:torch.Tensor, g:torch.Tensor,
-                        wanted:list[bool], kernel:bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _cosine_backward_op(
+    u: torch.Tensor,
+    feat: torch.Tensor,
+    pos: Optional[torch.Tensor],
+    out: torch.Tensor,
+    norm: torch.Tensor,
+    g: torch.Tensor,
+    wanted: list[bool],
+    kernel: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "The gradients of the prototypes and of the sum of the maps."
-    with without_autocast(feat): return (cosine_bwd if kernel else cosine_pieces_bwd)(u, feat, pos, (out, norm), g, tuple(wanted))
+    with without_autocast(feat):
+        return (cosine_bwd if kernel else cosine_pieces_bwd)(
+            u, feat, pos, (out, norm), g, tuple(wanted)
+        )
 
+# %% ../../nbs/15_ops.prototype.ipynb #2b4ee3aa
 @_cosine_op.register_fake
 def _(u, feat, pos, kernel):
-    (b, _, h, w), new = feat.shape, lambda shape, kind: torch.empty(shape, dtype=kind, device=feat.device)
-    return new((b, u.shape[1], h, w), feat.dtype), new((b, h*w), _kind(u, feat, pos))
+    (b, _, h, w), new = (
+        feat.shape,
+        lambda shape, kind: torch.empty(shape, dtype=kind, device=feat.device),
+    )
+    return new((b, u.shape[1], h, w), feat.dtype), new((b, h * w), _kind(u, feat, pos))
+
 
 @_cosine_backward_op.register_fake
 def _(u, feat, pos, out, norm, g, wanted, kernel):
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device) if wanted[0] else u.new_empty(0), _like(feat) if wanted[1] else feat.new_empty(0)
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device) if wanted[0] else u.new_empty(
+        0
+    ), _like(feat) if wanted[1] else feat.new_empty(0)
 
+# %% ../../nbs/15_ops.prototype.ipynb #b762a389
 def _cosine_setup(ctx, inputs, output):
     u, feat, pos, ctx.kernel = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(u, feat, pos, *output)
+
 
 def _cosine_backward(ctx, g, _):
     need = ctx.needs_input_grad
     du, dx = _cosine_backward_op(*ctx.saved_tensors, g, [need[0], need[1] or need[2]], ctx.kernel)
     return du if need[0] else None, dx if need[1] else None, dx if need[2] else None, None
 
+
 _cosine_op.register_autograd(_cosine_backward, setup_context=_cosine_setup)
 
 # %% ../../nbs/15_ops.prototype.ipynb #da546f7c
 @operator("segkern::class_sums")
-def _class_sums_op(x:torch.Tensor, labels:torch.Tensor, num_classes:int) -> tuple[torch.Tensor, torch.Tensor]:
+def _class_sums_op(
+    x: torch.Tensor, labels: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Sums and counts of each picture."
     return class_sums_fwd(x, labels, num_classes)
 
+
 @operator("segkern::class_sums_backward")
-def _class_sums_backward_op(x:torch.Tensor, labels:torch.Tensor, g:torch.Tensor) -> torch.Tensor:
+def _class_sums_backward_op(x: torch.Tensor, labels: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     "The gradient of the map."
     return class_sums_bwd(x, labels, g)
 
+# %% ../../nbs/15_ops.prototype.ipynb #18e5122b
 @_class_sums_op.register_fake
 def _(x, labels, num_classes):
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
+    def new(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
     return new(len(x), num_classes, x.shape[1]), new(len(x), num_classes)
 
+
 @_class_sums_backward_op.register_fake
-def _(x, labels, g): return _like(x)
+def _(x, labels, g):
+    return _like(x)
+
 
 def _class_sums_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:2])
 
-def _class_sums_backward(ctx, g, _): return _class_sums_backward_op(*ctx.saved_tensors, g), None, None
+# %% ../../nbs/15_ops.prototype.ipynb #fe33624f
+def _class_sums_backward(ctx, g, _):
+    return _class_sums_backward_op(*ctx.saved_tensors, g), None, None
+
 
 _class_sums_op.register_autograd(_class_sums_backward, setup_context=_class_sums_setup)
 
@@ -640,9 +1362,13 @@ def _cannot_prototypes(logits, feat, pos):
     "Why the kernels cannot run these tensors; the logits may have a type of their own."
     return unsupported(feat, pos) or unsupported(logits)
 
+
 def _cannot_cosine(u, *maps):
     "Why the kernels cannot run these tensors; the prototypes may have a type of their own."
-    return unsupported(*maps) or (None if u.dtype == torch.float32 else f"{str(u.dtype).split('.')[1]} has no kernel")
+    return unsupported(*maps) or (
+        None if u.dtype == torch.float32 else f"{str(u.dtype).split('.')[1]} has no kernel"
+    )
+
 
 kernels_of("prototypes", _cannot_prototypes, prototypes_fwd, prototypes_bwd)
 kernels_of("cosine_logits", _cannot_cosine, cosine_fwd, cosine_bwd)
@@ -652,63 +1378,86 @@ kernels_of("class_sums", unsupported, class_sums_fwd, class_sums_bwd)
 def _check_maps(op, feat, **others):
     "Raise where maps of one call do not fit."
     for name, (t, shape) in others.items():
-        if t is not None and (t.ndim != len(shape) or any(s is not None and s != n for n, s in zip(t.shape, shape))):
-            raise ValueError(f"{op} wants {name} {['any' if s is None else s for s in shape]} for maps of {tuple(feat.shape)}; got {tuple(t.shape)}")
-    for name, t in dict(feat=feat, **{n: t for n, (t, _) in others.items() if n != "labels"}).items():
-        if t is not None and not t.is_floating_point(): raise ValueError(f"{op} wants {name} in floating point, got {t.dtype}")
+        if t is not None and (
+            t.ndim != len(shape) or any(s is not None and s != n for n, s in zip(t.shape, shape))
+        ):
+            raise ValueError(
+                f"{op} wants {name} {['any' if s is None else s for s in shape]} for maps of "
+                f"{tuple(feat.shape)}; got {tuple(t.shape)}"
+            )
+    for name, t in dict(
+        feat=feat, **{n: t for n, (t, _) in others.items() if n != "labels"}
+    ).items():
+        if t is not None and not t.is_floating_point():
+            raise ValueError(f"{op} wants {name} in floating point, got {t.dtype}")
 
+# %% ../../nbs/15_ops.prototype.ipynb #07a3d931
 def _four(op, feat):
-    if feat.ndim != 4: raise ValueError(f"{op} wants maps [b, c, h, w], got {tuple(feat.shape)}")
+    if feat.ndim != 4:
+        raise ValueError(f"{op} wants maps [b, c, h, w], got {tuple(feat.shape)}")
     return feat.shape
 
+# %% ../../nbs/15_ops.prototype.ipynb #64f55bd2
 def prototypes(
-    logits:torch.Tensor, # coarse logits [b, k, h, w], any strides
-    feat:torch.Tensor, # features [b, c, h, w], any strides
-    pos:torch.Tensor, # position features [b, c, h, w], any strides
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->tuple: # semantic centres, spatial centres: [b, k, c] in the type of `feat`
-    "Centres of the features under the softmax over classes, of the positions under the softmax over pixels; no probability map is written."
+    logits: torch.Tensor,  # coarse logits [b, k, h, w], any strides
+    feat: torch.Tensor,  # features [b, c, h, w], any strides
+    pos: torch.Tensor,  # position features [b, c, h, w], any strides
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> tuple:  # semantic centres, spatial centres: [b, k, c] in the type of `feat`
+    """Centres of the features under the softmax over classes, of the positions under the softmax
+    over pixels; no probability map is written."""
     b, c, h, w = _four("prototypes", feat)
     _check_maps("prototypes", feat, logits=(logits, (b, None, h, w)), pos=(pos, (b, c, h, w)))
-    if kind := autocast_type(feat): feat, pos = feat.to(kind), pos.to(kind)
-    if not feat.numel() or not logits.numel() or exporting(): return prototypes_ref(logits, feat, pos)
+    if kind := autocast_type(feat):
+        feat = feat.to(kind)
+        pos = pos.to(kind)
+    if not feat.numel() or not logits.numel() or exporting():
+        return prototypes_ref(logits, feat, pos)
     kernel = choose("prototypes", logits, feat, pos, impl=impl, sizes=(feat.shape[1],))
     semantic, spatial, *_ = _prototypes_op(logits, feat, pos, kernel)
     return semantic.to(feat.dtype), spatial.to(feat.dtype)
 
 # %% ../../nbs/15_ops.prototype.ipynb #c953f6b8
 def cosine_logits(
-    z:torch.Tensor, # prototypes [b, k, c]
-    feat:torch.Tensor, # features [b, c, h, w], any strides
-    pos:torch.Tensor|None=None, # position features [b, c, h, w], added to `feat`
-    scale:float=15.0, # of the cosine
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # [b, k, h, w] in the type of `feat`
-    "Scaled cosine of every pixel with every prototype of its picture; neither the sum of the maps nor unit pixels are written."
+    z: torch.Tensor,  # prototypes [b, k, c]
+    feat: torch.Tensor,  # features [b, c, h, w], any strides
+    pos: torch.Tensor | None = None,  # position features [b, c, h, w], added to `feat`
+    scale: float = 15.0,  # of the cosine
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, k, h, w] in the type of `feat`
+    """Scaled cosine of every pixel with every prototype of its picture; neither the sum of the
+    maps nor unit pixels are written."""
     b, c, h, w = _four("cosine_logits", feat)
     _check_maps("cosine_logits", feat, z=(z, (b, None, c)), pos=(pos, (b, c, h, w)))
-    if kind := autocast_type(feat): feat, pos = feat.to(kind), None if pos is None else pos.to(kind)
-    if not feat.numel() or not z.numel() or exporting(): return cosine_logits_ref(z, feat, pos, scale)
+    if kind := autocast_type(feat):
+        feat = feat.to(kind)
+        pos = None if pos is None else pos.to(kind)
+    if not feat.numel() or not z.numel() or exporting():
+        return cosine_logits_ref(z, feat, pos, scale)
     wide = z.to(_kind(z, feat, pos))
-    u = wide*(scale/(wide.norm(dim=2, keepdim=True) + EPS))
+    u = wide * (scale / (wide.norm(dim=2, keepdim=True) + EPS))
     given = [t for t in (u, feat, pos) if t is not None]
     kernel = choose("cosine_logits", *given, impl=impl, sizes=tuple(feat.shape[2:]))
     return _cosine_op(u, feat, pos, kernel)[0]
 
 # %% ../../nbs/15_ops.prototype.ipynb #b86d13bb
 def class_sums(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    labels:torch.Tensor, # integers [b, h, w]; 255 and everything outside 0 … num_classes-1 belongs to no class
-    num_classes:int, # k
-    per_image:bool=False, # keep the pictures apart
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->tuple: # sums [k, c] or [b, k, c] and counts [k] or [b, k], float32
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    # integers [b, h, w]; 255 and everything outside 0 … num_classes-1 belongs to no class
+    labels: torch.Tensor,
+    num_classes: int,  # k
+    per_image: bool = False,  # keep the pictures apart
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> tuple:  # sums [k, c] or [b, k, c] and counts [k] or [b, k], float32
     "Sum of a map over the pixels of every class, and their number; divided they are the centres that a teacher sees."
     b, c, h, w = _four("class_sums", x)
     _check_maps("class_sums", x, labels=(labels, (b, h, w)))
-    if labels.is_floating_point() or labels.dtype == torch.bool: raise ValueError(f"class_sums wants integer labels, got {labels.dtype}")
-    if num_classes < 1: raise ValueError(f"class_sums wants at least one class, got {num_classes}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"class_sums wants integer labels, got {labels.dtype}")
+    if num_classes < 1:
+        raise ValueError(f"class_sums wants at least one class, got {num_classes}")
     kernel = x.numel() and choose("class_sums", x, impl=impl, sizes=(num_classes,))
-    if not kernel: return class_sums_ref(x, labels, num_classes, per_image)
+    if not kernel:
+        return class_sums_ref(x, labels, num_classes, per_image)
     sums, counts = _class_sums_op(x, labels, num_classes)
     return (sums, counts) if per_image else (sums.sum(0), counts.sum(0))

@@ -15,246 +15,582 @@ from .operator import operator
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #9b6618fa
 def rca_gate_ref(
-    x:torch.Tensor, # [b, c, h, w]
-    rows:torch.Tensor, # [b, c, h]
-    slope:torch.Tensor, # [c, w]
-    offset:torch.Tensor, # [b, c, w]
-    taps:torch.Tensor, # vertical convolution [c, k], k odd
-    bias:torch.Tensor, # of it [c]
-    weight:torch.Tensor, # depthwise convolution [c, 1, 3, 3]
-    local_bias:torch.Tensor, # of it [c]
-)->torch.Tensor: # [b, c, h, w] in the type of `x`
+    x: torch.Tensor,  # [b, c, h, w]
+    rows: torch.Tensor,  # [b, c, h]
+    slope: torch.Tensor,  # [c, w]
+    offset: torch.Tensor,  # [b, c, w]
+    taps: torch.Tensor,  # vertical convolution [c, k], k odd
+    bias: torch.Tensor,  # of it [c]
+    weight: torch.Tensor,  # depthwise convolution [c, 1, 3, 3]
+    local_bias: torch.Tensor,  # of it [c]
+) -> torch.Tensor:  # [b, c, h, w] in the type of `x`
     "The definition."
     c, k = taps.shape
-    wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))
-    y = F.relu(torch.addcmul(wide(offset)[:, :, None], wide(rows)[..., None], wide(slope)[:, None]), inplace=True)
-    gate = F.conv2d(y, taps.to(y.dtype)[:, None, :, None], bias.to(y.dtype), padding=(k//2, 0), groups=c).sigmoid_()
-    return gate.to(x.dtype)*F.conv2d(x, weight.to(x.dtype), local_bias.to(x.dtype), padding=1, groups=c)
+
+    def wide(t):
+        return t.to(torch.promote_types(t.dtype, torch.float32))
+
+    y = F.relu(
+        torch.addcmul(wide(offset)[:, :, None], wide(rows)[..., None], wide(slope)[:, None]),
+        inplace=True,
+    )
+    gate = F.conv2d(
+        y, taps.to(y.dtype)[:, None, :, None], bias.to(y.dtype), padding=(k // 2, 0), groups=c
+    ).sigmoid_()
+    return gate.to(x.dtype) * F.conv2d(
+        x, weight.to(x.dtype), local_bias.to(x.dtype), padding=1, groups=c
+    )
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #3931cdaf
 @triton.jit
 def _place(C, H, W, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     "Picture, channels, rows and columns of a program, and the numbers of its tile along rows and columns."
-    pid, across, down, deep = tl.program_id(0), tl.cdiv(W, BW), tl.cdiv(H, BH), tl.cdiv(C, BC)
-    i, j, plane = (pid // across) % down, pid % across, pid // (across*down)
-    return (plane // deep).to(tl.int64), (plane % deep)*BC + tl.arange(0, BC), i*BH + tl.arange(0, BH), j*BW + tl.arange(0, BW), i, j
+    pid = tl.program_id(0)
+    across = tl.cdiv(W, BW)
+    down = tl.cdiv(H, BH)
+    deep = tl.cdiv(C, BC)
+    i = (pid // across) % down
+    j = pid % across
+    plane = pid // (across * down)
+    return (
+        (plane // deep).to(tl.int64),
+        (plane % deep) * BC + tl.arange(0, BC),
+        i * BH + tl.arange(0, BH),
+        j * BW + tl.arange(0, BW),
+        i,
+        j,
+    )
 
+# %% ../../nbs/18a_ops.rca_gate.ipynb #7cbbe1ac
 @triton.jit
 def _bent(rows, s, o, bc, h, H, some):
     "Rectified rows*slope + offset for rows h, zero beyond the map."
     inside = (h >= 0) & (h < H)
-    r = tl.load(rows + bc[:, None]*H + h[None, :], mask=some[:, None] & inside[None, :], other=0.0).to(tl.float32) # [BC, BH]
-    z = r[:, :, None]*s[:, None, :] + o[:, None, :]
+    # [BC, BH]
+    r = tl.load(
+        rows + bc[:, None] * H + h[None, :], mask=some[:, None] & inside[None, :], other=0.0
+    ).to(tl.float32)
+    z = r[:, :, None] * s[:, None, :] + o[:, None, :]
     return tl.where(inside[None, :, None], tl.where(z <= 0, 0.0, z), 0.0)
 
+# %% ../../nbs/18a_ops.rca_gate.ipynb #2275360d
 @triton.jit
-def _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _gate(
+    rows, taps, bias, s, o, bc, c, h, C, H, K, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
+):
     "The gate of a tile."
     some = c < C
-    acc = tl.zeros([BC, BH, BW], tl.float32) + tl.load(bias + c, mask=some, other=0.0)[:, None, None]
+    acc = (
+        tl.zeros([BC, BH, BW], tl.float32) + tl.load(bias + c, mask=some, other=0.0)[:, None, None]
+    )
     for t in range(0, K):
-        acc += _bent(rows, s, o, bc, h + t - K // 2, H, some)*tl.load(taps + c*K + t, mask=some, other=0.0)[:, None, None]
-    return 1.0/(1.0 + tl.exp(-acc))
+        acc += (
+            _bent(rows, s, o, bc, h + t - K // 2, H, some)
+            * tl.load(taps + c * K + t, mask=some, other=0.0)[:, None, None]
+        )
+    return 1.0 / (1.0 + tl.exp(-acc))
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #d659d98e
 @triton.jit
 def _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, UP: tl.constexpr, LEFT: tl.constexpr):
     "The tile of x that lies UP rows and LEFT columns before, zero beyond the map."
-    i, j = h - UP, w - LEFT
-    inside = (c < C)[:, None, None] & ((i >= 0) & (i < H))[None, :, None] & ((j >= 0) & (j < W))[None, None, :]
-    at = b*sb + c.to(tl.int64)[:, None, None]*sc + i.to(tl.int64)[None, :, None]*sh + j.to(tl.int64)[None, None, :]*sw
+    i = h - UP
+    j = w - LEFT
+    inside = (
+        (c < C)[:, None, None]
+        & ((i >= 0) & (i < H))[None, :, None]
+        & ((j >= 0) & (j < W))[None, None, :]
+    )
+    at = (
+        b * sb
+        + c.to(tl.int64)[:, None, None] * sc
+        + i.to(tl.int64)[None, :, None] * sh
+        + j.to(tl.int64)[None, None, :] * sw
+    )
     return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
 
+# %% ../../nbs/18a_ops.rca_gate.ipynb #8bd66426
 @triton.jit
-def _local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _local(
+    x,
+    weight,
+    lbias,
+    b,
+    c,
+    h,
+    w,
+    C,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "The 3×3 convolution on a tile."
-    acc = tl.zeros([BC, BH, BW], tl.float32) + tl.load(lbias + c, mask=c < C, other=0.0)[:, None, None]
+    acc = (
+        tl.zeros([BC, BH, BW], tl.float32)
+        + tl.load(lbias + c, mask=c < C, other=0.0)[:, None, None]
+    )
     for t in tl.static_range(9):
-        acc += _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3)*tl.load(weight + c*9 + t, mask=c < C, other=0.0)[:, None, None]
+        acc += (
+            _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3)
+            * tl.load(weight + c * 9 + t, mask=c < C, other=0.0)[:, None, None]
+        )
     return acc
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #7ebe536d
 @triton.jit(do_not_specialize=["C", "H", "K"])
-def _rca_gate_fwd_kernel(x, rows, slope, offset, taps, bias, weight, lbias, out, C, H, W, K, sb, sc, sh, sw, ob, oc, oh, ow,
-                         BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _rca_gate_fwd_kernel(
+    x,
+    rows,
+    slope,
+    offset,
+    taps,
+    bias,
+    weight,
+    lbias,
+    out,
+    C,
+    H,
+    W,
+    K,
+    sb,
+    sc,
+    sh,
+    sw,
+    ob,
+    oc,
+    oh,
+    ow,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "y = sigmoid(bias + taps * relu(rows slope + offset)) (weight * x + lbias) on a tile."
     b, c, h, w, _, _ = _place(C, H, W, BC, BH, BW)
-    bc, cells = b*C + c, (c < C)[:, None] & (w < W)[None, :]
-    s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32) # [BC, BW]
-    o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    bc = b * C + c
+    cells = (c < C)[:, None] & (w < W)[None, :]
+    # [BC, BW]
+    s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
     a = _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
-    y = a*_local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
-    at = b*ob + c.to(tl.int64)[:, None, None]*oc + h.to(tl.int64)[None, :, None]*oh + w.to(tl.int64)[None, None, :]*ow
+    y = a * _local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
+    at = (
+        b * ob
+        + c.to(tl.int64)[:, None, None] * oc
+        + h.to(tl.int64)[None, :, None] * oh
+        + w.to(tl.int64)[None, None, :] * ow
+    )
     tl.store(out + at, y.to(out.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None])
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #f1c2c6c1
 @triton.jit(do_not_specialize=["C", "H", "K", "TILES"])
-def _rca_gate_bwd_kernel(x, g, rows, slope, offset, taps, bias, weight, lbias, p, q, part, C, H, W, K, TILES, sb, sc, sh, sw, gb, gc, gh, gw, ob, oc, oh, ow,
-                         MAPS: tl.constexpr, SUMS: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _rca_gate_bwd_kernel(
+    x,
+    g,
+    rows,
+    slope,
+    offset,
+    taps,
+    bias,
+    weight,
+    lbias,
+    p,
+    q,
+    part,
+    C,
+    H,
+    W,
+    K,
+    TILES,
+    sb,
+    sc,
+    sh,
+    sw,
+    gb,
+    gc,
+    gh,
+    gw,
+    ob,
+    oc,
+    oh,
+    ow,
+    MAPS: tl.constexpr,
+    SUMS: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "p = g a and q = g l a (1 - a) on a tile; sums of p x shifted (9), p, q, and q relu(z) shifted (K)."
     b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
-    bc, some, cells = b*C + c, c < C, (c < C)[:, None] & (w < W)[None, :]
-    s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    bc = b * C + c
+    some = c < C
+    cells = (c < C)[:, None] & (w < W)[None, :]
+    s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
     a = _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
     gt = _near(g, b, c, h, w, C, H, W, gb, gc, gh, gw, 0, 0)
-    back = gt*_local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)*a*(1.0 - a)
-    ahead = gt*a
+    back = (
+        gt
+        * _local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
+        * a
+        * (1.0 - a)
+    )
+    ahead = gt * a
     if MAPS:
-        at = b*ob + c.to(tl.int64)[:, None, None]*oc + h.to(tl.int64)[None, :, None]*oh + w.to(tl.int64)[None, None, :]*ow
+        at = (
+            b * ob
+            + c.to(tl.int64)[:, None, None] * oc
+            + h.to(tl.int64)[None, :, None] * oh
+            + w.to(tl.int64)[None, None, :] * ow
+        )
         inside = cells[:, None, :] & (h < H)[None, :, None]
         tl.store(p + at, ahead.to(p.dtype.element_ty), mask=inside)
         tl.store(q + at, back.to(q.dtype.element_ty), mask=inside)
     if SUMS:
-        to = part + (bc*TILES + i*tl.cdiv(W, BW) + j)*(K + 11)
+        to = part + (bc * TILES + i * tl.cdiv(W, BW) + j) * (K + 11)
         for t in tl.static_range(9):
-            tl.store(to + t, tl.sum(tl.sum(ahead*_near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3), 2), 1), mask=some)
+            tl.store(
+                to + t,
+                tl.sum(
+                    tl.sum(
+                        ahead
+                        * _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3),
+                        2,
+                    ),
+                    1,
+                ),
+                mask=some,
+            )
         tl.store(to + 9, tl.sum(tl.sum(ahead, 2), 1), mask=some)
         tl.store(to + 10, tl.sum(tl.sum(back, 2), 1), mask=some)
         for t in range(0, K):
-            tl.store(to + 11 + t, tl.sum(tl.sum(back*_bent(rows, s, o, bc, h + t - K // 2, H, some), 2), 1), mask=some)
+            tl.store(
+                to + 11 + t,
+                tl.sum(tl.sum(back * _bent(rows, s, o, bc, h + t - K // 2, H, some), 2), 1),
+                mask=some,
+            )
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #8833aeed
 @triton.jit(do_not_specialize=["C", "H", "K"])
-def _rca_gate_dx_kernel(p, q, rows, slope, offset, taps, weight, dx, drows, dslope, doffset, C, H, W, K, ob, oc, oh, ow,
-                        INPUT: tl.constexpr, LINES: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
-    "dx = transposed 3×3 convolution of p; v = [z > 0] transposed vertical one of q, and its sums v s, v r, v over the tile's rows or columns."
+def _rca_gate_dx_kernel(
+    p,
+    q,
+    rows,
+    slope,
+    offset,
+    taps,
+    weight,
+    dx,
+    drows,
+    dslope,
+    doffset,
+    C,
+    H,
+    W,
+    K,
+    ob,
+    oc,
+    oh,
+    ow,
+    INPUT: tl.constexpr,
+    LINES: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """dx = transposed 3×3 convolution of p; v = [z > 0] transposed vertical one of q, and its sums
+    v s, v r, v over the tile's rows or columns."""
     b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
-    bc, some, cells = b*C + c, c < C, (c < C)[:, None] & (w < W)[None, :]
+    bc = b * C + c
+    some = c < C
+    cells = (c < C)[:, None] & (w < W)[None, :]
     if INPUT:
         acc = tl.zeros([BC, BH, BW], tl.float32)
         for t in tl.static_range(9):
-            acc += _near(p, b, c, h, w, C, H, W, ob, oc, oh, ow, t // 3 - 1, t % 3 - 1)*tl.load(weight + c*9 + t, mask=some, other=0.0)[:, None, None]
-        at = b*ob + c.to(tl.int64)[:, None, None]*oc + h.to(tl.int64)[None, :, None]*oh + w.to(tl.int64)[None, None, :]*ow
-        tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None])
+            acc += (
+                _near(p, b, c, h, w, C, H, W, ob, oc, oh, ow, t // 3 - 1, t % 3 - 1)
+                * tl.load(weight + c * 9 + t, mask=some, other=0.0)[:, None, None]
+            )
+        at = (
+            b * ob
+            + c.to(tl.int64)[:, None, None] * oc
+            + h.to(tl.int64)[None, :, None] * oh
+            + w.to(tl.int64)[None, None, :] * ow
+        )
+        tl.store(
+            dx + at, acc.to(dx.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None]
+        )
     if LINES:
-        s = tl.load(slope + c[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-        o = tl.load(offset + bc[:, None]*W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+        s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+        o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
         lines = some[:, None] & (h < H)[None, :]
-        r = tl.load(rows + bc[:, None]*H + h[None, :], mask=lines, other=0.0).to(tl.float32)
+        r = tl.load(rows + bc[:, None] * H + h[None, :], mask=lines, other=0.0).to(tl.float32)
         v = tl.zeros([BC, BH, BW], tl.float32)
         for t in range(0, K):
-            v += _near(q, b, c, h - t + K // 2, w, C, H, W, ob, oc, oh, ow, 0, 0)*tl.load(taps + c*K + t, mask=some, other=0.0)[:, None, None]
-        v = tl.where((r[:, :, None]*s[:, None, :] + o[:, None, :] <= 0) | (h >= H)[None, :, None], 0.0, v)
-        across, down = tl.cdiv(W, BW), tl.cdiv(H, BH)
-        tl.store(drows + (bc[:, None]*across + j)*H + h[None, :], tl.sum(v*s[:, None, :], 2), mask=lines)
-        tl.store(dslope + (bc[:, None]*down + i)*W + w[None, :], tl.sum(v*r[:, :, None], 1), mask=cells)
-        tl.store(doffset + (bc[:, None]*down + i)*W + w[None, :], tl.sum(v, 1), mask=cells)
+            v += (
+                _near(q, b, c, h - t + K // 2, w, C, H, W, ob, oc, oh, ow, 0, 0)
+                * tl.load(taps + c * K + t, mask=some, other=0.0)[:, None, None]
+            )
+        v = tl.where(
+            (r[:, :, None] * s[:, None, :] + o[:, None, :] <= 0) | (h >= H)[None, :, None], 0.0, v
+        )
+        across = tl.cdiv(W, BW)
+        down = tl.cdiv(H, BH)
+        tl.store(
+            drows + (bc[:, None] * across + j) * H + h[None, :],
+            tl.sum(v * s[:, None, :], 2),
+            mask=lines,
+        )
+        tl.store(
+            dslope + (bc[:, None] * down + i) * W + w[None, :],
+            tl.sum(v * r[:, :, None], 1),
+            mask=cells,
+        )
+        tl.store(doffset + (bc[:, None] * down + i) * W + w[None, :], tl.sum(v, 1), mask=cells)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #33ac4b1d
 def _tile(op, x):
     "Block sizes for the layout of `x`: 512 or 1024 numbers, most of them neighbours in memory."
     _, c, h, w = x.shape
-    if x.stride(1) == 1 and c > 1 and x.stride(3) != 1: return blocks(op, BC=pow2(c, 1, 32), BH=pow2(h, 1, 4), BW=pow2(w, 1, 8), num_warps=4)
-    bw, bh = pow2(w, 1, 64), pow2(h, 1, 16)
-    return blocks(op, BC=pow2(c, 1, max(1, 512//(bw*bh))), BH=bh, BW=bw, num_warps=4)
+    if x.stride(1) == 1 and c > 1 and x.stride(3) != 1:
+        return blocks(op, BC=pow2(c, 1, 32), BH=pow2(h, 1, 4), BW=pow2(w, 1, 8), num_warps=4)
+    bw = pow2(w, 1, 64)
+    bh = pow2(h, 1, 16)
+    return blocks(op, BC=pow2(c, 1, max(1, 512 // (bw * bh))), BH=bh, BW=bw, num_warps=4)
+
 
 def _grid(x, opts):
     "Programs, tiles along columns, tiles along rows."
     (b, c, h, w), cdiv = x.shape, triton.cdiv
-    across, down = cdiv(w, opts["BW"]), cdiv(h, opts["BH"])
-    return b*cdiv(c, opts["BC"])*across*down, across, down
+    across = cdiv(w, opts["BW"])
+    down = cdiv(h, opts["BH"])
+    return b * cdiv(c, opts["BC"]) * across * down, across, down
 
+# %% ../../nbs/18a_ops.rca_gate.ipynb #20415d65
 def rca_gate_fwd(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    lines:list, # rows, slope, offset, taps, bias, weight, local_bias: contiguous
-)->torch.Tensor: # [b, c, h, w]
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    lines: list,  # rows, slope, offset, taps, bias, weight, local_bias: contiguous
+) -> torch.Tensor:  # [b, c, h, w]
     "Launch the forward kernel."
     out = torch.empty_like(x)
-    opts, k = _tile("rca_gate", out), lines[3].shape[1]
-    with on_device(x): _rca_gate_fwd_kernel[(_grid(x, opts)[0],)](x, *lines, out, *x.shape[1:], k, *x.stride(), *out.stride(), **opts)
+    opts = _tile("rca_gate", out)
+    k = lines[3].shape[1]
+    with on_device(x):
+        _rca_gate_fwd_kernel[(_grid(x, opts)[0],)](
+            x, *lines, out, *x.shape[1:], k, *x.stride(), *out.stride(), **opts
+        )
     return out
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #83e36cfa
 def rca_gate_bwd(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    lines:list, # rows, slope, offset, taps, bias, weight, local_bias: contiguous
-    g:torch.Tensor, # gradient of the output, any strides
-    want_x:bool=True, # dx
-    want_lines:bool=True, # gradients of rows, slope or offset
-    want_weights:bool=True, # gradients of taps, bias, weight or local_bias
-)->tuple: # dx, then in the order of `lines`; empty where not wanted
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    lines: list,  # rows, slope, offset, taps, bias, weight, local_bias: contiguous
+    g: torch.Tensor,  # gradient of the output, any strides
+    want_x: bool = True,  # dx
+    want_lines: bool = True,  # gradients of rows, slope or offset
+    want_weights: bool = True,  # gradients of taps, bias, weight or local_bias
+) -> tuple:  # dx, then in the order of `lines`; empty where not wanted
     "Launch the backward kernels."
     (b, c, h, w), (rows, slope, offset, taps, _, weight, _) = x.shape, lines
-    k, new, maps = taps.shape[1], lambda *s: torch.empty(s, dtype=torch.float32, device=x.device), want_x or want_lines
+    k = taps.shape[1]
+
+    def new(*s):
+        return torch.empty(s, dtype=torch.float32, device=x.device)
+
+    maps = want_x or want_lines
     p, q, dx = (torch.empty_like(x) if want else x.new_empty(0) for want in (maps, maps, want_x))
     like = p if maps else x
     opts = _tile("rca_gate_bwd", like)
     programs, across, down = _grid(x, opts)
-    part = new(b, c, across*down, k + 11) if want_weights else new(0)
+    part = new(b, c, across * down, k + 11) if want_weights else new(0)
     with on_device(x):
-        _rca_gate_bwd_kernel[(programs,)](x, g, *lines, p, q, part, c, h, w, k, across*down, *x.stride(), *g.stride(), *like.stride(), MAPS=maps, SUMS=want_weights, **opts)
+        _rca_gate_bwd_kernel[(programs,)](
+            x,
+            g,
+            *lines,
+            p,
+            q,
+            part,
+            c,
+            h,
+            w,
+            k,
+            across * down,
+            *x.stride(),
+            *g.stride(),
+            *like.stride(),
+            MAPS=maps,
+            SUMS=want_weights,
+            **opts,
+        )
     opts = _tile("rca_gate_dx", like)
     programs, across, down = _grid(x, opts)
-    pieces = [new(b, c, across, h), new(b, c, down, w), new(b, c, down, w)] if want_lines else [new(0) for _ in range(3)]
+    pieces = (
+        [new(b, c, across, h), new(b, c, down, w), new(b, c, down, w)]
+        if want_lines
+        else [new(0) for _ in range(3)]
+    )
     if maps:
         with on_device(x):
-            _rca_gate_dx_kernel[(programs,)](p, q, rows, slope, offset, taps, weight, dx, *pieces, c, h, w, k, *like.stride(), INPUT=want_x, LINES=want_lines, **opts)
-    sums = part.sum((0, 2)) if want_weights else None # [c, k + 11]
-    both = (pieces[0].sum(2), pieces[1].sum((0, 2)), pieces[2].sum(2)) if want_lines else tuple(pieces)
-    own = lambda t, *shape: t.clone(memory_format=torch.contiguous_format).view(shape) # results of an operator share no memory
-    four = (own(sums[:, 11:], c, k), own(sums[:, 10], c), own(sums[:, :9], c, 1, 3, 3), own(sums[:, 9], c)) if want_weights else tuple(new(0) for _ in range(4))
+            _rca_gate_dx_kernel[(programs,)](
+                p,
+                q,
+                rows,
+                slope,
+                offset,
+                taps,
+                weight,
+                dx,
+                *pieces,
+                c,
+                h,
+                w,
+                k,
+                *like.stride(),
+                INPUT=want_x,
+                LINES=want_lines,
+                **opts,
+            )
+    sums = part.sum((0, 2)) if want_weights else None  # [c, k + 11]
+    both = (
+        (pieces[0].sum(2), pieces[1].sum((0, 2)), pieces[2].sum(2)) if want_lines else tuple(pieces)
+    )
+
+    # results of an operator share no memory
+    def own(t, *shape):
+        return t.clone(memory_format=torch.contiguous_format).view(shape)
+
+    four = (
+        (
+            own(sums[:, 11:], c, k),
+            own(sums[:, 10], c),
+            own(sums[:, :9], c, 1, 3, 3),
+            own(sums[:, 9], c),
+        )
+        if want_weights
+        else tuple(new(0) for _ in range(4))
+    )
     return dx, *both, *four
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #be94caba
 @operator("segkern::rca_gate")
-def _rca_gate_op(x:torch.Tensor, lines:list[torch.Tensor]) -> torch.Tensor:
+def _rca_gate_op(x: torch.Tensor, lines: list[torch.Tensor]) -> torch.Tensor:
     "The kernel as an operator."
     return rca_gate_fwd(x, lines)
 
+# %% ../../nbs/18a_ops.rca_gate.ipynb #4312afcc
 @operator("segkern::rca_gate_backward")
-def _rca_gate_backward_op(x:torch.Tensor, lines:list[torch.Tensor], g:torch.Tensor, want_x:bool, want_lines:bool, want_weights:bool) -> tuple[
-        torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _rca_gate_backward_op(
+    x: torch.Tensor,
+    lines: list[torch.Tensor],
+    g: torch.Tensor,
+    want_x: bool,
+    want_lines: bool,
+    want_weights: bool,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
     "The backward kernels as an operator."
     return rca_gate_bwd(x, lines, g, want_x, want_lines, want_weights)
 
+# %% ../../nbs/18a_ops.rca_gate.ipynb #69571943
 @_rca_gate_op.register_fake
-def _(x, lines): return torch.empty_like(x)
+def _(x, lines):
+    return torch.empty_like(x)
+
 
 @_rca_gate_backward_op.register_fake
 def _(x, lines, g, want_x, want_lines, want_weights):
-    wanted = [want_lines]*3 + [want_weights]*4
-    return torch.empty_like(x) if want_x else x.new_empty(0), *(torch.empty(t.shape if want else (0,), dtype=torch.float32, device=x.device) for t, want in zip(lines, wanted))
+    wanted = [want_lines] * 3 + [want_weights] * 4
+    return torch.empty_like(x) if want_x else x.new_empty(0), *(
+        torch.empty(t.shape if want else (0,), dtype=torch.float32, device=x.device)
+        for t, want in zip(lines, wanted)
+    )
 
+# %% ../../nbs/18a_ops.rca_gate.ipynb #a7f41e5d
 def _rca_gate_setup(ctx, inputs, output):
     ctx.wanted = [bool(t.requires_grad) for t in inputs[1]]
     ctx.save_for_backward(inputs[0], *inputs[1])
 
+
 def _rca_gate_backward(ctx, g):
     (x, *lines), wanted, need = ctx.saved_tensors, ctx.wanted, ctx.needs_input_grad[0]
     dx, *got = _rca_gate_backward_op(x, lines, g, need, any(wanted[:3]), any(wanted[3:]))
-    return dx if need else None, [t.to(line.dtype) if want else None for t, line, want in zip(got, lines, wanted)]
+    return dx if need else None, [
+        t.to(line.dtype) if want else None for t, line, want in zip(got, lines, wanted)
+    ]
+
 
 _rca_gate_op.register_autograd(_rca_gate_backward, setup_context=_rca_gate_setup)
 
+# %% ../../nbs/18a_ops.rca_gate.ipynb #12eb1f38
 def _cannot(x, *lines):
     "Why the kernels cannot run these tensors; the vectors may have types of their own."
-    return unsupported(x) or ("float64 has no kernel" if any(t.dtype == torch.float64 for t in lines) else None)
+    return unsupported(x) or (
+        "float64 has no kernel" if any(t.dtype == torch.float64 for t in lines) else None
+    )
+
 
 kernels_of("rca_gate", _cannot, rca_gate_fwd, rca_gate_bwd)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #184b5ff7
 def rca_gate(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    rows:torch.Tensor, # [b, c, h]
-    slope:torch.Tensor, # [c, w]
-    offset:torch.Tensor, # [b, c, w]
-    taps:torch.Tensor, # vertical convolution [c, k], k odd
-    bias:torch.Tensor, # of it [c]
-    weight:torch.Tensor, # depthwise convolution [c, 1, 3, 3]
-    local_bias:torch.Tensor, # of it [c]
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # [b, c, h, w] in the type of `x`
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    rows: torch.Tensor,  # [b, c, h]
+    slope: torch.Tensor,  # [c, w]
+    offset: torch.Tensor,  # [b, c, w]
+    taps: torch.Tensor,  # vertical convolution [c, k], k odd
+    bias: torch.Tensor,  # of it [c]
+    weight: torch.Tensor,  # depthwise convolution [c, 1, 3, 3]
+    local_bias: torch.Tensor,  # of it [c]
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, c, h, w] in the type of `x`
     "A depthwise 3×3 convolution times a gate made of rows and columns; the gate's maps are never written."
-    if x.ndim != 4 or taps.ndim != 2: raise ValueError(f"rca_gate wants x [b, c, h, w] and taps [c, k], got {tuple(x.shape)} and {tuple(taps.shape)}")
-    (b, c, h, w), k, lines = x.shape, taps.shape[1], [rows, slope, offset, taps, bias, weight, local_bias]
-    shapes = dict(rows=(b, c, h), slope=(c, w), offset=(b, c, w), taps=(c, k), bias=(c,), weight=(c, 1, 3, 3), local_bias=(c,))
+    if x.ndim != 4 or taps.ndim != 2:
+        raise ValueError(
+            f"rca_gate wants x [b, c, h, w] and taps [c, k], got {tuple(x.shape)} and {tuple(taps.shape)}"
+        )
+    (b, c, h, w), k, lines = (
+        x.shape,
+        taps.shape[1],
+        [rows, slope, offset, taps, bias, weight, local_bias],
+    )
+    shapes = dict(
+        rows=(b, c, h),
+        slope=(c, w),
+        offset=(b, c, w),
+        taps=(c, k),
+        bias=(c,),
+        weight=(c, 1, 3, 3),
+        local_bias=(c,),
+    )
     for (name, shape), t in zip(shapes.items(), lines):
-        if tuple(t.shape) != shape: raise ValueError(f"rca_gate wants {name} {list(shape)} for maps of {tuple(x.shape)}, got {tuple(t.shape)}")
+        if tuple(t.shape) != shape:
+            raise ValueError(
+                f"rca_gate wants {name} {list(shape)} for maps of {tuple(x.shape)}, got {tuple(t.shape)}"
+            )
     for name, t in dict(x=x, **dict(zip(shapes, lines))).items():
-        if not t.is_floating_point(): raise ValueError(f"rca_gate wants {name} in floating point, got {t.dtype}")
-    if k % 2 == 0: raise ValueError(f"rca_gate wants an odd number of taps, got {k}")
-    if kind := autocast_type(x): x = x.to(kind)
-    if not x.numel(): return torch.empty_like(x)
-    if choose("rca_gate", x, *lines, impl=impl, sizes=(taps.shape[1],)): return _rca_gate_op(x, [t.contiguous() for t in lines])
-    with without_autocast(x): return rca_gate_ref(x, *lines)
+        if not t.is_floating_point():
+            raise ValueError(f"rca_gate wants {name} in floating point, got {t.dtype}")
+    if k % 2 == 0:
+        raise ValueError(f"rca_gate wants an odd number of taps, got {k}")
+    if kind := autocast_type(x):
+        x = x.to(kind)
+    if not x.numel():
+        return torch.empty_like(x)
+    if choose("rca_gate", x, *lines, impl=impl, sizes=(taps.shape[1],)):
+        return _rca_gate_op(x, [t.contiguous() for t in lines])
+    with without_autocast(x):
+        return rca_gate_ref(x, *lines)

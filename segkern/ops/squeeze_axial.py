@@ -20,224 +20,567 @@ def _kind(*tensors):
     "The type of sums: float32, or float64 where one of the tensors has it."
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
-def positions(
-    table:torch.Tensor, # [1, c, p]
-    n:int, # places
-)->torch.Tensor: # [1, c, n]
-    "Learned positions for any number of places; the table itself where nothing is to do."
-    return table if table.shape[2] == n else F.interpolate(table, n, mode="linear", align_corners=False)
 
+def positions(
+    table: torch.Tensor,  # [1, c, p]
+    n: int,  # places
+) -> torch.Tensor:  # [1, c, n]
+    "Learned positions for any number of places; the table itself where nothing is to do."
+    return (
+        table
+        if table.shape[2] == n
+        else F.interpolate(table, n, mode="linear", align_corners=False)
+    )
+
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #027cac81
 def axial_attention_ref(
-    rows:torch.Tensor, # averages of q, k, v over the width [b, 2 c + c_v, h]
-    columns:torch.Tensor, # averages over the height [b, 2 c + c_v, w]
-    row_q:torch.Tensor, # positions [1, c, p]
-    row_k:torch.Tensor, # positions [1, c, p]
-    column_q:torch.Tensor, # positions [1, c, p]
-    column_k:torch.Tensor, # positions [1, c, p]
-    heads:int, # channels are ordered head by head
-)->tuple: # [b, c_v, h], [b, c_v, w]
+    rows: torch.Tensor,  # averages of q, k, v over the width [b, 2 c + c_v, h]
+    columns: torch.Tensor,  # averages over the height [b, 2 c + c_v, w]
+    row_q: torch.Tensor,  # positions [1, c, p]
+    row_k: torch.Tensor,  # positions [1, c, p]
+    column_q: torch.Tensor,  # positions [1, c, p]
+    column_k: torch.Tensor,  # positions [1, c, p]
+    heads: int,  # channels are ordered head by head
+) -> tuple:  # [b, c_v, h], [b, c_v, w]
     "The definition, all heads and pictures in one batch of products."
-    out, c, kind = [], row_q.shape[1], _kind(rows, row_q)
+    out = []
+    c = row_q.shape[1]
+    kind = _kind(rows, row_q)
     for means, table_q, table_k in ((rows, row_q, row_k), (columns, column_q, column_k)):
-        b, n = len(means), means.shape[2]
-        q, k, v = means.to(kind).split([c, c, means.shape[1] - 2*c], 1)
+        b = len(means)
+        n = means.shape[2]
+        q, k, v = means.to(kind).split([c, c, means.shape[1] - 2 * c], 1)
         q, k = (t + positions(p.to(kind), n) for t, p in ((q, table_q), (k, table_k)))
-        q, k, v = (t.reshape(b*heads, t.shape[1]//heads, n) for t in (q, k, v))
-        weights = torch.softmax(torch.bmm(k.transpose(1, 2)*(c//heads)**-.5, q), 1) # [b*heads, keys, queries]
-        out.append(torch.bmm(v, weights).view(b, means.shape[1] - 2*c, n).to(means.dtype))
+        q, k, v = (t.reshape(b * heads, t.shape[1] // heads, n) for t in (q, k, v))
+        # [b*heads, keys, queries]
+        weights = torch.softmax(torch.bmm(k.transpose(1, 2) * (c // heads) ** -0.5, q), 1)
+        out.append(torch.bmm(v, weights).view(b, means.shape[1] - 2 * c, n).to(means.dtype))
     return tuple(out)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #0f03784a
 def axial_add_ref(
-    v:torch.Tensor, # [b, c, h, w]
-    row:torch.Tensor, # [b, c, h]
-    column:torch.Tensor, # [b, c, w]
-)->torch.Tensor: # [b, c, h, w]
+    v: torch.Tensor,  # [b, c, h, w]
+    row: torch.Tensor,  # [b, c, h]
+    column: torch.Tensor,  # [b, c, w]
+) -> torch.Tensor:  # [b, c, h, w]
     "The definition."
     kind = _kind(v, row, column)
     return F.relu6(v.to(kind) + row.to(kind)[..., None] + column.to(kind)[:, :, None]).to(v.dtype)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #383a18ed
 @triton.jit
-def _axial_attention_kernel(rows, columns, row_q, row_k, column_q, column_k, row, column, H, W, HEADS, P, scale, rb, rc, rn, cb, cc, cn,
-                            D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+def _axial_attention_kernel(
+    rows,
+    columns,
+    row_q,
+    row_k,
+    column_q,
+    column_k,
+    row,
+    column,
+    H,
+    W,
+    HEADS,
+    P,
+    scale,
+    rb,
+    rc,
+    rn,
+    cb,
+    cc,
+    cn,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "softmax(scale (q + Pq)^T (k + Pk)) v for a tile of rows (even programs) or of columns (odd ones) of one head."
-    tiles, pid = tl.cdiv(tl.maximum(H, W), BQ), tl.program_id(0)
-    axis, tile, head, b = pid % 2, (pid // 2) % tiles, (pid // (2*tiles)) % HEADS, (pid // (2*tiles*HEADS)).to(tl.int64)
-    n, n_row, n_column = tl.where(axis == 0, H, W), tl.where(axis == 0, H, 0), tl.where(axis == 0, 0, W)
-    d, e, i = tl.arange(0, BD), tl.arange(0, BV), tile*BQ + tl.arange(0, BQ)
-    keys, values, cq, cv = HEADS*D, HEADS*DV, head*D + d[None, :], head*DV + e[None, :]
-    q = _tokens(rows, columns, b, cq, i[:, None], (d < D)[None, :], n_row, n_column, rb, rc, rn, cb, cc, cn)
+    tiles = tl.cdiv(tl.maximum(H, W), BQ)
+    pid = tl.program_id(0)
+    axis = pid % 2
+    tile = (pid // 2) % tiles
+    head = (pid // (2 * tiles)) % HEADS
+    b = (pid // (2 * tiles * HEADS)).to(tl.int64)
+    n = tl.where(axis == 0, H, W)
+    n_row = tl.where(axis == 0, H, 0)
+    n_column = tl.where(axis == 0, 0, W)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    i = tile * BQ + tl.arange(0, BQ)
+    keys = HEADS * D
+    values = HEADS * DV
+    cq = head * D + d[None, :]
+    cv = head * DV + e[None, :]
+    q = _tokens(
+        rows, columns, b, cq, i[:, None], (d < D)[None, :], n_row, n_column, rb, rc, rn, cb, cc, cn
+    )
     q += _places(row_q, column_q, cq, i[:, None], (d < D)[None, :], n_row, n_column, n, P)
-    q = q*(scale*1.4426950408889634) # [BQ, BD]
-    high, total, acc = tl.full([BQ], float("-inf"), tl.float32), tl.zeros([BQ], tl.float32), tl.zeros([BQ, BV], tl.float32)
+    q = q * (scale * 1.4426950408889634)  # [BQ, BD]
+    high = tl.full([BQ], float("-inf"), tl.float32)
+    total = tl.zeros([BQ], tl.float32)
+    acc = tl.zeros([BQ, BV], tl.float32)
     for j0 in range(0, n, BK):
-        j, ck = j0 + tl.arange(0, BK), head*D + d[:, None]
-        k = _tokens(rows, columns, b, keys + ck, j[None, :], (d < D)[:, None], n_row, n_column, rb, rc, rn, cb, cc, cn) # [BD, BK]
+        j = j0 + tl.arange(0, BK)
+        ck = head * D + d[:, None]
+        # [BD, BK]
+        k = _tokens(
+            rows,
+            columns,
+            b,
+            keys + ck,
+            j[None, :],
+            (d < D)[:, None],
+            n_row,
+            n_column,
+            rb,
+            rc,
+            rn,
+            cb,
+            cc,
+            cn,
+        )
         k += _places(row_k, column_k, ck, j[None, :], (d < D)[:, None], n_row, n_column, n, P)
-        v = _tokens(rows, columns, b, 2*keys + cv, j[:, None], (e < DV)[None, :], n_row, n_column, rb, rc, rn, cb, cc, cn) # [BK, BV]
-        s = tl.where((j < n)[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf")) # [BQ, BK]
+        # [BK, BV]
+        v = _tokens(
+            rows,
+            columns,
+            b,
+            2 * keys + cv,
+            j[:, None],
+            (e < DV)[None, :],
+            n_row,
+            n_column,
+            rb,
+            rc,
+            rn,
+            cb,
+            cc,
+            cn,
+        )
+        # [BQ, BK]
+        s = tl.where((j < n)[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf"))
         new = tl.maximum(high, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
-        p, old = tl.exp2(s - safe[:, None]), tl.exp2(high - safe)
-        total = total*old + tl.sum(p, 1)
-        acc = acc*old[:, None] + tl.dot(p, v, input_precision=PRECISION)
+        p = tl.exp2(s - safe[:, None])
+        old = tl.exp2(high - safe)
+        total = total * old + tl.sum(p, 1)
+        acc = acc * old[:, None] + tl.dot(p, v, input_precision=PRECISION)
         high = new
-    acc, at = acc/tl.where(i < n, total, 1.0)[:, None], (b*values + cv)*n + i[:, None]
+    acc = acc / tl.where(i < n, total, 1.0)[:, None]
+    at = (b * values + cv) * n + i[:, None]
     tl.store(row + at, acc.to(row.dtype.element_ty), mask=(e < DV)[None, :] & (i < n_row)[:, None])
-    tl.store(column + at, acc.to(column.dtype.element_ty), mask=(e < DV)[None, :] & (i < n_column)[:, None])
+    tl.store(
+        column + at,
+        acc.to(column.dtype.element_ty),
+        mask=(e < DV)[None, :] & (i < n_column)[:, None],
+    )
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #147e2a3f
 @triton.jit
 def _tokens(rows, columns, b, c, i, in_c, n_row, n_column, rb, rc, rn, cb, cc, cn):
     "Averages at channels c and places i, from the rows or from the columns: one of the two lengths is 0."
-    x = tl.load(rows + b*rb + c.to(tl.int64)*rc + i.to(tl.int64)*rn, mask=in_c & (i < n_row), other=0.0).to(tl.float32)
-    return x + tl.load(columns + b*cb + c.to(tl.int64)*cc + i.to(tl.int64)*cn, mask=in_c & (i < n_column), other=0.0).to(tl.float32)
+    x = tl.load(
+        rows + b * rb + c.to(tl.int64) * rc + i.to(tl.int64) * rn,
+        mask=in_c & (i < n_row),
+        other=0.0,
+    ).to(tl.float32)
+    return x + tl.load(
+        columns + b * cb + c.to(tl.int64) * cc + i.to(tl.int64) * cn,
+        mask=in_c & (i < n_column),
+        other=0.0,
+    ).to(tl.float32)
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #4a6edaf5
 @triton.jit
 def _places(of_rows, of_columns, c, i, in_c, n_row, n_column, n, P):
     "Learned positions at channels c and places i of n, between the P that the tables hold."
-    at = tl.maximum((i + 0.5)*(P/n) - 0.5, 0.0)
+    at = tl.maximum((i + 0.5) * (P / n) - 0.5, 0.0)
     low = tl.minimum(at.to(tl.int32), P - 1)
-    share, high, r, k = at - low, tl.minimum(low + 1, P - 1), in_c & (i < n_row), in_c & (i < n_column)
-    a = tl.load(of_rows + c*P + low, mask=r, other=0.0).to(tl.float32) + tl.load(of_columns + c*P + low, mask=k, other=0.0).to(tl.float32)
-    z = tl.load(of_rows + c*P + high, mask=r, other=0.0).to(tl.float32) + tl.load(of_columns + c*P + high, mask=k, other=0.0).to(tl.float32)
-    return a + share*(z - a)
+    share = at - low
+    high = tl.minimum(low + 1, P - 1)
+    r = in_c & (i < n_row)
+    k = in_c & (i < n_column)
+    a = tl.load(of_rows + c * P + low, mask=r, other=0.0).to(tl.float32) + tl.load(
+        of_columns + c * P + low, mask=k, other=0.0
+    ).to(tl.float32)
+    z = tl.load(of_rows + c * P + high, mask=r, other=0.0).to(tl.float32) + tl.load(
+        of_columns + c * P + high, mask=k, other=0.0
+    ).to(tl.float32)
+    return a + share * (z - a)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #56801095
 @triton.jit
-def _axial_add_fwd_kernel(v, row, column, out, C, H, W, vb, vc, vh, vw, rb, rc, rh, cb, cc, cw, ob, oc, oh, ow, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _axial_add_fwd_kernel(
+    v,
+    row,
+    column,
+    out,
+    C,
+    H,
+    W,
+    vb,
+    vc,
+    vh,
+    vw,
+    rb,
+    rc,
+    rh,
+    cb,
+    cc,
+    cw,
+    ob,
+    oc,
+    oh,
+    ow,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "min(6, max(0, v + row + column)) on a tile of channels, rows and columns."
-    pid, strips, parts, blocks_c = tl.program_id(0), tl.cdiv(W, BW), tl.cdiv(H, BH), tl.cdiv(C, BC)
-    b, c = (pid // (strips*parts*blocks_c)).to(tl.int64), ((pid // (strips*parts)) % blocks_c)*BC + tl.arange(0, BC)
-    h, w = ((pid // strips) % parts)*BH + tl.arange(0, BH), (pid % strips)*BW + tl.arange(0, BW)
-    in_c, in_h, in_w = c < C, h < H, w < W
-    c, h, w = c.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    pid = tl.program_id(0)
+    strips = tl.cdiv(W, BW)
+    parts = tl.cdiv(H, BH)
+    blocks_c = tl.cdiv(C, BC)
+    b = (pid // (strips * parts * blocks_c)).to(tl.int64)
+    c = ((pid // (strips * parts)) % blocks_c) * BC + tl.arange(0, BC)
+    h = ((pid // strips) % parts) * BH + tl.arange(0, BH)
+    w = (pid % strips) * BW + tl.arange(0, BW)
+    in_c = c < C
+    in_h = h < H
+    in_w = w < W
+    c = c.to(tl.int64)
+    h = h.to(tl.int64)
+    w = w.to(tl.int64)
     keep = in_c[:, None, None] & in_h[None, :, None] & in_w[None, None, :]
-    r = tl.load(row + b*rb + c[:, None]*rc + h[None, :]*rh, mask=in_c[:, None] & in_h[None, :], other=0.0).to(tl.float32)
-    k = tl.load(column + b*cb + c[:, None]*cc + w[None, :]*cw, mask=in_c[:, None] & in_w[None, :], other=0.0).to(tl.float32)
-    x = tl.load(v + b*vb + c[:, None, None]*vc + h[None, :, None]*vh + w[None, None, :]*vw, mask=keep, other=0.0).to(tl.float32)
+    r = tl.load(
+        row + b * rb + c[:, None] * rc + h[None, :] * rh,
+        mask=in_c[:, None] & in_h[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    k = tl.load(
+        column + b * cb + c[:, None] * cc + w[None, :] * cw,
+        mask=in_c[:, None] & in_w[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    x = tl.load(
+        v + b * vb + c[:, None, None] * vc + h[None, :, None] * vh + w[None, None, :] * vw,
+        mask=keep,
+        other=0.0,
+    ).to(tl.float32)
     s = x + r[:, :, None] + k[:, None, :]
-    s = tl.where(s < 0, 0.0, tl.where(s > 6, 6.0, s)) # comparisons are false for NaN, which stays
-    tl.store(out + b*ob + c[:, None, None]*oc + h[None, :, None]*oh + w[None, None, :]*ow, s.to(out.dtype.element_ty), mask=keep)
+    s = tl.where(s < 0, 0.0, tl.where(s > 6, 6.0, s))  # comparisons are false for NaN, which stays
+    tl.store(
+        out + b * ob + c[:, None, None] * oc + h[None, :, None] * oh + w[None, None, :] * ow,
+        s.to(out.dtype.element_ty),
+        mask=keep,
+    )
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #4c648480
 @triton.jit
-def _axial_add_bwd_kernel(g, v, row, column, dv, drow, dcolumn, C, H, W, gb, gc, gh, gw, vb, vc, vh, vw, rb, rc, rh, cb, cc, cw, ob, oc, oh, ow,
-                          MAP: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _axial_add_bwd_kernel(
+    g,
+    v,
+    row,
+    column,
+    dv,
+    drow,
+    dcolumn,
+    C,
+    H,
+    W,
+    gb,
+    gc,
+    gh,
+    gw,
+    vb,
+    vc,
+    vh,
+    vw,
+    rb,
+    rc,
+    rh,
+    cb,
+    cc,
+    cw,
+    ob,
+    oc,
+    oh,
+    ow,
+    MAP: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "dv = g [0 < v + row + column < 6], its sums over the strip for every row, and over all rows for every column."
-    pid, strips, blocks_c = tl.program_id(0), tl.cdiv(W, BW), tl.cdiv(C, BC)
-    strip, b, c = pid % strips, (pid // (strips*blocks_c)).to(tl.int64), ((pid // strips) % blocks_c)*BC + tl.arange(0, BC)
-    w, in_c = strip*BW + tl.arange(0, BW), c < C
-    in_w, c, w = w < W, c.to(tl.int64), w.to(tl.int64)
-    k = tl.load(column + b*cb + c[:, None]*cc + w[None, :]*cw, mask=in_c[:, None] & in_w[None, :], other=0.0).to(tl.float32)
+    pid = tl.program_id(0)
+    strips = tl.cdiv(W, BW)
+    blocks_c = tl.cdiv(C, BC)
+    strip = pid % strips
+    b = (pid // (strips * blocks_c)).to(tl.int64)
+    c = ((pid // strips) % blocks_c) * BC + tl.arange(0, BC)
+    w = strip * BW + tl.arange(0, BW)
+    in_c = c < C
+    in_w = w < W
+    c = c.to(tl.int64)
+    w = w.to(tl.int64)
+    k = tl.load(
+        column + b * cb + c[:, None] * cc + w[None, :] * cw,
+        mask=in_c[:, None] & in_w[None, :],
+        other=0.0,
+    ).to(tl.float32)
     below = tl.zeros([BC, BW], tl.float32)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
-        in_h, h = h < H, h.to(tl.int64)
+        in_h = h < H
+        h = h.to(tl.int64)
         keep = in_c[:, None, None] & in_h[None, :, None] & in_w[None, None, :]
-        r = tl.load(row + b*rb + c[:, None]*rc + h[None, :]*rh, mask=in_c[:, None] & in_h[None, :], other=0.0).to(tl.float32)
-        x = tl.load(v + b*vb + c[:, None, None]*vc + h[None, :, None]*vh + w[None, None, :]*vw, mask=keep, other=0.0).to(tl.float32)
-        d = tl.load(g + b*gb + c[:, None, None]*gc + h[None, :, None]*gh + w[None, None, :]*gw, mask=keep, other=0.0).to(tl.float32)
+        r = tl.load(
+            row + b * rb + c[:, None] * rc + h[None, :] * rh,
+            mask=in_c[:, None] & in_h[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        x = tl.load(
+            v + b * vb + c[:, None, None] * vc + h[None, :, None] * vh + w[None, None, :] * vw,
+            mask=keep,
+            other=0.0,
+        ).to(tl.float32)
+        d = tl.load(
+            g + b * gb + c[:, None, None] * gc + h[None, :, None] * gh + w[None, None, :] * gw,
+            mask=keep,
+            other=0.0,
+        ).to(tl.float32)
         s = x + r[:, :, None] + k[:, None, :]
         d = tl.where((s <= 0) | (s >= 6), 0.0, d)
-        if MAP: tl.store(dv + b*ob + c[:, None, None]*oc + h[None, :, None]*oh + w[None, None, :]*ow, d.to(dv.dtype.element_ty), mask=keep)
-        if ROW: tl.store(drow + ((b*C + c[:, None])*strips + strip)*H + h[None, :], tl.sum(d, 2).to(drow.dtype.element_ty), mask=in_c[:, None] & in_h[None, :])
-        if COLUMN: below += tl.sum(d, 1)
-    if COLUMN: tl.store(dcolumn + (b*C + c[:, None])*W + w[None, :], below.to(dcolumn.dtype.element_ty), mask=in_c[:, None] & in_w[None, :])
+        if MAP:
+            tl.store(
+                dv + b * ob + c[:, None, None] * oc + h[None, :, None] * oh + w[None, None, :] * ow,
+                d.to(dv.dtype.element_ty),
+                mask=keep,
+            )
+        if ROW:
+            tl.store(
+                drow + ((b * C + c[:, None]) * strips + strip) * H + h[None, :],
+                tl.sum(d, 2).to(drow.dtype.element_ty),
+                mask=in_c[:, None] & in_h[None, :],
+            )
+        if COLUMN:
+            below += tl.sum(d, 1)
+    if COLUMN:
+        tl.store(
+            dcolumn + (b * C + c[:, None]) * W + w[None, :],
+            below.to(dcolumn.dtype.element_ty),
+            mask=in_c[:, None] & in_w[None, :],
+        )
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #b549f8ac
 def axial_attention_fwd(
-    rows:torch.Tensor, # [b, 2 c + c_v, h], any strides
-    columns:torch.Tensor, # [b, 2 c + c_v, w], any strides
-    tables:tuple, # positions of row_q, row_k, column_q, column_k, each [1, c, p]
-    heads:int, # channels are ordered head by head
-)->tuple: # [b, c_v, h], [b, c_v, w]
+    rows: torch.Tensor,  # [b, 2 c + c_v, h], any strides
+    columns: torch.Tensor,  # [b, 2 c + c_v, w], any strides
+    tables: tuple,  # positions of row_q, row_k, column_q, column_k, each [1, c, p]
+    heads: int,  # channels are ordered head by head
+) -> tuple:  # [b, c_v, h], [b, c_v, w]
     "Launch the attention kernel."
     (b, total, h), w, (_, c, p) = rows.shape, columns.shape[2], tables[0].shape
-    d, values = c//heads, total - 2*c
-    row, column = (torch.empty((b, values, n), dtype=rows.dtype, device=rows.device) for n in (h, w))
-    opts = blocks("axial_attention", BQ=pow2(max(h, w), 16, 64), BK=pow2(max(h, w), 16, 32), num_warps=4)
-    grid = (2*b*heads*triton.cdiv(max(h, w), opts["BQ"]),)
+    d = c // heads
+    values = total - 2 * c
+    row, column = (
+        torch.empty((b, values, n), dtype=rows.dtype, device=rows.device) for n in (h, w)
+    )
+    opts = blocks(
+        "axial_attention", BQ=pow2(max(h, w), 16, 64), BK=pow2(max(h, w), 16, 32), num_warps=4
+    )
+    grid = (2 * b * heads * triton.cdiv(max(h, w), opts["BQ"]),)
     with on_device(rows):
-        _axial_attention_kernel[grid](rows, columns, *[t.contiguous() for t in tables], row, column, h, w, heads, p, d**-.5, *rows.stride(), *columns.stride(), D=d, DV=values//heads,
-                                      BD=pow2(d, 16), BV=pow2(values//heads, 16), PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", **opts)
+        _axial_attention_kernel[grid](
+            rows,
+            columns,
+            *[t.contiguous() for t in tables],
+            row,
+            column,
+            h,
+            w,
+            heads,
+            p,
+            d**-0.5,
+            *rows.stride(),
+            *columns.stride(),
+            D=d,
+            DV=values // heads,
+            BD=pow2(d, 16),
+            BV=pow2(values // heads, 16),
+            PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
+            **opts,
+        )
     return row, column
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #e337b029
-def _channels_last(x): return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
+def _channels_last(x):
+    return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
+
 
 def _like(x):
     "An empty map of the same shape: channels last where `x` is, else without gaps."
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
+    return torch.empty(
+        x.shape,
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format,
+    )
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #f0abfdbf
 def _tile(v):
     "Block sizes for the memory layout of a map: about a thousand numbers per program."
     (_, c, h, w), last = v.shape, _channels_last(v)
     bh, bw = (1, pow2(w, 1, 16)) if last else (pow2(h, 1, 16), pow2(w, 16, 128))
-    return blocks("axial_add", BC=pow2(c, 1, max(1, 1024//(bh*bw))), BH=bh, BW=bw, num_warps=4)
+    return blocks("axial_add", BC=pow2(c, 1, max(1, 1024 // (bh * bw))), BH=bh, BW=bw, num_warps=4)
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #06b66b15
 def axial_add_fwd(
-    v:torch.Tensor, # [b, c, h, w], any strides
-    row:torch.Tensor, # [b, c, h], any strides
-    column:torch.Tensor, # [b, c, w], any strides
-)->torch.Tensor: # [b, c, h, w] in the layout of `v`
+    v: torch.Tensor,  # [b, c, h, w], any strides
+    row: torch.Tensor,  # [b, c, h], any strides
+    column: torch.Tensor,  # [b, c, w], any strides
+) -> torch.Tensor:  # [b, c, h, w] in the layout of `v`
     "Launch the forward kernel."
     out, (b, c, h, w), opts = _like(v), v.shape, _tile(v)
-    grid = (b*triton.cdiv(c, opts["BC"])*triton.cdiv(h, opts["BH"])*triton.cdiv(w, opts["BW"]),)
-    with on_device(v): _axial_add_fwd_kernel[grid](v, row, column, out, c, h, w, *v.stride(), *row.stride(), *column.stride(), *out.stride(), **opts)
+    grid = (
+        b * triton.cdiv(c, opts["BC"]) * triton.cdiv(h, opts["BH"]) * triton.cdiv(w, opts["BW"]),
+    )
+    with on_device(v):
+        _axial_add_fwd_kernel[grid](
+            v,
+            row,
+            column,
+            out,
+            c,
+            h,
+            w,
+            *v.stride(),
+            *row.stride(),
+            *column.stride(),
+            *out.stride(),
+            **opts,
+        )
     return out
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #61bdf2aa
 def axial_add_bwd(
-    g:torch.Tensor, # gradient of the result, any strides
-    v:torch.Tensor, # as for `axial_add_fwd`
-    row:torch.Tensor, # as for `axial_add_fwd`
-    column:torch.Tensor, # as for `axial_add_fwd`
-    wanted:tuple=(True, True, True), # which gradients
-)->tuple: # dv, drow, dcolumn; empty where not wanted
+    g: torch.Tensor,  # gradient of the result, any strides
+    v: torch.Tensor,  # as for `axial_add_fwd`
+    row: torch.Tensor,  # as for `axial_add_fwd`
+    column: torch.Tensor,  # as for `axial_add_fwd`
+    wanted: tuple = (True, True, True),  # which gradients
+) -> tuple:  # dv, drow, dcolumn; empty where not wanted
     "Launch the backward kernel."
     (b, c, h, w), opts = v.shape, _tile(v)
-    strips, new = triton.cdiv(w, opts["BW"]), lambda want, shape, kind: torch.empty(shape if want else (0,), dtype=kind, device=v.device)
+    strips = triton.cdiv(w, opts["BW"])
+
+    def new(want, shape, kind):
+        return torch.empty(shape if want else (0,), dtype=kind, device=v.device)
+
     dv = _like(v) if wanted[0] else new(False, (), v.dtype)
-    drow, dcolumn = new(wanted[1], (b, c, strips, h), row.dtype if strips == 1 else torch.float32), new(wanted[2], (b, c, w), column.dtype)
+    drow = new(wanted[1], (b, c, strips, h), row.dtype if strips == 1 else torch.float32)
+    dcolumn = new(wanted[2], (b, c, w), column.dtype)
     with on_device(v):
-        _axial_add_bwd_kernel[(b*triton.cdiv(c, opts["BC"])*strips,)](g, v, row, column, dv, drow, dcolumn, c, h, w, *g.stride(), *v.stride(), *row.stride(), *column.stride(),
-                                                                      *_like(v).stride(), MAP=wanted[0], ROW=wanted[1], COLUMN=wanted[2], **opts)
-    return dv, (drow.squeeze(2) if strips == 1 else drow.sum(2).to(row.dtype)) if wanted[1] else drow, dcolumn
+        _axial_add_bwd_kernel[(b * triton.cdiv(c, opts["BC"]) * strips,)](
+            g,
+            v,
+            row,
+            column,
+            dv,
+            drow,
+            dcolumn,
+            c,
+            h,
+            w,
+            *g.stride(),
+            *v.stride(),
+            *row.stride(),
+            *column.stride(),
+            *_like(v).stride(),
+            MAP=wanted[0],
+            ROW=wanted[1],
+            COLUMN=wanted[2],
+            **opts,
+        )
+    return (
+        dv,
+        (drow.squeeze(2) if strips == 1 else drow.sum(2).to(row.dtype)) if wanted[1] else drow,
+        dcolumn,
+    )
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #66e34e56
 @operator("segkern::axial_attention")
-def _axial_attention_op(rows:torch.Tensor, columns:torch.Tensor, row_q:torch.Tensor, row_k:torch.Tensor, column_q:torch.Tensor, column_k:torch.Tensor,
-                        heads:int) -> tuple[torch.Tensor, torch.Tensor]:
+def _axial_attention_op(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    row_q: torch.Tensor,
+    row_k: torch.Tensor,
+    column_q: torch.Tensor,
+    column_k: torch.Tensor,
+    heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "The kernel as an operator; it has no gradient."
     return axial_attention_fwd(rows, columns, (row_q, row_k, column_q, column_k), heads)
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #e603a92e
 @operator("segkern::axial_add")
-def _axial_add_op(v:torch.Tensor, row:torch.Tensor, column:torch.Tensor) -> torch.Tensor:
+def _axial_add_op(v: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     "The kernel as an operator."
     return axial_add_fwd(v, row, column)
 
+
 @operator("segkern::axial_add_backward")
-def _axial_add_backward_op(g:torch.Tensor, v:torch.Tensor, row:torch.Tensor, column:torch.Tensor, wanted:list[bool]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _axial_add_backward_op(
+    g: torch.Tensor, v: torch.Tensor, row: torch.Tensor, column: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernel as an operator."
     return axial_add_bwd(g, v, row, column, tuple(wanted))
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #a7d9e7dc
 @_axial_attention_op.register_fake
 def _(rows, columns, row_q, row_k, column_q, column_k, heads):
-    return tuple(torch.empty((len(m), m.shape[1] - 2*row_q.shape[1], m.shape[2]), dtype=rows.dtype, device=rows.device) for m in (rows, columns))
+    return tuple(
+        torch.empty(
+            (len(m), m.shape[1] - 2 * row_q.shape[1], m.shape[2]),
+            dtype=rows.dtype,
+            device=rows.device,
+        )
+        for m in (rows, columns)
+    )
+
 
 @_axial_add_op.register_fake
-def _(v, row, column): return _like(v)
+def _(v, row, column):
+    return _like(v)
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #1390a5e6
 @_axial_add_backward_op.register_fake
 def _(g, v, row, column, wanted):
-    plain = lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device)
-    return tuple(make(t) if want else t.new_empty(0) for t, make, want in zip((v, row, column), (_like, plain, plain), wanted))
+    def plain(t):
+        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
-def _axial_add_setup(ctx, inputs, output): ctx.save_for_backward(*inputs)
+    return tuple(
+        make(t) if want else t.new_empty(0)
+        for t, make, want in zip((v, row, column), (_like, plain, plain), wanted)
+    )
 
+
+def _axial_add_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #f7edf97c
 def _axial_add_backward(ctx, g):
     wanted = list(ctx.needs_input_grad)
-    return tuple(t if want else None for t, want in zip(_axial_add_backward_op(g, *ctx.saved_tensors, wanted), wanted))
+    return tuple(
+        t if want else None
+        for t, want in zip(_axial_add_backward_op(g, *ctx.saved_tensors, wanted), wanted)
+    )
+
 
 _axial_add_op.register_autograd(_axial_add_backward, setup_context=_axial_add_setup)
 
@@ -246,62 +589,96 @@ def _cannot_attend(rows, columns, *tables):
     "Why the kernel cannot run these tensors; the tables may have a type of their own."
     return unsupported(rows, columns) or unsupported(*tables)
 
+
 kernels_of("axial_attention", _cannot_attend, axial_attention_fwd)
 kernels_of("axial_add", unsupported, axial_add_fwd, axial_add_bwd)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #1aa8baeb
 def _check_tables(op, channels, tables, heads):
     "Raise where position tables, channels and heads do not fit."
-    shapes, c = {tuple(t.shape) for t in tables}, tables[0].shape[1] if tables[0].ndim == 3 else 0
-    if len(shapes) > 1 or tables[0].ndim != 3 or len(tables[0]) != 1: raise ValueError(f"{op} wants four position tables [1, c, p], got {sorted(shapes)}")
-    if channels <= 2*c or heads < 1 or c % heads or (channels - 2*c) % heads:
-        raise ValueError(f"{op}: {channels} channels are not two times {c} (of the tables) and values, each divisible by {heads} heads")
+    shapes = {tuple(t.shape) for t in tables}
+    c = tables[0].shape[1] if tables[0].ndim == 3 else 0
+    if len(shapes) > 1 or tables[0].ndim != 3 or len(tables[0]) != 1:
+        raise ValueError(f"{op} wants four position tables [1, c, p], got {sorted(shapes)}")
+    if channels <= 2 * c or heads < 1 or c % heads or (channels - 2 * c) % heads:
+        raise ValueError(
+            f"{op}: {channels} channels are not two times {c} (of the tables) and values, "
+            f"each divisible by {heads} heads"
+        )
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #d50c393a
 def axial_attention(
-    rows:torch.Tensor, # averages of q, k, v over the width [b, 2 c + c_v, h]
-    columns:torch.Tensor, # averages over the height [b, 2 c + c_v, w]
-    row_q:torch.Tensor, # positions [1, c, p]
-    row_k:torch.Tensor, # positions [1, c, p]
-    column_q:torch.Tensor, # positions [1, c, p]
-    column_k:torch.Tensor, # positions [1, c, p]
-    heads:int, # channels are ordered head by head
-    impl:str|None=None, # "auto" | "ref" | "triton"; where gradients are wanted it is PyTorch's
-)->tuple: # [b, c_v, h], [b, c_v, w]
+    rows: torch.Tensor,  # averages of q, k, v over the width [b, 2 c + c_v, h]
+    columns: torch.Tensor,  # averages over the height [b, 2 c + c_v, w]
+    row_q: torch.Tensor,  # positions [1, c, p]
+    row_k: torch.Tensor,  # positions [1, c, p]
+    column_q: torch.Tensor,  # positions [1, c, p]
+    column_k: torch.Tensor,  # positions [1, c, p]
+    heads: int,  # channels are ordered head by head
+    impl: str
+    | None = None,  # "auto" | "ref" | "triton"; where gradients are wanted it is PyTorch's
+) -> tuple:  # [b, c_v, h], [b, c_v, w]
     "Rows attend to rows and columns to columns, all heads in one launch; positions are interpolated to the length."
     tables = (row_q, row_k, column_q, column_k)
-    if rows.ndim != 3 or columns.ndim != 3 or rows.shape[:2] != columns.shape[:2] or 0 in (rows.shape[2], columns.shape[2]):
-        raise ValueError(f"axial_attention wants rows [b, c, h] and columns [b, c, w] with h, w > 0, got {tuple(rows.shape)} and {tuple(columns.shape)}")
+    if (
+        rows.ndim != 3
+        or columns.ndim != 3
+        or rows.shape[:2] != columns.shape[:2]
+        or 0 in (rows.shape[2], columns.shape[2])
+    ):
+        raise ValueError(
+            f"axial_attention wants rows [b, c, h] and columns [b, c, w] with h, w > 0, got "
+            f"{tuple(rows.shape)} and {tuple(columns.shape)}"
+        )
     _check_tables("axial_attention", rows.shape[1], tables, heads)
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, columns, *tables))
     sizes = columns.shape[2], tables[0].shape[1]
-    ours = not grads and rows.numel() and choose("axial_attention", rows, columns, *tables, impl=impl, sizes=sizes)
-    if not ours: return axial_attention_ref(rows, columns, *tables, heads)
+    ours = (
+        not grads
+        and rows.numel()
+        and choose("axial_attention", rows, columns, *tables, impl=impl, sizes=sizes)
+    )
+    if not ours:
+        return axial_attention_ref(rows, columns, *tables, heads)
     return _axial_attention_op(rows, columns, *tables, heads)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #192a0603
 def squeeze_axial(
-    qkv:torch.Tensor, # queries, keys and values in one map [b, 2 c + c_v, h, w], any strides
-    row_q:torch.Tensor, # positions [1, c, p]
-    row_k:torch.Tensor, # positions [1, c, p]
-    column_q:torch.Tensor, # positions [1, c, p]
-    column_k:torch.Tensor, # positions [1, c, p]
-    heads:int, # channels are ordered head by head
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->tuple: # [b, c_v, h], [b, c_v, w]
+    qkv: torch.Tensor,  # queries, keys and values in one map [b, 2 c + c_v, h, w], any strides
+    row_q: torch.Tensor,  # positions [1, c, p]
+    row_k: torch.Tensor,  # positions [1, c, p]
+    column_q: torch.Tensor,  # positions [1, c, p]
+    column_k: torch.Tensor,  # positions [1, c, p]
+    heads: int,  # channels are ordered head by head
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> tuple:  # [b, c_v, h], [b, c_v, w]
     "Average queries, keys and values over both axes in one read, and attend along each axis."
-    if qkv.ndim != 4 or 0 in qkv.shape[2:]: raise ValueError(f"squeeze_axial wants [b, c, h, w] with h, w > 0, got {tuple(qkv.shape)}")
+    if qkv.ndim != 4 or 0 in qkv.shape[2:]:
+        raise ValueError(f"squeeze_axial wants [b, c, h, w] with h, w > 0, got {tuple(qkv.shape)}")
     columns, rows = strip_means(qkv, impl)
     return axial_attention(rows, columns, row_q, row_k, column_q, column_k, heads, impl)
 
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #570b745c
 def axial_add(
-    v:torch.Tensor, # [b, c, h, w], any strides
-    row:torch.Tensor, # [b, c, h]: added to every column
-    column:torch.Tensor, # [b, c, w]: added to every row
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # [b, c, h, w]
+    v: torch.Tensor,  # [b, c, h, w], any strides
+    row: torch.Tensor,  # [b, c, h]: added to every column
+    column: torch.Tensor,  # [b, c, w]: added to every row
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, c, h, w]
     "ReLU6 of a map plus a vector for its rows and one for its columns, in one pass."
-    if v.ndim != 4 or tuple(row.shape) != tuple(v.shape[:3]) or tuple(column.shape) != (*v.shape[:2], v.shape[3]):
-        raise ValueError(f"axial_add wants v [b, c, h, w], row [b, c, h], column [b, c, w]; got {tuple(v.shape)}, {tuple(row.shape)}, {tuple(column.shape)}")
-    if kind := autocast_type(v): v, row, column = v.to(kind), row.to(kind), column.to(kind)
-    if v.numel() and choose("axial_add", v, row, column, impl=impl): return _axial_add_op(v, row, column)
+    if (
+        v.ndim != 4
+        or tuple(row.shape) != tuple(v.shape[:3])
+        or tuple(column.shape) != (*v.shape[:2], v.shape[3])
+    ):
+        raise ValueError(
+            f"axial_add wants v [b, c, h, w], row [b, c, h], column [b, c, w]; got "
+            f"{tuple(v.shape)}, {tuple(row.shape)}, {tuple(column.shape)}"
+        )
+    if kind := autocast_type(v):
+        v = v.to(kind)
+        row = row.to(kind)
+        column = column.to(kind)
+    if v.numel() and choose("axial_add", v, row, column, impl=impl):
+        return _axial_add_op(v, row, column)
     return axial_add_ref(v, row, column)

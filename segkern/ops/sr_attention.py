@@ -15,226 +15,560 @@ from .operator import operator
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #fbbc43ea
 def sr_attention_ref(
-    q:torch.Tensor, # [b, h, n, d]
-    k:torch.Tensor, # [b, h, m, d]
-    v:torch.Tensor, # [b, h, m, dv]
-    scale:float|None=None, # default: d**-0.5
-)->torch.Tensor: # [b, h, n, dv]
+    q: torch.Tensor,  # [b, h, n, d]
+    k: torch.Tensor,  # [b, h, m, d]
+    v: torch.Tensor,  # [b, h, m, dv]
+    scale: float | None = None,  # default: d**-0.5
+) -> torch.Tensor:  # [b, h, n, dv]
     "PyTorch's attention."
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #ad4e32f7
 @triton.jit(do_not_specialize=["N", "M"])
-def _sr_attention_fwd_kernel(q, k, v, out, lse, scale, H, N, M, D, DV, sqb, sqh, sqn, sqd, skb, skh, skm, skd, svb, svh, svm, svd, sob, soh, son, sod,
-                             BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr):
-    "O = softmax(scale Q K^T) V for a tile of queries, scale > 0; keeps the log-sum-exp in base 2. EVEN: no block of keys is partly filled."
+def _sr_attention_fwd_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    scale,
+    H,
+    N,
+    M,
+    D,
+    DV,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skm,
+    skd,
+    svb,
+    svh,
+    svm,
+    svd,
+    sob,
+    soh,
+    son,
+    sod,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """O = softmax(scale Q K^T) V for a tile of queries, scale > 0; keeps the log-sum-exp in base
+    2. EVEN: no block of keys is partly filled."""
     tiles = tl.cdiv(N, BN)
     bh = tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    n, d, e = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
     n64 = n.to(tl.int64)
-    qt = tl.load(q + b*sqb + h*sqh + n64[:, None]*sqn + d[None, :]*sqd, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0) # [BN, BD]
-    scale2 = scale*1.4426950408889634 # of base 2
-    top, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
+    # [BN, BD]
+    qt = tl.load(
+        q + b * sqb + h * sqh + n64[:, None] * sqn + d[None, :] * sqd,
+        mask=(n < N)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    scale2 = scale * 1.4426950408889634  # of base 2
+    top = tl.full([BN], float("-inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
     acc = tl.zeros([BN, BV], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        kt = tl.load(k + b*skb + h*skh + m[None, :]*skm + d[:, None]*skd, mask=(m < M)[None, :] & (d < D)[:, None], other=0.0) # [BD, BM]
-        vt = tl.load(v + b*svb + h*svh + m[:, None]*svm + e[None, :]*svd, mask=(m < M)[:, None] & (e < DV)[None, :], other=0.0) # [BM, BV]
+        # [BD, BM]
+        kt = tl.load(
+            k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+            mask=(m < M)[None, :] & (d < D)[:, None],
+            other=0.0,
+        )
+        # [BM, BV]
+        vt = tl.load(
+            v + b * svb + h * svh + m[:, None] * svm + e[None, :] * svd,
+            mask=(m < M)[:, None] & (e < DV)[None, :],
+            other=0.0,
+        )
         s = tl.dot(qt, kt, input_precision=PRECISION)
-        if not EVEN: s = tl.where((m < M)[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1)*scale2)
-        p, keep = tl.exp2(s*scale2 - new[:, None]), tl.exp2(top - new)
-        total = total*keep + tl.sum(p, 1)
-        acc = acc*keep[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision=PRECISION)
+        if not EVEN:
+            s = tl.where((m < M)[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1) * scale2)
+        p = tl.exp2(s * scale2 - new[:, None])
+        keep = tl.exp2(top - new)
+        total = total * keep + tl.sum(p, 1)
+        acc = acc * keep[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision=PRECISION)
         top = new
-    at = out + b*sob + h*soh + n64[:, None]*son + e[None, :]*sod
-    tl.store(at, (acc/total[:, None]).to(out.dtype.element_ty), mask=(n < N)[:, None] & (e < DV)[None, :])
-    tl.store(lse + bh.to(tl.int64)*N + n, top + tl.log2(total), mask=n < N)
+    at = out + b * sob + h * soh + n64[:, None] * son + e[None, :] * sod
+    tl.store(
+        at,
+        (acc / total[:, None]).to(out.dtype.element_ty),
+        mask=(n < N)[:, None] & (e < DV)[None, :],
+    )
+    tl.store(lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #6a340102
 @triton.jit(do_not_specialize=["N", "M"])
-def _sr_attention_dq_kernel(q, k, v, out, lse, g, dq, delta, scale, H, N, M, D, DV, sqb, sqh, sqn, sqd, skb, skh, skm, skd, svb, svh, svm, svd,
-                            sob, soh, son, sod, sgb, sgh, sgn, sgd, tqb, tqh, tqn, tqd,
-                            BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr):
+def _sr_attention_dq_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    g,
+    dq,
+    delta,
+    scale,
+    H,
+    N,
+    M,
+    D,
+    DV,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skm,
+    skd,
+    svb,
+    svh,
+    svm,
+    svd,
+    sob,
+    soh,
+    son,
+    sod,
+    sgb,
+    sgh,
+    sgn,
+    sgd,
+    tqb,
+    tqh,
+    tqn,
+    tqd,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "delta = sum(dO * O) and dQ = scale (P * (dO V^T - delta)) K for a tile of queries."
     tiles = tl.cdiv(N, BN)
     bh = tl.program_id(0) // tiles
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    n, d, e = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
-    n64, row = n.to(tl.int64)[:, None], bh.to(tl.int64)*N + n
-    in_d, in_e = (n < N)[:, None] & (d < D)[None, :], (n < N)[:, None] & (e < DV)[None, :]
-    qt = tl.load(q + b*sqb + h*sqh + n64*sqn + d[None, :]*sqd, mask=in_d, other=0.0)
-    gt = tl.load(g + b*sgb + h*sgh + n64*sgn + e[None, :]*sgd, mask=in_e, other=0.0)
-    ot = tl.load(out + b*sob + h*soh + n64*son + e[None, :]*sod, mask=in_e, other=0.0)
-    dl, l2 = tl.sum(gt.to(tl.float32)*ot.to(tl.float32), 1), tl.load(lse + row, mask=n < N, other=0.0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    n64 = n.to(tl.int64)[:, None]
+    row = bh.to(tl.int64) * N + n
+    in_d = (n < N)[:, None] & (d < D)[None, :]
+    in_e = (n < N)[:, None] & (e < DV)[None, :]
+    qt = tl.load(q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd, mask=in_d, other=0.0)
+    gt = tl.load(g + b * sgb + h * sgh + n64 * sgn + e[None, :] * sgd, mask=in_e, other=0.0)
+    ot = tl.load(out + b * sob + h * soh + n64 * son + e[None, :] * sod, mask=in_e, other=0.0)
+    dl = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 1)
+    l2 = tl.load(lse + row, mask=n < N, other=0.0)
     tl.store(delta + row, dl, mask=n < N)
     acc = tl.zeros([BN, BD], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        kt = tl.load(k + b*skb + h*skh + m[:, None]*skm + d[None, :]*skd, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0) # [BM, BD]
-        vt = tl.load(v + b*svb + h*svh + m[None, :]*svm + e[:, None]*svd, mask=(m < M)[None, :] & (e < DV)[:, None], other=0.0) # [BV, BM]
-        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)*(scale*1.4426950408889634)
+        # [BM, BD]
+        kt = tl.load(
+            k + b * skb + h * skh + m[:, None] * skm + d[None, :] * skd,
+            mask=(m < M)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        # [BV, BM]
+        vt = tl.load(
+            v + b * svb + h * svh + m[None, :] * svm + e[:, None] * svd,
+            mask=(m < M)[None, :] & (e < DV)[:, None],
+            other=0.0,
+        )
+        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * (scale * 1.4426950408889634)
         p = tl.exp2(s - l2[:, None])
-        if not EVEN: p = tl.where((m < M)[None, :], p, 0.0)
-        ds = p*(tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])
+        if not EVEN:
+            p = tl.where((m < M)[None, :], p, 0.0)
+        ds = p * (tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])
         acc += tl.dot(ds.to(kt.dtype), kt, input_precision=PRECISION)
-    tl.store(dq + b*tqb + h*tqh + n64*tqn + d[None, :]*tqd, (acc*scale).to(dq.dtype.element_ty), mask=in_d)
+    tl.store(
+        dq + b * tqb + h * tqh + n64 * tqn + d[None, :] * tqd,
+        (acc * scale).to(dq.dtype.element_ty),
+        mask=in_d,
+    )
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #1b75ab6d
-@triton.jit(do_not_specialize=["N", "M", "SPLITS"]) # PER is a multiple of BN: knowing that keeps loads wide
-def _sr_attention_dkv_kernel(q, k, v, lse, delta, g, dk, dv, scale, H, N, M, D, DV, sqb, sqh, sqn, sqd, skb, skh, skm, skd, svb, svh, svm, svd,
-                             sgb, sgh, sgn, sgd, SPLITS, PER, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
-    "Partial dK = scale dS^T Q and dV = P^T dO of a block of keys, over one split of the queries; rows behind the last query are zero and add nothing."
-    pid, keys = tl.program_id(0), tl.cdiv(M, BM)
-    split, tile, bh = pid % SPLITS, (pid // SPLITS) % keys, pid // (SPLITS*keys)
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    m, d, e = tile*BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
-    kt = tl.load(k + b*skb + h*skh + m[None, :]*skm + d[:, None]*skd, mask=(m < M)[None, :] & (d < D)[:, None], other=0.0) # [BD, BM]
-    vt = tl.load(v + b*svb + h*svh + m[None, :]*svm + e[:, None]*svd, mask=(m < M)[None, :] & (e < DV)[:, None], other=0.0) # [BV, BM]
-    ak, av = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BV], tl.float32)
-    for n0 in range(split*PER, tl.minimum(split*PER + PER, N), BN):
+# PER is a multiple of BN: knowing that keeps loads wide
+@triton.jit(do_not_specialize=["N", "M", "SPLITS"])
+def _sr_attention_dkv_kernel(
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    g,
+    dk,
+    dv,
+    scale,
+    H,
+    N,
+    M,
+    D,
+    DV,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skm,
+    skd,
+    svb,
+    svh,
+    svm,
+    svd,
+    sgb,
+    sgh,
+    sgn,
+    sgd,
+    SPLITS,
+    PER,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial dK = scale dS^T Q and dV = P^T dO of a block of keys, over one split of the queries;
+    rows behind the last query are zero and add nothing."""
+    pid = tl.program_id(0)
+    keys = tl.cdiv(M, BM)
+    split = pid % SPLITS
+    tile = (pid // SPLITS) % keys
+    bh = pid // (SPLITS * keys)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    m = tile * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    # [BD, BM]
+    kt = tl.load(
+        k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+        mask=(m < M)[None, :] & (d < D)[:, None],
+        other=0.0,
+    )
+    # [BV, BM]
+    vt = tl.load(
+        v + b * svb + h * svh + m[None, :] * svm + e[:, None] * svd,
+        mask=(m < M)[None, :] & (e < DV)[:, None],
+        other=0.0,
+    )
+    ak = tl.zeros([BM, BD], tl.float32)
+    av = tl.zeros([BM, BV], tl.float32)
+    for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        n64, row = n.to(tl.int64)[:, None], bh.to(tl.int64)*N + n
-        qt = tl.load(q + b*sqb + h*sqh + n64*sqn + d[None, :]*sqd, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
-        gt = tl.load(g + b*sgb + h*sgh + n64*sgn + e[None, :]*sgd, mask=(n < N)[:, None] & (e < DV)[None, :], other=0.0)
-        l2, dl = tl.load(lse + row, mask=n < N, other=0.0), tl.load(delta + row, mask=n < N, other=0.0)
-        s = tl.dot(qt, kt, input_precision=PRECISION)*(scale*1.4426950408889634)
+        n64 = n.to(tl.int64)[:, None]
+        row = bh.to(tl.int64) * N + n
+        qt = tl.load(
+            q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd,
+            mask=(n < N)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        gt = tl.load(
+            g + b * sgb + h * sgh + n64 * sgn + e[None, :] * sgd,
+            mask=(n < N)[:, None] & (e < DV)[None, :],
+            other=0.0,
+        )
+        l2 = tl.load(lse + row, mask=n < N, other=0.0)
+        dl = tl.load(delta + row, mask=n < N, other=0.0)
+        s = tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634)
         p = tl.exp2(s - l2[:, None])
         av += tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision=PRECISION)
-        ds = p*(tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])
+        ds = p * (tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])
         ak += tl.dot(tl.trans(ds.to(qt.dtype)), qt, input_precision=PRECISION)
-    at = (bh.to(tl.int64)*SPLITS + split)*M + m[:, None]
-    tl.store(dk + at*D + d[None, :], ak*scale, mask=(m < M)[:, None] & (d < D)[None, :])
-    tl.store(dv + at*DV + e[None, :], av, mask=(m < M)[:, None] & (e < DV)[None, :])
+    at = (bh.to(tl.int64) * SPLITS + split) * M + m[:, None]
+    tl.store(dk + at * D + d[None, :], ak * scale, mask=(m < M)[:, None] & (d < D)[None, :])
+    tl.store(dv + at * DV + e[None, :], av, mask=(m < M)[:, None] & (e < DV)[None, :])
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #bc42737a
-PROGRAMS = 264 # two per multiprocessor of an H100
+PROGRAMS = 264  # two per multiprocessor of an H100
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #fe76aa1c
 def _options(op, q, v, BN, BM, num_warps, num_stages=3):
     "Block sizes; float32 and wide heads take smaller tiles, the largest that compile without spills for every target."
-    if q.dtype == torch.float32: BN, BM, num_warps = 32, 32, 8
-    elif max(q.shape[-1], v.shape[-1]) > 64: BN, BM, num_warps = 64, 32, 8
-    return blocks(op, BN=BN, BM=BM, BD=pow2(q.shape[-1], 16), BV=pow2(v.shape[-1], 16), num_warps=num_warps, num_stages=num_stages)
+    if q.dtype == torch.float32:
+        BN = 32
+        BM = 32
+        num_warps = 8
+    elif max(q.shape[-1], v.shape[-1]) > 64:
+        BN = 64
+        BM = 32
+        num_warps = 8
+    return blocks(
+        op,
+        BN=BN,
+        BM=BM,
+        BD=pow2(q.shape[-1], 16),
+        BV=pow2(v.shape[-1], 16),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #85a0c277
 def _rows_first(b, h, n, d, like):
     "An empty [b, h, n, d] that lies in memory as [b, n, h, d]."
     return torch.empty((b, n, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #b5b42d0d
 def sr_attention_fwd(
-    q:torch.Tensor, # [b, h, n, d], any strides
-    k:torch.Tensor, # [b, h, m, d], any strides
-    v:torch.Tensor, # [b, h, m, dv], any strides
-    scale:float, # of the scores, positive
-)->tuple: # output [b, h, n, dv], log-sum-exp in base 2 [b, h, n]
+    q: torch.Tensor,  # [b, h, n, d], any strides
+    k: torch.Tensor,  # [b, h, m, d], any strides
+    v: torch.Tensor,  # [b, h, m, dv], any strides
+    scale: float,  # of the scores, positive
+) -> tuple:  # output [b, h, n, dv], log-sum-exp in base 2 [b, h, n]
     "Launch the forward kernel."
     (b, h, n, d), (m, dv) = q.shape, v.shape[2:]
-    out, lse = _rows_first(b, h, n, dv, q), torch.empty((b, h, n), dtype=torch.float32, device=q.device)
+    out = _rows_first(b, h, n, dv, q)
+    lse = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
     opts = _options("sr_attention", q, v, 128, 64, 4)
     with on_device(q):
-        _sr_attention_fwd_kernel[(b*h*triton.cdiv(n, opts["BN"]),)](q, k, v, out, lse, scale, h, n, m, d, dv, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-                                                                   EVEN=m % opts["BM"] == 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **opts)
+        _sr_attention_fwd_kernel[(b * h * triton.cdiv(n, opts["BN"]),)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            scale,
+            h,
+            n,
+            m,
+            d,
+            dv,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *out.stride(),
+            EVEN=m % opts["BM"] == 0,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            **opts,
+        )
     return out, lse
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #fb289d05
 def sr_attention_bwd(
-    q:torch.Tensor, # [b, h, n, d]
-    k:torch.Tensor, # [b, h, m, d]
-    v:torch.Tensor, # [b, h, m, dv]
-    out:torch.Tensor, # of the forward pass
-    lse:torch.Tensor, # of the forward pass
-    g:torch.Tensor, # gradient of the output, any strides
-    scale:float, # of the scores
-    keys_too:bool=True, # also dk and dv
-)->tuple: # dq, dk, dv
+    q: torch.Tensor,  # [b, h, n, d]
+    k: torch.Tensor,  # [b, h, m, d]
+    v: torch.Tensor,  # [b, h, m, dv]
+    out: torch.Tensor,  # of the forward pass
+    lse: torch.Tensor,  # of the forward pass
+    g: torch.Tensor,  # gradient of the output, any strides
+    scale: float,  # of the scores
+    keys_too: bool = True,  # also dk and dv
+) -> tuple:  # dq, dk, dv
     "Launch the backward kernels."
     (b, h, n, d), (m, dv) = q.shape, v.shape[2:]
-    precision, inputs = "ieee" if q.dtype == torch.float32 else "tf32", (*q.stride(), *k.stride(), *v.stride())
-    dq, delta = _rows_first(b, h, n, d, q), torch.empty((b, h, n), dtype=torch.float32, device=q.device)
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    inputs = (*q.stride(), *k.stride(), *v.stride())
+    dq = _rows_first(b, h, n, d, q)
+    delta = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
     opts = _options("sr_attention_dq", q, v, 128, 64, 8)
     with on_device(q):
-        _sr_attention_dq_kernel[(b*h*triton.cdiv(n, opts["BN"]),)](q, k, v, out, lse, g, dq, delta, scale, h, n, m, d, dv, *inputs, *out.stride(), *g.stride(),
-                                                                  *dq.stride(), EVEN=m % opts["BM"] == 0, PRECISION=precision, **opts)
-    if not keys_too: return dq, torch.zeros_like(k), torch.zeros_like(v)
-    opts = _options("sr_attention_dkv", q, v, 64, 64, 4, num_stages=1) # with more, ptxas runs the products one after the other (C7515)
-    tiles, keys = triton.cdiv(n, opts["BN"]), triton.cdiv(m, opts["BM"])
-    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b*h*keys)))*opts["BN"]
+        _sr_attention_dq_kernel[(b * h * triton.cdiv(n, opts["BN"]),)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            g,
+            dq,
+            delta,
+            scale,
+            h,
+            n,
+            m,
+            d,
+            dv,
+            *inputs,
+            *out.stride(),
+            *g.stride(),
+            *dq.stride(),
+            EVEN=m % opts["BM"] == 0,
+            PRECISION=precision,
+            **opts,
+        )
+    if not keys_too:
+        return dq, torch.zeros_like(k), torch.zeros_like(v)
+    # with more, ptxas runs the products one after the other (C7515)
+    opts = _options("sr_attention_dkv", q, v, 64, 64, 4, num_stages=1)
+    tiles = triton.cdiv(n, opts["BN"])
+    keys = triton.cdiv(m, opts["BM"])
+    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b * h * keys))) * opts["BN"]
     splits = triton.cdiv(n, per)
-    dk, dv_ = (torch.empty((b, h, splits, m, e), dtype=torch.float32, device=q.device) for e in (d, dv))
+    dk, dv_ = (
+        torch.empty((b, h, splits, m, e), dtype=torch.float32, device=q.device) for e in (d, dv)
+    )
     with on_device(q):
-        _sr_attention_dkv_kernel[(b*h*keys*splits,)](q, k, v, lse, delta, g, dk, dv_, scale, h, n, m, d, dv, *inputs, *g.stride(), splits, per, PRECISION=precision, **opts)
+        _sr_attention_dkv_kernel[(b * h * keys * splits,)](
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            g,
+            dk,
+            dv_,
+            scale,
+            h,
+            n,
+            m,
+            d,
+            dv,
+            *inputs,
+            *g.stride(),
+            splits,
+            per,
+            PRECISION=precision,
+            **opts,
+        )
     return dq, dk.sum(2).to(k.dtype), dv_.sum(2).to(v.dtype)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #adcd1010
 def _flash_runs(q, v):
     "Whether PyTorch's flash attention takes these heads on a GPU."
     d = q.shape[-1]
-    return q.is_cuda and q.dtype != torch.float32 and d % 8 == 0 and v.shape[-1] == d and torch.backends.cuda.is_flash_attention_available()
+    return (
+        q.is_cuda
+        and q.dtype != torch.float32
+        and d % 8 == 0
+        and v.shape[-1] == d
+        and torch.backends.cuda.is_flash_attention_available()
+    )
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #aedfd490
 def _flash(q, k, v, scale):
     "Output that lies in memory as [b, n, h, d], and the log-sum-exp in base 2."
-    if q.is_cuda: out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
-    else: out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    if q.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     rows = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return rows, lse.float().contiguous()*1.4426950408889634
+    return rows, lse.float().contiguous() * 1.4426950408889634
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #9d573d46
 @operator("segkern::sr_attention")
-def _sr_attention_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, scale:float) -> tuple[torch.Tensor, torch.Tensor]:
+def _sr_attention_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Output and log-sum-exp, by PyTorch's flash attention or by the kernel."
-    return _flash(q, k, v, scale) if blocks("sr_attention_forward", flash=_flash_runs(q, v))["flash"] else sr_attention_fwd(q, k, v, scale)
+    return (
+        _flash(q, k, v, scale)
+        if blocks("sr_attention_forward", flash=_flash_runs(q, v))["flash"]
+        else sr_attention_fwd(q, k, v, scale)
+    )
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #82b132f3
 @operator("segkern::sr_attention_backward")
-def _sr_attention_backward_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, out:torch.Tensor, lse:torch.Tensor, g:torch.Tensor,
-                              scale:float, keys_too:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sr_attention_backward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
+    keys_too: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."
     return sr_attention_bwd(q, k, v, out, lse, g, scale, keys_too)
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #af2fd1eb
 @_sr_attention_op.register_fake
-def _(q, k, v, scale): return _rows_first(*q.shape[:3], v.shape[3], q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+def _(q, k, v, scale):
+    return _rows_first(*q.shape[:3], v.shape[3], q), torch.empty(
+        q.shape[:3], dtype=torch.float32, device=q.device
+    )
+
 
 @_sr_attention_backward_op.register_fake
 def _(q, k, v, out, lse, g, scale, keys_too):
-    like = (lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device)) if keys_too else torch.zeros_like
+    like = (
+        (lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
+        if keys_too
+        else torch.zeros_like
+    )
     return _rows_first(*q.shape, q), like(k), like(v)
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #3dcf7790
 def _sr_attention_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output)
     ctx.scale = inputs[3]
     ctx.mark_non_differentiable(output[1])
 
-def _sr_attention_backward(ctx, g, _): return *_sr_attention_backward_op(*ctx.saved_tensors, g, ctx.scale, any(ctx.needs_input_grad[1:3])), None
+
+def _sr_attention_backward(ctx, g, _):
+    return *_sr_attention_backward_op(
+        *ctx.saved_tensors, g, ctx.scale, any(ctx.needs_input_grad[1:3])
+    ), None
+
 
 _sr_attention_op.register_autograd(_sr_attention_backward, setup_context=_sr_attention_setup)
 
+# %% ../../nbs/12_ops.sr_attention.ipynb #648caa6d
 def _cannot(q, k=None, v=None):
     "Why the kernels cannot run these tensors."
-    if v is not None and max(q.shape[-1], v.shape[-1]) > 128: return f"heads of width {max(q.shape[-1], v.shape[-1])}; the kernels take at most 128"
-    if v is not None and q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 64: return "float32 heads wider than 64 do not fit into registers"
+    if v is not None and max(q.shape[-1], v.shape[-1]) > 128:
+        return f"heads of width {max(q.shape[-1], v.shape[-1])}; the kernels take at most 128"
+    if v is not None and q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 64:
+        return "float32 heads wider than 64 do not fit into registers"
     return unsupported(*[t for t in (q, k, v) if t is not None])
+
 
 kernels_of("sr_attention", _cannot, sr_attention_fwd, sr_attention_bwd, _flash)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #4e6b871f
 def _prepared(q, k, v, scale):
     "Validated arguments, under autocast in its type, and the scale as a number."
-    if any(t.ndim != 4 for t in (q, k, v)) or not q.shape[:2] == k.shape[:2] == v.shape[:2] or q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
-        raise ValueError(f"attention wants q [b, h, n, d], k [b, h, m, d], v [b, h, m, dv]; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[2] == 0: raise ValueError("attention needs at least one key")
+    if (
+        any(t.ndim != 4 for t in (q, k, v))
+        or not q.shape[:2] == k.shape[:2] == v.shape[:2]
+        or q.shape[3] != k.shape[3]
+        or k.shape[2] != v.shape[2]
+    ):
+        raise ValueError(
+            f"attention wants q [b, h, n, d], k [b, h, m, d], v [b, h, m, dv]; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[2] == 0:
+        raise ValueError("attention needs at least one key")
     kind = autocast_type(q)
-    if kind: q, k, v = (t.to(kind) for t in (q, k, v))
-    scale = float(q.shape[3]**-0.5 if scale is None else scale)
-    return (q, k, v, scale) if scale > 0 else (-q, k, v, -scale) # the kernel takes maxima before it scales
+    if kind:
+        q, k, v = (t.to(kind) for t in (q, k, v))
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    # the kernel takes maxima before it scales
+    return (q, k, v, scale) if scale > 0 else (-q, k, v, -scale)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #12c14b69
 def sr_attention(
-    q:torch.Tensor, # [b, h, n, d]
-    k:torch.Tensor, # [b, h, m, d]
-    v:torch.Tensor, # [b, h, m, dv]
-    scale:float|None=None, # default: d**-0.5
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # [b, h, n, dv]
+    q: torch.Tensor,  # [b, h, n, d]
+    k: torch.Tensor,  # [b, h, m, d]
+    v: torch.Tensor,  # [b, h, m, dv]
+    scale: float | None = None,  # default: d**-0.5
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, h, n, dv]
     "Softmax attention of many queries to few keys, any strides."
     q, k, v, scale = _prepared(q, k, v, scale)
-    if q.numel() and v.numel() and scale > 0 and choose("sr_attention", q, k, v, sizes=(k.shape[2], v.shape[3]), impl=impl): return _sr_attention_op(q, k, v, scale)[0]
+    if (
+        q.numel()
+        and v.numel()
+        and scale > 0
+        and choose("sr_attention", q, k, v, sizes=(k.shape[2], v.shape[3]), impl=impl)
+    ):
+        return _sr_attention_op(q, k, v, scale)[0]
     return sr_attention_ref(q, k, v, scale)

@@ -16,21 +16,21 @@ from .operator import operator
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6c1fddac
 def strip_attention_ref(
-    q:torch.Tensor, # queries [b, c, h, w]
-    k:torch.Tensor, # keys [b, c, m]
-    v:torch.Tensor, # values [b, cv, m]
-)->torch.Tensor: # [b, cv, h, w]
+    q: torch.Tensor,  # queries [b, c, h, w]
+    k: torch.Tensor,  # keys [b, c, m]
+    v: torch.Tensor,  # values [b, cv, m]
+) -> torch.Tensor:  # [b, cv, h, w]
     "The definition, with the whole attention matrix in memory."
     b, c, h, w = q.shape
-    a = (q.flatten(2).transpose(1, 2) @ k).softmax(-1) # [b, h*w, m]
+    a = (q.flatten(2).transpose(1, 2) @ k).softmax(-1)  # [b, h*w, m]
     return (a @ v.transpose(1, 2)).transpose(1, 2).reshape(b, v.shape[1], h, w)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #782ca70a
 def fold_values(
-    v:torch.Tensor, # values [b, c, m]
-    weight:torch.Tensor, # 1x1 convolution [c2, c, 1, 1] or [c2, c]
-    bias:torch.Tensor|None=None, # [c2]
-)->torch.Tensor: # [b, c2, m]
+    v: torch.Tensor,  # values [b, c, m]
+    weight: torch.Tensor,  # 1x1 convolution [c2, c, 1, 1] or [c2, c]
+    bias: torch.Tensor | None = None,  # [c2]
+) -> torch.Tensor:  # [b, c2, m]
     "Apply a convolution that follows the attention to its values instead."
     out = weight.flatten(1) @ v
     return out if bias is None else out + bias[:, None]
@@ -39,227 +39,536 @@ def fold_values(
 @triton.jit
 def _rows(x, c, n, C, N, sc, sn):
     "A tile [c, n] of a map [C, N]."
-    at = x + c.to(tl.int64)[:, None]*sc + n.to(tl.int64)[None, :]*sn
+    at = x + c.to(tl.int64)[:, None] * sc + n.to(tl.int64)[None, :] * sn
     return tl.load(at, mask=(c < C)[:, None] & (n < N)[None, :], other=0.0)
+
 
 @triton.jit
 def _product(kt, qt, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     "K^T Q [keys, pixels], or its transpose."
-    if KEYS_FIRST: return tl.dot(tl.trans(kt), qt, input_precision=PRECISION)
-    else: return tl.dot(tl.trans(qt), kt, input_precision=PRECISION)
+    if KEYS_FIRST:
+        return tl.dot(tl.trans(kt), qt, input_precision=PRECISION)
+    else:
+        return tl.dot(tl.trans(qt), kt, input_precision=PRECISION)
 
+# %% ../../nbs/16_ops.strip_attention.ipynb #0d0e5211
 @triton.jit
-def _scores(qt, q, k, n, m, C, N, M, sqc, sqn, skc, skm,
-            BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    qt,
+    q,
+    k,
+    n,
+    m,
+    C,
+    N,
+    M,
+    sqc,
+    sqn,
+    skc,
+    skm,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    ONE: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Scores of a tile, base e; `qt`: the pixels' queries, where all channels fit into one tile."
-    if ONE: s = _product(_rows(k, tl.arange(0, BC), m, C, M, skc, skm), qt, KEYS_FIRST, PRECISION)
+    if ONE:
+        s = _product(_rows(k, tl.arange(0, BC), m, C, M, skc, skm), qt, KEYS_FIRST, PRECISION)
     else:
         s = tl.zeros([BM, BN] if KEYS_FIRST else [BN, BM], tl.float32)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
-            s += _product(_rows(k, c, m, C, M, skc, skm), _rows(q, c, n, C, N, sqc, sqn), KEYS_FIRST, PRECISION)
+            s += _product(
+                _rows(k, c, m, C, M, skc, skm),
+                _rows(q, c, n, C, N, sqc, sqn),
+                KEYS_FIRST,
+                PRECISION,
+            )
     return s
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #1cf8dd8e
 @triton.jit
-def _strip_attention_fwd_kernel(q, k, v, out, lse, C, N, M, CV, sqb, sqc, sqn, skb, skc, skm, svb, svc, svm,
-                                BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr, FULL: tl.constexpr,
-                                PRECISION: tl.constexpr):
+def _strip_attention_fwd_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    C,
+    N,
+    M,
+    CV,
+    sqb,
+    sqc,
+    sqn,
+    skb,
+    skc,
+    skm,
+    svb,
+    svc,
+    svm,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+    ONE: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "o_j = sum_i v_i softmax_i(k_i . q_j) for a tile of pixels."
     tiles = tl.cdiv(N, BN)
     b = (tl.program_id(0) // tiles).to(tl.int64)
-    n, e = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN), tl.arange(0, BV)
-    qt = _rows(q + b*sqb, tl.arange(0, BC), n, C, N, sqc, sqn)
-    top, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
+    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    e = tl.arange(0, BV)
+    qt = _rows(q + b * sqb, tl.arange(0, BC), n, C, N, sqc, sqn)
+    top = tl.full([BN], float("-inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
     acc = tl.zeros([BN, BV], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        s = _scores(qt, q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, ONE, False, PRECISION)
-        if not FULL: s = tl.where((m < M)[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1)*1.4426950408889634)
-        least = tl.where(new == float("-inf"), 0.0, new) # so far no key that counts
-        p, keep = tl.exp2(s*1.4426950408889634 - least[:, None]), tl.exp2(top - least)
-        vt = _rows(v + b*svb, e, m, CV, M, svc, svm)
-        total = total*keep + tl.sum(p, 1)
-        acc = acc*keep[:, None] + tl.dot(p.to(vt.dtype), tl.trans(vt), input_precision=PRECISION)
+        s = _scores(
+            qt,
+            q + b * sqb,
+            k + b * skb,
+            n,
+            m,
+            C,
+            N,
+            M,
+            sqc,
+            sqn,
+            skc,
+            skm,
+            BN,
+            BM,
+            BC,
+            ONE,
+            False,
+            PRECISION,
+        )
+        if not FULL:
+            s = tl.where((m < M)[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1) * 1.4426950408889634)
+        least = tl.where(new == float("-inf"), 0.0, new)  # so far no key that counts
+        p = tl.exp2(s * 1.4426950408889634 - least[:, None])
+        keep = tl.exp2(top - least)
+        vt = _rows(v + b * svb, e, m, CV, M, svc, svm)
+        total = total * keep + tl.sum(p, 1)
+        acc = acc * keep[:, None] + tl.dot(p.to(vt.dtype), tl.trans(vt), input_precision=PRECISION)
         top = new
-    at = out + (b*CV + e[None, :])*N + n[:, None]
-    tl.store(at, (acc/total[:, None]).to(out.dtype.element_ty), mask=(n < N)[:, None] & (e < CV)[None, :])
-    tl.store(lse + b*N + n, top + tl.log2(total), mask=n < N)
+    at = out + (b * CV + e[None, :]) * N + n[:, None]
+    tl.store(
+        at,
+        (acc / total[:, None]).to(out.dtype.element_ty),
+        mask=(n < N)[:, None] & (e < CV)[None, :],
+    )
+    tl.store(lse + b * N + n, top + tl.log2(total), mask=n < N)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #042bca0e
 @triton.jit
-def _strip_attention_dq_kernel(q, k, v, out, lse, g, dq, C, N, M, CV, sqb, sqc, sqn, skb, skc, skm, svb, svc, svm, sgb, sgc, sgn,
-                               BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr):
+def _strip_attention_dq_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    g,
+    dq,
+    C,
+    N,
+    M,
+    CV,
+    sqb,
+    sqc,
+    sqn,
+    skb,
+    skc,
+    skm,
+    svb,
+    svc,
+    svm,
+    sgb,
+    sgc,
+    sgn,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+    ONE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "dQ = K dS for a tile of pixels and a chunk of channels; dq is [b, C, N]."
     tiles = tl.cdiv(N, BN)
-    b, c = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)*BC + tl.arange(0, BC)
-    n, e = (tl.program_id(0) % tiles)*BN + tl.arange(0, BN), tl.arange(0, BV)
-    qt = _rows(q + b*sqb, c, n, C, N, sqc, sqn)
-    gt, ot = _rows(g + b*sgb, e, n, CV, N, sgc, sgn), _rows(out + b*CV*N, e, n, CV, N, N, 1)
-    delta = tl.sum(gt.to(tl.float32)*ot.to(tl.float32), 0)
-    l2 = tl.load(lse + b*N + n, mask=n < N, other=float("inf"))
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    e = tl.arange(0, BV)
+    qt = _rows(q + b * sqb, c, n, C, N, sqc, sqn)
+    gt = _rows(g + b * sgb, e, n, CV, N, sgc, sgn)
+    ot = _rows(out + b * CV * N, e, n, CV, N, N, 1)
+    delta = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 0)
+    l2 = tl.load(lse + b * N + n, mask=n < N, other=float("inf"))
     acc = tl.zeros([BC, BN], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        kt, vt = _rows(k + b*skb, c, m, C, M, skc, skm), _rows(v + b*svb, e, m, CV, M, svc, svm)
-        s = _scores(qt, q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, ONE, True, PRECISION)
-        p = tl.exp2(s*1.4426950408889634 - l2[None, :])
-        ds = p*(tl.dot(tl.trans(vt), gt, input_precision=PRECISION) - delta[None, :]) # keys that are not there meet zeros of K
+        kt = _rows(k + b * skb, c, m, C, M, skc, skm)
+        vt = _rows(v + b * svb, e, m, CV, M, svc, svm)
+        s = _scores(
+            qt,
+            q + b * sqb,
+            k + b * skb,
+            n,
+            m,
+            C,
+            N,
+            M,
+            sqc,
+            sqn,
+            skc,
+            skm,
+            BN,
+            BM,
+            BC,
+            ONE,
+            True,
+            PRECISION,
+        )
+        p = tl.exp2(s * 1.4426950408889634 - l2[None, :])
+        # keys that are not there meet zeros of K
+        ds = p * (tl.dot(tl.trans(vt), gt, input_precision=PRECISION) - delta[None, :])
         acc += tl.dot(kt, ds.to(kt.dtype), input_precision=PRECISION)
-    tl.store(dq + (b*C + c[:, None])*N + n[None, :], acc.to(dq.dtype.element_ty), mask=(c < C)[:, None] & (n < N)[None, :])
+    tl.store(
+        dq + (b * C + c[:, None]) * N + n[None, :],
+        acc.to(dq.dtype.element_ty),
+        mask=(c < C)[:, None] & (n < N)[None, :],
+    )
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #76cd17b0
-@triton.jit(do_not_specialize=["SPLITS"]) # PER is always a multiple of BN
-def _strip_attention_dkv_kernel(q, k, v, out, lse, g, dk, dv, C, N, M, CV, sqb, sqc, sqn, skb, skc, skm, svb, svc, svm, sgb, sgc, sgn, SPLITS, PER,
-                                BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=["SPLITS"])  # PER is always a multiple of BN
+def _strip_attention_dkv_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    g,
+    dk,
+    dv,
+    C,
+    N,
+    M,
+    CV,
+    sqb,
+    sqc,
+    sqn,
+    skb,
+    skc,
+    skm,
+    svb,
+    svc,
+    svm,
+    sgb,
+    sgc,
+    sgn,
+    SPLITS,
+    PER,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+    ONE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Partial dK = Q dS^T of a chunk of channels and, by the first chunk, partial dv, over one split of the pixels."
-    pid, y = tl.program_id(0), tl.program_id(1)
-    split, tile = pid % SPLITS, (pid // SPLITS) % tl.cdiv(M, BM)
-    b = (pid // (SPLITS*tl.cdiv(M, BM))).to(tl.int64)
-    c, m, e = y*BC + tl.arange(0, BC), tile*BM + tl.arange(0, BM), tl.arange(0, BV)
-    vt = _rows(v + b*svb, e, m, CV, M, svc, svm)
-    ak, av = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BV], tl.float32)
-    for n0 in range(split*PER, tl.minimum(split*PER + PER, N), BN):
+    pid = tl.program_id(0)
+    y = tl.program_id(1)
+    split = pid % SPLITS
+    tile = (pid // SPLITS) % tl.cdiv(M, BM)
+    b = (pid // (SPLITS * tl.cdiv(M, BM))).to(tl.int64)
+    c = y * BC + tl.arange(0, BC)
+    m = tile * BM + tl.arange(0, BM)
+    e = tl.arange(0, BV)
+    vt = _rows(v + b * svb, e, m, CV, M, svc, svm)
+    ak = tl.zeros([BM, BC], tl.float32)
+    av = tl.zeros([BM, BV], tl.float32)
+    for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        qt = _rows(q + b*sqb, c, n, C, N, sqc, sqn)
-        gt, ot = _rows(g + b*sgb, e, n, CV, N, sgc, sgn), _rows(out + b*CV*N, e, n, CV, N, N, 1)
-        delta = tl.sum(gt.to(tl.float32)*ot.to(tl.float32), 0)
-        l2 = tl.load(lse + b*N + n, mask=n < N, other=float("inf")) # no weight for pixels that are not there
-        s = _scores(qt, q + b*sqb, k + b*skb, n, m, C, N, M, sqc, sqn, skc, skm, BN, BM, BC, ONE, True, PRECISION)
-        p = tl.exp2(s*1.4426950408889634 - l2[None, :])
-        ds = p*(tl.dot(tl.trans(vt), gt, input_precision=PRECISION) - delta[None, :])
+        qt = _rows(q + b * sqb, c, n, C, N, sqc, sqn)
+        gt = _rows(g + b * sgb, e, n, CV, N, sgc, sgn)
+        ot = _rows(out + b * CV * N, e, n, CV, N, N, 1)
+        delta = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 0)
+        # no weight for pixels that are not there
+        l2 = tl.load(lse + b * N + n, mask=n < N, other=float("inf"))
+        s = _scores(
+            qt,
+            q + b * sqb,
+            k + b * skb,
+            n,
+            m,
+            C,
+            N,
+            M,
+            sqc,
+            sqn,
+            skc,
+            skm,
+            BN,
+            BM,
+            BC,
+            ONE,
+            True,
+            PRECISION,
+        )
+        p = tl.exp2(s * 1.4426950408889634 - l2[None, :])
+        ds = p * (tl.dot(tl.trans(vt), gt, input_precision=PRECISION) - delta[None, :])
         av += tl.dot(p.to(gt.dtype), tl.trans(gt), input_precision=PRECISION)
         ak += tl.dot(ds.to(qt.dtype), tl.trans(qt), input_precision=PRECISION)
-    at = b*SPLITS + split
-    tl.store(dk + (at*C + c[None, :])*M + m[:, None], ak, mask=(c < C)[None, :] & (m < M)[:, None])
+    at = b * SPLITS + split
+    tl.store(
+        dk + (at * C + c[None, :]) * M + m[:, None], ak, mask=(c < C)[None, :] & (m < M)[:, None]
+    )
     wanted = tl.where(y == 0, CV, 0)
-    tl.store(dv + (at*CV + e[None, :])*M + m[:, None], av, mask=(e < wanted)[None, :] & (m < M)[:, None])
+    tl.store(
+        dv + (at * CV + e[None, :]) * M + m[:, None],
+        av,
+        mask=(e < wanted)[None, :] & (m < M)[:, None],
+    )
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #7b5db163
-PROGRAMS = 264 # two per multiprocessor of an H100
+PROGRAMS = 264  # two per multiprocessor of an H100
+
 
 def _pixels(t):
     "`t` [b, c, h, w] as [b, c, hw] with one stride for the pixels; copied once where rows do not follow each other."
-    return t.flatten(2) if t.stride(2) == t.shape[3]*t.stride(3) or 1 in t.shape[2:] else t.contiguous().flatten(2)
+    return (
+        t.flatten(2)
+        if t.stride(2) == t.shape[3] * t.stride(3) or 1 in t.shape[2:]
+        else t.contiguous().flatten(2)
+    )
 
+# %% ../../nbs/16_ops.strip_attention.ipynb #23a2c9db
 def _options(op, q):
     "Block sizes by direction, type and width: the largest ones that compile without spills for every target."
-    exact, back, c = q.dtype == torch.float32, op.endswith("bwd"), q.shape[1]
-    BN, BM, num_warps = 128, 64, 8
-    if back: BN, BM, num_warps = 32 if c > 64 else 64, 32, 4
-    if exact: BN, BM, num_warps = 32 if back else 64, 32, 8
+    exact = q.dtype == torch.float32
+    back = op.endswith("bwd")
+    c = q.shape[1]
+    BN = 128
+    BM = 64
+    num_warps = 8
+    if back:
+        BN = 32 if c > 64 else 64
+        BM = 32
+        num_warps = 4
+    if exact:
+        BN = 32 if back else 64
+        BM = 32
+        num_warps = 8
     return blocks(op, BN=BN, BM=BM, BC=pow2(c, 16, 32 if exact else 64), BV=16, num_warps=num_warps)
 
+# %% ../../nbs/16_ops.strip_attention.ipynb #6960da2d
 def _common(q, k, v):
     "Arguments that all kernels share."
-    return (q.shape[1], q.shape[2], k.shape[2], v.shape[1]), (*q.stride(), *k.stride(), *v.stride()), "ieee" if q.dtype == torch.float32 else "tf32"
+    return (
+        (q.shape[1], q.shape[2], k.shape[2], v.shape[1]),
+        (*q.stride(), *k.stride(), *v.stride()),
+        "ieee" if q.dtype == torch.float32 else "tf32",
+    )
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6da16891
 def strip_attention_fwd(
-    q:torch.Tensor, # [b, c, h, w]
-    k:torch.Tensor, # [b, c, m]
-    v:torch.Tensor, # [b, cv, m]
-)->tuple: # output [b, cv, h, w], log-sum-exp in base 2 [b, hw]
+    q: torch.Tensor,  # [b, c, h, w]
+    k: torch.Tensor,  # [b, c, m]
+    v: torch.Tensor,  # [b, cv, m]
+) -> tuple:  # output [b, cv, h, w], log-sum-exp in base 2 [b, hw]
     "Launch the forward kernel."
     flat, (b, _, h, w) = _pixels(q), q.shape
     sizes, strides, precision = _common(flat, k, v)
     out = torch.empty((b, v.shape[1], h, w), dtype=q.dtype, device=q.device)
-    lse, opts = torch.empty((b, h*w), dtype=torch.float32, device=q.device), _options("strip_attention", flat)
+    lse = torch.empty((b, h * w), dtype=torch.float32, device=q.device)
+    opts = _options("strip_attention", flat)
     with on_device(q):
-        _strip_attention_fwd_kernel[(b*triton.cdiv(h*w, opts["BN"]),)](
-            flat, k, v, out, lse, *sizes, *strides, ONE=q.shape[1] <= opts["BC"], FULL=k.shape[2] % opts["BM"] == 0, PRECISION=precision, **opts)
+        _strip_attention_fwd_kernel[(b * triton.cdiv(h * w, opts["BN"]),)](
+            flat,
+            k,
+            v,
+            out,
+            lse,
+            *sizes,
+            *strides,
+            ONE=q.shape[1] <= opts["BC"],
+            FULL=k.shape[2] % opts["BM"] == 0,
+            PRECISION=precision,
+            **opts,
+        )
     return out, lse
 
+# %% ../../nbs/16_ops.strip_attention.ipynb #3804da6e
 def strip_attention_bwd(
-    q:torch.Tensor, # [b, c, h, w]
-    k:torch.Tensor, # [b, c, m]
-    v:torch.Tensor, # [b, cv, m]
-    out:torch.Tensor, # of the forward pass
-    lse:torch.Tensor, # of the forward pass
-    g:torch.Tensor, # gradient of the output
-    want_q:bool=True, # dq is wanted
-    want_kv:bool=True, # dk or dv is wanted
-)->tuple: # dq, dk, dv; empty where not wanted
+    q: torch.Tensor,  # [b, c, h, w]
+    k: torch.Tensor,  # [b, c, m]
+    v: torch.Tensor,  # [b, cv, m]
+    out: torch.Tensor,  # of the forward pass
+    lse: torch.Tensor,  # of the forward pass
+    g: torch.Tensor,  # gradient of the output
+    want_q: bool = True,  # dq is wanted
+    want_kv: bool = True,  # dk or dv is wanted
+) -> tuple:  # dq, dk, dv; empty where not wanted
     "Launch the backward kernels."
     flat, gf, (b, c, h, w), (m, cv) = _pixels(q), _pixels(g), q.shape, (k.shape[2], v.shape[1])
     sizes, strides, precision = _common(flat, k, v)
-    opts, strides = _options("strip_attention_bwd", flat), (*strides, *gf.stride())
-    chunks, tiles, keys = triton.cdiv(c, opts["BC"]), triton.cdiv(h*w, opts["BN"]), triton.cdiv(m, opts["BM"])
+    opts = _options("strip_attention_bwd", flat)
+    strides = (*strides, *gf.stride())
+    chunks = triton.cdiv(c, opts["BC"])
+    tiles = triton.cdiv(h * w, opts["BN"])
+    keys = triton.cdiv(m, opts["BM"])
     one = chunks == 1
-    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b*keys*chunks)))*opts["BN"]
-    splits = triton.cdiv(h*w, per)
+    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b * keys * chunks))) * opts["BN"]
+    splits = triton.cdiv(h * w, per)
     dq = torch.empty((b, c, h, w) if want_q else (0,), dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty((b, splits, n, m) if want_kv else (0, 0), dtype=torch.float32, device=q.device) for n in (c, cv))
+    dk, dv = (
+        torch.empty((b, splits, n, m) if want_kv else (0, 0), dtype=torch.float32, device=q.device)
+        for n in (c, cv)
+    )
     with on_device(q):
-        if want_q: _strip_attention_dq_kernel[(b*tiles, chunks)](flat, k, v, out, lse, gf, dq, *sizes, *strides, ONE=one, PRECISION=precision, **opts)
+        if want_q:
+            _strip_attention_dq_kernel[(b * tiles, chunks)](
+                flat, k, v, out, lse, gf, dq, *sizes, *strides, ONE=one, PRECISION=precision, **opts
+            )
         if want_kv:
-            _strip_attention_dkv_kernel[(b*keys*splits, chunks)](
-                flat, k, v, out, lse, gf, dk, dv, *sizes, *strides, splits, per, ONE=one, PRECISION=precision, **opts)
+            _strip_attention_dkv_kernel[(b * keys * splits, chunks)](
+                flat,
+                k,
+                v,
+                out,
+                lse,
+                gf,
+                dk,
+                dv,
+                *sizes,
+                *strides,
+                splits,
+                per,
+                ONE=one,
+                PRECISION=precision,
+                **opts,
+            )
     return dq, dk.sum(1).to(k.dtype), dv.sum(1).to(v.dtype)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #c8de4c22
 @operator("segkern::strip_attention")
-def _strip_attention_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _strip_attention_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     "The kernel as an operator."
     return strip_attention_fwd(q, k, v)
 
+# %% ../../nbs/16_ops.strip_attention.ipynb #95ba6b38
 @operator("segkern::strip_attention_backward")
-def _strip_attention_backward_op(q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, out:torch.Tensor, lse:torch.Tensor,
-                                 g:torch.Tensor, want_q:bool, want_kv:bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _strip_attention_backward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    g: torch.Tensor,
+    want_q: bool,
+    want_kv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "The backward kernels as an operator."
     return strip_attention_bwd(q, k, v, out, lse, g, want_q, want_kv)
 
+# %% ../../nbs/16_ops.strip_attention.ipynb #57f9bbd8
 @_strip_attention_op.register_fake
 def _(q, k, v):
     b, _, h, w = q.shape
-    return torch.empty((b, v.shape[1], h, w), dtype=q.dtype, device=q.device), torch.empty((b, h*w), dtype=torch.float32, device=q.device)
+    return torch.empty((b, v.shape[1], h, w), dtype=q.dtype, device=q.device), torch.empty(
+        (b, h * w), dtype=torch.float32, device=q.device
+    )
+
 
 @_strip_attention_backward_op.register_fake
 def _(q, k, v, out, lse, g, want_q, want_kv):
-    return tuple(torch.empty(t.shape if want else (0,), dtype=t.dtype, device=t.device) for t, want in ((q, want_q), (k, want_kv), (v, want_kv)))
+    return tuple(
+        torch.empty(t.shape if want else (0,), dtype=t.dtype, device=t.device)
+        for t, want in ((q, want_q), (k, want_kv), (v, want_kv))
+    )
 
+# %% ../../nbs/16_ops.strip_attention.ipynb #8ca9b0a0
 def _strip_attention_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
+
 
 def _strip_attention_backward(ctx, g, _):
     need_q, need_k, need_v = ctx.needs_input_grad
     dq, dk, dv = _strip_attention_backward_op(*ctx.saved_tensors, g, need_q, need_k or need_v)
     return dq if need_q else None, dk if need_k else None, dv if need_v else None
 
-_strip_attention_op.register_autograd(_strip_attention_backward, setup_context=_strip_attention_setup)
-MAX_VALUES = 8 # value channels; every pair computes the scores again
 
+_strip_attention_op.register_autograd(
+    _strip_attention_backward, setup_context=_strip_attention_setup
+)
+MAX_VALUES = 8  # value channels; every pair computes the scores again
+
+# %% ../../nbs/16_ops.strip_attention.ipynb #19dff116
 def _cannot(q, k=None, v=None):
     "Why the kernels cannot run these tensors."
-    if q.shape[1:].numel() >= 1 << 31: return "one picture has 2**31 elements or more"
-    if v is not None and v.shape[1] > MAX_VALUES: return f"{v.shape[1]} value channels; the kernels take at most {MAX_VALUES}"
+    if q.shape[1:].numel() >= 1 << 31:
+        return "one picture has 2**31 elements or more"
+    if v is not None and v.shape[1] > MAX_VALUES:
+        return f"{v.shape[1]} value channels; the kernels take at most {MAX_VALUES}"
     return unsupported(q, *([] if k is None else [k])) or (None if v is None else unsupported(v))
+
 
 kernels_of("strip_attention", _cannot, strip_attention_fwd, strip_attention_bwd)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #68f8315f
-MAX_SCORES = 1 << 22 # entries of the attention matrix held at a time, over the batch
+MAX_SCORES = 1 << 22  # entries of the attention matrix held at a time, over the batch
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #b1c3eb6d
 def strip_attention(
-    q:torch.Tensor, # queries [b, c, h, w]
-    k:torch.Tensor, # keys [b, c, m], one per strip
-    v:torch.Tensor, # values [b, cv, m]
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor: # [b, cv, h, w]
+    q: torch.Tensor,  # queries [b, c, h, w]
+    k: torch.Tensor,  # keys [b, c, m], one per strip
+    v: torch.Tensor,  # values [b, cv, m]
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, cv, h, w]
     "Softmax attention of every pixel over the strips, without a scale; the attention matrix is never held whole."
-    if q.ndim != 4 or k.ndim != 3 or v.ndim != 3 or not (len(q) == len(k) == len(v)) or q.shape[1] != k.shape[1] or k.shape[2] != v.shape[2]:
-        raise ValueError(f"strip_attention wants q [b, c, h, w], k [b, c, m], v [b, cv, m]; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[2] == 0: raise ValueError("strip_attention needs at least one key")
+    if (
+        q.ndim != 4
+        or k.ndim != 3
+        or v.ndim != 3
+        or not (len(q) == len(k) == len(v))
+        or q.shape[1] != k.shape[1]
+        or k.shape[2] != v.shape[2]
+    ):
+        raise ValueError(
+            f"strip_attention wants q [b, c, h, w], k [b, c, m], v [b, cv, m]; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[2] == 0:
+        raise ValueError("strip_attention needs at least one key")
     kind = autocast_type(q)
-    qa, ka = (t.to(kind) if kind else t for t in (q, k)) # values may keep a wider type
-    if q.numel() and v.numel() and choose("strip_attention", qa, ka, v, impl=impl, sizes=(v.shape[1],)): return _strip_attention_op(qa, ka, v)[0]
+    qa, ka = (t.to(kind) if kind else t for t in (q, k))  # values may keep a wider type
+    if (
+        q.numel()
+        and v.numel()
+        and choose("strip_attention", qa, ka, v, impl=impl, sizes=(v.shape[1],))
+    ):
+        return _strip_attention_op(qa, ka, v)[0]
     b, c, h, w = q.shape
-    rows = max(1, MAX_SCORES // max(1, b*w*k.shape[2]))
-    if rows >= h: return strip_attention_ref(q, k, v)
+    rows = max(1, MAX_SCORES // max(1, b * w * k.shape[2]))
+    if rows >= h:
+        return strip_attention_ref(q, k, v)
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    run = (lambda part: checkpoint(strip_attention_ref, part, k, v, use_reentrant=False, preserve_rng_state=False)) if train \
+    run = (
+        (
+            lambda part: checkpoint(
+                strip_attention_ref, part, k, v, use_reentrant=False, preserve_rng_state=False
+            )
+        )
+        if train
         else (lambda part: strip_attention_ref(part, k, v))
+    )
     return torch.cat([run(part) for part in q.split(rows, 2)], 2)

@@ -20,27 +20,30 @@ def _strip(x, axis, pool):
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #adf1d790
 def strip_pool_ref(
-    x:torch.Tensor, # [b, c, h, w]
-    mode:str="mean", # "mean" | "max" | "mean_max"
-    dim:str="hw", # "h": over the height; "w": over the width; "hw": both
-)->list: # over h: [b, c, w], over w: [b, c, h]; over h first, mean before max
+    x: torch.Tensor,  # [b, c, h, w]
+    mode: str = "mean",  # "mean" | "max" | "mean_max"
+    dim: str = "hw",  # "h": over the height; "w": over the width; "hw": both
+) -> list:  # over h: [b, c, w], over w: [b, c, h]; over h first, mean before max
     "PyTorch's pooling with a kernel of full height or width."
     out = []
     for axis in [{"h": 2, "w": 3}[d] for d in dim]:
-        if "mean" in mode: out.append(_strip(x, axis, F.avg_pool2d))
-        if "max" in mode: out.append(_strip(x, axis, F.max_pool2d))
+        if "mean" in mode:
+            out.append(_strip(x, axis, F.avg_pool2d))
+        if "max" in mode:
+            out.append(_strip(x, axis, F.max_pool2d))
     return out
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #cf40d543
 @triton.jit
 def _top(v, at, axis: tl.constexpr):
     "Maximum along an axis, NaN where there is one, and the first index that reaches it."
-    BIG: tl.constexpr = 1073741824 # more than any index
+    BIG: tl.constexpr = 1073741824  # more than any index
     top = tl.max(v, axis)
     place = tl.where(v == tl.expand_dims(top, axis), at, BIG)
     first = tl.min(tl.where(v != v, at - BIG, place), axis)
     nan = first < 0
     return tl.where(nan, float("nan"), top), tl.where(nan, first + BIG, first)
+
 
 @triton.jit
 def _better(a, b):
@@ -48,50 +51,84 @@ def _better(a, b):
     return (b > a) | (b != b)
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #86196d10
-@triton.jit(do_not_specialize=["H", "PARTS", "STRIPS", "ROWS"]) # that of C and W decides whether loads are wide
-def _strip_pool_fwd_kernel(x, sum_h, max_h, idx_h, sum_w, max_w, idx_w, C, H, W, sb, sc, sh, sw, PARTS, STRIPS, ROWS,
-                           MEAN: tl.constexpr, MAX: tl.constexpr, OVER_H: tl.constexpr, OVER_W: tl.constexpr,
-                           WHOLE_H: tl.constexpr, WHOLE_W: tl.constexpr, FULL: tl.constexpr,
-                           BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
-    "Partial sums and maxima of a part of the rows in a strip of the columns, for `BC` channels; means where the part is the whole."
-    pid, blocks_c = tl.program_id(0), tl.cdiv(C, BC)
-    strip, part = pid % STRIPS, (pid // STRIPS) % PARTS
-    plane = pid // (STRIPS*PARTS)
-    b, c = (plane // blocks_c).to(tl.int64), (plane % blocks_c)*BC + tl.arange(0, BC)
-    w = strip*BW + tl.arange(0, BW)
-    base = x + b*sb + c.to(tl.int64)[:, None, None]*sc + w.to(tl.int64)[None, None, :]*sw
+# that of C and W decides whether loads are wide
+@triton.jit(do_not_specialize=["H", "PARTS", "STRIPS", "ROWS"])
+def _strip_pool_fwd_kernel(
+    x,
+    sum_h,
+    max_h,
+    idx_h,
+    sum_w,
+    max_w,
+    idx_w,
+    C,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    PARTS,
+    STRIPS,
+    ROWS,
+    MEAN: tl.constexpr,
+    MAX: tl.constexpr,
+    OVER_H: tl.constexpr,
+    OVER_W: tl.constexpr,
+    WHOLE_H: tl.constexpr,
+    WHOLE_W: tl.constexpr,
+    FULL: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Partial sums and maxima of a part of the rows in a strip of the columns, for `BC` channels;
+    means where the part is the whole."""
+    pid = tl.program_id(0)
+    blocks_c = tl.cdiv(C, BC)
+    strip = pid % STRIPS
+    part = (pid // STRIPS) % PARTS
+    plane = pid // (STRIPS * PARTS)
+    b = (plane // blocks_c).to(tl.int64)
+    c = (plane % blocks_c) * BC + tl.arange(0, BC)
+    w = strip * BW + tl.arange(0, BW)
+    base = x + b * sb + c.to(tl.int64)[:, None, None] * sc + w.to(tl.int64)[None, None, :] * sw
     columns = (c < C)[:, None, None] & (w < W)[None, None, :]
-    first, end = part*ROWS, tl.minimum(part*ROWS + ROWS, H)
-    bc = b*C + c
+    first = part * ROWS
+    end = tl.minimum(part * ROWS + ROWS, H)
+    bc = b * C + c
     total = tl.zeros([BC, BH, BW], tl.float32)
     top = tl.full([BC, BH, BW], float("-inf"), tl.float32)
     where = tl.zeros([BC, BH, BW], tl.int32) + first
     for r in range(first, end, BH):
         h = r + tl.arange(0, BH)
-        at = base + h.to(tl.int64)[None, :, None]*sh
-        if FULL: # the strips and parts cover the map exactly
+        at = base + h.to(tl.int64)[None, :, None] * sh
+        if FULL:  # the strips and parts cover the map exactly
             v = tl.load(at).to(tl.float32)
             low = v
         else:
             inside = columns & (h < end)[None, :, None]
             v = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             low = tl.where(inside, v, float("-inf"))
-        row = (bc[:, None]*STRIPS + strip)*H + h[None, :]
+        row = (bc[:, None] * STRIPS + strip) * H + h[None, :]
         keep = (c < C)[:, None] & (h < end)[None, :]
-        if MEAN and OVER_H: total += v
+        if MEAN and OVER_H:
+            total += v
         if MEAN and OVER_W:
-            across = tl.sum(v, 2)/(W if WHOLE_W else 1)
+            across = tl.sum(v, 2) / (W if WHOLE_W else 1)
             tl.store(sum_w + row, across.to(sum_w.dtype.element_ty), mask=keep)
         if MAX and OVER_H:
             new = _better(top, low)
-            top, where = tl.where(new, low, top), tl.where(new, h[None, :, None], where)
+            top = tl.where(new, low, top)
+            where = tl.where(new, h[None, :, None], where)
         if MAX and OVER_W:
             m, i = _top(low, w[None, None, :], 2)
             tl.store(max_w + row, m.to(max_w.dtype.element_ty), mask=keep)
             tl.store(idx_w + row, tl.minimum(i, W - 1), mask=keep)
-    col, keep = (bc[:, None]*PARTS + part)*W + w[None, :], (c < C)[:, None] & (w < W)[None, :]
+    col = (bc[:, None] * PARTS + part) * W + w[None, :]
+    keep = (c < C)[:, None] & (w < W)[None, :]
     if MEAN and OVER_H:
-        down = tl.sum(total, 1)/(H if WHOLE_H else 1)
+        down = tl.sum(total, 1) / (H if WHOLE_H else 1)
         tl.store(sum_h + col, down.to(sum_h.dtype.element_ty), mask=keep)
     if MAX and OVER_H:
         m, i = _top(top, where, 1)
@@ -100,183 +137,353 @@ def _strip_pool_fwd_kernel(x, sum_h, max_h, idx_h, sum_w, max_w, idx_w, C, H, W,
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #33fa9320
 @triton.jit(do_not_specialize=["N", "n"])
-def _strip_pool_join_kernel(sums, tops, at, mean, top, idx, N, L, n, count, MEAN: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr):
+def _strip_pool_join_kernel(
+    sums,
+    tops,
+    at,
+    mean,
+    top,
+    idx,
+    N,
+    L,
+    n,
+    count,
+    MEAN: tl.constexpr,
+    MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     "Sums and first maxima over `N` parts, [planes, N, L] to [planes, L]; the mean is the sum over `n`."
-    i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
-    plane, l = (i // L), i % L
-    first = plane*N*L + l
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    plane = i // L
+    l = i % L
+    first = plane * N * L + l
     inside = i < count
-    total, best, where = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.float32)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    where = tl.zeros([BLOCK], tl.int32)
     for p in range(0, N):
-        if MEAN: total += tl.load(sums + first + p*L, mask=inside, other=0.0)
+        if MEAN:
+            total += tl.load(sums + first + p * L, mask=inside, other=0.0)
         if MAX:
-            m, j = tl.load(tops + first + p*L, mask=inside, other=0.0), tl.load(at + first + p*L, mask=inside, other=0)
+            m = tl.load(tops + first + p * L, mask=inside, other=0.0)
+            j = tl.load(at + first + p * L, mask=inside, other=0)
             new = _better(best, m) | (p == 0)
-            best, where = tl.where(new, m, best), tl.where(new, j, where)
-    if MEAN: tl.store(mean + i, (total/n).to(mean.dtype.element_ty), mask=inside)
+            best = tl.where(new, m, best)
+            where = tl.where(new, j, where)
+    if MEAN:
+        tl.store(mean + i, (total / n).to(mean.dtype.element_ty), mask=inside)
     if MAX:
         tl.store(top + i, best.to(top.dtype.element_ty), mask=inside)
         tl.store(idx + i, where, mask=inside)
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #70c64e3a
-@triton.jit(do_not_specialize=["H", "STRIPS", "PARTS"]) # that of C and W decides whether stores are wide
-def _strip_pool_bwd_kernel(dx, gmean_h, gmax_h, idx_h, gmean_w, gmax_w, idx_w, C, H, W, sb, sc, sh, sw, STRIPS, PARTS,
-                           MEAN_H: tl.constexpr, MAX_H: tl.constexpr, MEAN_W: tl.constexpr, MAX_W: tl.constexpr,
-                           BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+# that of C and W decides whether stores are wide
+@triton.jit(do_not_specialize=["H", "STRIPS", "PARTS"])
+def _strip_pool_bwd_kernel(
+    dx,
+    gmean_h,
+    gmax_h,
+    idx_h,
+    gmean_w,
+    gmax_w,
+    idx_w,
+    C,
+    H,
+    W,
+    sb,
+    sc,
+    sh,
+    sw,
+    STRIPS,
+    PARTS,
+    MEAN_H: tl.constexpr,
+    MAX_H: tl.constexpr,
+    MEAN_W: tl.constexpr,
+    MAX_W: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     "The gradient of a tile from those of its columns and rows."
-    pid, blocks_c = tl.program_id(0), tl.cdiv(C, BC)
-    strip, part = pid % STRIPS, (pid // STRIPS) % PARTS
-    plane = pid // (STRIPS*PARTS)
-    b, c = (plane // blocks_c).to(tl.int64), (plane % blocks_c)*BC + tl.arange(0, BC)
-    h, w = part*BH + tl.arange(0, BH), strip*BW + tl.arange(0, BW)
-    bc = b*C + c
-    col, cols = bc[:, None]*W + w[None, :], (c < C)[:, None] & (w < W)[None, :]
-    row, rows = bc[:, None]*H + h[None, :], (c < C)[:, None] & (h < H)[None, :]
+    pid = tl.program_id(0)
+    blocks_c = tl.cdiv(C, BC)
+    strip = pid % STRIPS
+    part = (pid // STRIPS) % PARTS
+    plane = pid // (STRIPS * PARTS)
+    b = (plane // blocks_c).to(tl.int64)
+    c = (plane % blocks_c) * BC + tl.arange(0, BC)
+    h = part * BH + tl.arange(0, BH)
+    w = strip * BW + tl.arange(0, BW)
+    bc = b * C + c
+    col = bc[:, None] * W + w[None, :]
+    cols = (c < C)[:, None] & (w < W)[None, :]
+    row = bc[:, None] * H + h[None, :]
+    rows = (c < C)[:, None] & (h < H)[None, :]
     g = tl.zeros([BC, BH, BW], tl.float32)
-    if MEAN_H: g += (tl.load(gmean_h + col, mask=cols, other=0.0).to(tl.float32)/H)[:, None, :]
-    if MEAN_W: g += (tl.load(gmean_w + row, mask=rows, other=0.0).to(tl.float32)/W)[:, :, None]
+    if MEAN_H:
+        g += (tl.load(gmean_h + col, mask=cols, other=0.0).to(tl.float32) / H)[:, None, :]
+    if MEAN_W:
+        g += (tl.load(gmean_w + row, mask=rows, other=0.0).to(tl.float32) / W)[:, :, None]
     if MAX_H:
         i = tl.load(idx_h + col, mask=cols, other=-1)
-        g += tl.where(i[:, None, :] == h[None, :, None], tl.load(gmax_h + col, mask=cols, other=0.0).to(tl.float32)[:, None, :], 0.0)
+        g += tl.where(
+            i[:, None, :] == h[None, :, None],
+            tl.load(gmax_h + col, mask=cols, other=0.0).to(tl.float32)[:, None, :],
+            0.0,
+        )
     if MAX_W:
         j = tl.load(idx_w + row, mask=rows, other=-1)
-        g += tl.where(j[:, :, None] == w[None, None, :], tl.load(gmax_w + row, mask=rows, other=0.0).to(tl.float32)[:, :, None], 0.0)
-    at = b*sb + c.to(tl.int64)[:, None, None]*sc + h.to(tl.int64)[None, :, None]*sh + w.to(tl.int64)[None, None, :]*sw
+        g += tl.where(
+            j[:, :, None] == w[None, None, :],
+            tl.load(gmax_w + row, mask=rows, other=0.0).to(tl.float32)[:, :, None],
+            0.0,
+        )
+    at = (
+        b * sb
+        + c.to(tl.int64)[:, None, None] * sc
+        + h.to(tl.int64)[None, :, None] * sh
+        + w.to(tl.int64)[None, None, :] * sw
+    )
     tl.store(dx + at, g.to(dx.dtype.element_ty), mask=cols[:, None, :] & (h < H)[None, :, None])
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #fba4543b
-WARPS = 1056 # eight per multiprocessor of an H100
+WARPS = 1056  # eight per multiprocessor of an H100
 
+# %% ../../nbs/11_ops.strip_pool.ipynb #83d789ac
 def _tile(x):
     "Block sizes for the memory layout of `x`; in both, 32 lanes span what lies together."
     c, h, w = x.shape[1:]
     if x.stride(1) == 1 and c > 1 and x.stride(3) != 1:
         BC = pow2(c, 1, 64)
-        return blocks("strip_pool", BC=BC, BH=1, BW=pow2(w, 1, max(8, 1024//BC) if BC > 8 else 64), num_warps=1)
-    return blocks("strip_pool", BC=1, BH=pow2(h, 1, 8), BW=pow2(w, 16, 512//x.element_size()), num_warps=4)
+        return blocks(
+            "strip_pool",
+            BC=BC,
+            BH=1,
+            BW=pow2(w, 1, max(8, 1024 // BC) if BC > 8 else 64),
+            num_warps=1,
+        )
+    return blocks(
+        "strip_pool", BC=1, BH=pow2(h, 1, 8), BW=pow2(w, 16, 512 // x.element_size()), num_warps=4
+    )
 
+# %% ../../nbs/11_ops.strip_pool.ipynb #ca8fa176
 def strip_pool_fwd(
-    x:torch.Tensor, # [b, c, h, w], any strides
-    mean:bool, # wanted
-    top:bool, # wanted: the maximum
-    over_h:bool, # wanted: [b, c, w]
-    over_w:bool, # wanted: [b, c, h]
-)->tuple: # mean, max, index over h, then over w; empty where not wanted
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    mean: bool,  # wanted
+    top: bool,  # wanted: the maximum
+    over_h: bool,  # wanted: [b, c, w]
+    over_w: bool,  # wanted: [b, c, h]
+) -> tuple:  # mean, max, index over h, then over w; empty where not wanted
     "Launch the forward kernels."
     (b, c, h, w), opts = x.shape, _tile(x)
-    planes, strips = b*triton.cdiv(c, opts["BC"]), triton.cdiv(w, opts["BW"])
-    wanted = triton.cdiv(WARPS//opts["num_warps"], planes*strips)
-    parts = max(1, min(triton.next_power_of_2(wanted), triton.cdiv(h, 4*opts["BH"]))) # powers of two divide most heights
-    rows = triton.cdiv(triton.cdiv(h, parts), opts["BH"])*opts["BH"]
+    planes = b * triton.cdiv(c, opts["BC"])
+    strips = triton.cdiv(w, opts["BW"])
+    wanted = triton.cdiv(WARPS // opts["num_warps"], planes * strips)
+    # powers of two divide most heights
+    parts = max(1, min(triton.next_power_of_2(wanted), triton.cdiv(h, 4 * opts["BH"])))
+    rows = triton.cdiv(triton.cdiv(h, parts), opts["BH"]) * opts["BH"]
     parts = triton.cdiv(h, rows)
     full = h % rows == 0 and w % opts["BW"] == 0 and c % opts["BC"] == 0
-    out_h, out_w = _results(x, w, mean and over_h, top and over_h), _results(x, h, mean and over_w, top and over_w)
+    out_h = _results(x, w, mean and over_h, top and over_h)
+    out_w = _results(x, h, mean and over_w, top and over_w)
     to_h = out_h if parts == 1 else _partial(x, parts, w, mean and over_h, top and over_h)
     to_w = out_w if strips == 1 else _partial(x, strips, h, mean and over_w, top and over_w)
     with on_device(x):
-        _strip_pool_fwd_kernel[(planes*strips*parts,)](
-            x, *to_h, *to_w, c, h, w, *x.stride(), parts, strips, rows, MEAN=mean, MAX=top, OVER_H=over_h, OVER_W=over_w,
-            WHOLE_H=parts == 1, WHOLE_W=strips == 1, FULL=full, **opts)
-        if over_h and parts > 1: _join(to_h, out_h, parts, h, mean, top)
-        if over_w and strips > 1: _join(to_w, out_w, strips, w, mean, top)
+        _strip_pool_fwd_kernel[(planes * strips * parts,)](
+            x,
+            *to_h,
+            *to_w,
+            c,
+            h,
+            w,
+            *x.stride(),
+            parts,
+            strips,
+            rows,
+            MEAN=mean,
+            MAX=top,
+            OVER_H=over_h,
+            OVER_W=over_w,
+            WHOLE_H=parts == 1,
+            WHOLE_W=strips == 1,
+            FULL=full,
+            **opts,
+        )
+        if over_h and parts > 1:
+            _join(to_h, out_h, parts, h, mean, top)
+        if over_w and strips > 1:
+            _join(to_w, out_w, strips, w, mean, top)
     return *out_h, *out_w
 
+# %% ../../nbs/11_ops.strip_pool.ipynb #c4c48643
 def _results(x, length, mean, top):
     "Mean, maximum and index of one direction; empty where not wanted."
     shapes = [(*x.shape[:2], length) if want else (0,) for want in (mean, top, top)]
-    return [torch.empty(s, dtype=d, device=x.device) for s, d in zip(shapes, (x.dtype, x.dtype, torch.int32))]
+    return [
+        torch.empty(s, dtype=d, device=x.device)
+        for s, d in zip(shapes, (x.dtype, x.dtype, torch.int32))
+    ]
 
+# %% ../../nbs/11_ops.strip_pool.ipynb #298e58e8
 def _partial(x, n, length, mean, top):
     "Room for n partial results of one direction, three parts of one buffer; None where not wanted."
-    size = x.shape[0]*x.shape[1]*n*length
-    room = torch.empty((3 if mean and top else 2 if top else 1 if mean else 0, size), dtype=torch.float32, device=x.device)
-    sums, tops = room[0] if mean else None, room[-2] if top else None
+    size = x.shape[0] * x.shape[1] * n * length
+    room = torch.empty(
+        (3 if mean and top else 2 if top else 1 if mean else 0, size),
+        dtype=torch.float32,
+        device=x.device,
+    )
+    sums = room[0] if mean else None
+    tops = room[-2] if top else None
     return sums, tops, room[-1].view(torch.int32) if top else None
 
+# %% ../../nbs/11_ops.strip_pool.ipynb #4ea7a036
 def _join(partial, out, n, over, mean, top):
     "Put n partial results of one direction together."
     like = out[0] if mean else out[1]
     opts = blocks("strip_pool_join", BLOCK=1024, num_warps=4)
     _strip_pool_join_kernel[(triton.cdiv(like.numel(), opts["BLOCK"]),)](
-        *partial, *out, n, like.shape[2], over, like.numel(), MEAN=mean, MAX=top, **opts)
+        *partial, *out, n, like.shape[2], over, like.numel(), MEAN=mean, MAX=top, **opts
+    )
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #cbf04d51
 def strip_pool_bwd(
-    like:torch.Tensor, # x: shape, type and layout of the gradient
-    gmean_h:torch.Tensor|None, # [b, c, w], contiguous
-    gmax_h:torch.Tensor|None, # [b, c, w], contiguous
-    idx_h:torch.Tensor, # of the forward pass
-    gmean_w:torch.Tensor|None, # [b, c, h], contiguous
-    gmax_w:torch.Tensor|None, # [b, c, h], contiguous
-    idx_w:torch.Tensor, # of the forward pass
-)->torch.Tensor: # dx
+    like: torch.Tensor,  # x: shape, type and layout of the gradient
+    gmean_h: torch.Tensor | None,  # [b, c, w], contiguous
+    gmax_h: torch.Tensor | None,  # [b, c, w], contiguous
+    idx_h: torch.Tensor,  # of the forward pass
+    gmean_w: torch.Tensor | None,  # [b, c, h], contiguous
+    gmax_w: torch.Tensor | None,  # [b, c, h], contiguous
+    idx_w: torch.Tensor,  # of the forward pass
+) -> torch.Tensor:  # dx
     "Launch the backward kernel."
     dx = torch.empty_like(like)
     (b, c, h, w), opts = dx.shape, _tile(dx)
-    strips, parts = triton.cdiv(w, opts["BW"]), triton.cdiv(h, opts["BH"])
+    strips = triton.cdiv(w, opts["BW"])
+    parts = triton.cdiv(h, opts["BH"])
     with on_device(dx):
-        _strip_pool_bwd_kernel[(b*triton.cdiv(c, opts["BC"])*strips*parts,)](
-            dx, gmean_h, gmax_h, idx_h, gmean_w, gmax_w, idx_w, c, h, w, *dx.stride(), strips, parts, MEAN_H=gmean_h is not None, MAX_H=gmax_h is not None,
-            MEAN_W=gmean_w is not None, MAX_W=gmax_w is not None, **opts)
+        _strip_pool_bwd_kernel[(b * triton.cdiv(c, opts["BC"]) * strips * parts,)](
+            dx,
+            gmean_h,
+            gmax_h,
+            idx_h,
+            gmean_w,
+            gmax_w,
+            idx_w,
+            c,
+            h,
+            w,
+            *dx.stride(),
+            strips,
+            parts,
+            MEAN_H=gmean_h is not None,
+            MAX_H=gmax_h is not None,
+            MEAN_W=gmean_w is not None,
+            MAX_W=gmax_w is not None,
+            **opts,
+        )
     return dx
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #4de396fe
 @operator("segkern::strip_pool")
-def _strip_pool_op(x:torch.Tensor, mean:bool, top:bool, over_h:bool, over_w:bool) -> tuple[
-        torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _strip_pool_op(
+    x: torch.Tensor, mean: bool, top: bool, over_h: bool, over_w: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The kernel as an operator: mean, max, index over h, then over w."
     return strip_pool_fwd(x, mean, top, over_h, over_w)
 
+# %% ../../nbs/11_ops.strip_pool.ipynb #8979092f
 @operator("segkern::strip_pool_backward")
-def _strip_pool_backward_op(x:torch.Tensor, gmean_h:torch.Tensor|None, gmax_h:torch.Tensor|None, idx_h:torch.Tensor, gmean_w:torch.Tensor|None,
-                            gmax_w:torch.Tensor|None, idx_w:torch.Tensor) -> torch.Tensor:
+def _strip_pool_backward_op(
+    x: torch.Tensor,
+    gmean_h: torch.Tensor | None,
+    gmax_h: torch.Tensor | None,
+    idx_h: torch.Tensor,
+    gmean_w: torch.Tensor | None,
+    gmax_w: torch.Tensor | None,
+    idx_w: torch.Tensor,
+) -> torch.Tensor:
     "The backward kernel as an operator."
     return strip_pool_bwd(x, gmean_h, gmax_h, idx_h, gmean_w, gmax_w, idx_w)
 
+# %% ../../nbs/11_ops.strip_pool.ipynb #f6d2fcec
 @_strip_pool_op.register_fake
 def _(x, mean, top, over_h, over_w):
     b, c, h, w = x.shape
-    new = lambda want, n, dtype: torch.empty((b, c, n) if want else (0,), dtype=dtype, device=x.device)
-    return tuple(new(want and over, n, dtype) for over, n in ((over_h, w), (over_w, h)) for want, dtype in ((mean, x.dtype), (top, x.dtype), (top, torch.int32)))
 
+    def new(want, n, dtype):
+        return torch.empty((b, c, n) if want else (0,), dtype=dtype, device=x.device)
+
+    return tuple(
+        new(want and over, n, dtype)
+        for over, n in ((over_h, w), (over_w, h))
+        for want, dtype in ((mean, x.dtype), (top, x.dtype), (top, torch.int32))
+    )
+
+# %% ../../nbs/11_ops.strip_pool.ipynb #069c3be9
 @_strip_pool_backward_op.register_fake
-def _(x, gmean_h, gmax_h, idx_h, gmean_w, gmax_w, idx_w): return torch.empty_like(x)
+def _(x, gmean_h, gmax_h, idx_h, gmean_w, gmax_w, idx_w):
+    return torch.empty_like(x)
+
 
 def _strip_pool_setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], output[2], output[5])
     ctx.mark_non_differentiable(output[2], output[5])
     ctx.set_materialize_grads(False)
 
+# %% ../../nbs/11_ops.strip_pool.ipynb #c52a4e04
 def _strip_pool_backward(ctx, gmean_h, gmax_h, _, gmean_w, gmax_w, __):
     x, idx_h, idx_w = ctx.saved_tensors
-    gs = [g.contiguous() if g is not None and g.numel() else None for g in (gmean_h, gmax_h, gmean_w, gmax_w)]
-    return _strip_pool_backward_op(x, gs[0], gs[1], idx_h, gs[2], gs[3], idx_w), None, None, None, None
+    gs = [
+        g.contiguous() if g is not None and g.numel() else None
+        for g in (gmean_h, gmax_h, gmean_w, gmax_w)
+    ]
+    return (
+        _strip_pool_backward_op(x, gs[0], gs[1], idx_h, gs[2], gs[3], idx_w),
+        None,
+        None,
+        None,
+        None,
+    )
+
 
 _strip_pool_op.register_autograd(_strip_pool_backward, setup_context=_strip_pool_setup)
+
+# %% ../../nbs/11_ops.strip_pool.ipynb #5b1a8f78
 kernels_of("strip_pool", lambda x: unsupported(x), strip_pool_fwd, strip_pool_bwd)
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #35aafd24
 def strip_pool(
-    x:torch.Tensor, # [b, c, h, w]
-    mode:str="mean", # "mean" | "max" | "mean_max"
-    dim:str="hw", # "h": over the height; "w": over the width; "hw": both
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->torch.Tensor|tuple: # over h: [b, c, w], over w: [b, c, h]; over h first, mean before max
+    x: torch.Tensor,  # [b, c, h, w]
+    mode: str = "mean",  # "mean" | "max" | "mean_max"
+    dim: str = "hw",  # "h": over the height; "w": over the width; "hw": both
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor | tuple:  # over h: [b, c, w], over w: [b, c, h]; over h first, mean before max
     "Pool whole columns (over `h`) and rows (over `w`), in one read."
-    if x.ndim != 4 or 0 in x.shape[2:]: raise ValueError(f"strip_pool wants [b, c, h, w] with h, w > 0, got {tuple(x.shape)}")
-    if mode not in ("mean", "max", "mean_max"): raise ValueError(f"unknown mode '{mode}'; known: mean, max, mean_max")
-    if dim not in ("h", "w", "hw"): raise ValueError(f"unknown dim '{dim}'; known: h, w, hw")
+    if x.ndim != 4 or 0 in x.shape[2:]:
+        raise ValueError(f"strip_pool wants [b, c, h, w] with h, w > 0, got {tuple(x.shape)}")
+    if mode not in ("mean", "max", "mean_max"):
+        raise ValueError(f"unknown mode '{mode}'; known: mean, max, mean_max")
+    if dim not in ("h", "w", "hw"):
+        raise ValueError(f"unknown dim '{dim}'; known: h, w, hw")
     if x.numel() and choose("strip_pool", x, impl=impl, mode=f"{mode} {dim}"):
         o = _strip_pool_op(x, "mean" in mode, "max" in mode, "h" in dim, "w" in dim)
-        out = [o[i + 3*(d == "w")] for d in dim for i, kind in enumerate(("mean", "max")) if kind in mode]
-    else: out = strip_pool_ref(x, mode, dim)
+        out = [
+            o[i + 3 * (d == "w")]
+            for d in dim
+            for i, kind in enumerate(("mean", "max"))
+            if kind in mode
+        ]
+    else:
+        out = strip_pool_ref(x, mode, dim)
     return out[0] if len(out) == 1 else tuple(out)
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #7fe22847
 def strip_means(
-    x:torch.Tensor, # [b, c, h, w]
-    impl:str|None=None, # "auto" | "ref" | "triton"
-)->tuple: # over columns [b, c, w], over rows [b, c, h]
+    x: torch.Tensor,  # [b, c, h, w]
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> tuple:  # over columns [b, c, w], over rows [b, c, h]
     "Means of columns and rows: one pass of the kernel, or PyTorch's means."
-    if x.numel() and choose("strip_pool", x, impl=impl, mode="mean hw"): return strip_pool(x, "mean", impl=impl)
+    if x.numel() and choose("strip_pool", x, impl=impl, mode="mean hw"):
+        return strip_pool(x, "mean", impl=impl)
     return x.mean(2), x.mean(3)

@@ -14,10 +14,12 @@ from ..core import data_path
 
 # %% ../../nbs/09a_ops.verdicts.ipynb #22461a1d
 @functools.lru_cache(1)
-def measured()->dict: # GPU -> op -> verdict
+def measured() -> dict:  # GPU -> op -> verdict
     "The content of `bench/dispatch.json`; empty where nothing was measured."
-    try: return json.loads(data_path("bench/dispatch.json").read_text())
-    except FileNotFoundError: return {}
+    try:
+        return json.loads(data_path("bench/dispatch.json").read_text())
+    except FileNotFoundError:
+        return {}
 
 # %% ../../nbs/09a_ops.verdicts.ipynb #b6fcd087
 def _function(value):
@@ -25,14 +27,17 @@ def _function(value):
     inner = getattr(value, "fn", value)
     return inner if inspect.isfunction(inner) else None
 
+
 def _text(function):
     "The source of a function without comments, docstring and layout."
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     first = tree.body[0]
     described = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    if described: tree.body = tree.body[1:]
+    if described:
+        tree.body = tree.body[1:]
     return ast.unparse(tree)
 
+# %% ../../nbs/09a_ops.verdicts.ipynb #b1882668
 def _names(code):
     "The names that a function uses, also inside of functions in it."
     inner = [c for c in code.co_consts if inspect.iscode(c)]
@@ -40,86 +45,114 @@ def _names(code):
 
 # %% ../../nbs/09a_ops.verdicts.ipynb #8ccbbf7c
 def sources(
-    launchers:tuple, # functions that launch kernels
-)->dict: # name -> source or constant
+    launchers: tuple,  # functions that launch kernels
+) -> dict:  # name -> source or constant
     "What the compiled code of an op follows from: the launchers and what they use of their own package."
-    found, todo = {}, [(f.__module__, f.__qualname__, f) for f in map(_function, launchers)]
+    found = {}
+    todo = [(f.__module__, f.__qualname__, f) for f in map(_function, launchers)]
     package = {module.rpartition(".")[0] for module, _, _ in todo}
     while todo:
         module, name, value = todo.pop()
-        if f"{module}.{name}" in found: continue
+        if f"{module}.{name}" in found:
+            continue
         function = _function(value)
         found[f"{module}.{name}"] = repr(value) if function is None else _text(function)
-        if function is None: continue
+        if function is None:
+            continue
         for used in sorted(_names(function.__code__)):
             value = function.__globals__.get(used)
             inner = _function(value)
             ours = inner is not None and inner.__module__.rpartition(".")[0] in package
-            if ours: todo.append((inner.__module__, inner.__qualname__, value))
-            elif isinstance(value, (int, float, str, tuple)): todo.append((module, used, value))
+            if ours:
+                todo.append((inner.__module__, inner.__qualname__, value))
+            elif isinstance(value, (int, float, str, tuple)):
+                todo.append((module, used, value))
     return found
 
 # %% ../../nbs/09a_ops.verdicts.ipynb #17d4ef46
-def compiler()->str: # versions
+def compiler() -> str:  # versions
     "What turns kernels into machine code."
-    try: import triton
-    except ImportError: return "none"
+    try:
+        import triton
+    except ImportError:
+        return "none"
     return f"triton {triton.__version__} {os.environ.get('TRITON_PTXAS_PATH', '')}".strip()
 
+
 def hash_of(
-    launchers:tuple, # functions that launch kernels
-)->str: # eight digits
+    launchers: tuple,  # functions that launch kernels
+) -> str:  # eight digits
     "One word for `sources` and `compiler`: it changes with the code."
     text = json.dumps([compiler(), sorted(sources(launchers).items())])
     return f"{zlib.crc32(text.encode()):08x}"
 
 # %% ../../nbs/09a_ops.verdicts.ipynb #9fcdf085
 def layout(
-    x:torch.Tensor, # any tensor
-)->str: # "nchw" (without gaps) | "last" (channels last) | "other"
+    x: torch.Tensor,  # any tensor
+) -> str:  # "nchw" (without gaps) | "last" (channels last) | "other"
     "How a tensor lies in memory."
-    if x.is_contiguous(): return "nchw"
+    if x.is_contiguous():
+        return "nchw"
     return "last" if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else "other"
 
+# %% ../../nbs/09a_ops.verdicts.ipynb #d855534d
 def call_facts(
-    *tensors:torch.Tensor, # arguments of an op
-    sizes:tuple=(), # numbers that decide besides the first shape
-    mode:str="", # variant of the op
-)->dict: # dtype, layout, grad, sizes, mode
+    *tensors: torch.Tensor,  # arguments of an op
+    sizes: tuple = (),  # numbers that decide besides the first shape
+    mode: str = "",  # variant of the op
+) -> dict:  # dtype, layout, grad, sizes, mode
     "What a measurement is filed under."
-    first, grad = tensors[0], torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    first = tensors[0]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     kind = str(first.dtype).split(".")[1]
-    return dict(dtype=kind, layout=layout(first), grad=grad, sizes=[*first.shape, *sizes], mode=mode)
+    return dict(
+        dtype=kind, layout=layout(first), grad=grad, sizes=[*first.shape, *sizes], mode=mode
+    )
 
 # %% ../../nbs/09a_ops.verdicts.ipynb #8d741435
 def nearest(
-    rows:list, # of a verdict
-    facts:dict, # of `call_facts`
-)->dict|None: # the row of the same kind with the nearest sizes
+    rows: list,  # of a verdict
+    facts: dict,  # of `call_facts`
+) -> dict | None:  # the row of the same kind with the nearest sizes
     "The measurement that says most about a call; sizes are compared by their logarithms."
     kind = ("dtype", "layout", "grad", "mode")
-    alike = lambda r: all(r[k] == facts[k] for k in kind) and len(r["sizes"]) == len(facts["sizes"])
+
+    def alike(r):
+        return all(r[k] == facts[k] for k in kind) and len(r["sizes"]) == len(facts["sizes"])
+
     same = list(filter(alike, rows))
-    away = lambda r: sum(abs(math.log2(max(1, a)/max(1, b))) for a, b in zip(r["sizes"], facts["sizes"]))
+
+    def away(r):
+        return sum(
+            abs(math.log2(max(1, a) / max(1, b))) for a, b in zip(r["sizes"], facts["sizes"])
+        )
+
     return min(same, key=away, default=None)
 
 # %% ../../nbs/09a_ops.verdicts.ipynb #be3bfd70
-UNMEASURED = "this GPU has no measurements (`make gpu` takes them)" # the one reason that holds for all ops
+# the one reason that holds for all ops
+UNMEASURED = "this GPU has no measurements (`make gpu` takes them)"
 
+# %% ../../nbs/09a_ops.verdicts.ipynb #8326fca3
 def objection(
-    verdict:dict|None, # of an op on a GPU
-    code:str, # the op's hash now
-    facts:dict|None=None, # of `call_facts`; None: a graph is compiled, sizes are open
-)->str|None: # None: the kernel runs
+    verdict: dict | None,  # of an op on a GPU
+    code: str,  # the op's hash now
+    facts: dict | None = None,  # of `call_facts`; None: a graph is compiled, sizes are open
+) -> str | None:  # None: the kernel runs
     "Why a kernel is not taken."
-    if verdict is None: return "the op was not measured on this GPU"
+    if verdict is None:
+        return "the op was not measured on this GPU"
     if not verdict["passed"]:
         return f"the op did not pass the gate on this GPU: {verdict['why'] or 'no reason is on record'}"
     if verdict["code"] != code:
         return "the kernels or their compiler changed since they passed the gate on this GPU"
     if facts is None:
         wins = sorted(r["ratio"] for r in verdict["rows"])
-        return None if wins and wins[len(wins)//2] >= 1 else "the kernel loses to PyTorch at half of the measured sizes"
+        return (
+            None
+            if wins and wins[len(wins) // 2] >= 1
+            else "the kernel loses to PyTorch at half of the measured sizes"
+        )
     row = nearest(verdict["rows"], facts)
     if row is None:
         return f"no call like this was measured: {facts['dtype']}, {facts['layout']}, {facts['mode'] or 'one mode'}"

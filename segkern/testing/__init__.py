@@ -19,58 +19,68 @@ from ..core import Table, seeded
 
 # %% ../../nbs/01_testing.ipynb #4ea3d6f5
 def relative_l2(
-    ref, # truth: tensor or array
-    got, # what is tested
-)->float: # ‖got − ref‖ / ‖ref‖, in double precision
+    ref,  # truth: tensor or array
+    got,  # what is tested
+) -> float:  # ‖got − ref‖ / ‖ref‖, in double precision
     "Relative L2 distance."
     ref, got = (torch.as_tensor(t).detach().double().cpu() for t in (ref, got))
-    if ref.shape != got.shape: raise ValueError(f"shapes differ: expected {tuple(ref.shape)}, got {tuple(got.shape)}")
-    return float((got - ref).norm()/(ref.norm() + 1e-12))
+    if ref.shape != got.shape:
+        raise ValueError(f"shapes differ: expected {tuple(ref.shape)}, got {tuple(got.shape)}")
+    return float((got - ref).norm() / (ref.norm() + 1e-12))
 
 # %% ../../nbs/01_testing.ipynb #8cebc17b
 def assert_close(
-    name:str, # what is compared, for the message
-    ref, # truth
-    got, # what is tested
-    ratio:float=2e-5, # allowed relative L2 distance
-)->float: # the distance
+    name: str,  # what is compared, for the message
+    ref,  # truth
+    got,  # what is tested
+    ratio: float = 2e-5,  # allowed relative L2 distance
+) -> float:  # the distance
     "Raise with the name and the distance where `got` is too far from `ref`, or not finite."
     d = relative_l2(ref, got)
-    if not d <= ratio: raise AssertionError(f"{name}: relative L2 distance {d:.2e} is above {ratio:.0e}")
+    if not d <= ratio:
+        raise AssertionError(f"{name}: relative L2 distance {d:.2e} is above {ratio:.0e}")
     return d
 
 # %% ../../nbs/01_testing.ipynb #3ec66af2
 def fill_tensor(
-    key:str, # official key
-    shape, # its shape
-    dtype:str="torch.float32", # integer buffers are zero
-)->torch.Tensor: # the tensor of that key
+    key: str,  # official key
+    shape,  # its shape
+    dtype: str = "torch.float32",  # integer buffers are zero
+) -> torch.Tensor:  # the tensor of that key
     "The value of an official parameter or buffer: depends on nothing but the arguments."
-    if "float" not in dtype: return torch.zeros(tuple(shape), dtype=getattr(torch, dtype.split(".")[-1]))
-    x = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF).standard_normal(tuple(shape) or None)
+    if "float" not in dtype:
+        return torch.zeros(tuple(shape), dtype=getattr(torch, dtype.split(".")[-1]))
+    x = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF).standard_normal(
+        tuple(shape) or None
+    )
     x = np.asarray(x, dtype=np.float32)
     leaf = key.rsplit(".", 1)[-1]
-    if leaf == "running_var": x = 0.5 + np.abs(x)
-    elif leaf == "running_mean": x = 0.1*x
-    elif len(shape) <= 1: x = 1 + 0.1*x if leaf == "weight" else 0.05*x
-    else: x = x/np.sqrt(max(1, int(np.prod(shape[1:]))))
+    if leaf == "running_var":
+        x = 0.5 + np.abs(x)
+    elif leaf == "running_mean":
+        x = 0.1 * x
+    elif len(shape) <= 1:
+        x = 1 + 0.1 * x if leaf == "weight" else 0.05 * x
+    else:
+        x = x / np.sqrt(max(1, int(np.prod(shape[1:]))))
     return torch.from_numpy(np.asarray(x, dtype=np.float32))
 
 # %% ../../nbs/01_testing.ipynb #ef5eea4b
 def make_input(
-    shape, # of the tensor
-    seed:int=0, # of NumPy's legacy generator, which never changes
-)->torch.Tensor: # standard normal, float32, on the default device
+    shape,  # of the tensor
+    seed: int = 0,  # of NumPy's legacy generator, which never changes
+) -> torch.Tensor:  # standard normal, float32, on the default device
     "A reproducible input."
     values = np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32)
     return torch.from_numpy(values).to(torch.get_default_device())
 
+# %% ../../nbs/01_testing.ipynb #5f55a0f2
 def make_labels(
-    shape, # of the tensor
-    num_classes:int, # labels are 0 … num_classes - 1
-    seed:int=0, # of NumPy's legacy generator
-    void:float=0.0, # share of pixels that are 255
-)->torch.Tensor: # int64, on the default device
+    shape,  # of the tensor
+    num_classes: int,  # labels are 0 … num_classes - 1
+    seed: int = 0,  # of NumPy's legacy generator
+    void: float = 0.0,  # share of pixels that are 255
+) -> torch.Tensor:  # int64, on the default device
     "Reproducible labels."
     rng = np.random.RandomState(seed)
     values = rng.randint(0, num_classes, tuple(shape)).astype(np.int64)
@@ -79,82 +89,105 @@ def make_labels(
 
 # %% ../../nbs/01_testing.ipynb #0de77d70
 def shared(
-    rel:str="", # path below the shared folder, e.g. "parity/ssam" or "data/camvid"
-)->Path|None: # None where it is absent
+    rel: str = "",  # path below the shared folder, e.g. "parity/ssam" or "data/camvid"
+) -> Path | None:  # None where it is absent
     "A path of the shared folder: `$SEGKERN_SHARED`, or `shared` beside the checkout."
     package = Path(importlib.util.find_spec("segkern").origin).resolve().parent
-    root = Path(os.environ.get("SEGKERN_SHARED") or package.parent.parent/"shared")
-    return root/rel if (root/rel).exists() else None
+    root = Path(os.environ.get("SEGKERN_SHARED") or package.parent.parent / "shared")
+    return root / rel if (root / rel).exists() else None
 
 # %% ../../nbs/01_testing.ipynb #294b7926
 @dataclass
 class Fixture:
     "Golden outputs of one official module."
-    name:str
-    spec:dict
-    golden:dict = field(repr=False)
 
-    def state(self)->dict: # official key -> tensor; integer buffers are left out
+    name: str
+    spec: dict
+    golden: dict = field(repr=False)
+
+    def state(self) -> dict:  # official key -> tensor; integer buffers are left out
         "The official state dict, with the exceptions that the spec lists."
-        keep, scales, alias = set(self.spec.get("keep", ())), self.spec.get("fill_scale", {}), self.spec.get("aliases", {})
+        keep = set(self.spec.get("keep", ()))
+        scales = self.spec.get("fill_scale", {})
+        alias = self.spec.get("aliases", {})
         out = {}
         for key, shape, dtype in self.spec["keys"]:
-            if "float" not in dtype: continue
-            t = torch.full(tuple(shape), self.spec.get("keep_value", 0.0)) if key in keep else fill_tensor(alias.get(key, key), shape, dtype)
+            if "float" not in dtype:
+                continue
+            t = (
+                torch.full(tuple(shape), self.spec.get("keep_value", 0.0))
+                if key in keep
+                else fill_tensor(alias.get(key, key), shape, dtype)
+            )
             for part, factor in scales.items():
-                if part in key: t = t*factor
+                if part in key:
+                    t = t * factor
             out[key] = t
         return out
 
-    def inputs(self)->dict: # name -> tensor
+    def inputs(self) -> dict:  # name -> tensor
         "The named inputs."
-        scale, shift = self.spec.get("scale", {}), self.spec.get("shift", {})
-        return {n: make_input(s, seed)*scale.get(n, 1.0) + shift.get(n, 0.0) for n, s, seed in self.spec["input"]}
+        scale = self.spec.get("scale", {})
+        shift = self.spec.get("shift", {})
+        return {
+            n: make_input(s, seed) * scale.get(n, 1.0) + shift.get(n, 0.0)
+            for n, s, seed in self.spec["input"]
+        }
 
-    def error(self,
-        name:str, # of the output
-        got:torch.Tensor, # the full output
-    )->float: # relative L2 distance on the stored points
+    def error(
+        self,
+        name: str,  # of the output
+        got: torch.Tensor,  # the full output
+    ) -> float:  # relative L2 distance on the stored points
         "How far an output is from its golden value."
         shape, stride = next((tuple(s), st) for n, s, st in self.spec["outputs"] if n == name)
-        if tuple(got.shape) != shape: raise ValueError(f"{self.name}/{name}: expected shape {shape}, got {tuple(got.shape)}")
-        return relative_l2(self.golden[name], got[..., ::stride, ::stride] if got.ndim >= 3 else got)
+        if tuple(got.shape) != shape:
+            raise ValueError(f"{self.name}/{name}: expected shape {shape}, got {tuple(got.shape)}")
+        return relative_l2(
+            self.golden[name], got[..., ::stride, ::stride] if got.ndim >= 3 else got
+        )
 
 # %% ../../nbs/01_testing.ipynb #4ef66c27
 def load_fixture(
-    folder:str|Path, # folder with spec.json and golden.npz
-)->Fixture: # the fixture
+    folder: str | Path,  # folder with spec.json and golden.npz
+) -> Fixture:  # the fixture
     "Read a fixture."
     folder = Path(folder)
-    with np.load(folder/"golden.npz") as z: golden = {k: z[k] for k in z.files}
-    return Fixture(folder.name, json.loads((folder/"spec.json").read_text()), golden)
+    with np.load(folder / "golden.npz") as z:
+        golden = {k: z[k] for k in z.files}
+    return Fixture(folder.name, json.loads((folder / "spec.json").read_text()), golden)
 
 # %% ../../nbs/01_testing.ipynb #d6faf6e1
 def fixture(
-    name:str, # e.g. "s2fpn_r18"
-)->Fixture|None: # None where the shared folder is absent
+    name: str,  # e.g. "s2fpn_r18"
+) -> Fixture | None:  # None where the shared folder is absent
     "A golden fixture of the shared folder."
     folder = shared(f"parity/{name}")
     return load_fixture(folder) if folder else None
 
 # %% ../../nbs/01_testing.ipynb #1faaaca3
 def save_fixture(
-    folder:str|Path, # is made
-    keys:list, # [[official key, shape, dtype], …]
-    inputs:list, # [[name, shape, seed], …]
-    outputs:dict, # name -> (tensor, stride)
-    **extra, # more fields of the spec
-)->Path: # the folder
+    folder: str | Path,  # is made
+    keys: list,  # [[official key, shape, dtype], …]
+    inputs: list,  # [[name, shape, seed], …]
+    outputs: dict,  # name -> (tensor, stride)
+    **extra,  # more fields of the spec
+) -> Path:  # the folder
     "Write a fixture; an output that is constant or not finite is refused, since it could not fail a test."
-    folder, arrays, outs = Path(folder), {}, []
+    folder = Path(folder)
+    arrays = {}
+    outs = []
     for name, (t, stride) in outputs.items():
         t = t.detach().float().cpu()
-        if not torch.isfinite(t).all() or (t.numel() > 1 and t.std() < 1e-4): raise ValueError(f"output '{name}' is constant or not finite")
+        if not torch.isfinite(t).all() or (t.numel() > 1 and t.std() < 1e-4):
+            raise ValueError(f"output '{name}' is constant or not finite")
         arrays[name] = (t[..., ::stride, ::stride] if t.ndim >= 3 else t).numpy()
         outs.append([name, list(t.shape), stride])
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder/"golden.npz", **arrays)
-    (folder/"spec.json").write_text(json.dumps(dict(keys=keys, input=inputs, outputs=outs, **extra)))
+    np.savez_compressed(folder / "golden.npz", **arrays)
+    (folder / "spec.json").write_text(
+        json.dumps(dict(keys=keys, input=inputs, outputs=outs, **extra))
+    )
     return folder
 
 # %% ../../nbs/01_testing.ipynb #b51810f5
@@ -162,64 +195,100 @@ def save_fixture(
 def nan_empty():
     "Within the block `torch.empty`, `empty_like` and `new_empty` return NaN for floating types."
     from torch.utils._device import _device_constructors
-    _device_constructors() # `torch.device` as a context must have seen the real functions
+
+    _device_constructors()  # `torch.device` as a context must have seen the real functions
     names = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
     saved = [getattr(o, n) for o, n in names]
-    poison = lambda f: lambda *a, **k: (t.fill_(float("nan")) if (t := f(*a, **k)).is_floating_point() else t)
-    for (o, n), f in zip(names, saved): setattr(o, n, poison(f))
-    try: yield
+
+    def poison(f):
+        return lambda *a, **k: t.fill_(float("nan")) if (t := f(*a, **k)).is_floating_point() else t
+
+    for (o, n), f in zip(names, saved):
+        setattr(o, n, poison(f))
+    try:
+        yield
     finally:
-        for (o, n), f in zip(names, saved): setattr(o, n, f)
+        for (o, n), f in zip(names, saved):
+            setattr(o, n, f)
 
 # %% ../../nbs/01_testing.ipynb #e988a1a9
 def layouts(
-    x:torch.Tensor, # [b, c, h, w]
-)->dict: # name -> a tensor with the same values and another memory layout
+    x: torch.Tensor,  # [b, c, h, w]
+) -> dict:  # name -> a tensor with the same values and another memory layout
     "The layouts an op must survive."
     big = torch.full([s + 2 for s in x.shape], float("nan"), dtype=x.dtype, device=x.device)
     view = big[tuple(slice(1, -1) for _ in x.shape)]
     view.copy_(x)
-    return {"contiguous": x.contiguous(), "channels_last": x.contiguous(memory_format=torch.channels_last),
-            "sliced": view, "transposed": x.transpose(2, 3).contiguous().transpose(2, 3)}
+    return {
+        "contiguous": x.contiguous(),
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "sliced": view,
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+    }
 
 # %% ../../nbs/01_testing.ipynb #1f1de199
 def check_model(
-    m:nn.Module, # a segkern model
-    size:tuple=(64, 96), # any size the network takes
-    batch:int=2, # two, so that batch norm can train
-    unused:tuple=(), # names of parameters that legitimately get no gradient
-)->Table: # what was checked
+    m: nn.Module,  # a segkern model
+    size: tuple = (64, 96),  # any size the network takes
+    batch: int = 2,  # two, so that batch norm can train
+    unused: tuple = (),  # names of parameters that legitimately get no gradient
+) -> Table:  # what was checked
     "Run the model contract; raises on the first breach."
-    x, k, rows = make_input([batch, 3, *size], 1), m.num_classes, []
-    target = torch.from_numpy(np.random.RandomState(7).randint(0, k, (batch, *size))).to(torch.uint8)
+    x = make_input([batch, 3, *size], 1)
+    k = m.num_classes
+    rows = []
+    target = torch.from_numpy(np.random.RandomState(7).randint(0, k, (batch, *size))).to(
+        torch.uint8
+    )
     target[:, :2] = 255
     m.eval()
     with torch.no_grad():
-        logits, out, full = m(x), m.outputs(x), m.upsample(m(x), size)
+        logits = m(x)
+        out = m.outputs(x)
+        full = m.upsample(m(x), size)
         labels = m.predict(x)
-    if logits.shape != (batch, k, *[-(-s//m.stride) for s in size]): raise AssertionError(f"{m.name}: logits {tuple(logits.shape)} at stride {m.stride}")
+    if logits.shape != (batch, k, *[-(-s // m.stride) for s in size]):
+        raise AssertionError(f"{m.name}: logits {tuple(logits.shape)} at stride {m.stride}")
     assert_close("outputs()['logits']", logits, out["logits"])
     top = full.topk(2, 1).values
-    sure = (top[:, 0] - top[:, 1]) > 1e-5*full.abs().amax()
-    if labels.dtype != torch.uint8 or not torch.equal(labels[sure].long(), full.argmax(1)[sure]): raise AssertionError(f"{m.name}: predict is not argmax")
-    rows += [dict(check="logits", value=f"{tuple(logits.shape)}"), dict(check="outputs", value=", ".join(out))]
+    sure = (top[:, 0] - top[:, 1]) > 1e-5 * full.abs().amax()
+    if labels.dtype != torch.uint8 or not torch.equal(labels[sure].long(), full.argmax(1)[sure]):
+        raise AssertionError(f"{m.name}: predict is not argmax")
+    rows += [
+        dict(check="logits", value=f"{tuple(logits.shape)}"),
+        dict(check="outputs", value=", ".join(out)),
+    ]
 
     m.train()
-    with seeded(0): losses = m(x, target)
+    with seeded(0):
+        losses = m(x, target)
     losses["loss"].backward()
-    missing = [n for n, p in m.named_parameters() if p.requires_grad and p.grad is None and n not in unused]
-    if missing: raise AssertionError(f"{m.name}: no gradient for {missing[:5]}")
-    if any(v.requires_grad for n, v in losses.items() if n != "loss"): raise AssertionError(f"{m.name}: parts of the loss must be detached")
-    rows += [dict(check="losses", value=", ".join(f"{n} {v.item():.3g}" for n, v in losses.items()))]
+    missing = [
+        n for n, p in m.named_parameters() if p.requires_grad and p.grad is None and n not in unused
+    ]
+    if missing:
+        raise AssertionError(f"{m.name}: no gradient for {missing[:5]}")
+    if any(v.requires_grad for n, v in losses.items() if n != "loss"):
+        raise AssertionError(f"{m.name}: parts of the loss must be detached")
+    rows += [
+        dict(check="losses", value=", ".join(f"{n} {v.item():.3g}" for n, v in losses.items()))
+    ]
 
     m.zero_grad(set_to_none=True)
     void = m(x, torch.full_like(target, 255))
     void["loss"].backward()
-    if void["loss"].item() != 0 or any(p.grad is not None and not torch.isfinite(p.grad).all() for p in m.parameters()):
-        raise AssertionError(f"{m.name}: a batch of void pixels must give loss 0 and finite gradients, got {void['loss'].item()}")
+    if void["loss"].item() != 0 or any(
+        p.grad is not None and not torch.isfinite(p.grad).all() for p in m.parameters()
+    ):
+        raise AssertionError(
+            f"{m.name}: a batch of void pixels must give loss 0 and finite gradients, got {void['loss'].item()}"
+        )
     m.zero_grad(set_to_none=True)
-    try: m.predict(x)
-    except RuntimeError: rows += [dict(check="predict while training", value="refused")]
-    else: raise AssertionError(f"{m.name}: predict must refuse while training")
+    try:
+        m.predict(x)
+    except RuntimeError:
+        rows += [dict(check="predict while training", value="refused")]
+    else:
+        raise AssertionError(f"{m.name}: predict must refuse while training")
     m.eval()
     return Table(rows)

@@ -20,100 +20,167 @@ from .sass import disassembled, resources
 # %% ../../nbs/01a_testing.kernels.ipynb #6af6fe16
 def _patch_once(I):
     "Patch `triton.language` once per launch instead of once per nested function."
-    inner, active = I._patch_lang, [False]
-    anchor = types.SimpleNamespace(__globals__={"tl": sys.modules["triton.language"], "core": sys.modules["triton.language.core"]})
+    inner = I._patch_lang
+    active = [False]
+    anchor = types.SimpleNamespace(
+        __globals__={
+            "tl": sys.modules["triton.language"],
+            "core": sys.modules["triton.language.core"],
+        }
+    )
+
     class Scope:
-        def __init__(self, scope): self.scope = scope
+        def __init__(self, scope):
+            self.scope = scope
+
         def restore(self):
-            if self.scope is None: return
+            if self.scope is None:
+                return
             self.scope.restore()
             active[0] = False
+
     def patch(fn):
-        if active[0]: return Scope(None)
+        if active[0]:
+            return Scope(None)
         active[0] = True
         return Scope(inner(anchor))
+
     I._patch_lang = patch
 
 # %% ../../nbs/01a_testing.kernels.ipynb #3ab65b39
 def _exact_bf16(I, tl):
     "bfloat16 as on a GPU: float32 arithmetic, each result rounded to nearest even; products of real values."
-    B, H, f32, bf = I.InterpreterBuilder, I.TensorHandle, tl.float32, tl.bfloat16
-    up = lambda h: H((np.ascontiguousarray(h.data).astype(np.uint32) << 16).view(np.float32), f32)
+    B = I.InterpreterBuilder
+    H = I.TensorHandle
+    f32 = tl.float32
+    bf = tl.bfloat16
+
+    def up(h):
+        return H((np.ascontiguousarray(h.data).astype(np.uint32) << 16).view(np.float32), f32)
+
     def rounded(x):
         u = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-        return np.where(np.isnan(x), np.uint16(0x7FC0), ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16))
-    is_bf = lambda h: h.dtype.scalar == bf
-    cast0, dot0, binary0, unary0, fp0 = B.cast_impl, B.create_dot, B.binary_op, B.unary_op, B.create_fp_to_fp
+        return np.where(
+            np.isnan(x), np.uint16(0x7FC0), ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
+        )
+
+    def is_bf(h):
+        return h.dtype.scalar == bf
+
+    cast0 = B.cast_impl
+    dot0 = B.create_dot
+    binary0 = B.binary_op
+    unary0 = B.unary_op
+    fp0 = B.create_fp_to_fp
+
     def cast(s, h, d):
-        a, b = h.dtype.scalar, d.scalar
-        if a == bf and b != bf: return up(h) if b == f32 else cast0(s, up(h), d)
+        a = h.dtype.scalar
+        b = d.scalar
+        if a == bf and b != bf:
+            return up(h) if b == f32 else cast0(s, up(h), d)
         return H(rounded(h.data.astype(np.float32)), bf) if b == bf and a != bf else cast0(s, h, d)
+
     def binary(s, l, r, op):
-        if not is_bf(l) or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor): return binary0(s, l, r, op)
+        if not is_bf(l) or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
+            return binary0(s, l, r, op)
         o = op(up(l).data, up(r).data if is_bf(r) else r.data)
         return H(o, tl.int1) if o.dtype == bool else H(rounded(o), bf)
-    B.cast_impl, B.binary_op = cast, binary
-    B.create_fp_to_fp = lambda s, h, d, mode: cast(s, h, d) if bf in (h.dtype.scalar, d.scalar) else fp0(s, h, d, mode)
+
+    B.cast_impl = cast
+    B.binary_op = binary
+    B.create_fp_to_fp = lambda s, h, d, mode: (
+        cast(s, h, d) if bf in (h.dtype.scalar, d.scalar) else fp0(s, h, d, mode)
+    )
     B.unary_op = lambda s, a, op: H(rounded(op(up(a).data)), bf) if is_bf(a) else unary0(s, a, op)
-    B.create_dot = lambda s, a, b, d, *k: dot0(s, up(a) if is_bf(a) else a, up(b) if is_bf(b) else b, d, *k)
+    B.create_dot = lambda s, a, b, d, *k: dot0(
+        s, up(a) if is_bf(a) else a, up(b) if is_bf(b) else b, d, *k
+    )
 
 # %% ../../nbs/01a_testing.kernels.ipynb #3ac933f3
 def _make_exact():
     "Patch the interpreter."
     import triton.language as tl
     from triton.runtime import interpreter as I
+
     _patch_once(I)
     _exact_bf16(I, tl)
     return True
 
-def exact_interpreter()->bool: # whether kernels are interpreted in this process
+
+def exact_interpreter() -> bool:  # whether kernels are interpreted in this process
     "Make Triton's interpreter exact and twice as fast, once per process."
     return interpreting() and once("exact interpreter", _make_exact)
 
 # %% ../../nbs/01a_testing.kernels.ipynb #06d15ef2
-MARGIN = 64 # elements before and after every buffer
-_CANARY = {torch.float32: 0x7FC5A5A5, torch.float16: 0x7E5A, torch.bfloat16: 0x7FDA} # NaNs with a pattern
+MARGIN = 64  # elements before and after every buffer
+# NaNs with a pattern
+_CANARY = {torch.float32: 0x7FC5A5A5, torch.float16: 0x7E5A, torch.bfloat16: 0x7FDA}
+
 
 def _canary(dtype):
     "Bit pattern of the margins, and the integer type to see it through."
-    if dtype == torch.bool or dtype.itemsize == 1: return 0x5A, torch.uint8
+    if dtype == torch.bool or dtype.itemsize == 1:
+        return 0x5A, torch.uint8
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     return _CANARY.get(dtype, 0x7FF8A5A5A5A5A5A5 if dtype.is_floating_point else 0x5A5A), kind
 
+
 def _span(shape, stride):
     "Elements between the first and the last of a strided tensor, inclusive."
-    return 0 if 0 in shape else 1 + sum((n - 1)*s for n, s in zip(shape, stride))
+    return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride))
 
 # %% ../../nbs/01a_testing.kernels.ipynb #89c66d8e
 class Guarded:
     "A buffer with margins on both sides: `tensor` lies inside, `check` raises where something else was written."
-    def __init__(self,
-        shape, # of the tensor
-        stride, # of the tensor
-        dtype:torch.dtype, # of the tensor
-        value:torch.Tensor|None=None, # its values; the rest keeps the pattern of the margins
-        device="cpu", # of the buffer
-        mark:int=0, # changes the pattern: a NaN that is read here and written there keeps its bits
+
+    def __init__(
+        self,
+        shape,  # of the tensor
+        stride,  # of the tensor
+        dtype: torch.dtype,  # of the tensor
+        value: torch.Tensor | None = None,  # its values; the rest keeps the pattern of the margins
+        device="cpu",  # of the buffer
+        # changes the pattern: a NaN that is read here and written there keeps its bits
+        mark: int = 0,
     ):
         bits, kind = _canary(dtype)
         bits ^= mark
-        buffer = torch.full((_span(shape, stride) + 2*MARGIN,), bits, dtype=kind, device=device).view(dtype)
+        buffer = torch.full(
+            (_span(shape, stride) + 2 * MARGIN,), bits, dtype=kind, device=device
+        ).view(dtype)
         self.tensor = buffer.as_strided(tuple(shape), tuple(stride), MARGIN)
-        if value is not None: # through an index, since expanded tensors write each place several times
-            buffer.scatter_(0, torch.arange(buffer.numel(), device=device).as_strided(tuple(shape), tuple(stride), MARGIN).flatten(), value.flatten())
-        self.buffer, self.before = buffer.view(kind), buffer.view(kind).clone()
+        # through an index, since expanded tensors write each place several times
+        if value is not None:
+            buffer.scatter_(
+                0,
+                torch.arange(buffer.numel(), device=device)
+                .as_strided(tuple(shape), tuple(stride), MARGIN)
+                .flatten(),
+                value.flatten(),
+            )
+        self.buffer = buffer.view(kind)
+        self.before = buffer.view(kind).clone()
         inside = torch.zeros(buffer.numel(), dtype=torch.bool, device=device)
-        inside[torch.arange(buffer.numel(), device=device).as_strided(tuple(shape), tuple(stride), MARGIN).flatten()] = True
+        inside[
+            torch.arange(buffer.numel(), device=device)
+            .as_strided(tuple(shape), tuple(stride), MARGIN)
+            .flatten()
+        ] = True
         self.outside = ~inside
 
-    def check(self,
-        name:str, # for the message
-        inputs:bool=False, # nothing at all may have changed
+    def check(
+        self,
+        name: str,  # for the message
+        inputs: bool = False,  # nothing at all may have changed
     ):
         "Raise where the margins (or, for inputs, anything) changed."
         changed = self.buffer != self.before
-        if inputs and changed.any(): raise AssertionError(f"{name}: an input was written to, or memory around it")
-        if (changed & self.outside).any(): raise AssertionError(f"{name}: {int((changed & self.outside).sum())} elements outside the tensor were written")
+        if inputs and changed.any():
+            raise AssertionError(f"{name}: an input was written to, or memory around it")
+        if (changed & self.outside).any():
+            raise AssertionError(
+                f"{name}: {int((changed & self.outside).sum())} elements outside the tensor were written"
+            )
 
 # %% ../../nbs/01a_testing.kernels.ipynb #c91bfe24
 @functools.lru_cache(1)
@@ -121,59 +188,94 @@ def _remember_functions():
     "torch keeps tables of its functions, made at first use: they must hold the real ones."
     from torch._dynamo.trace_rules import get_torch_obj_rule_map
     from torch.utils._device import _device_constructors
+
     _device_constructors()
     get_torch_obj_rule_map()
 
+# %% ../../nbs/01a_testing.kernels.ipynb #470fb544
 @contextlib.contextmanager
 def guarded_memory():
     "Within the block fresh tensors lie between margins and start as NaN; writes outside raise at the end."
     _remember_functions()
-    names = [(torch, n) for n in ("empty", "empty_like", "empty_permuted", "empty_strided", "zeros", "zeros_like")]
+    names = [
+        (torch, n)
+        for n in ("empty", "empty_like", "empty_permuted", "empty_strided", "zeros", "zeros_like")
+    ]
     names += [(torch.Tensor, n) for n in ("new_empty", "new_zeros", "new_empty_strided")]
-    saved, made = [getattr(o, n) for o, n in names], []
+    saved = [getattr(o, n) for o, n in names]
+    made = []
+
     def wrapped(fn, zero):
         def make(*a, **k):
             t = fn(*a, **k)
-            if t.is_meta or type(t) is not torch.Tensor: return t
-            g = Guarded(t.shape, t.stride(), t.dtype, torch.Tensor.clone(t) if zero else None, t.device, mark=3)
+            if t.is_meta or type(t) is not torch.Tensor:
+                return t
+            g = Guarded(
+                t.shape,
+                t.stride(),
+                t.dtype,
+                torch.Tensor.clone(t) if zero else None,
+                t.device,
+                mark=3,
+            )
             made.append(g)
             return g.tensor
+
         return make
+
     active = [False]
+
     def guard(fn, zero):
         inner = wrapped(fn, zero)
-        def make(*a, **k): # the guard itself makes tensors
-            if active[0]: return fn(*a, **k)
+
+        def make(*a, **k):  # the guard itself makes tensors
+            if active[0]:
+                return fn(*a, **k)
             active[0] = True
-            try: return inner(*a, **k)
-            finally: active[0] = False
+            try:
+                return inner(*a, **k)
+            finally:
+                active[0] = False
+
         return make
-    for (o, n), fn in zip(names, saved): setattr(o, n, guard(fn, "zero" in n))
-    try: yield
+
+    for (o, n), fn in zip(names, saved):
+        setattr(o, n, guard(fn, "zero" in n))
+    try:
+        yield
     finally:
-        for (o, n), fn in zip(names, saved): setattr(o, n, fn)
-    for g in made: g.check("output")
+        for (o, n), fn in zip(names, saved):
+            setattr(o, n, fn)
+    for g in made:
+        g.check("output")
 
 # %% ../../nbs/01a_testing.kernels.ipynb #5a554dc0
 @contextlib.contextmanager
 def shuffled(
-    seed:int, # of the order
+    seed: int,  # of the order
 ):
     "Run the programs of every grid in a random order, as a GPU may."
     if not interpreting():
         yield
         return
     from triton.runtime.interpreter import InterpreterBuilder
-    plain, state = InterpreterBuilder.set_grid_idx, {}
+
+    plain = InterpreterBuilder.set_grid_idx
+    state = {}
+
     def place(self, x, y, z):
         _, gy, gz = self.grid_dim
-        n = self.grid_dim[0]*gy*gz
-        if (x, y, z) == (0, 0, 0): state["order"] = random.Random(seed).sample(range(n), n)
-        i = state["order"][(x*gy + y)*gz + z]
-        return plain(self, i//(gy*gz), i//gz % gy, i % gz)
+        n = self.grid_dim[0] * gy * gz
+        if (x, y, z) == (0, 0, 0):
+            state["order"] = random.Random(seed).sample(range(n), n)
+        i = state["order"][(x * gy + y) * gz + z]
+        return plain(self, i // (gy * gz), i // gz % gy, i % gz)
+
     InterpreterBuilder.set_grid_idx = place
-    try: yield
-    finally: InterpreterBuilder.set_grid_idx = plain
+    try:
+        yield
+    finally:
+        InterpreterBuilder.set_grid_idx = plain
 
 # %% ../../nbs/01a_testing.kernels.ipynb #0d940fbd
 @contextlib.contextmanager
@@ -181,22 +283,34 @@ def launches():
     "Collects the names of the kernels that are launched in the block, in order."
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
-    names, saved = [], {c: c.run for c in (InterpretedFunction, JITFunction)}
+
+    names = []
+    saved = {c: c.run for c in (InterpretedFunction, JITFunction)}
+
     def watch(run):
         def noted(self, *a, **k):
             names.append(self.fn.__name__)
             return run(self, *a, **k)
+
         return noted
-    for c, run in saved.items(): c.run = watch(run)
-    try: yield names
+
+    for c, run in saved.items():
+        c.run = watch(run)
+    try:
+        yield names
     finally:
-        for c, run in saved.items(): c.run = run
+        for c, run in saved.items():
+            c.run = run
 
 # %% ../../nbs/01a_testing.kernels.ipynb #3e9a2ee2
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": (2e-6, 5e-6), "fp16": (6e-4, 1e-3), "bf16": (4e-3, 8e-3)} # relative L2: forward, backward
+# relative L2: forward, backward
+TOLERANCE = {"fp32": (2e-6, 5e-6), "fp16": (6e-4, 1e-3), "bf16": (4e-3, 8e-3)}
 
-def _tuple(out): return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+def _tuple(out):
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
 
 def _placed(x, dtype):
     "`x` in another type, with its strides, between margins."
@@ -206,49 +320,98 @@ def _placed(x, dtype):
 # %% ../../nbs/01a_testing.kernels.ipynb #8203b349
 def _truth(ref, inputs, dtype, differentiable):
     "Outputs and gradients of the reference in double precision, on inputs rounded to `dtype`."
-    wide = {n: (x.to(dtype).double() if x.is_floating_point() else x).detach().clone() for n, x in inputs.items()}
-    for n in differentiable: wide[n].requires_grad_()
+    wide = {
+        n: (x.to(dtype).double() if x.is_floating_point() else x).detach().clone()
+        for n, x in inputs.items()
+    }
+    for n in differentiable:
+        wide[n].requires_grad_()
     outs = _tuple(ref(**wide))
-    seeds = [make_input(o.shape, 100 + i).to(device=o.device, dtype=dtype) if o.is_floating_point() else None for i, o in enumerate(outs)]
+    seeds = [
+        make_input(o.shape, 100 + i).to(device=o.device, dtype=dtype)
+        if o.is_floating_point()
+        else None
+        for i, o in enumerate(outs)
+    ]
     pairs = [(o, g.double()) for o, g in zip(outs, seeds) if g is not None and o.requires_grad]
     names = list(differentiable) if pairs else []
-    grads = torch.autograd.grad([o for o, _ in pairs], [wide[n] for n in names], [g for _, g in pairs]) if names else ()
+    grads = (
+        torch.autograd.grad([o for o, _ in pairs], [wide[n] for n in names], [g for _, g in pairs])
+        if names
+        else ()
+    )
     return [o.detach() for o in outs], dict(zip(names, grads)), seeds
 
 # %% ../../nbs/01a_testing.kernels.ipynb #0d55cf8e
 def check_kernel(
-    op, # function of the inputs by name; called with `use_impl("triton")`
-    ref, # the same in plain PyTorch, able to run in double precision
-    inputs:dict, # name -> tensor; float32 ones are cast to each type
-    grads=None, # names to differentiate; None: every float input, (): none
-    dtypes=("fp32", "fp16", "bf16"), # names of `DTYPES`
-    orders=(0, 1, 2), # seeds of the program order
-    blocks:tuple|None=None, # (op name, [block sizes, …]): each is tried
-    expect:tuple=(), # kernels that must be launched
-    tolerance:dict|None=None, # overrides `TOLERANCE`
-    exact:tuple=(), # positions of outputs that must be equal, e.g. indices
-)->Table: # type, tensor, error, limit
+    op,  # function of the inputs by name; called with `use_impl("triton")`
+    ref,  # the same in plain PyTorch, able to run in double precision
+    inputs: dict,  # name -> tensor; float32 ones are cast to each type
+    grads=None,  # names to differentiate; None: every float input, (): none
+    dtypes=("fp32", "fp16", "bf16"),  # names of `DTYPES`
+    orders=(0, 1, 2),  # seeds of the program order
+    blocks: tuple | None = None,  # (op name, [block sizes, …]): each is tried
+    expect: tuple = (),  # kernels that must be launched
+    tolerance: dict | None = None,  # overrides `TOLERANCE`
+    exact: tuple = (),  # positions of outputs that must be equal, e.g. indices
+) -> Table:  # type, tensor, error, limit
     "Check a kernel against its reference; raises on the first difference, wrong write or missing launch."
     exact_interpreter()
     floats = [n for n, x in inputs.items() if x.is_floating_point()]
-    grads, limits, rows = floats if grads is None else list(grads), TOLERANCE | (tolerance or {}), []
-    variants = [(o, b) for o in orders[:1] for b in (blocks[1] if blocks else [{}])] + [(o, {}) for o in orders[1:]]
+    grads = floats if grads is None else list(grads)
+    limits = TOLERANCE | (tolerance or {})
+    rows = []
+    variants = [(o, b) for o in orders[:1] for b in (blocks[1] if blocks else [{}])] + [
+        (o, {}) for o in orders[1:]
+    ]
     for kind in dtypes:
         outs, truth, seeds = _truth(ref, inputs, DTYPES[kind], grads)
         worst = {}
         for order, block in variants:
-            got, seen = _run_once(op, inputs, DTYPES[kind], grads if truth else [], seeds, order, (blocks[0], block) if blocks else None)
+            got, seen = _run_once(
+                op,
+                inputs,
+                DTYPES[kind],
+                grads if truth else [],
+                seeds,
+                order,
+                (blocks[0], block) if blocks else None,
+            )
             missing = set(expect) - set(seen)
-            if missing: raise AssertionError(f"{kind}: {', '.join(sorted(missing))} was not launched; launched: {', '.join(sorted(set(seen))) or 'nothing'}")
+            if missing:
+                raise AssertionError(
+                    f"{kind}: {', '.join(sorted(missing))} was not launched; launched: "
+                    f"{', '.join(sorted(set(seen))) or 'nothing'}"
+                )
             for i, (r, o) in enumerate(zip(outs, got[0])):
                 name = "out" if len(outs) == 1 else f"out{i}"
                 if i in exact or not r.is_floating_point():
-                    if not torch.equal(r.to(o.dtype), o): raise AssertionError(f"{kind} {name}: {int((r.to(o.dtype) != o).sum())} values differ")
+                    if not torch.equal(r.to(o.dtype), o):
+                        raise AssertionError(
+                            f"{kind} {name}: {int((r.to(o.dtype) != o).sum())} values differ"
+                        )
                     worst[name] = max(worst.get(name, 0.0), 0.0)
-                else: worst[name] = max(worst.get(name, 0.0), assert_close(f"{kind} {name} order {order} {block}", r, o, limits[kind][0]))
+                else:
+                    worst[name] = max(
+                        worst.get(name, 0.0),
+                        assert_close(f"{kind} {name} order {order} {block}", r, o, limits[kind][0]),
+                    )
             for n, r in truth.items():
-                worst[f"d{n}"] = max(worst.get(f"d{n}", 0.0), assert_close(f"{kind} d{n} order {order} {block}", r, got[1][n], limits[kind][1]))
-        rows += [dict(dtype=kind, tensor=n, error=f"{e:.1e}", limit=f"{limits[kind][n.startswith('d')]:.0e}") for n, e in worst.items()]
+                worst[f"d{n}"] = max(
+                    worst.get(f"d{n}", 0.0),
+                    assert_close(
+                        f"{kind} d{n} order {order} {block}", r, got[1][n], limits[kind][1]
+                    ),
+                )
+        rows += [
+            dict(
+                dtype=kind,
+                tensor=n,
+                error=f"{e:.1e}",
+                limit=f"{limits[kind][n.startswith('d')]:.0e}",
+            )
+            for n, e in worst.items()
+        ]
     return Table(rows)
 
 # %% ../../nbs/01a_testing.kernels.ipynb #d958009c
@@ -256,74 +419,134 @@ def _run_once(op, inputs, dtype, grads, seeds, order, blocks):
     "One guarded run with the kernel: outputs and gradients, and the kernels that ran."
     places = {n: _placed(x, dtype) for n, x in inputs.items()}
     args = {n: g.tensor.detach().requires_grad_(n in grads) for n, g in places.items()}
-    with launches() as seen, shuffled(order), use_impl("triton"), use_blocks(blocks[0], **blocks[1]) if blocks else contextlib.nullcontext():
-        with guarded_memory(): outs = _tuple(op(**args))
+    with (
+        launches() as seen,
+        shuffled(order),
+        use_impl("triton"),
+        use_blocks(blocks[0], **blocks[1]) if blocks else contextlib.nullcontext(),
+    ):
+        with guarded_memory():
+            outs = _tuple(op(**args))
         pairs = [(o, g) for o, g in zip(outs, seeds) if g is not None and o.requires_grad]
         got = ()
         if grads and pairs:
-            with guarded_memory(): got = torch.autograd.grad([o for o, _ in pairs], [args[n] for n in grads], [g.to(o.dtype) for o, g in pairs])
-        elif grads: raise AssertionError("no output can be differentiated")
-    for n, g in places.items(): g.check(n, inputs=True)
+            with guarded_memory():
+                got = torch.autograd.grad(
+                    [o for o, _ in pairs],
+                    [args[n] for n in grads],
+                    [g.to(o.dtype) for o, g in pairs],
+                )
+        elif grads:
+            raise AssertionError("no output can be differentiated")
+    for n, g in places.items():
+        g.check(n, inputs=True)
     return ([o.detach() for o in outs], dict(zip(grads, got))), seen
 
 # %% ../../nbs/01a_testing.kernels.ipynb #606bcafb
-SMEM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, "gfx942": 64 << 10} # bytes of shared memory that one block may use
+# bytes of shared memory that one block may use
+SMEM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, "gfx942": 64 << 10}
 
-def targets()->dict: # name -> triton's GPUTarget
+
+def targets() -> dict:  # name -> triton's GPUTarget
     "The GPUs that every kernel is compiled for: A100, H100 and H200, MI300."
     from triton.backends.compiler import GPUTarget
-    return {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 
+    return {
+        "sm_80": GPUTarget("cuda", 80, 32),
+        "sm_90": GPUTarget("cuda", 90, 32),
+        "gfx942": GPUTarget("hip", "gfx942", 64),
+    }
+
+# %% ../../nbs/01a_testing.kernels.ipynb #6777dad6
 class _NoGPU:
     "The part of a driver that a launch touches."
-    def __init__(self, target): self.target = target
-    def get_current_target(self): return self.target
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=0): return 0
-    def get_benchmarker(self): return lambda fn, quantiles=None, **k: (fn(), [1., 1., 1.])[1]
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_benchmarker(self):
+        return lambda fn, quantiles=None, **k: (fn(), [1.0, 1.0, 1.0])[1]
 
 # %% ../../nbs/01a_testing.kernels.ipynb #86b33368
 @contextlib.contextmanager
 def captured(
-    target, # of `targets`
+    target,  # of `targets`
 ):
     "Within the block launches compile for the target and do not run; collects the compiled kernels."
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
-    if interpreting(): raise RuntimeError("kernels are interpreted in this process; compile in one without TRITON_INTERPRET")
-    got, run, active = [], JITFunction.run, driver._active
+
+    if interpreting():
+        raise RuntimeError(
+            "kernels are interpreted in this process; compile in one without TRITON_INTERPRET"
+        )
+    got = []
+    run = JITFunction.run
+    active = driver._active
+
     def compile_only(self, *a, grid, warmup, **k):
         self.device_caches.clear()
         got.append(run(self, *a, grid=grid, warmup=True, **k))
         return got[-1]
+
     driver.set_active(_NoGPU(target))
     JITFunction.run = compile_only
-    try: yield got
-    finally: JITFunction.run, driver._active = run, active
+    try:
+        yield got
+    finally:
+        JITFunction.run = run
+        driver._active = active
 
 # %% ../../nbs/01a_testing.kernels.ipynb #2e6a88a2
 def binary_report(
-    kernel, # of `captured`
-)->dict: # name, arch, regs, spill, smem, fits, mma, and on NVIDIA wide: 16-byte loads
+    kernel,  # of `captured`
+) -> dict:  # name, arch, regs, spill, smem, fits, mma, and on NVIDIA wide: 16-byte loads
     "What a compiled kernel asks of the hardware."
     target = kernel.metadata.target
-    row = dict(name=kernel.name, arch=target.arch, smem=kernel.metadata.shared, fits=kernel.metadata.shared <= SMEM[target.arch])
+    row = dict(
+        name=kernel.name,
+        arch=target.arch,
+        smem=kernel.metadata.shared,
+        fits=kernel.metadata.shared <= SMEM[target.arch],
+    )
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
-        find = lambda field: int((re.search(rf"\.{field}:\s*(\d+)", text) or [0, 0])[1])
-        return row | dict(regs=find("vgpr_count"), spill=find("vgpr_spill_count"), mma=text.count("v_mfma"))
-    usage, sass = resources(kernel), disassembled(kernel)
+
+        def find(field):
+            return int((re.search(rf"\.{field}:\s*(\d+)", text) or [0, 0])[1])
+
+        return row | dict(
+            regs=find("vgpr_count"), spill=find("vgpr_spill_count"), mma=text.count("v_mfma")
+        )
+    usage = resources(kernel)
+    sass = disassembled(kernel)
     regs, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return row | dict(regs=regs, spill=stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)), mma=len(re.findall(r"HGMMA|\bHMMA", sass)),
-                      wide=len(re.findall(r"\bLDG\.E\.[\w.]*128|\bLDGSTS\.E\.[\w.]*128", sass)))
+    return row | dict(
+        regs=regs,
+        spill=stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        mma=len(re.findall(r"HGMMA|\bHMMA", sass)),
+        wide=len(re.findall(r"\bLDG\.E\.[\w.]*128|\bLDGSTS\.E\.[\w.]*128", sass)),
+    )
 
 # %% ../../nbs/01a_testing.kernels.ipynb #4b7411f9
 def compile_elsewhere(
-    code:str, # Python source; it prints what it finds out
-    timeout:float=600, # seconds
-)->str: # what it printed
+    code: str,  # Python source; it prints what it finds out
+    timeout: float = 600,  # seconds
+) -> str:  # what it printed
     "Run code in a process in which kernels are compiled, not interpreted."
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SEGKERN_IMPL")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=timeout)
-    if done.returncode: raise RuntimeError(f"the process failed:\n{done.stderr[-3000:]}")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=timeout
+    )
+    if done.returncode:
+        raise RuntimeError(f"the process failed:\n{done.stderr[-3000:]}")
     return done.stdout

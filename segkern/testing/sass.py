@@ -15,98 +15,122 @@ from pathlib import Path
 @dataclass
 class Instruction:
     "One line of SASS."
-    at:int # address
-    op:str # e.g. "LDG.E.128"
-    args:str # e.g. "R4, desc[UR4][R2.64]"
-    target:int = -1 # where a branch goes
 
+    at: int  # address
+    op: str  # e.g. "LDG.E.128"
+    args: str  # e.g. "R4, desc[UR4][R2.64]"
+    target: int = -1  # where a branch goes
+
+# %% ../../nbs/01b_testing.sass.ipynb #ff0d333c
 def parse(
-    sass:str, # of `nvdisasm -c`
-)->list: # of `Instruction`
+    sass: str,  # of `nvdisasm -c`
+) -> list:  # of `Instruction`
     "The instructions, with the addresses that branches go to."
-    found, labels, waiting = [], {}, []
+    found = []
+    labels = {}
+    waiting = []
     for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_[\w.]+):", line): waiting.append(label[1])
-        hit = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line)
-        if not hit: continue
+        if label := re.match(r"\s*(\.L_[\w.]+):", line):
+            waiting.append(label[1])
+        hit = re.match(
+            r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line
+        )
+        if not hit:
+            continue
         at = int(hit[1], 16)
         labels |= dict.fromkeys(waiting, at)
         waiting = []
         found.append(Instruction(at, hit[2], hit[3]))
     for i in found:
         to = re.search(r"`\((\.L_[\w.]+)\)", i.args)
-        if i.op.startswith("BRA") and to: i.target = labels.get(to[1], -1)
+        if i.op.startswith("BRA") and to:
+            i.target = labels.get(to[1], -1)
     return found
 
 # %% ../../nbs/01b_testing.sass.ipynb #051fe9bb
 def loops(
-    code:list, # of `parse`
-)->list: # of lists of instructions, outer loops with their inner ones
+    code: list,  # of `parse`
+) -> list:  # of lists of instructions, outer loops with their inner ones
     "The bodies of all loops."
     places = {i.at: n for n, i in enumerate(code)}
     back = [(places[i.target], n) for n, i in enumerate(code) if 0 <= i.target < i.at]
-    return [code[first:last + 1] for first, last in back]
+    return [code[first : last + 1] for first, last in back]
 
+# %% ../../nbs/01b_testing.sass.ipynb #bc024a63
 def innermost(
-    code:list, # of `parse`
-)->list: # loops without loops inside
+    code: list,  # of `parse`
+) -> list:  # loops without loops inside
     "Where a kernel spends its time."
     all_loops = loops(code)
     spans = [(body[0].at, body[-1].at) for body in all_loops]
-    holds = lambda a, b: a != b and a[0] <= b[0] and b[1] <= a[1]
+
+    def holds(a, b):
+        return a != b and a[0] <= b[0] and b[1] <= a[1]
+
     outer = [any(holds(span, other) for other in spans) for span in spans]
     return [body for body, is_outer in zip(all_loops, outer) if not is_outer]
 
 # %% ../../nbs/01b_testing.sass.ipynb #0b5d0d50
 def loaded_bytes(
-    i:Instruction,
-)->int: # by one lane, from global memory
+    i: Instruction,
+) -> int:  # by one lane, from global memory
     "What an instruction loads."
-    if not i.op.startswith("LDG"): return 0
+    if not i.op.startswith("LDG"):
+        return 0
     width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", i.op)
     return {None: 4, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[width and width[1]]
 
 # %% ../../nbs/01b_testing.sass.ipynb #887ccfc8
 def units(
-    code:list, # instructions
-    unit:str, # beginning of an opcode, e.g. "MUFU.EX2", or "load" with the bytes of an element, e.g. "load2"
-)->float: # per lane
+    code: list,  # instructions
+    # beginning of an opcode, e.g. "MUFU.EX2", or "load" with the bytes of an element, e.g.
+    # "load2"
+    unit: str,
+) -> float:  # per lane
     "How much work a piece of code does."
-    if unit.startswith("load"): return sum(map(loaded_bytes, code))/int(unit[4:])
+    if unit.startswith("load"):
+        return sum(map(loaded_bytes, code)) / int(unit[4:])
     return sum(i.op.startswith(unit) for i in code)
 
+# %% ../../nbs/01b_testing.sass.ipynb #94ac8ece
 def per_unit(
-    code:list, # of `parse`
-    unit:str, # as in `units`
-)->float: # instructions
+    code: list,  # of `parse`
+    unit: str,  # as in `units`
+) -> float:  # instructions
     "Instructions for each unit of work, of the loop that does most of it; of the whole kernel where none does any."
     body = max(innermost(code), key=lambda b: units(b, unit), default=code)
-    if not units(body, unit): body = code
-    if not units(body, unit): raise ValueError(f"the kernel has no '{unit}'")
-    return len(body)/units(body, unit)
-
+    if not units(body, unit):
+        body = code
+    if not units(body, unit):
+        raise ValueError(f"the kernel has no '{unit}'")
+    return len(body) / units(body, unit)
 
 # %% ../../nbs/01b_testing.sass.ipynb #55dea33e
 def executed(
-    code:list, # of `parse`
-    *trips:int, # turns of each loop, in the order of their first instructions; of an inner one per turn of the outer
-)->int: # instructions of one warp, every branch taken
+    code: list,  # of `parse`
+    # turns of each loop, in the order of their first instructions; of an inner one per turn of
+    # the outer
+    *trips: int,
+) -> int:  # instructions of one warp, every branch taken
     "What a warp executes."
     bodies = [body for body in loops(code) if body[0].at != body[-1].at]
     bodies.sort(key=lambda body: body[0].at)
-    if len(bodies) != len(trips): raise ValueError(f"{len(bodies)} loops, {len(trips)} counts")
+    if len(bodies) != len(trips):
+        raise ValueError(f"{len(bodies)} loops, {len(trips)} counts")
     turns = dict.fromkeys([i.at for i in code], 1)
-    for body, n in zip(bodies, trips): turns |= {i.at: turns[i.at]*n for i in body}
+    for body, n in zip(bodies, trips):
+        turns |= {i.at: turns[i.at] * n for i in body}
     return sum(turns.values())
 
+# %% ../../nbs/01b_testing.sass.ipynb #0244da92
 def issue_floor(
-    instructions:float, # of one warp
-    warps:float, # of the whole launch
-    sms:int=132, # multiprocessors, of an H100 or H200 …
-    ghz:float=1.98, # … and their clock
-)->float: # microseconds
+    instructions: float,  # of one warp
+    warps: float,  # of the whole launch
+    sms: int = 132,  # multiprocessors, of an H100 or H200 …
+    ghz: float = 1.98,  # … and their clock
+) -> float:  # microseconds
     "The time below which no schedule can bring a launch."
-    return instructions*warps/(4*sms*ghz*1e3)
+    return instructions * warps / (4 * sms * ghz * 1e3)
 
 # %% ../../nbs/01b_testing.sass.ipynb #41c31514
 def _first_register(args):
@@ -116,94 +140,113 @@ def _first_register(args):
 
 # %% ../../nbs/01b_testing.sass.ipynb #3b74d823
 def written(
-    i:Instruction,
-)->range: # register numbers
+    i: Instruction,
+) -> range:  # register numbers
     "What an instruction writes."
     first = _first_register(i.args)
-    if first is None or re.match(r"ST|RED|BAR|BRA|EXIT|WARPGROUP|UTMA", i.op): return range(0)
+    if first is None or re.match(r"ST|RED|BAR|BRA|EXIT|WARPGROUP|UTMA", i.op):
+        return range(0)
     if i.op.startswith("HGMMA"):
         columns = int(re.match(r"HGMMA\.64x(\d+)", i.op)[1])
-        return range(first, first + columns//2)
+        return range(first, first + columns // 2)
     wide = re.search(r"\.(?:128|M88\.4|M88\.2|64|WIDE)", i.op)
     count = {None: 1, ".128": 4, ".M88.4": 4, ".M88.2": 2, ".64": 2, ".WIDE": 2}[wide and wide[0]]
     return range(first, first + count)
 
+# %% ../../nbs/01b_testing.sass.ipynb #77028cf9
 def read_by_tensor_core(
-    i:Instruction,
-)->range: # register numbers; empty where the first factor lies in shared memory
+    i: Instruction,
+) -> range:  # register numbers; empty where the first factor lies in shared memory
     "Where a WGMMA has its first factor."
     hit = re.match(r"R\d+, R(\d+)", i.args) if i.op.startswith("HGMMA") else None
     return range(int(hit[1]), int(hit[1]) + 4) if hit else range(0)
 
 # %% ../../nbs/01b_testing.sass.ipynb #7c85d24c
 def overwritten(
-    code:list, # of `parse`
-)->list: # (address, opcode, register)
+    code: list,  # of `parse`
+) -> list:  # (address, opcode, register)
     "Writes to registers that a pending WGMMA may still read."
-    found, bodies = [], [code, *[body*2 for body in loops(code)]]
+    found = []
+    bodies = [code, *[body * 2 for body in loops(code)]]
     for body in bodies:
-        groups, open_group = [], set()
+        groups = []
+        open_group = set()
         for i in body:
             busy = open_group.union(*groups)
             hits = busy.intersection(written(i)) if not i.op.startswith("HGMMA") else set()
             found += [(i.at, i.op, r) for r in sorted(hits)]
             if i.op.startswith("HGMMA"):
                 open_group |= set(read_by_tensor_core(i))
-                if "gsb0" in i.args: groups, open_group = [*groups, open_group], set()
+                if "gsb0" in i.args:
+                    groups = [*groups, open_group]
+                    open_group = set()
             if i.op.startswith("WARPGROUP.DEPBAR"):
                 left = int(i.args.split(",")[-1], 16)
-                groups = groups[len(groups) - left:] if left < len(groups) else groups
+                groups = groups[len(groups) - left :] if left < len(groups) else groups
     return sorted(set(found))
 
 # %% ../../nbs/01b_testing.sass.ipynb #ec053737
 def _tool(name, *arguments):
     "Run one of the tools that come with Triton; what it printed, to both streams."
     import triton.backends.nvidia as nvidia
-    tool = Path(nvidia.__file__).parent/"bin"/name
+
+    tool = Path(nvidia.__file__).parent / "bin" / name
     done = subprocess.run([tool, *arguments], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"{name} failed: {done.stderr[-500:]}")
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr[-500:]}")
     return done.stdout + done.stderr
 
+# %% ../../nbs/01b_testing.sass.ipynb #635b2988
 @functools.lru_cache(maxsize=4)
 def _of_binary(cubin, name, flag):
     "What a tool says about a compiled kernel; it is asked once."
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/"kernel.cubin"
+        path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         return _tool(name, flag, path)
 
+
 def disassembled(
-    kernel, # of `captured`, for an NVIDIA GPU
-)->str: # SASS
+    kernel,  # of `captured`, for an NVIDIA GPU
+) -> str:  # SASS
     "The machine code of a kernel."
     return _of_binary(kernel.asm["cubin"], "nvdisasm", "-c")
 
+# %% ../../nbs/01b_testing.sass.ipynb #cd08d3aa
 def resources(
-    kernel, # of `captured`, for an NVIDIA GPU
-)->str: # with "REG:…" and "STACK:…"
+    kernel,  # of `captured`, for an NVIDIA GPU
+) -> str:  # with "REG:…" and "STACK:…"
     "Registers and memory that a kernel takes, as the tool words it."
     return _of_binary(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage")
 
+# %% ../../nbs/01b_testing.sass.ipynb #3e0e34a4
 def serialized(
-    kernel, # of `captured`, for an NVIDIA GPU
-)->bool:
+    kernel,  # of `captured`, for an NVIDIA GPU
+) -> bool:
     "Whether ptxas warns (C7515 and its kin) that it runs WGMMAs one after the other."
-    if "wgmma" not in kernel.asm["ptx"]: return False
+    if "wgmma" not in kernel.asm["ptx"]:
+        return False
     arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])[1]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/"kernel.ptx"
+        path = Path(folder) / "kernel.ptx"
         path.write_text(kernel.asm["ptx"])
-        said = _tool("ptxas", f"-arch={arch}", "-v", path, "-o", Path(folder)/"kernel.cubin")
+        said = _tool("ptxas", f"-arch={arch}", "-v", path, "-o", Path(folder) / "kernel.cubin")
     return bool(re.search(r"wgmma\.mma_async instructions are serialized", said))
 
 # %% ../../nbs/01b_testing.sass.ipynb #cad2f890
 def code_report(
-    kernel, # of `captured`, for an NVIDIA GPU
-    unit:str|None=None, # as in `units`
-)->dict: # instructions, wgmma, overwritten, serialized, and with a unit: per_unit
+    kernel,  # of `captured`, for an NVIDIA GPU
+    unit: str | None = None,  # as in `units`
+) -> dict:  # instructions, wgmma, overwritten, serialized, and with a unit: per_unit
     "What the machine code tells about a kernel."
     code = parse(disassembled(kernel))
     wgmma = sum(i.op.startswith("HGMMA") for i in code)
-    row = dict(instructions=len(code), wgmma=wgmma, overwritten=overwritten(code), serialized=serialized(kernel))
-    if unit: row["per_unit"] = round(per_unit(code, unit), 2)
+    row = dict(
+        instructions=len(code),
+        wgmma=wgmma,
+        overwritten=overwritten(code),
+        serialized=serialized(kernel),
+    )
+    if unit:
+        row["per_unit"] = round(per_unit(code, unit), 2)
     return row

@@ -1,4 +1,5 @@
 "Production launches of affinity: the stages of the sparse SASFormer, B0 and B4."
+
 import torch
 
 from segkern.ops.affinity import affinity_bwd, affinity_fwd
@@ -6,17 +7,23 @@ from segkern.ops.affinity import affinity_bwd, affinity_fwd
 MMA = {"_affinity_fwd_kernel", "_affinity_dq_kernel", "_affinity_dkp_kernel"}
 
 # instructions per score on an H100: (kernel, part of the case's name) -> (what is counted per, limit)
-MOST = {("_affinity_fwd_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 11.6),
-        ("_affinity_dq_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 8.6), # the first of two loops
-        ("_affinity_dkp_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 20.5)}
+MOST = {
+    ("_affinity_fwd_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 11.6),
+    ("_affinity_dq_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 8.6),  # the first of two loops
+    ("_affinity_dkp_kernel", "B4 stage 1 bf16"): ("MUFU.EX2", 20.5),
+}
 
 # bytes that Triton 3.6 spills and newer ones do not: (kernel, arch, part of the case's name) -> bytes
 SPILL_36 = {("_affinity_dq_kernel", 80, "B0 stage 1"): 10}
 
 
 def launch(b, h, n, m, d, dtype, blocks=2, c=21, values=None, wanted=(True, True, True)):
-    "As the encoder and the loss call it: views of [b, n, h, d] and [b, m, 2, h, d], probabilities of a map in NCHW, under autocast float32."
-    new = lambda *shape, kind=dtype: torch.empty(shape, dtype=kind, device="meta")
+    """As the encoder and the loss call it: views of [b, n, h, d] and [b, m, 2, h, d],
+    probabilities of a map in NCHW, under autocast float32."""
+
+    def new(*shape, kind=dtype):
+        return torch.empty(shape, dtype=kind, device="meta")
+
     qs = [new(b, n, h, d).transpose(1, 2) for _ in range(blocks)]
     ks = [new(b, m, 2, h, d).permute(2, 0, 3, 1, 4)[0] for _ in range(blocks)]
     p = new(b, c, m, kind=values or dtype).transpose(1, 2)
@@ -26,14 +33,40 @@ def launch(b, h, n, m, d, dtype, blocks=2, c=21, values=None, wanted=(True, True
 
 def cases():
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        yield f"B4 stage 1 {name}", lambda dtype=dtype: launch(4, 1, 16384, 256, 64, dtype, blocks=2 if dtype == torch.bfloat16 else 1)
-        yield f"59 classes {name}", lambda dtype=dtype: launch(4, 5, 1024, 256, 64, dtype, blocks=1, c=59)
+        yield (
+            f"B4 stage 1 {name}",
+            lambda dtype=dtype: launch(
+                4, 1, 16384, 256, 64, dtype, blocks=2 if dtype == torch.bfloat16 else 1
+            ),
+        )
+        yield (
+            f"59 classes {name}",
+            lambda dtype=dtype: launch(4, 5, 1024, 256, 64, dtype, blocks=1, c=59),
+        )
     yield "B0 stage 1 bf16", lambda: launch(4, 1, 16384, 256, 32, torch.bfloat16, blocks=1)
-    yield "autocast, B4 stage 2 bf16", lambda: launch(4, 2, 4096, 256, 64, torch.bfloat16, blocks=1, values=torch.float32)
-    yield "autocast, B4 stage 4, 59 classes fp16", lambda: launch(4, 8, 1024, 1024, 64, torch.float16, blocks=1, c=59, values=torch.float32)
+    yield (
+        "autocast, B4 stage 2 bf16",
+        lambda: launch(4, 2, 4096, 256, 64, torch.bfloat16, blocks=1, values=torch.float32),
+    )
+    yield (
+        "autocast, B4 stage 4, 59 classes fp16",
+        lambda: launch(4, 8, 1024, 1024, 64, torch.float16, blocks=1, c=59, values=torch.float32),
+    )
     yield "B4 stage 4 bf16", lambda: launch(4, 8, 1024, 1024, 64, torch.bfloat16, blocks=1)
-    yield "autocast, 150 classes bf16", lambda: launch(4, 2, 4096, 256, 64, torch.bfloat16, blocks=1, c=150, values=torch.float32)
+    yield (
+        "autocast, 150 classes bf16",
+        lambda: launch(4, 2, 4096, 256, 64, torch.bfloat16, blocks=1, c=150, values=torch.float32),
+    )
     yield "heads of 128 bf16", lambda: launch(2, 2, 4096, 1024, 128, torch.bfloat16, blocks=1)
-    yield "gradient of the keys only bf16", lambda: launch(4, 8, 1024, 1024, 64, torch.bfloat16, blocks=1, wanted=(False, True, False))
-    yield "detached maps bf16", lambda: launch(4, 5, 1024, 256, 64, torch.bfloat16, wanted=(False, False, True))
-    yield "more than 2**31 elements bf16", lambda: launch(512, 2, 65536, 256, 64, torch.bfloat16, blocks=1)
+    yield (
+        "gradient of the keys only bf16",
+        lambda: launch(4, 8, 1024, 1024, 64, torch.bfloat16, blocks=1, wanted=(False, True, False)),
+    )
+    yield (
+        "detached maps bf16",
+        lambda: launch(4, 5, 1024, 256, 64, torch.bfloat16, wanted=(False, False, True)),
+    )
+    yield (
+        "more than 2**31 elements bf16",
+        lambda: launch(512, 2, 65536, 256, 64, torch.bfloat16, blocks=1),
+    )

@@ -1,4 +1,5 @@
 "Production launches of axial_attention and axial_add: SeaFormer's maps of queries, keys and values, and street scenes."
+
 import torch
 
 from segkern.ops.squeeze_axial import axial_add_bwd, axial_add_fwd, axial_attention_fwd
@@ -7,41 +8,85 @@ MMA = {"_axial_attention_kernel"}
 WIDE = {"_axial_add_fwd_kernel", "_axial_add_bwd_kernel"}
 
 # instructions on an H100: (kernel, part of the case's name) -> (what is counted per, limit)
-MOST = {("_axial_attention_kernel", "SeaFormer-L 32² bf16"): ("MUFU.EX2", 29),
-        ("_axial_add_fwd_kernel", "SeaFormer-L 32² bf16"): ("load2", 18),
-        ("_axial_add_bwd_kernel", "SeaFormer-L 32² bf16"): ("load2", 13.2)}
+MOST = {
+    ("_axial_attention_kernel", "SeaFormer-L 32² bf16"): ("MUFU.EX2", 29),
+    ("_axial_add_fwd_kernel", "SeaFormer-L 32² bf16"): ("load2", 18),
+    ("_axial_add_bwd_kernel", "SeaFormer-L 32² bf16"): ("load2", 13.2),
+}
 
 
 def new(*shape, dtype, last=False):
     "A map on the meta device."
-    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.empty(
+        shape,
+        dtype=dtype,
+        device="meta",
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
 
 
 def attend(b, key, h, w, dtype, heads=8, places=16):
-    keys = heads*key
-    means = [torch.empty((b, 4*keys, n), dtype=dtype, device="meta") for n in (h, w)]
-    axial_attention_fwd(*means, tuple(torch.empty((1, keys, places), device="meta") for _ in range(4)), heads)
+    keys = heads * key
+    means = [torch.empty((b, 4 * keys, n), dtype=dtype, device="meta") for n in (h, w)]
+    axial_attention_fwd(
+        *means, tuple(torch.empty((1, keys, places), device="meta") for _ in range(4)), heads
+    )
 
 
 def add(b, c, h, w, dtype, last=False, wanted=(True, True, True)):
-    qkv = new(b, 2*c, h, w, dtype=dtype, last=last) # the values are the last channels of a wider map
+    # the values are the last channels of a wider map
+    qkv = new(b, 2 * c, h, w, dtype=dtype, last=last)
     row, column = (torch.empty((b, c, n), dtype=dtype, device="meta") for n in (h, w))
     out = axial_add_fwd(qkv[:, c:], row, column)
     axial_add_bwd(out, qkv[:, c:], row, column, wanted)
 
 
 def cases():
-    "SeaFormer-L's three stages at 512², one picture and sixteen; street scenes; types, layouts and sizes that take other paths."
+    """SeaFormer-L's three stages at 512², one picture and sixteen; street scenes; types, layouts
+    and sizes that take other paths."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for key, side in ((16, 32), (20, 16), (24, 8)):
             narrow = ", narrow" if side == 8 else ""
-            yield f"SeaFormer-L {side}² {name}{narrow}", lambda key=key, side=side, dtype=dtype: [attend(1, key, side, side, dtype), add(1, 16*key, side, side, dtype)]
-        yield f"SeaFormer-B 16² batch 16 {name}", lambda dtype=dtype: [attend(16, 16, 16, 16, dtype), add(16, 256, 16, 16, dtype)]
-        yield f"1024×2048 {name}", lambda dtype=dtype: [attend(1, 16, 64, 128, dtype), add(1, 256, 64, 128, dtype)]
-    yield "SeaFormer-B 16² fp16", lambda: [attend(16, 16, 16, 16, torch.float16), add(16, 256, 16, 16, torch.float16)]
+            yield (
+                f"SeaFormer-L {side}² {name}{narrow}",
+                lambda key=key, side=side, dtype=dtype: [
+                    attend(1, key, side, side, dtype),
+                    add(1, 16 * key, side, side, dtype),
+                ],
+            )
+        yield (
+            f"SeaFormer-B 16² batch 16 {name}",
+            lambda dtype=dtype: [attend(16, 16, 16, 16, dtype), add(16, 256, 16, 16, dtype)],
+        )
+        yield (
+            f"1024×2048 {name}",
+            lambda dtype=dtype: [attend(1, 16, 64, 128, dtype), add(1, 256, 64, 128, dtype)],
+        )
+    yield (
+        "SeaFormer-B 16² fp16",
+        lambda: [attend(16, 16, 16, 16, torch.float16), add(16, 256, 16, 16, torch.float16)],
+    )
     yield "channels last bf16, narrow", lambda: add(4, 256, 32, 32, torch.bfloat16, last=True)
     yield "channels last fp32, narrow", lambda: add(4, 256, 32, 32, torch.float32, last=True)
-    yield "odd sides bf16, narrow", lambda: [attend(2, 20, 23, 31, torch.bfloat16), add(2, 320, 23, 31, torch.bfloat16)]
-    yield "one gradient each bf16, narrow", lambda: [add(4, 256, 32, 32, torch.bfloat16, wanted=tuple(i == j for j in range(3))) for i in range(3)]
-    yield "more than 2**31 elements bf16", lambda: [attend(16, 16, 4096, 4096, torch.bfloat16), add(64, 256, 512, 512, torch.bfloat16)]
-    yield "more than 2**31 elements, channels last bf16, narrow", lambda: add(64, 256, 512, 512, torch.bfloat16, last=True)
+    yield (
+        "odd sides bf16, narrow",
+        lambda: [attend(2, 20, 23, 31, torch.bfloat16), add(2, 320, 23, 31, torch.bfloat16)],
+    )
+    yield (
+        "one gradient each bf16, narrow",
+        lambda: [
+            add(4, 256, 32, 32, torch.bfloat16, wanted=tuple(i == j for j in range(3)))
+            for i in range(3)
+        ],
+    )
+    yield (
+        "more than 2**31 elements bf16",
+        lambda: [
+            attend(16, 16, 4096, 4096, torch.bfloat16),
+            add(64, 256, 512, 512, torch.bfloat16),
+        ],
+    )
+    yield (
+        "more than 2**31 elements, channels last bf16, narrow",
+        lambda: add(64, 256, 512, 512, torch.bfloat16, last=True),
+    )

@@ -1,19 +1,24 @@
 "Production launches of strip_pool."
+
 import torch
 
 from segkern.ops.strip_pool import strip_pool_bwd, strip_pool_fwd
 
 WIDE = {"_strip_pool_fwd_kernel"}
-SPILL = {("_strip_pool_fwd_kernel", 90, "over the height"): 10} # one register, outside of the loop
+# one register, outside of the loop
+SPILL = {("_strip_pool_fwd_kernel", 90, "over the height"): 10}
 
 # instructions per element on an H100: (kernel, part of the case's name) -> (what is counted per, limit)
-MOST = {("_strip_pool_fwd_kernel", "both axes bf16"): ("load2", 18.5),
-        ("_strip_pool_fwd_kernel", "channels last bf16"): ("load2", 19)}
+MOST = {
+    ("_strip_pool_fwd_kernel", "both axes bf16"): ("load2", 18.5),
+    ("_strip_pool_fwd_kernel", "channels last bf16"): ("load2", 19),
+}
 
 
 def launch(shape, dtype, last=False, mean=True, top=True, over_h=True, over_w=True):
     x = torch.empty(shape, dtype=dtype, device="meta")
-    if last: x = x.to(memory_format=torch.channels_last)
+    if last:
+        x = x.to(memory_format=torch.channels_last)
     o = strip_pool_fwd(x, mean, top, over_h, over_w)
     grads = [t if t.numel() else None for t in o]
     strip_pool_bwd(x, grads[0], grads[1], o[2], grads[3], grads[4], o[5])
@@ -22,8 +27,17 @@ def launch(shape, dtype, last=False, mean=True, top=True, over_h=True, over_w=Tr
 def cases():
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         yield f"both axes {name}", lambda dtype=dtype: launch((8, 32, 256, 512), dtype)
-        yield f"S2-FPN 1/4 {name}", lambda dtype=dtype: launch((1, 32, 256, 512), dtype, over_w=False)
-        yield f"over the height, batch 8 {name}", lambda dtype=dtype: launch((8, 32, 256, 512), dtype, over_w=False)
-        yield f"channels last {name}", lambda dtype=dtype: launch((8, 32, 256, 512), dtype, last=True)
+        yield (
+            f"S2-FPN 1/4 {name}",
+            lambda dtype=dtype: launch((1, 32, 256, 512), dtype, over_w=False),
+        )
+        yield (
+            f"over the height, batch 8 {name}",
+            lambda dtype=dtype: launch((8, 32, 256, 512), dtype, over_w=False),
+        )
+        yield (
+            f"channels last {name}",
+            lambda dtype=dtype: launch((8, 32, 256, 512), dtype, last=True),
+        )
     yield "odd width, narrow loads bf16", lambda: launch((2, 64, 45, 59), torch.bfloat16)
     yield "more than 2**31 elements bf16", lambda: launch((64, 256, 512, 512), torch.bfloat16)

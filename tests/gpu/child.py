@@ -1,7 +1,8 @@
 """One child of the gate, whose rows the parent reads.
 
-    python child.py PHASE --family F --rows FILE --device cuda [--tiny]
+python child.py PHASE --family F --rows FILE --device cuda [--tiny]
 """
+
 import argparse
 import json
 import os
@@ -18,18 +19,26 @@ PHASES = ("about", "warm", "right", "launch", "speed", "nets", "learn")
 def selected(family, tiny):
     "The gate's comparisons of a family, in the order of data/bench/predicted.csv."
     from segkern.bench_ops import cases
-    wanted = [(r["op"], r["case"], r["direction"]) for r in predicted() if r["op"] in FAMILIES[family][0]]
-    key = lambda c: (c.op, c.label, "forward and backward" if c.grad else "forward")
+
+    wanted = [
+        (r["op"], r["case"], r["direction"]) for r in predicted() if r["op"] in FAMILIES[family][0]
+    ]
+
+    def key(c):
+        return (c.op, c.label, "forward and backward" if c.grad else "forward")
+
     known = {key(c): c for c in cases(tiny=tiny)}
     found = [known[w] for w in wanted if w in known]
-    if not tiny: return found
-    first = {(c.op, c.grad, c.learns): c for c in reversed(found)} # a dry run: one case each
+    if not tiny:
+        return found
+    first = {(c.op, c.grad, c.learns): c for c in reversed(found)}  # a dry run: one case each
     return [c for c in found if c is first[c.op, c.grad, c.learns]]
 
 
 def synchronise(device):
     "Wait for the device, and hear of what went wrong on it."
-    if device.type == "cuda": torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main():
@@ -46,6 +55,7 @@ def main():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if device.type == "cpu":
         from segkern.testing.kernels import exact_interpreter
+
         exact_interpreter()
     rows = Rows(a.rows, a.number, a.family, lambda: synchronise(device))
     module = __import__(a.phase)

@@ -1,4 +1,5 @@
 "The families of ops that the gate takes apart: one process each, so that a crash of one says nothing about another."
+
 import csv
 import re
 from pathlib import Path
@@ -23,22 +24,24 @@ FAMILIES = {
 def ops_of(family, words=""):
     "The ops that a result concerns: those that `words` (the name of a test) names, else all of the family."
     ops = FAMILIES[family][0]
-    if family != "strip": return ops
+    if family != "strip":
+        return ops
     return tuple(op for op in ops if op.removeprefix("strip_") in words) or ops
 
 
 def test_files(family):
     "The files with the family's tests."
-    return sorted((ROOT/"tests").glob(f"test_kernels_{family}*.py"))
+    return sorted((ROOT / "tests").glob(f"test_kernels_{family}*.py"))
 
 
 def kernel_names(family):
     "The kernels of a family, read from the text of its modules."
-    modules = [ROOT/"segkern"/"ops"/f"{m}.py" for m in FAMILIES[family][1]]
+    modules = [ROOT / "segkern" / "ops" / f"{m}.py" for m in FAMILIES[family][1]]
     text = "\n".join(m.read_text(encoding="utf-8") for m in modules if m.exists())
     return sorted(set(re.findall(r"^def (_\w+_kernel)\(", text, re.M)))
 
 
 def predicted():
     "The comparisons of the gate, with what the review predicts for them."
-    with open(ROOT/"data"/"bench"/"predicted.csv", encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
+    with open(ROOT / "data" / "bench" / "predicted.csv", encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
