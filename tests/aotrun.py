@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from segkern.testing.kernels import binary_report, captured, targets
+from segkern.testing.targets import binary_report, captured, targets
 from segkern.testing.sass import code_report
 
 

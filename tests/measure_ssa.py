@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from segkern.core import seeded
-from segkern.layers import set_literal
+from segkern.backbones.blocks import set_literal
 from segkern.losses.distill import boundary_cells, response_distillation
 from segkern.models.ssa import SSAClassifier
 

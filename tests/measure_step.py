@@ -31,7 +31,7 @@ def step(form, model, size, threads):
     import resource
     import torch
     from segkern.models import create_model
-    from segkern.ops.affinity import AttentionMaps
+    from segkern.ops.attention_maps import AttentionMaps
 
     torch.set_num_threads(threads)
     if form == "stored maps":

@@ -21,11 +21,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from nbtools import test_notebook  # noqa: E402
 
 from segkern import core, ops  # noqa: E402
-from segkern.bench_ops import cases  # noqa: E402
+from segkern.bench.shapes import cases  # noqa: E402
 from segkern.ops import head  # noqa: E402
 from segkern.ops.dispatch import interpreting  # noqa: E402
 from segkern.testing import make_input, relative_l2  # noqa: E402
-from segkern.testing.kernels import exact_interpreter  # noqa: E402
+from segkern.testing.memory import exact_interpreter  # noqa: E402
 
 PREFIX = "operator segkern::"  # of the package's operators among the objects of a process
 # operators that also run where no kernel does

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from segkern.backbones.afformer import AFFORMERS, AFFormer
 from segkern.core import seeded
-from segkern.layers import macs, num_params, set_literal
+from segkern.backbones.blocks import macs, num_params, set_literal
 from segkern.models import SSA, list_models, load, save
 from segkern.models.afformer import AFFormerSegmentor
 from segkern.testing import assert_close, check_model, fill_tensor, make_input, relative_l2

@@ -9,23 +9,20 @@ import torch
 
 from segkern.core import IMAGENET
 from segkern.data import augment, open_dataset
-from segkern.data.augment import (
-    Augment,
-    balanced,
+from segkern.data.transform import Augment, balanced, transform_for
+from segkern.data.colour import (
     below,
-    cubic_window,
-    fitted_size,
     hsv_to_rgb,
     linear,
     photometric,
     rgb_to_hsv,
     saturate,
     shifted,
-    transform_for,
     turn_hue,
     uniform,
 )
-from segkern.data.transforms import TrainTransform
+from segkern.data.geometry import cubic_window, fitted_size
+from segkern.data.transform import TrainTransform
 from segkern.recipes import (
     RECIPES,
     S2FPN_CAMVID,

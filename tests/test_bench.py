@@ -25,7 +25,7 @@ from segkern.bench import (
 )
 from segkern.core import IMAGENET, seeded
 from segkern.infer import optimize
-from segkern.layers import ConvNormAct, resize
+from segkern.backbones.blocks import ConvNormAct, resize
 
 
 class Net(nn.Module):

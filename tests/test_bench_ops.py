@@ -11,7 +11,7 @@ from segkern.ops.verdicts import objection
 
 
 def test_dry_run_from_the_command_line(tmp_path):
-    from segkern.cli import app
+    from segkern.cli.app import app
 
     run = CliRunner().invoke(
         app,

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segkern.core import Preprocess, constants
-from segkern.infer import _whole_labels
+from segkern.infer.protocols import _whole_labels
 from segkern.models import _MODELS, create_model, list_models
 from segkern.ops import use_impl
 

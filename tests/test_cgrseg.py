@@ -15,9 +15,10 @@ from segkern.backbones.efficientformer import (
     spread,
 )
 from segkern.core import seeded
-from segkern.layers import macs, num_params, set_literal
+from segkern.backbones.blocks import macs, num_params, set_literal
 from segkern.models import list_models, load, save
-from segkern.models.cgrseg import CGRSEGS, CGRSeg, RectangularGate
+from segkern.models.cgrseg import CGRSEGS, CGRSeg
+from segkern.models.cgrseg_blocks import RectangularGate
 from segkern.models.ssa import SSA
 from segkern.testing import assert_close, check_model, fill_tensor, fixture, make_input, relative_l2
 from segkern.weights import load_official, transfer

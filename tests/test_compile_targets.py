@@ -10,7 +10,7 @@ import pytest
 
 from aotrun import load
 from segkern.ops.dispatch import HAS_TRITON
-from segkern.testing.kernels import compile_elsewhere
+from segkern.testing.targets import compile_elsewhere
 
 HERE = Path(__file__).parent
 OPS = sorted(p.stem for p in (HERE / "aot").glob("*.py"))

@@ -15,14 +15,9 @@ from PIL import Image
 from segkern.core import IMAGENET, load_table
 from segkern.data import check, make, open_dataset, permutation, save_submission, to_label_ids
 from segkern.data.sparse import regions, weak_labels
-from segkern.data.streets import draw_street
-from segkern.data.transforms import (
-    EvalTransform,
-    TrainTransform,
-    nearest_window,
-    resize_window,
-    scaled,
-)
+from segkern.data.streets.picture import draw_street
+from segkern.data.transform import EvalTransform, TrainTransform
+from segkern.data.geometry import nearest_window, resize_window, scaled
 from segkern.recipes import S2FPN_CAMVID
 from segkern.testing import shared
 

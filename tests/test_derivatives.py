@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from segkern.bench_ops import cases
+from segkern.bench.shapes import cases
 from segkern.ops.dispatch import interpreting
-from segkern.testing.kernels import exact_interpreter, launches
+from segkern.testing.memory import exact_interpreter, launches
 
 exact_interpreter()
 # the first one of each op

@@ -12,7 +12,7 @@ from PIL import Image
 from segkern.data import open_dataset
 from segkern.data.base import read_ids
 from segkern.data.sparse import rasterise_points, rasterise_scribbles
-from segkern.draw import Annotator, Sketch
+from segkern.lab.draw import Annotator, Sketch
 
 CLASSES = ["ground", "crack", "plant"]
 PALETTE = [[10, 20, 30], [200, 0, 0], [0, 200, 0]]

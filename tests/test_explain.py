@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import segkern
 from segkern import cli_explain, explain
 from segkern.core import load_table
-from segkern.edges import boundary_target, class_boundary_target, label_canny
+from segkern.core.labels import boundary_target, class_boundary_target, label_canny
 from segkern.testing import fixture, make_input, relative_l2, shared
 
 cam_package = pytest.importorskip(

@@ -12,21 +12,17 @@ from torch import nn
 
 import segkern
 from segkern.explain import fields as X
-from segkern.explain.fields import (
+from segkern.explain.paths import (
     backward_field,
     calculators_table,
     count_picture,
-    effective_field,
-    field_figure,
-    field_shares,
-    fields_figure,
-    footprint,
     forward_field,
     path_counts,
-    receptive_field,
-    receptive_fields,
     save_counts,
 )
+from segkern.explain.footprint import effective_field, field_shares, footprint
+from segkern.explain.draw import field_figure, fields_figure
+from segkern.explain.field import receptive_field, receptive_fields
 from segkern.testing import fixture
 
 TO_L3 = [(3, s) for s in (2, 2, 1, 1, 2, 1, 1, 1)]

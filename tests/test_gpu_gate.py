@@ -116,7 +116,7 @@ def test_families_cover_kernels_tests_and_predictions():
     assert with_kernels <= modules and all(families.kernel_names(f) for f in families.FAMILIES)
     files = [p for f in families.FAMILIES for p in families.test_files(f)]
     assert sorted(files) == sorted((ROOT / "tests").glob("test_kernels_*.py"))
-    from segkern.bench_ops import cases
+    from segkern.bench.shapes import cases
 
     known = {(c.op, c.label, "forward and backward" if c.grad else "forward") for c in cases()}
     assert {(p["op"], p["case"], p["direction"]) for p in families.predicted()} <= known

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import segkern
 from segkern.backbones.swin import SWINS, Swin, WindowAttention, merge_order, seam_mask
 from segkern.core import load_table, seeded
-from segkern.layers import num_params
+from segkern.backbones.blocks import num_params
 from segkern.models import cost, create_model, list_models, load, save
 from segkern.testing import (
     assert_close,

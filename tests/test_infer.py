@@ -30,7 +30,7 @@ from segkern.infer import (
     whole_logits,
     window_starts,
 )
-from segkern.layers import ConvNormAct, resize
+from segkern.backbones.blocks import ConvNormAct, resize
 from segkern.testing import relative_l2, shared
 
 

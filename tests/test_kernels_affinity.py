@@ -6,10 +6,12 @@ import torch
 from segkern import ops
 from segkern.ops import affinity as op
 from segkern.ops import AttentionMaps
-from segkern.ops.affinity import _affinity_op, _affinity_pieces_op, affinity_ref
+from segkern.ops.affinity import _affinity_op, _affinity_pieces_op
+from segkern.ops.affinity_pieces import affinity_ref
 from segkern.ops.dispatch import interpreting
 from segkern.testing import assert_close, make_input, relative_l2
-from segkern.testing.kernels import check_kernel, exact_interpreter, launches
+from segkern.testing.kernels import check_kernel
+from segkern.testing.memory import exact_interpreter, launches
 
 kernels = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(),

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 
 from segkern import ops
 from segkern.ops.dispatch import interpreting
-from segkern.ops.head import _upsample_argmax_op, _upsample_confusion_op, _upsample_nll_op
-from segkern.ops.head_soft import _dice_op
+from segkern.ops.labels import _upsample_argmax_op, _upsample_confusion_op
+from segkern.ops.ce_unreduced import _upsample_nll_op
+from segkern.ops.dice import _dice_op
 from segkern.testing import assert_close, layouts, make_input, make_labels
-from segkern.testing.kernels import check_kernel, exact_interpreter, launches
+from segkern.testing.kernels import check_kernel
+from segkern.testing.memory import exact_interpreter, launches
 
 pytestmark = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(),
@@ -377,7 +379,7 @@ def test_quads(scale, shape, align_corners):
 
 def test_patches_cover_every_output_once():
     "Corners aligned: quads of S and S + 1 outputs, up to large maps; counted by the rule that the kernels use."
-    from segkern.ops.head_quads import patch_count
+    from segkern.ops.quads import patch_count
 
     for S, P, n in (
         (2, 2, 3),
@@ -498,7 +500,7 @@ def test_quads_of_many_classes(k, monkeypatch):
 
 
 def test_quads_give_the_same_bits_in_any_order():
-    from segkern.testing.kernels import shuffled
+    from segkern.testing.memory import shuffled
 
     y = labels((2, 40, 72), 5)
     results = []

@@ -10,7 +10,8 @@ from segkern.core import seeded
 from segkern.ops.dispatch import interpreting, use_blocks
 from segkern.ops.msca import TAPS, _cut, _msca_op, msca_bwd, msca_ref, pack_taps
 from segkern.testing import assert_close, fixture, make_input, relative_l2
-from segkern.testing.kernels import check_kernel, exact_interpreter, launches
+from segkern.testing.kernels import check_kernel
+from segkern.testing.memory import exact_interpreter, launches
 
 kernels = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(),

@@ -8,16 +8,12 @@ import torch
 
 from segkern import ops
 from segkern.ops.dispatch import interpreting
-from segkern.ops.prototype import (
-    _class_sums_op,
-    _cosine_op,
-    _prototypes_op,
-    class_sums_ref,
-    cosine_logits_ref,
-    prototypes_ref,
-)
+from segkern.ops.class_sums import _class_sums_op, class_sums_ref
+from segkern.ops.cosine import _cosine_op, cosine_logits_ref
+from segkern.ops.prototypes import _prototypes_op, prototypes_ref
 from segkern.testing import assert_close, make_input, make_labels, relative_l2
-from segkern.testing.kernels import check_kernel, exact_interpreter, launches
+from segkern.testing.kernels import check_kernel
+from segkern.testing.memory import exact_interpreter, launches
 
 kernels = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(),

@@ -8,7 +8,8 @@ from segkern.ops.dispatch import interpreting
 from segkern.ops.rca_gate import _rca_gate_op, rca_gate_ref
 from segkern.ops.strip_pool import strip_means
 from segkern.testing import assert_close, make_input, relative_l2
-from segkern.testing.kernels import check_kernel, exact_interpreter, launches
+from segkern.testing.kernels import check_kernel
+from segkern.testing.memory import exact_interpreter, launches
 
 kernels = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(),
@@ -335,7 +336,7 @@ def test_strip_means(impl):
 def test_in_the_network():
     "The block takes the kernels where they run, in training and evaluation, with the gradients of the written form."
     import copy
-    from segkern.models.cgrseg import RectangularGate
+    from segkern.models.cgrseg_blocks import RectangularGate
 
     torch.manual_seed(0)
     new = RectangularGate(6, 5)

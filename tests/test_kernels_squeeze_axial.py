@@ -6,18 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from segkern.ops.dispatch import KERNELS, interpreting, use_impl
+from segkern.ops.axial_add import _axial_add_op, axial_add, axial_add_ref
 from segkern.ops.squeeze_axial import (
-    _axial_add_op,
     _axial_attention_op,
-    axial_add,
-    axial_add_ref,
     axial_attention,
     axial_attention_ref,
     positions,
     squeeze_axial,
 )
 from segkern.testing import assert_close, make_input, relative_l2
-from segkern.testing.kernels import check_kernel, exact_interpreter, launches
+from segkern.testing.kernels import check_kernel
+from segkern.testing.memory import exact_interpreter, launches
 
 kernels = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(),
@@ -348,7 +347,7 @@ def test_both_together():
 def test_the_module_uses_them():
     "SeaFormer's attention launches pooling, attention and sum; the literal form launches nothing."
     from segkern.backbones.seaformer import SqueezeAxialAttention
-    from segkern.layers import set_literal
+    from segkern.backbones.blocks import set_literal
 
     if not interpreting():
         pytest.skip("needs the interpreter")

@@ -7,7 +7,8 @@ from segkern import ops
 from segkern.ops.dispatch import interpreting, use_blocks
 from segkern.ops.sr_attention import _sr_attention_op, sr_attention_ref
 from segkern.testing import assert_close, make_input
-from segkern.testing.kernels import check_kernel, exact_interpreter, launches
+from segkern.testing.kernels import check_kernel
+from segkern.testing.memory import exact_interpreter, launches
 
 pytestmark = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(),

@@ -10,7 +10,8 @@ from segkern.ops.dispatch import interpreting, use_blocks
 from segkern.ops.strip_attention import _strip_attention_op, strip_attention_ref
 from segkern.ops.strip_pool import _strip_pool_op, strip_pool_ref
 from segkern.testing import assert_close, layouts, make_input, make_labels
-from segkern.testing.kernels import check_kernel, exact_interpreter, launches
+from segkern.testing.kernels import check_kernel
+from segkern.testing.memory import exact_interpreter, launches
 
 pytestmark = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(),

@@ -188,7 +188,7 @@ def test_models_are_listed():
 
 
 def test_the_table_of_costs(capsys):
-    from segkern.cli import main
+    from segkern.cli.app import main
 
     assert main(["models", "seaformer_b*", "--cost", "--dataset", "ade20k", "--json"]) in (0, None)
     rows = json.loads(capsys.readouterr().out)

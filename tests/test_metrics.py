@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segkern.metrics import MIOU, Confusion, iou_table
+from segkern.infer.metrics import MIOU, Confusion, iou_table
 from segkern.testing import assert_close, fixture
 
 

@@ -10,7 +10,7 @@ import torch
 
 import segkern
 from segkern.core import load_table
-from segkern.layers import num_params
+from segkern.backbones.blocks import num_params
 from segkern.models import cost, create_model, list_models, load, macs, save, set_literal
 from segkern.testing import assert_close, check_model, load_fixture, make_input, relative_l2
 from segkern.weights import load_official

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from segkern.core import load_table
-from segkern.layers import num_params
+from segkern.backbones.blocks import num_params
 from segkern.losses import cross_entropy, focal_of_mean
 from segkern.models import create_model, set_literal
-from segkern.models.s2fpn import SSAM, SSAMv1
+from segkern.models.s2fpn_blocks import SSAM, SSAMv1
 from segkern.ops import use_impl
 from segkern.testing import assert_close, fixture, load_fixture, make_input, relative_l2
-from segkern.testing.kernels import exact_interpreter, launches
+from segkern.testing.memory import exact_interpreter, launches
 from segkern.weights import load_official, map_key
 
 NETS = {

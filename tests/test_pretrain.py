@@ -17,16 +17,8 @@ from segkern import cli, pretrain as module
 from segkern.core import IMAGENET
 from segkern.data.base import MissingSplit
 from segkern.models import create_model
-from segkern.pretrain import (
-    IMAGENET_RECIPE,
-    Classifier,
-    ClassTransform,
-    ImageFolder,
-    in_epochs,
-    pretrain,
-    random_window,
-    top1,
-)
+from segkern.train.classify import IMAGENET_RECIPE, Classifier, in_epochs, pretrain, top1
+from segkern.train.image_folder import ClassTransform, ImageFolder, random_window
 from segkern.testing import fixture
 from segkern.train import history, last_checkpoint, run_weights
 from segkern.weights import load_official, read, read_safetensors, transfer

@@ -449,7 +449,7 @@ def test_a_trained_network_remembers_how_it_saw_pictures(tmp_path):
 
 
 def test_options_of_a_recipe_are_for_training_only():
-    from segkern.cli import _split_options
+    from segkern.cli.train import _split_options
 
     r = recipe_for("sasformer_sparse_b0", "streets")
     assert _split_options(r, ["size=64x96"]) == (

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from segkern.core import load_table
-from segkern.data.transforms import TrainTransform, scaled_size
-from segkern.edges import boundary_target, class_boundary_target, label_canny
+from segkern.data.transform import TrainTransform
+from segkern.data.geometry import scaled_size
+from segkern.core.labels import boundary_target, class_boundary_target, label_canny
 from segkern.infer import conv_chains, evaluating, exp_scores, optimize
-from segkern.layers import macs, num_params, set_literal
+from segkern.backbones.blocks import macs, num_params, set_literal
 from segkern.losses import ohem_cross_entropy
 from segkern.losses.boundary import balanced_bce, boundary_aware_losses, class_boundary_loss
 from segkern.models import create_model
@@ -20,7 +21,7 @@ from segkern.models.sanet import SAD, key_rules, speed_form
 from segkern.ops import upsample_cross_entropy, use_impl
 from segkern.recipes import recipe_for
 from segkern.testing import assert_close, fixture, make_input
-from segkern.testing.kernels import launches
+from segkern.testing.memory import launches
 from segkern.weights import load_official, map_key
 
 CPU = not torch.cuda.is_available()
@@ -544,7 +545,7 @@ def test_convert_and_predict(tmp_path):
     "An official training file becomes one of ours, and labels a picture."
     import segkern
     from PIL import Image
-    from segkern.cli import main
+    from segkern.cli.app import main
 
     f = need("sanet_s")
     state = {f"model.{k}": v for k, v in f.state().items()} | {

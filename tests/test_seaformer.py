@@ -16,7 +16,7 @@ from segkern.backbones.seaformer import (
     key_rules,
 )
 from segkern.core import seeded
-from segkern.layers import macs, num_params, set_literal
+from segkern.backbones.blocks import macs, num_params, set_literal
 from segkern.models import SSA, list_models, load, save
 from segkern.models.seaformer import SeaFormerSegmentor
 from segkern.testing import (

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from segkern.backbones.mscan import MSCANS, MSCAN
 from segkern.core import seeded
 from segkern.infer import optimize
-from segkern.layers import macs, num_params, set_literal
+from segkern.backbones.blocks import macs, num_params, set_literal
 from segkern.models import list_models, load, save
 from segkern.models.segnext import SEGNEXTS, SegNeXt, unit_bases
 from segkern.models.ssa import SSA

@@ -15,7 +15,7 @@ from segkern.losses.affinity import (
 from segkern.ops import AttentionMaps
 from segkern.ops.dispatch import interpreting
 from segkern.testing import assert_close, fixture, make_input, relative_l2
-from segkern.testing.kernels import exact_interpreter
+from segkern.testing.memory import exact_interpreter
 
 exact_interpreter()
 IMPLS = [

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segkern.layers import num_params, set_literal
+from segkern.backbones.blocks import num_params, set_literal
 from segkern.losses.distill import (
     at_grid,
     boundary_cells,

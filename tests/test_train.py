@@ -25,10 +25,10 @@ from segkern.recipes import (
     SASFORMER_SPARSE_VOC,
     SEGFORMER_ADE20K,
     STREETS,
-    Recipe,
     recipe_for,
     sparse_recipe,
 )
+from segkern.core.recipe import Recipe
 from segkern.testing import assert_close, fixture
 from segkern.train import (
     batches,

@@ -7,7 +7,7 @@ import torch
 import segkern
 from segkern.backbones.mit import MITS, MiT
 from segkern.core import load_table
-from segkern.layers import num_params
+from segkern.backbones.blocks import num_params
 from segkern.models import cost, create_model, list_models, load, save, set_literal
 from segkern.models.segformer import LevelFusion
 from segkern.ops import use_impl

@@ -9,15 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segkern.backbones.vit_adapter import (
-    VITS,
-    DeformableAttention,
-    ViTAdapter,
-    centres,
-    read_between,
-)
+from segkern.backbones.vit_adapter import VITS, ViTAdapter
+from segkern.backbones.vit_blocks import DeformableAttention, centres, read_between
 from segkern.core import IMAGENET, Preprocess, seeded
-from segkern.layers import macs, num_params, set_literal
+from segkern.backbones.blocks import macs, num_params, set_literal
 from segkern.models import SSA, list_models, load, save
 from segkern.models.upernet import UPerNet
 from segkern.testing import assert_close, check_model, fill_tensor, fixture, make_input, relative_l2

@@ -22,7 +22,8 @@ from segkern.data.sparse import (
     rasterise_scribbles,
     scribbles_from_mask,
 )
-from segkern.data.voc import read_points, read_scribbles, train_names
+from segkern.data.voc_annotations import read_points, read_scribbles
+from segkern.data.voc_files import train_names
 from segkern.testing import shared
 
 OWN = Path(__file__).parent / "fixtures" / "voc_sparse"
@@ -856,7 +857,7 @@ def test_make_refuses(tmp_path):
 
 
 def test_command_line(tmp_path):
-    from segkern.cli import main
+    from segkern.cli.app import main
 
     root = own_data(tmp_path, False)
     assert (

@@ -9,7 +9,7 @@ __all__ = ['RESNETS', 'ResNet']
 import torch
 from torch import nn
 
-from ..weights import Rule
+from ..weights.rules import Rule
 
 # %% ../../nbs/21_backbones.resnet.ipynb #b65ede84
 RESNETS = {

@@ -9,18 +9,19 @@ __all__ = ['SSA_HOSTS', 'list_models', 'create_model', 'describe', 'save', 'load
            'AFFormerSegmentor', 'CGRSeg']
 
 # %% ../../nbs/39_models.ipynb #aefff405
-import fnmatch, functools
+import fnmatch
+import functools
 from pathlib import Path
 
 import torch
 
 from ..backbones.afformer import AFFORMERS
+from ..backbones.blocks import macs, num_params, set_literal
 from ..backbones.vit_adapter import VITS
-from ..core import Preprocess, load_table, seeded
-from ..layers import macs, num_params, set_literal
+from ..core import load_table, Preprocess, seeded
 from .afformer import AFFormerSegmentor
 from .base import SegModel
-from .cgrseg import CGRSEGS, CGRSeg
+from .cgrseg import CGRSeg, CGRSEGS
 from .dsanet import DSANet
 from .ocrnet import OCRNet
 from .pidnet import PIDNet
@@ -28,13 +29,14 @@ from .s2fpn import S2FPN, VARIANTS
 from .sanet import SANet
 from .sasformer_icip import SASFormerICIP
 from .sasformer_sparse import SASFormerSparse
-from .seaformer import WIDTHS, SeaFormerSegmentor
+from .seaformer import SeaFormerSegmentor, WIDTHS
 from .segformer import SegFormer
-from .segnext import SEGNEXTS, SegNeXt
+from .segnext import SegNeXt, SEGNEXTS
 from .spfnet import SPFNet
 from .ssa import SSA, SSAClassifier
 from .upernet import UPerNet
-from ..weights import load_official, read_safetensors, write_safetensors
+from ..weights.read import read_safetensors, write_safetensors
+from ..weights.rules import load_official
 
 # %% ../../nbs/39_models.ipynb #b3f6756a
 _MODELS = {

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from segkern.backbones.afformer import (
-    AFFormer,
     adapt,
+    AFFormer,
     describe_state as describe_encoder,
     key_rules,
 )
 from ..core import IMAGENET
-from .base import Segmentor, describe_file, find_tensor
+from .base import describe_file, find_tensor, Segmentor
 from .segnext import GroupUnit
 from .upernet import classifier_of, init_conv
-from ..weights import Rule
+from ..weights.rules import Rule
 
 # %% ../../nbs/36b_models.afformer.ipynb #320d110c
 class SqueezeHead(nn.Module):

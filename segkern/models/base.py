@@ -10,8 +10,8 @@ __all__ = ['known_dataset', 'dataset_table', 'check_input', 'SegModel', 'pixel_c
 import torch
 from torch import nn
 
-from ..core import IMAGENET, Preprocess, load_table
-from ..layers import resize
+from ..backbones.blocks import resize
+from ..core import IMAGENET, load_table, Preprocess
 from ..losses import cross_entropy, sum_heads
 from ..ops import upsample_argmax, upsample_cross_entropy
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers import ConvNormAct, resize
+from ..backbones.blocks import ConvNormAct, resize
 from .ddr import PreAct
 
 # %% ../../nbs/30e_models.context.ipynb #7737d886

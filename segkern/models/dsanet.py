@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers import ConvNormAct
-from .base import SegModel, dataset_table
+from ..backbones.blocks import ConvNormAct
+from .base import dataset_table, SegModel
 from ..recipes import mean_only
-from ..weights import Rule
+from ..weights.rules import Rule
 
 # %% ../../nbs/30b_models.dsanet.ipynb #2502e606
 EPS = 1e-3  # of every norm

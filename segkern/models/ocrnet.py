@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.hrnet import HRNet, key_rules
 from ..core import IMAGENET
-from ..layers import ConvNormAct, resize
-from .base import Segmentor, describe_file, find_tensor
+from .base import describe_file, find_tensor, Segmentor
 from .upernet import classifier_of, init_conv
-from ..weights import Rule
+from ..weights.rules import Rule
 
 # %% ../../nbs/35a_models.ocrnet.ipynb #79cf28f0
 class SoftRegions(nn.Module):

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..backbones.seaformer import SEAFORMERS, SeaFormer, SqueezeAxialAttention, key_rules
+from ..backbones.blocks import ConvNormAct, resize
+from ..backbones.seaformer import key_rules, SeaFormer, SEAFORMERS, SqueezeAxialAttention
 from ..core import IMAGENET
-from ..layers import ConvNormAct, resize
-from .base import Segmentor, describe_file, find_tensor
+from .base import describe_file, find_tensor, Segmentor
 from .upernet import classifier_of
-from ..weights import Rule
+from ..weights.rules import Rule
 
 # %% ../../nbs/36a_models.seaformer.ipynb #6a6632fc
 WIDTHS = {"seaformer_b": (128, 160), "seaformer_l": (128, 160, 192)}  # channels after each gate

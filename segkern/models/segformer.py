@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..backbones.mit import MITS, MiT, follow_eps, key_rules
+from ..backbones.blocks import ConvNormAct, resize
+from ..backbones.mit import follow_eps, key_rules, MiT, MITS
 from ..core import IMAGENET
-from ..layers import ConvNormAct, resize
-from .base import Segmentor, check_input, describe_file, find_tensor
-from ..weights import Rule
+from .base import check_input, describe_file, find_tensor, Segmentor
+from ..weights.rules import Rule
 
 # %% ../../nbs/32_models.segformer.ipynb #db13c535
 class LevelFusion(nn.Module):

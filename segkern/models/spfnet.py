@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.resnet import ResNet
-from ..layers import ConvNormAct, resize
-from .base import SegModel, dataset_table
+from .base import dataset_table, SegModel
 from ..recipes import mean_only
-from ..weights import Rule
+from ..weights.rules import Rule
 
 # %% ../../nbs/30a_models.spfnet.ipynb #d4bb5d7d
 def block(c_in, c_out, kernel=1, **kw):

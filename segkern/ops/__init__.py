@@ -9,15 +9,20 @@ __all__ = ['AttentionMaps', 'affinity', 'use_impl', 'which', 'check_target', 'co
            'strip_attention_ref', 'strip_pool', 'axial_add', 'axial_attention', 'squeeze_axial']
 
 # %% ../../nbs/19_ops.ipynb #0fbf3770
-from .affinity import AttentionMaps, affinity
+from .affinity import affinity
+from .attention_maps import AttentionMaps
+from .axial_add import axial_add
+from .ce import upsample_cross_entropy
+from .checks import check_target
+from .class_sums import class_sums
+from .cosine import cosine_logits
+from .dice import upsample_dice, upsample_dice_sums
 from .dispatch import use_impl, which
-from .head import confusion, upsample_argmax, upsample_confusion, upsample_cross_entropy
-from .head_checks import check_target
-from .head_soft import upsample_dice, upsample_dice_sums
+from .labels import confusion, upsample_argmax, upsample_confusion
 from .msca import msca, pack_taps
-from .prototype import class_sums, cosine_logits, prototypes
+from .prototypes import prototypes
 from .rca_gate import rca_gate
-from .squeeze_axial import axial_add, axial_attention, squeeze_axial
+from .squeeze_axial import axial_attention, squeeze_axial
 from .sr_attention import sr_attention
 from .strip_attention import fold_values, strip_attention, strip_attention_ref
 from .strip_pool import strip_means, strip_pool

@@ -5,13 +5,27 @@
 # %% auto #0
 __all__ = ['rca_gate_ref', 'rca_gate_fwd', 'rca_gate_bwd', 'rca_gate']
 
-# %% ../../nbs/18a_ops.rca_gate.ipynb #1c779757
+# %% ../../nbs/18a_ops.rca_gate.ipynb #7a5aa522
 import torch
 import torch.nn.functional as F
 
-from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
-from .dispatch import tl, triton, unsupported, without_autocast
+from segkern.ops.dispatch import (
+    autocast_type,
+    blocks,
+    choose,
+    kernels_of,
+    on_device,
+    pow2,
+    triton,
+    unsupported,
+    without_autocast,
+)
 from .operator import operator
+from segkern.ops.rca_gate_kernels import (
+    _rca_gate_bwd_kernel,
+    _rca_gate_dx_kernel,
+    _rca_gate_fwd_kernel,
+)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #9b6618fa
 def rca_gate_ref(
@@ -40,318 +54,6 @@ def rca_gate_ref(
     return gate.to(x.dtype) * F.conv2d(
         x, weight.to(x.dtype), local_bias.to(x.dtype), padding=1, groups=c
     )
-
-# %% ../../nbs/18a_ops.rca_gate.ipynb #3931cdaf
-@triton.jit
-def _place(C, H, W, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
-    "Picture, channels, rows and columns of a program, and the numbers of its tile along rows and columns."
-    pid = tl.program_id(0)
-    across = tl.cdiv(W, BW)
-    down = tl.cdiv(H, BH)
-    deep = tl.cdiv(C, BC)
-    i = (pid // across) % down
-    j = pid % across
-    plane = pid // (across * down)
-    return (
-        (plane // deep).to(tl.int64),
-        (plane % deep) * BC + tl.arange(0, BC),
-        i * BH + tl.arange(0, BH),
-        j * BW + tl.arange(0, BW),
-        i,
-        j,
-    )
-
-# %% ../../nbs/18a_ops.rca_gate.ipynb #7cbbe1ac
-@triton.jit
-def _bent(rows, s, o, bc, h, H, some):
-    "Rectified rows*slope + offset for rows h, zero beyond the map."
-    inside = (h >= 0) & (h < H)
-    # [BC, BH]
-    r = tl.load(
-        rows + bc[:, None] * H + h[None, :], mask=some[:, None] & inside[None, :], other=0.0
-    ).to(tl.float32)
-    z = r[:, :, None] * s[:, None, :] + o[:, None, :]
-    return tl.where(inside[None, :, None], tl.where(z <= 0, 0.0, z), 0.0)
-
-# %% ../../nbs/18a_ops.rca_gate.ipynb #2275360d
-@triton.jit
-def _gate(
-    rows, taps, bias, s, o, bc, c, h, C, H, K, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
-):
-    "The gate of a tile."
-    some = c < C
-    acc = (
-        tl.zeros([BC, BH, BW], tl.float32) + tl.load(bias + c, mask=some, other=0.0)[:, None, None]
-    )
-    for t in range(0, K):
-        acc += (
-            _bent(rows, s, o, bc, h + t - K // 2, H, some)
-            * tl.load(taps + c * K + t, mask=some, other=0.0)[:, None, None]
-        )
-    return 1.0 / (1.0 + tl.exp(-acc))
-
-# %% ../../nbs/18a_ops.rca_gate.ipynb #d659d98e
-@triton.jit
-def _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, UP: tl.constexpr, LEFT: tl.constexpr):
-    "The tile of x that lies UP rows and LEFT columns before, zero beyond the map."
-    i = h - UP
-    j = w - LEFT
-    inside = (
-        (c < C)[:, None, None]
-        & ((i >= 0) & (i < H))[None, :, None]
-        & ((j >= 0) & (j < W))[None, None, :]
-    )
-    at = (
-        b * sb
-        + c.to(tl.int64)[:, None, None] * sc
-        + i.to(tl.int64)[None, :, None] * sh
-        + j.to(tl.int64)[None, None, :] * sw
-    )
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-
-# %% ../../nbs/18a_ops.rca_gate.ipynb #8bd66426
-@triton.jit
-def _local(
-    x,
-    weight,
-    lbias,
-    b,
-    c,
-    h,
-    w,
-    C,
-    H,
-    W,
-    sb,
-    sc,
-    sh,
-    sw,
-    BC: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
-):
-    "The 3×3 convolution on a tile."
-    acc = (
-        tl.zeros([BC, BH, BW], tl.float32)
-        + tl.load(lbias + c, mask=c < C, other=0.0)[:, None, None]
-    )
-    for t in tl.static_range(9):
-        acc += (
-            _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3)
-            * tl.load(weight + c * 9 + t, mask=c < C, other=0.0)[:, None, None]
-        )
-    return acc
-
-# %% ../../nbs/18a_ops.rca_gate.ipynb #7ebe536d
-@triton.jit(do_not_specialize=["C", "H", "K"])
-def _rca_gate_fwd_kernel(
-    x,
-    rows,
-    slope,
-    offset,
-    taps,
-    bias,
-    weight,
-    lbias,
-    out,
-    C,
-    H,
-    W,
-    K,
-    sb,
-    sc,
-    sh,
-    sw,
-    ob,
-    oc,
-    oh,
-    ow,
-    BC: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
-):
-    "y = sigmoid(bias + taps * relu(rows slope + offset)) (weight * x + lbias) on a tile."
-    b, c, h, w, _, _ = _place(C, H, W, BC, BH, BW)
-    bc = b * C + c
-    cells = (c < C)[:, None] & (w < W)[None, :]
-    # [BC, BW]
-    s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    a = _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
-    y = a * _local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
-    at = (
-        b * ob
-        + c.to(tl.int64)[:, None, None] * oc
-        + h.to(tl.int64)[None, :, None] * oh
-        + w.to(tl.int64)[None, None, :] * ow
-    )
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None])
-
-# %% ../../nbs/18a_ops.rca_gate.ipynb #f1c2c6c1
-@triton.jit(do_not_specialize=["C", "H", "K", "TILES"])
-def _rca_gate_bwd_kernel(
-    x,
-    g,
-    rows,
-    slope,
-    offset,
-    taps,
-    bias,
-    weight,
-    lbias,
-    p,
-    q,
-    part,
-    C,
-    H,
-    W,
-    K,
-    TILES,
-    sb,
-    sc,
-    sh,
-    sw,
-    gb,
-    gc,
-    gh,
-    gw,
-    ob,
-    oc,
-    oh,
-    ow,
-    MAPS: tl.constexpr,
-    SUMS: tl.constexpr,
-    BC: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
-):
-    "p = g a and q = g l a (1 - a) on a tile; sums of p x shifted (9), p, q, and q relu(z) shifted (K)."
-    b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
-    bc = b * C + c
-    some = c < C
-    cells = (c < C)[:, None] & (w < W)[None, :]
-    s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    a = _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
-    gt = _near(g, b, c, h, w, C, H, W, gb, gc, gh, gw, 0, 0)
-    back = (
-        gt
-        * _local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
-        * a
-        * (1.0 - a)
-    )
-    ahead = gt * a
-    if MAPS:
-        at = (
-            b * ob
-            + c.to(tl.int64)[:, None, None] * oc
-            + h.to(tl.int64)[None, :, None] * oh
-            + w.to(tl.int64)[None, None, :] * ow
-        )
-        inside = cells[:, None, :] & (h < H)[None, :, None]
-        tl.store(p + at, ahead.to(p.dtype.element_ty), mask=inside)
-        tl.store(q + at, back.to(q.dtype.element_ty), mask=inside)
-    if SUMS:
-        to = part + (bc * TILES + i * tl.cdiv(W, BW) + j) * (K + 11)
-        for t in tl.static_range(9):
-            tl.store(
-                to + t,
-                tl.sum(
-                    tl.sum(
-                        ahead
-                        * _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3),
-                        2,
-                    ),
-                    1,
-                ),
-                mask=some,
-            )
-        tl.store(to + 9, tl.sum(tl.sum(ahead, 2), 1), mask=some)
-        tl.store(to + 10, tl.sum(tl.sum(back, 2), 1), mask=some)
-        for t in range(0, K):
-            tl.store(
-                to + 11 + t,
-                tl.sum(tl.sum(back * _bent(rows, s, o, bc, h + t - K // 2, H, some), 2), 1),
-                mask=some,
-            )
-
-# %% ../../nbs/18a_ops.rca_gate.ipynb #8833aeed
-@triton.jit(do_not_specialize=["C", "H", "K"])
-def _rca_gate_dx_kernel(
-    p,
-    q,
-    rows,
-    slope,
-    offset,
-    taps,
-    weight,
-    dx,
-    drows,
-    dslope,
-    doffset,
-    C,
-    H,
-    W,
-    K,
-    ob,
-    oc,
-    oh,
-    ow,
-    INPUT: tl.constexpr,
-    LINES: tl.constexpr,
-    BC: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
-):
-    """dx = transposed 3×3 convolution of p; v = [z > 0] transposed vertical one of q, and its sums
-    v s, v r, v over the tile's rows or columns."""
-    b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
-    bc = b * C + c
-    some = c < C
-    cells = (c < C)[:, None] & (w < W)[None, :]
-    if INPUT:
-        acc = tl.zeros([BC, BH, BW], tl.float32)
-        for t in tl.static_range(9):
-            acc += (
-                _near(p, b, c, h, w, C, H, W, ob, oc, oh, ow, t // 3 - 1, t % 3 - 1)
-                * tl.load(weight + c * 9 + t, mask=some, other=0.0)[:, None, None]
-            )
-        at = (
-            b * ob
-            + c.to(tl.int64)[:, None, None] * oc
-            + h.to(tl.int64)[None, :, None] * oh
-            + w.to(tl.int64)[None, None, :] * ow
-        )
-        tl.store(
-            dx + at, acc.to(dx.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None]
-        )
-    if LINES:
-        s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-        o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-        lines = some[:, None] & (h < H)[None, :]
-        r = tl.load(rows + bc[:, None] * H + h[None, :], mask=lines, other=0.0).to(tl.float32)
-        v = tl.zeros([BC, BH, BW], tl.float32)
-        for t in range(0, K):
-            v += (
-                _near(q, b, c, h - t + K // 2, w, C, H, W, ob, oc, oh, ow, 0, 0)
-                * tl.load(taps + c * K + t, mask=some, other=0.0)[:, None, None]
-            )
-        v = tl.where(
-            (r[:, :, None] * s[:, None, :] + o[:, None, :] <= 0) | (h >= H)[None, :, None], 0.0, v
-        )
-        across = tl.cdiv(W, BW)
-        down = tl.cdiv(H, BH)
-        tl.store(
-            drows + (bc[:, None] * across + j) * H + h[None, :],
-            tl.sum(v * s[:, None, :], 2),
-            mask=lines,
-        )
-        tl.store(
-            dslope + (bc[:, None] * down + i) * W + w[None, :],
-            tl.sum(v * r[:, :, None], 1),
-            mask=cells,
-        )
-        tl.store(doffset + (bc[:, None] * down + i) * W + w[None, :], tl.sum(v, 1), mask=cells)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #33ac4b1d
 def _tile(op, x):

@@ -5,13 +5,26 @@
 # %% auto #0
 __all__ = ['PROGRAMS', 'sr_attention_ref', 'sr_attention_fwd', 'sr_attention_bwd', 'sr_attention']
 
-# %% ../../nbs/12_ops.sr_attention.ipynb #ebb24da1
+# %% ../../nbs/12_ops.sr_attention.ipynb #e7b0aac9
 import torch
 import torch.nn.functional as F
 
-from .dispatch import autocast_type, blocks, choose, kernels_of, on_device, pow2
-from .dispatch import tl, triton, unsupported
+from segkern.ops.dispatch import (
+    autocast_type,
+    blocks,
+    choose,
+    kernels_of,
+    on_device,
+    pow2,
+    triton,
+    unsupported,
+)
 from .operator import operator
+from segkern.ops.sr_attention_kernels import (
+    _sr_attention_dkv_kernel,
+    _sr_attention_dq_kernel,
+    _sr_attention_fwd_kernel,
+)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #fbbc43ea
 def sr_attention_ref(
@@ -22,280 +35,6 @@ def sr_attention_ref(
 ) -> torch.Tensor:  # [b, h, n, dv]
     "PyTorch's attention."
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-# %% ../../nbs/12_ops.sr_attention.ipynb #ad4e32f7
-@triton.jit(do_not_specialize=["N", "M"])
-def _sr_attention_fwd_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    scale,
-    H,
-    N,
-    M,
-    D,
-    DV,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    svb,
-    svh,
-    svm,
-    svd,
-    sob,
-    soh,
-    son,
-    sod,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """O = softmax(scale Q K^T) V for a tile of queries, scale > 0; keeps the log-sum-exp in base
-    2. EVEN: no block of keys is partly filled."""
-    tiles = tl.cdiv(N, BN)
-    bh = tl.program_id(0) // tiles
-    b = (bh // H).to(tl.int64)
-    h = (bh % H).to(tl.int64)
-    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    e = tl.arange(0, BV)
-    n64 = n.to(tl.int64)
-    # [BN, BD]
-    qt = tl.load(
-        q + b * sqb + h * sqh + n64[:, None] * sqn + d[None, :] * sqd,
-        mask=(n < N)[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    scale2 = scale * 1.4426950408889634  # of base 2
-    top = tl.full([BN], float("-inf"), tl.float32)
-    total = tl.zeros([BN], tl.float32)
-    acc = tl.zeros([BN, BV], tl.float32)
-    for m0 in range(0, M, BM):
-        m = m0 + tl.arange(0, BM)
-        # [BD, BM]
-        kt = tl.load(
-            k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
-            mask=(m < M)[None, :] & (d < D)[:, None],
-            other=0.0,
-        )
-        # [BM, BV]
-        vt = tl.load(
-            v + b * svb + h * svh + m[:, None] * svm + e[None, :] * svd,
-            mask=(m < M)[:, None] & (e < DV)[None, :],
-            other=0.0,
-        )
-        s = tl.dot(qt, kt, input_precision=PRECISION)
-        if not EVEN:
-            s = tl.where((m < M)[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1) * scale2)
-        p = tl.exp2(s * scale2 - new[:, None])
-        keep = tl.exp2(top - new)
-        total = total * keep + tl.sum(p, 1)
-        acc = acc * keep[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision=PRECISION)
-        top = new
-    at = out + b * sob + h * soh + n64[:, None] * son + e[None, :] * sod
-    tl.store(
-        at,
-        (acc / total[:, None]).to(out.dtype.element_ty),
-        mask=(n < N)[:, None] & (e < DV)[None, :],
-    )
-    tl.store(lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
-
-# %% ../../nbs/12_ops.sr_attention.ipynb #6a340102
-@triton.jit(do_not_specialize=["N", "M"])
-def _sr_attention_dq_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    g,
-    dq,
-    delta,
-    scale,
-    H,
-    N,
-    M,
-    D,
-    DV,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    svb,
-    svh,
-    svm,
-    svd,
-    sob,
-    soh,
-    son,
-    sod,
-    sgb,
-    sgh,
-    sgn,
-    sgd,
-    tqb,
-    tqh,
-    tqn,
-    tqd,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    "delta = sum(dO * O) and dQ = scale (P * (dO V^T - delta)) K for a tile of queries."
-    tiles = tl.cdiv(N, BN)
-    bh = tl.program_id(0) // tiles
-    b = (bh // H).to(tl.int64)
-    h = (bh % H).to(tl.int64)
-    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    e = tl.arange(0, BV)
-    n64 = n.to(tl.int64)[:, None]
-    row = bh.to(tl.int64) * N + n
-    in_d = (n < N)[:, None] & (d < D)[None, :]
-    in_e = (n < N)[:, None] & (e < DV)[None, :]
-    qt = tl.load(q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd, mask=in_d, other=0.0)
-    gt = tl.load(g + b * sgb + h * sgh + n64 * sgn + e[None, :] * sgd, mask=in_e, other=0.0)
-    ot = tl.load(out + b * sob + h * soh + n64 * son + e[None, :] * sod, mask=in_e, other=0.0)
-    dl = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 1)
-    l2 = tl.load(lse + row, mask=n < N, other=0.0)
-    tl.store(delta + row, dl, mask=n < N)
-    acc = tl.zeros([BN, BD], tl.float32)
-    for m0 in range(0, M, BM):
-        m = m0 + tl.arange(0, BM)
-        # [BM, BD]
-        kt = tl.load(
-            k + b * skb + h * skh + m[:, None] * skm + d[None, :] * skd,
-            mask=(m < M)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        # [BV, BM]
-        vt = tl.load(
-            v + b * svb + h * svh + m[None, :] * svm + e[:, None] * svd,
-            mask=(m < M)[None, :] & (e < DV)[:, None],
-            other=0.0,
-        )
-        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        p = tl.exp2(s - l2[:, None])
-        if not EVEN:
-            p = tl.where((m < M)[None, :], p, 0.0)
-        ds = p * (tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])
-        acc += tl.dot(ds.to(kt.dtype), kt, input_precision=PRECISION)
-    tl.store(
-        dq + b * tqb + h * tqh + n64 * tqn + d[None, :] * tqd,
-        (acc * scale).to(dq.dtype.element_ty),
-        mask=in_d,
-    )
-
-# %% ../../nbs/12_ops.sr_attention.ipynb #1b75ab6d
-# PER is a multiple of BN: knowing that keeps loads wide
-@triton.jit(do_not_specialize=["N", "M", "SPLITS"])
-def _sr_attention_dkv_kernel(
-    q,
-    k,
-    v,
-    lse,
-    delta,
-    g,
-    dk,
-    dv,
-    scale,
-    H,
-    N,
-    M,
-    D,
-    DV,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    svb,
-    svh,
-    svm,
-    svd,
-    sgb,
-    sgh,
-    sgn,
-    sgd,
-    SPLITS,
-    PER,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Partial dK = scale dS^T Q and dV = P^T dO of a block of keys, over one split of the queries;
-    rows behind the last query are zero and add nothing."""
-    pid = tl.program_id(0)
-    keys = tl.cdiv(M, BM)
-    split = pid % SPLITS
-    tile = (pid // SPLITS) % keys
-    bh = pid // (SPLITS * keys)
-    b = (bh // H).to(tl.int64)
-    h = (bh % H).to(tl.int64)
-    m = tile * BM + tl.arange(0, BM)
-    d = tl.arange(0, BD)
-    e = tl.arange(0, BV)
-    # [BD, BM]
-    kt = tl.load(
-        k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
-        mask=(m < M)[None, :] & (d < D)[:, None],
-        other=0.0,
-    )
-    # [BV, BM]
-    vt = tl.load(
-        v + b * svb + h * svh + m[None, :] * svm + e[:, None] * svd,
-        mask=(m < M)[None, :] & (e < DV)[:, None],
-        other=0.0,
-    )
-    ak = tl.zeros([BM, BD], tl.float32)
-    av = tl.zeros([BM, BV], tl.float32)
-    for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
-        n = n0 + tl.arange(0, BN)
-        n64 = n.to(tl.int64)[:, None]
-        row = bh.to(tl.int64) * N + n
-        qt = tl.load(
-            q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd,
-            mask=(n < N)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        gt = tl.load(
-            g + b * sgb + h * sgh + n64 * sgn + e[None, :] * sgd,
-            mask=(n < N)[:, None] & (e < DV)[None, :],
-            other=0.0,
-        )
-        l2 = tl.load(lse + row, mask=n < N, other=0.0)
-        dl = tl.load(delta + row, mask=n < N, other=0.0)
-        s = tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634)
-        p = tl.exp2(s - l2[:, None])
-        av += tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision=PRECISION)
-        ds = p * (tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])
-        ak += tl.dot(tl.trans(ds.to(qt.dtype)), qt, input_precision=PRECISION)
-    at = (bh.to(tl.int64) * SPLITS + split) * M + m[:, None]
-    tl.store(dk + at * D + d[None, :], ak * scale, mask=(m < M)[:, None] & (d < D)[None, :])
-    tl.store(dv + at * DV + e[None, :], av, mask=(m < M)[:, None] & (e < DV)[None, :])
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #bc42737a
 PROGRAMS = 264  # two per multiprocessor of an H100

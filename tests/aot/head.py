@@ -2,9 +2,10 @@
 
 import torch
 
-from segkern.ops.head_kernels import select, upsample_argmax_fwd, upsample_confusion_fwd
-from segkern.ops.head_quads import ce_bwd, ce_fwd
-from segkern.ops.head_soft import dice_bwd, dice_fwd
+from segkern.ops.select import select
+from segkern.ops.labels_kernels import upsample_argmax_fwd, upsample_confusion_fwd
+from segkern.ops.ce_quads import ce_bwd, ce_fwd
+from segkern.ops.dice_quads import dice_bwd, dice_fwd
 
 # 16-bit logits; float32 ones use exact products
 MMA = {"_upsample_ce_bwd_kernel", "_dice_bwd_kernel"}

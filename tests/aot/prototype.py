@@ -2,14 +2,9 @@
 
 import torch
 
-from segkern.ops.prototype import (
-    class_sums_bwd,
-    class_sums_fwd,
-    cosine_bwd,
-    cosine_fwd,
-    prototypes_bwd,
-    prototypes_fwd,
-)
+from segkern.ops.class_sums import class_sums_bwd, class_sums_fwd
+from segkern.ops.cosine import cosine_bwd, cosine_fwd
+from segkern.ops.prototypes import prototypes_bwd, prototypes_fwd
 
 MMA = {
     "_prototypes_sums_kernel",

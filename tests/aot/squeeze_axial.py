@@ -2,7 +2,8 @@
 
 import torch
 
-from segkern.ops.squeeze_axial import axial_add_bwd, axial_add_fwd, axial_attention_fwd
+from segkern.ops.axial_add import axial_add_bwd, axial_add_fwd
+from segkern.ops.squeeze_axial import axial_attention_fwd
 
 MMA = {"_axial_attention_kernel"}
 WIDE = {"_axial_add_fwd_kernel", "_axial_add_bwd_kernel"}

@@ -8,7 +8,7 @@ import torch
 
 def exponentials(device, tiny):
     "Exponentials per second, from 64 in a row on every number."
-    from segkern.bench_ops import _clock
+    from segkern.bench.contenders import _clock
 
     x = torch.rand(1 << (16 if tiny else 26), device=device)
 
@@ -25,7 +25,7 @@ def exponentials(device, tiny):
 def main(rows, family, device, tiny, facts):
     "Versions, the device, and three ceilings."
     import segkern
-    from segkern.bench_ops import ceilings
+    from segkern.bench.contenders import ceilings
     from segkern.ops.dispatch import KERNELS, code_hash, interpreting, triton
 
     cuda = device.type == "cuda"

@@ -18,7 +18,7 @@ PHASES = ("about", "warm", "right", "launch", "speed", "nets", "learn")
 
 def selected(family, tiny):
     "The gate's comparisons of a family, in the order of data/bench/predicted.csv."
-    from segkern.bench_ops import cases
+    from segkern.bench.shapes import cases
 
     wanted = [
         (r["op"], r["case"], r["direction"]) for r in predicted() if r["op"] in FAMILIES[family][0]
@@ -54,7 +54,7 @@ def main():
     device = torch.device(a.device)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if device.type == "cpu":
-        from segkern.testing.kernels import exact_interpreter
+        from segkern.testing.memory import exact_interpreter
 
         exact_interpreter()
     rows = Rows(a.rows, a.number, a.family, lambda: synchronise(device))

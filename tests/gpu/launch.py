@@ -6,7 +6,7 @@ from child import selected, synchronise
 
 def main(rows, family, device, tiny, facts):
     "Forward and backward of the small cases."
-    from segkern.bench_ops import _step
+    from segkern.bench.contenders import _step
 
     for case in selected(family, tiny=True):
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def main(rows, family, device, tiny, facts):
     "Write `facts['out']`/dispatch.json."
-    from segkern.bench_ops import learn
+    from segkern.bench.ops import learn
     from segkern.core import write_json
 
     found = json.loads(Path(facts["found"]).read_text(encoding="utf-8"))

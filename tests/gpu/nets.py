@@ -52,7 +52,7 @@ def median_ms(call, device, times):
 
 def captured(call):
     "The call as a CUDA graph."
-    from segkern.bench_ops import _graph
+    from segkern.bench.contenders import _graph
 
     return _graph(call)
 

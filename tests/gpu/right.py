@@ -105,7 +105,7 @@ def oracle(fn, *args):
 
 def against_double(case, dtype, layout, device):
     "The kernel against its reference in double precision, on the same rounded inputs."
-    from segkern.testing.kernels import launches
+    from segkern.testing.memory import launches
 
     args = case.make(device, dtype)
     if layout != "nchw":

@@ -29,7 +29,7 @@ def status_of(row):
 
 def main(rows, family, device, tiny, facts):
     "Time every contender; rows are those of `segkern.bench_ops`."
-    from segkern.bench_ops import run_case
+    from segkern.bench.contenders import run_case
 
     best = facts["ceilings"]
     cuda = device.type == "cuda"

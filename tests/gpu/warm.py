@@ -6,7 +6,7 @@ from child import selected, synchronise
 
 def main(rows, family, device, tiny, facts):
     "Launch every kernel of the family once at its production shapes, then compile its peers."
-    from segkern.bench_ops import _step
+    from segkern.bench.contenders import _step
 
     todo = selected(family, tiny)
     kinds = [torch.float32] if tiny else [torch.bfloat16, torch.float16, torch.float32]

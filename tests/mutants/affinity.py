@@ -1,6 +1,6 @@
 "Faults of the kernels of affinity propagation."
 
-from segkern.ops.affinity import affinity_ref
+from segkern.ops.affinity_pieces import affinity_ref
 from segkern.ops.dispatch import use_blocks
 from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from segkern.testing import assert_close, make_input
-from segkern.testing.kernels import Guarded, exact_interpreter, guarded_memory, shuffled
+from segkern.testing.memory import Guarded, exact_interpreter, guarded_memory, shuffled
 
 MODULE = "segkern.ops.head_quads"
 MUTANTS = [

@@ -3,7 +3,9 @@
 import torch
 
 from segkern.ops.dispatch import use_blocks
-from segkern.ops.prototype import class_sums_ref, cosine_logits_ref, prototypes_ref
+from segkern.ops.class_sums import class_sums_ref
+from segkern.ops.cosine import cosine_logits_ref
+from segkern.ops.prototypes import prototypes_ref
 from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 

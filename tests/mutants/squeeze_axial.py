@@ -1,7 +1,8 @@
 "Faults of the kernels of axial attention and of the broadcast sum."
 
 from segkern.ops.dispatch import use_blocks
-from segkern.ops.squeeze_axial import axial_add_ref, axial_attention_ref
+from segkern.ops.axial_add import axial_add_ref
+from segkern.ops.squeeze_axial import axial_attention_ref
 from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
