@@ -19,6 +19,7 @@ import warnings
 _LAZY = dict(
     create_model="models",
     list_models="models",
+    register="models",
     create_encoder="backbones",
     list_encoders="backbones",
     load_official="weights",
@@ -44,7 +45,6 @@ _ROOMS = (
     "losses",
     "models",
     "ops",
-    "recipes",
     "reproduce",
     "testing",
     "train",
@@ -74,6 +74,7 @@ MOVED = {
     "ops.prototype": "ops.class_maps ops.prototypes ops.cosine ops.class_sums ops.prototypes_kernels "
     "ops.cosine_kernels",
     "pretrain": "train.classify train.image_folder",
+    "recipes": "core.recipe models.s2fpn models.sanet models.mmseg models.segformer models.sasformer_icip models.sasformer_sparse models.vit_adapter",
 }
 
 # %% ../nbs/00a_init.ipynb #1dfb1658

@@ -46,7 +46,7 @@ class Held:
 
 def recipe_of(name, tiny):
     "The network's own recipe at this size, from scratch."
-    from segkern.recipes import recipe_for
+    from segkern.core import recipe_for
 
     own = recipe_for(name, "camvid")
     frame = (

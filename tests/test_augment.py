@@ -23,14 +23,12 @@ from segkern.data.colour import (
 )
 from segkern.data.geometry import cubic_window, fitted_size
 from segkern.data.transform import TrainTransform
-from segkern.recipes import (
-    RECIPES,
-    S2FPN_CAMVID,
-    SANET_CAMVID,
-    SASFORMER_ICIP_ADE20K,
-    SASFORMER_SPARSE_VOC,
-    SEGFORMER_STREETS,
-)
+from segkern.core import RECIPES
+from segkern.models.s2fpn import S2FPN_CAMVID
+from segkern.models.sanet import SANET_CAMVID
+from segkern.models.sasformer_icip import SASFORMER_ICIP_ADE20K
+from segkern.models.sasformer_sparse import SASFORMER_SPARSE_VOC
+from segkern.models.segformer import SEGFORMER_STREETS
 
 
 def street(i=2, size=(90, 120)):

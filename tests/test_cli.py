@@ -563,7 +563,7 @@ def test_options_of_the_network(call):
 
 def test_validation_has_full_labels():
     "Sparse labels, from the recipe or from -D, are for training only."
-    from segkern.recipes import recipe_for
+    from segkern.core import recipe_for
 
     train, val = cli._split_options(
         recipe_for("segformer_b0", "streets"), ["annotation=scribble", "size=(64, 96)"]

@@ -18,7 +18,7 @@ from segkern.data.sparse import regions, weak_labels
 from segkern.data.streets.picture import draw_street
 from segkern.data.transform import EvalTransform, TrainTransform
 from segkern.data.geometry import nearest_window, resize_window, scaled
-from segkern.recipes import S2FPN_CAMVID
+from segkern.models.s2fpn import S2FPN_CAMVID
 from segkern.testing import shared
 
 # sha256 of pictures and masks: the same on every machine, or the generator has changed

@@ -657,7 +657,7 @@ def test_names():
 @pytest.mark.parametrize("suffix", ["", "_ssa"])
 def test_recipes(suffix):
     "AdamW without decay on the encoder's norms and position tables alone; SGD with one rate for OCRNet."
-    from segkern.recipes import recipe_for
+    from segkern.core import recipe_for
     from segkern.train import lr_at, parameter_groups
 
     with torch.device("meta"):

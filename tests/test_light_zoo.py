@@ -7,7 +7,7 @@ import torch
 
 from segkern.core import load_table
 from segkern.models import claimed, cost, create_model, list_models
-from segkern.recipes import recipe_for
+from segkern.core import recipe_for
 from segkern.testing import fixture
 from segkern.train import parameter_groups
 from segkern.weights import map_key

@@ -23,7 +23,7 @@ from segkern.infer import (
     square_labels,
     window_starts,
 )
-from segkern.recipes import recipe_for
+from segkern.core import recipe_for
 from segkern.train import evaluation_of
 
 

@@ -19,7 +19,7 @@ from segkern.models import create_model
 from segkern.models.context import APPPM, CONTEXTS
 from segkern.models.sanet import SAD, key_rules, speed_form
 from segkern.ops import upsample_cross_entropy, use_impl
-from segkern.recipes import recipe_for
+from segkern.core import recipe_for
 from segkern.testing import assert_close, fixture, make_input
 from segkern.testing.memory import launches
 from segkern.weights import load_official, map_key

@@ -199,7 +199,7 @@ def test_a_module_in_bfloat16_trains():
 
 
 def test_the_alias_has_the_same_recipe():
-    from segkern.recipes import recipe_for
+    from segkern.core import recipe_for
 
     for dataset in ("ade20k", "cityscapes", "camvid", "streets", "pascal_context"):
         assert recipe_for("segformer_b2_ssa", dataset) == recipe_for(

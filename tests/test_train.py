@@ -19,15 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from segkern import train
 from segkern.core import seeded
-from segkern.recipes import (
-    RECIPES,
-    SASFORMER_ICIP_ADE20K,
-    SASFORMER_SPARSE_VOC,
-    SEGFORMER_ADE20K,
-    STREETS,
-    recipe_for,
-    sparse_recipe,
-)
+from segkern.core import RECIPES, STREETS, recipe_for
+from segkern.models.sasformer_icip import SASFORMER_ICIP_ADE20K
+from segkern.models.sasformer_sparse import SASFORMER_SPARSE_VOC, sparse_recipe
+from segkern.models.segformer import SEGFORMER_ADE20K
 from segkern.core.recipe import Recipe
 from segkern.testing import assert_close, fixture
 from segkern.train import (

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from segkern.core import IGNORE, seeded
-from segkern.recipes import STREETS
+from segkern.core import STREETS
 from segkern.train import fit, generator
 
 RECIPE = STREETS.replace(

@@ -58,7 +58,7 @@ def train(
     ),
 ):
     "Train a model by its recipe."
-    from segkern.recipes import matched, recipe_for
+    from segkern.core import recipe_with_options, recipe_for
     from segkern.train.loop import fit
 
     fields = parse_overrides(overrides)
@@ -70,7 +70,7 @@ def train(
         raise ValueError(
             f"-M {own[0]}=…: say it otherwise (classes follow from the dataset, --seed, --set init=…)"
         )
-    recipe = matched(recipe, model, kw, fields)
+    recipe = recipe_with_options(recipe, model, kw, fields)
     if show:
         return _show_recipe(model, dataset, recipe, kw)
     ours, theirs = _split_options(recipe, data_options)

@@ -5,14 +5,26 @@
 # %% auto #0
 __all__ = ['data_path', 'load_table', 'atomic_path', 'write_json', 'logger', 'seeded', 'pick_device', 'env_info', 'once',
            'progress', 'fmt', 'Table', 'constants', 'Preprocess', 'IMAGENET', 'parse_size', 'label_canny',
-           'boundary_target', 'class_boundary_target', 'IGNORE', 'check_recipe', 'Recipe', 'input_rule']
+           'boundary_target', 'class_boundary_target', 'IGNORE', 'check_recipe', 'Recipe', 'input_rule', 'add_recipes',
+           'HALVES', 'mean_only', 'recipe_for', 'recipe_with_options', 'RECIPES', 'STREETS']
 
 # %% ../../nbs/00_core.ipynb #57bac974
 from .env import env_info, logger, once, pick_device, progress, seeded
 from .files import atomic_path, data_path, load_table, write_json
 from .labels import boundary_target, class_boundary_target, IGNORE, label_canny
 from .picture import constants, IMAGENET, parse_size, Preprocess
-from .recipe import check_recipe, input_rule, Recipe
+from segkern.core.recipe import (
+    add_recipes,
+    check_recipe,
+    HALVES,
+    input_rule,
+    mean_only,
+    Recipe,
+    recipe_for,
+    recipe_with_options,
+    RECIPES,
+    STREETS,
+)
 from .table import fmt, Table
 
 # %% ../../nbs/00_core.ipynb #92f85d97
@@ -40,4 +52,11 @@ _all_ = [
     "check_recipe",
     "Recipe",
     "input_rule",
+    "add_recipes",
+    "HALVES",
+    "mean_only",
+    "recipe_for",
+    "recipe_with_options",
+    "RECIPES",
+    "STREETS",
 ]

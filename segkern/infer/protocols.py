@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..backbones.blocks import resize
+from ..core import recipe_for
 from ..core.recipe import input_rule
 from ..data.geometry import cubic_window, fitted_size, resize_window
 from segkern.infer.windows import (
@@ -21,7 +22,6 @@ from segkern.infer.windows import (
     multiscale_probs,
     sliding_logits,
 )
-from ..recipes import recipe_for
 
 # %% ../../nbs/62b_infer.protocols.ipynb #dd424c48
 def argmax_resized(

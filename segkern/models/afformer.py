@@ -12,11 +12,15 @@ from torch import nn
 from segkern.backbones.afformer import (
     adapt,
     AFFormer,
+    AFFORMERS,
     describe_state as describe_encoder,
     key_rules,
 )
 from ..core import IMAGENET
 from .base import describe_file, find_tensor, Segmentor
+from .mmseg import host_recipes
+from .registry import register
+from .segformer import small_recipes
 from .segnext import GroupUnit
 from .upernet import classifier_of, init_conv
 from ..weights.rules import Rule
@@ -110,3 +114,8 @@ def describe_state(
         "its classifier" if any("decode_head.squeeze." in k for k in state) else "",
         find_tensor(state, "decode_head.conv_seg.weight"),
     )
+
+# %% ../../nbs/36b_models.afformer.ipynb #331f33d6
+_recipes = [*host_recipes((3e-4, 3e-4, 3e-4), groups=()), *small_recipes(())]
+for _name in AFFORMERS:
+    register(_name, AFFormerSegmentor, recipes=_recipes, adaptive_recipes=(), encoder=_name)

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones.blocks import ConvNormAct
+from ..core import mean_only
 from .base import dataset_table, SegModel
-from ..recipes import mean_only
+from .registry import register
+from .s2fpn import S2FPN_CAMVID, S2FPN_CITYSCAPES
 from ..weights.rules import Rule
 
 # %% ../../nbs/30b_models.dsanet.ipynb #2502e606
@@ -233,3 +235,10 @@ RULES = [
     *[Rule(rf"refine(\d)\.{i}\.", rf"aux\1.{i + 1}.") for i in range(3)],
     Rule(r"classifier\.conv\.", "classifier."),
 ]
+
+# %% ../../nbs/30b_models.dsanet.ipynb #39777d06
+register(
+    "dsanet",
+    DSANet,
+    recipes=[r.replace(init="scratch") for r in (S2FPN_CAMVID, S2FPN_CITYSCAPES)],
+)

@@ -14,6 +14,9 @@ from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.hrnet import HRNet, key_rules
 from ..core import IMAGENET
 from .base import describe_file, find_tensor, Segmentor
+from .mmseg import host_recipes
+from .registry import register
+from .segformer import small_recipes
 from .upernet import classifier_of, init_conv
 from ..weights.rules import Rule
 
@@ -160,3 +163,24 @@ def describe_state(
     return describe_file(
         model, f"hrnet_w{branches[0]}", head, find_tensor(state, "decode_head.1.conv_seg.weight")
     )
+
+# %% ../../nbs/35a_models.ocrnet.ipynb #aa13f190
+register(
+    "ocrnet_hr48",
+    OCRNet,
+    recipes=[
+        *host_recipes(
+            groups=(),
+            optimizer="sgd",
+            lr=1e-2,
+            lr_min=1e-4,
+            weight_decay=5e-4,
+            power=0.9,
+            warmup=0,
+            warmup_rule="then",
+        ),
+        *small_recipes(()),
+    ],
+    adaptive_recipes=(),
+    encoder="hrnet_w48",
+)

@@ -13,6 +13,8 @@ from torch import nn
 from ..backbones.blocks import ConvNormAct, resize
 from .context import PAPPM
 from .ddr import BasicBlock, Bottleneck, BoundaryAware, init_weights, stage
+from .registry import register
+from .sanet import SANET_RECIPES
 
 # %% ../../nbs/31a_models.pidnet.ipynb #c8ff13eb
 class Pag(nn.Module):
@@ -111,3 +113,6 @@ class PIDNet(BoundaryAware):
         d = self.edge4(F.relu(d)) + resize(self.diff4(x), size)
         i = resize(self.spp(self.layer5(x)), size)
         return self.bag(self.detail5(F.relu(p)), i, self.edge5(F.relu(d))), early, d
+
+# %% ../../nbs/31a_models.pidnet.ipynb #772eb3bb
+register("pidnet_s", PIDNet, recipes=SANET_RECIPES)

@@ -14,8 +14,10 @@ from torch import nn
 
 from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.resnet import ResNet
+from ..core import mean_only
 from .base import dataset_table, SegModel
-from ..recipes import mean_only
+from .registry import register
+from .s2fpn import S2FPN_CAMVID, S2FPN_CITYSCAPES
 from ..weights.rules import Rule
 
 # %% ../../nbs/30a_models.spfnet.ipynb #d4bb5d7d
@@ -201,3 +203,8 @@ def key_rules(state):
         Rule(r"fuse" + _STEP, "fuse."),
         Rule(r"classifier(?:\.fc)?(?:\.\d)?\.conv\.", "classifier."),
     ]
+
+# %% ../../nbs/30a_models.spfnet.ipynb #3b8ebe58
+for _depth in (18, 34):
+    _recipes = (S2FPN_CAMVID, S2FPN_CITYSCAPES)
+    register(f"spfnet_r{_depth}", SPFNet, recipes=_recipes, encoder=f"resnet{_depth}")
