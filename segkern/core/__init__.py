@@ -6,7 +6,7 @@
 __all__ = ['data_path', 'load_table', 'atomic_path', 'write_json', 'logger', 'seeded', 'pick_device', 'env_info', 'once',
            'progress', 'fmt', 'Table', 'constants', 'Preprocess', 'IMAGENET', 'parse_size', 'label_canny',
            'boundary_target', 'class_boundary_target', 'IGNORE', 'check_recipe', 'Recipe', 'input_rule', 'add_recipes',
-           'HALVES', 'mean_only', 'recipe_for', 'recipe_with_options', 'RECIPES', 'STREETS']
+           'ALIASES', 'HALVES', 'mean_only', 'recipe_for', 'recipe_with_options', 'RECIPES', 'STREETS']
 
 # %% ../../nbs/00_core.ipynb #57bac974
 from .env import env_info, logger, once, pick_device, progress, seeded
@@ -15,6 +15,7 @@ from .labels import boundary_target, class_boundary_target, IGNORE, label_canny
 from .picture import constants, IMAGENET, parse_size, Preprocess
 from segkern.core.recipe import (
     add_recipes,
+    ALIASES,
     check_recipe,
     HALVES,
     input_rule,
@@ -53,6 +54,7 @@ _all_ = [
     "Recipe",
     "input_rule",
     "add_recipes",
+    "ALIASES",
     "HALVES",
     "mean_only",
     "recipe_for",

@@ -17,7 +17,8 @@ from torch import nn
 from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.mit import follow_eps, key_rules, MiT, MITS
 from ..core import IMAGENET, Recipe, STREETS
-from .base import check_input, describe_file, find_tensor, Segmentor
+from .base import describe_file, find_tensor, Segmentor
+from .host import check_input
 from segkern.models.mmseg import (
     ADE20K,
     CITYSCAPES,
