@@ -56,7 +56,6 @@ _ROOMS = (
 # old name of a module -> the modules that hold its names now
 MOVED = {
     "bench_ops": "bench.case bench.op_cases bench.head_cases bench.shapes bench.contenders bench.ops",
-    "cli": "cli.app cli.arguments cli.doctor cli.models cli.train cli.evaluate cli.predict cli.bench cli.data",
     "cli_explain": "cli.explain cli.explain_lists",
     "data.augment": "data.colour data.geometry data.transform",
     "data.transforms": "data.geometry data.transform",
@@ -74,7 +73,8 @@ MOVED = {
     "ops.prototype": "ops.class_maps ops.prototypes ops.cosine ops.class_sums ops.prototypes_kernels "
     "ops.cosine_kernels",
     "pretrain": "train.classify train.image_folder",
-    "recipes": "core.recipe models.s2fpn models.sanet models.mmseg models.segformer models.sasformer_icip models.sasformer_sparse models.vit_adapter",
+    "recipes": "core.recipe models.s2fpn models.sanet models.mmseg models.segformer "
+    "models.sasformer_icip models.sasformer_sparse models.vit_adapter",
 }
 
 # %% ../nbs/00a_init.ipynb #1dfb1658
@@ -96,10 +96,10 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def _from_homes(old, homes, name):
     "A name of a module that moved."
     for home in homes:
-        value = getattr(importlib.import_module(f"segkern.{home}"), name, _ROOMS)
-        if value is not _ROOMS:
+        module = importlib.import_module(f"segkern.{home}")
+        if hasattr(module, name):
             warnings.warn(f"{old}.{name} is in segkern.{home} now", DeprecationWarning, 2)
-            return value
+            return getattr(module, name)
     raise AttributeError(f"module '{old}' has moved to {homes} and has no '{name}'")
 
 
