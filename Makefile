@@ -11,11 +11,11 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check $(shell [ -t 
 
 # kernels run in Triton's interpreter where there is no GPU; it has to be set before triton is imported
 ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
-test test-all: export TRITON_INTERPRET = 1
+test test-all quick nb outputs: export TRITON_INTERPRET = 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install papers test test-cpus test-all test-gpu gpu export clean outputs readme check bench dist hooks
+.PHONY: help install papers quick nb test house test-cpus test-all test-gpu gpu export clean outputs readme check bench dist hooks
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
@@ -43,7 +43,16 @@ hooks: $(VENV)/.dev
 papers: $(VENV)/.papers ## reproduce every paper at smoke scale and write the report
 	@$(BIN)/segkern reproduce --scale smoke --jobs $(JOBS) --out $(OUT)
 
-test: $(VENV)/.dev ## notebooks and tests, at most 25 minutes on 2 cores
+quick: $(VENV)/.dev ## what a change needs, within two minutes: export, its notebooks, the nearest tests, the rules
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/quick.py $(if $(SINCE),--since $(SINCE))
+
+nb: $(VENV)/.dev ## one notebook as CI runs it: make nb N=30_models.s2fpn
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run.py --notebooks nbs/$(N).ipynb
+
+house: $(VENV)/.dev ## rooms, arrows, circles, widths, cells: they only get better
+	@$(BIN)/python tests/house.py
+
+test: $(VENV)/.dev ## notebooks and tests, at most 15 minutes on 2 cores
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/run.py
 
 test-cpus: $(VENV)/.dev ## a slice of the tests as older processors and other numbers of threads compute it

@@ -54,6 +54,12 @@ def test_notebook(path: Path, flags=()):
     return path.name, ok, seconds
 
 
+def exported_module(path: Path):
+    "The module that a notebook exports to, e.g. 'models.s2fpn'; '' where it exports nothing."
+    found = re.search(r"#\| default_exp ([\w.]+)", Path(path).read_text(encoding="utf-8"))
+    return found[1] if found else ""
+
+
 def tidy(output):
     "An output without the parts that change from run to run or hold paths of this machine."
     if "data" in output:

@@ -6,6 +6,7 @@ python tests/run.py [--all]      --all: slow cells and slow tests too, and tests
 import argparse
 import faulthandler
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr
+from difflib import get_close_matches
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pathlib import Path
 from nbtools import test_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
+DURATIONS = ROOT / "tests" / "durations.json"
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -51,14 +54,30 @@ def alone(ctx, path, flags):
     )
 
 
-def notebooks(flags):
-    "All notebooks, two at a time. Returns how many passed, and the names of the others with the end of their errors."
+def known_seconds():
+    "Seconds of notebooks and test files in the run that was kept."
+    return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+
+
+def longest_first(files):
+    "The order in which no core waits long for the other at the end; files that nobody timed come first."
+    seconds = known_seconds()
+    return sorted(files, key=lambda f: (-seconds.get(f.name, 1e9), f.name))
+
+
+def notebooks(flags, only=()):
+    """Notebooks, two at a time. Returns how many passed, the names of the others with the end of
+    their errors, and the seconds of each."""
     from tqdm import tqdm
 
+    files = longest_first([Path(f).resolve() for f in only] or (ROOT / "nbs").glob("*.ipynb"))
+    for path in files:
+        if not path.exists():
+            near = get_close_matches(path.name, os.listdir(ROOT / "nbs"), 3, 0.3)
+            sys.exit(f"there is no notebook {path}; did you mean {' or '.join(near) or 'another'}?")
     os.chdir(ROOT / "nbs")
-    files = sorted((ROOT / "nbs").glob("*.ipynb"))
     failed = {}
-    slow = []
+    took = {}
     ctx = get_context("forkserver")
     # imported once, forked for each notebook
     ctx.set_forkserver_preload(["torch", "nbdev.test", "nbtools"])
@@ -66,16 +85,13 @@ def notebooks(flags):
         jobs = [pool.submit(alone, ctx, f, flags) for f in files]
         for job in tqdm(as_completed(jobs), desc="notebooks", total=len(jobs), disable=None):
             name, ok, seconds, said = job.result()
-            slow.append((seconds, name))
+            took[name] = round(seconds, 1)
             if not ok:
                 failed[name] = "\n".join(said.rstrip().splitlines()[-25:])
     os.chdir(ROOT)
-    print(
-        "slowest notebooks: "
-        + ", ".join(f"{n} {s:.0f} s" for s, n in sorted(slow, reverse=True)[:5]),
-        flush=True,
-    )
-    return len(files) - len(failed), failed
+    slowest = sorted(took, key=took.get, reverse=True)[:5]
+    print("slowest notebooks: " + ", ".join(f"{n} {took[n]:.0f} s" for n in slowest), flush=True)
+    return len(files) - len(failed), failed, took
 
 
 def tests(slow):
@@ -96,19 +112,25 @@ def tests(slow):
         *(["--slow"] if slow else []),
     ]
     report.unlink(missing_ok=True)
-    code = subprocess.run(cmd, cwd=ROOT).returncode
+    files = longest_first((ROOT / "tests").glob("test_*.py"))
+    code = subprocess.run([*cmd, *map(str, files)], cwd=ROOT).returncode
     if not report.exists():
-        return code, {}, [f"pytest ended with code {code} and no report"]
+        return code, {}, [f"pytest ended with code {code} and no report"], {}
     return code, *outcomes(report)
 
 
 def outcomes(report):
-    "The counts of a JUnit report, and the names of the tests that failed."
+    "The counts of a JUnit report, the names of the tests that failed, and the seconds of each file."
     suite = ET.parse(report).getroot().find("testsuite")
     n = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
     n["passed"] = n["tests"] - n["failures"] - n["errors"] - n["skipped"]
     cases = [c for kind in ("failure", "error") for c in suite.iterfind(f"testcase[{kind}]")]
-    return n, sorted({f"{c.get('classname')}::{c.get('name')}" for c in cases})
+    took = {}
+    for case in suite.iterfind("testcase"):
+        name = case.get("classname").rpartition(".")[2] + ".py"
+        took[name] = took.get(name, 0.0) + float(case.get("time"))
+    failed = sorted({f"{c.get('classname')}::{c.get('name')}" for c in cases})
+    return n, failed, {name: round(seconds, 1) for name, seconds in took.items()}
 
 
 def processor():
@@ -125,13 +147,23 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--all", action="store_true", help="slow cells and tests too")
+    p.add_argument("--keep", action="store_true", help="durations plan the next runs")
+    p.add_argument("--notebooks", nargs="+", default=[], metavar="NB", help="only these")
     a = p.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
     os.environ["IN_TEST"] = "1"
     start = time.perf_counter()
-    passed, failed = notebooks(["slow"] if a.all else [])
-    code, n, names = tests(a.all)
+    passed, failed, took = notebooks(["slow"] if a.all else [], a.notebooks)
+    if a.notebooks:
+        for name in sorted(failed):
+            print(f"\nfailed notebook {name}:\n{failed[name]}")
+        kernels = "" if os.environ.get("TRITON_INTERPRET") == "1" else "; kernels were NOT run"
+        print(f"{passed} notebooks passed, {len(failed)} failed{kernels}")
+        sys.exit(1 if failed else 0)
+    code, n, names, of_tests = tests(a.all)
+    if a.keep and not a.all:
+        DURATIONS.write_text(json.dumps(took | of_tests, indent=1, sort_keys=True) + "\n")
     other = subprocess.run([sys.executable, "tests/cpus.py"], cwd=ROOT).returncode if a.all else 0
     for name in sorted(failed):
         print(f"\nfailed notebook {name}:\n{failed[name]}")
