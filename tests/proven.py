@@ -1,0 +1,87 @@
+"""Which ops' kernels are as they were when all planted faults and all compilations were last run.
+
+    python tests/proven.py                 list the ops whose sources differ
+    python tests/proven.py --keep          say that the present sources passed; `make test-all` does
+
+`make test` plants faults and compiles for the ops that differ; comments, docstrings and layout do not count."""
+
+import argparse
+import ast
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STORE = ROOT / "tests" / "proven.json"
+ASIDE = {"dispatch", "operator", "verdicts", "graphs"}
+
+
+def plain(path):
+    "A file's code without comments, docstrings, imports and layout."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            node.body = body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def named(path):
+    "The modules of `ops` that a file imports or names in a string, dispatch and bookkeeping aside."
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = ""
+        if isinstance(node, ast.ImportFrom):
+            near = node.level == 1 and path.parent.name == "ops"
+            name = f"segkern.ops.{node.module}" if near else node.module or ""
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            name = node.value
+        match = re.fullmatch(r"segkern\.ops\.(\w+)", name)
+        if match and match[1] not in ASIDE:
+            found.add(ROOT / "segkern" / "ops" / f"{match[1]}.py")
+    return {f for f in found if f.exists()}
+
+
+def hash_of(script):
+    "What a table of faults or of launches tests, and itself, in sixteen digits."
+    todo = [ROOT / "tests" / f"{script}.py"]
+    for path in todo:
+        todo += sorted(named(path) - set(todo))
+    text = "\n".join(plain(path) for path in [todo[0], *sorted(todo[1:])])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stored():
+    return json.loads(STORE.read_text()) if STORE.exists() else {}
+
+
+def is_proven(script):
+    "Whether everything was run for the sources that are there now; `script` is e.g. 'aot/msca'."
+    return stored().get(script) == hash_of(script)
+
+
+def scripts():
+    "The tables of faults and of launches."
+    files = [f for kind in ("mutants", "aot") for f in (ROOT / "tests" / kind).glob("*.py")]
+    return sorted(f"{f.parent.name}/{f.stem}" for f in files)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--keep", action="store_true", help="the present sources passed")
+    if parser.parse_args().keep:
+        STORE.write_text(json.dumps({s: hash_of(s) for s in scripts()}, indent=1) + "\n")
+    differ = [s for s in scripts() if not is_proven(s)]
+    same = len(scripts()) - len(differ)
+    print(f"{same} tables as in the last full run; changed: {', '.join(differ) or 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
