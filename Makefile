@@ -79,6 +79,7 @@ outputs: $(VENV)/.dev ## run the notebooks and keep what they show
 	@$(BIN)/python tests/nbtools.py outputs
 
 readme: $(VENV)/.dev ## README.md from nbs/index.ipynb, without quarto
+	@$(BIN)/python tests/house.py --tree >/dev/null
 	@$(BIN)/python tests/nbtools.py readme
 
 check: export clean readme ## fails where export, cleaning or the README were forgotten

@@ -11,16 +11,33 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RATCHET = ROOT / "tests" / "house.json"
 # from the ground up: a room imports only rooms before it, lazy imports counted
-ROOMS = (
-    "core viz weights ops testing losses data backbones models infer train bench explain lab "
-    "reproduce cli __main__"
-).split()
+ROOMS = {
+    "core": "files, seeds, tables, input rules, labels, the type of a recipe",
+    "viz": "figures, labels in colours, curves",
+    "weights": "checkpoints of any container, key tables, transfer",
+    "ops": "operators with exact references and Triton kernels, one op per file, and who chooses",
+    "testing": "fixtures, contracts, toys, kernels without a GPU (aside: notebooks and tests use it)",
+    "losses": "what networks minimise",
+    "data": "datasets, transforms, checks; a set is a notebook and a table in data/",
+    "backbones": "blocks and encoders, each with its key table",
+    "models": "a paper is its notebook: network, key table, objective, recipes, `register`",
+    "infer": "windows, protocols, one picture, a dataset, the form for use",
+    "train": "order, schedule, optimizer, run folder, step, loop; classification",
+    "bench": "clock, costs, models, ops against their peers",
+    "explain": "receptive fields by tracing and by gradient, heat maps, pictures",
+    "lab": "tools that live in a notebook",
+    "reproduce": "papers, headlessly, and one report",
+    "cli": "the command line, a file per group of commands",
+    "__main__": "`python -m segkern`",
+}
+ORDER = list(ROOMS)
 LAYOUT = {
     tokenize.NL,
     tokenize.NEWLINE,
@@ -102,9 +119,33 @@ def tokens_per_line(files):
     return count / lines
 
 
+def write_tree(root=ROOT):
+    "Put the present tree where the README's notebook and CONTRIBUTING show it."
+    block = "```text\n" + tree(root) + "\n```"
+    shown = re.compile(r"```text\nsegkern/.*?\n```", re.DOTALL)
+    path = root / "CONTRIBUTING.md"
+    path.write_text(shown.sub(lambda _: block, path.read_text("utf-8")), encoding="utf-8")
+    path = root / "nbs" / "index.ipynb"
+    notebook = json.loads(path.read_text("utf-8"))
+    for cell in notebook["cells"]:
+        source = shown.sub(lambda _: block, "".join(cell["source"]))
+        cell["source"] = source.splitlines(keepends=True)
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def beside_signatures(source):
+    "Lines of code without blank ones and without the parameters of functions, which stand one per line."
+    tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    parameters = sum(max(0, n.body[0].lineno - 1 - n.lineno) for n in functions)
+    return sum(bool(line.strip()) for line in source.splitlines()) - parameters
+
+
 def exported_cells(root=ROOT):
-    "Lines of every exported cell, and the longest runs of such cells without a lesson, by notebook."
+    """Lines of every exported cell, how many hold over 60 beside signatures, and the longest runs of
+    such cells without a lesson, by notebook."""
     lengths = []
+    long = 0
     runs = {}
     for path in sorted((root / "nbs").glob("*.ipynb")):
         run = 0
@@ -118,12 +159,26 @@ def exported_cells(root=ROOT):
                 if re.match(r"\s*(from|import)\b", body):
                     continue
                 lengths.append(len(body.splitlines()))
+                long += beside_signatures(body) > 60
                 run += 1
                 longest = max(longest, run)
             elif not source.startswith("#|"):
                 run = 0
         runs[path.stem] = longest
-    return lengths, runs
+    return lengths, long, runs
+
+
+def tree(root=ROOT):
+    "The rooms from the ground up, a phrase for each, and their files."
+    names = sorted(modules(root))
+    lines = ["segkern/"]
+    for name, phrase in ROOMS.items():
+        files = [n.split(".", 2)[2] for n in names if n.startswith(f"segkern.{name}.")]
+        lines.append(f"  {name + '/' if files else name + '.py':12} {phrase}")
+        lines += textwrap.wrap(
+            " · ".join(files), 100, initial_indent=" " * 15, subsequent_indent=" " * 15
+        )
+    return "\n".join(lines)
 
 
 def measure(root=ROOT):
@@ -140,21 +195,21 @@ def measure(root=ROOT):
     ours = [line for path in files.values() for line in path.read_text("utf-8").splitlines()]
     theirs = [line for path in tests for line in path.read_text("utf-8").splitlines()]
     sizes = {n: len(p.read_text("utf-8").splitlines()) for n, p in files.items()}
-    lengths, runs = exported_cells(root)
+    lengths, long_cells, runs = exported_cells(root)
     figures = {
         "rooms": len({room(name) for name in files if room(name)}),
         "arrows between rooms": len(arrows),
-        "upward arrows": sum(ROOMS.index(b) > ROOMS.index(a) for a, b in arrows),
+        "upward arrows": sum(ORDER.index(b) > ORDER.index(a) for a, b in arrows),
         "circles": len(rings),
         f"files over {LONGEST} lines": sum(n > LONGEST for n in sizes.values()),
         f"lines over {WIDEST}": sum(len(line) > WIDEST for line in ours + theirs),
         "dense lines": sum(map(is_dense, ours)),
         "tokens per line": round(tokens_per_line(files.values()), 1),
         "exported cell median": statistics.median(lengths),
-        "exported cells over 60 lines": sum(n > 60 for n in lengths),
+        "exported cells over 60 lines": long_cells,
         "longest run without a lesson": max(runs.values()),
     }
-    upward = sorted(f"{a} -> {b}" for a, b in arrows if ROOMS.index(b) > ROOMS.index(a))
+    upward = sorted(f"{a} -> {b}" for a, b in arrows if ORDER.index(b) > ORDER.index(a))
     long = [f"{name} {n}" for name, n in sizes.items() if n > LONGEST]
     most = sorted(runs, key=runs.get, reverse=True)[:5]
     return figures, dict(upward=upward, circles=rings, files=long, runs={n: runs[n] for n in most})
@@ -163,7 +218,12 @@ def measure(root=ROOT):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="let better figures be the new limits")
-    keep = parser.parse_args().keep
+    parser.add_argument("--tree", action="store_true", help="write and print the rooms")
+    args = parser.parse_args()
+    if args.tree:
+        write_tree()
+        print(tree())
+        return 0
     figures, where = measure()
     limits = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
     worse = {n: v for n, v in figures.items() if v > limits.get(n, v)}
@@ -174,7 +234,7 @@ def main():
     for name, found in where.items():
         if found:
             print(f"{name}: {found}")
-    if keep:
+    if args.keep:
         best = {n: min(v, limits.get(n, v)) for n, v in figures.items()}
         RATCHET.write_text(json.dumps(best, indent=1) + "\n")
     if worse:
