@@ -33,7 +33,10 @@ setup(
     # the tables of `data/` travel inside the package, as `segkern/_data`
     packages=find_packages(include=["segkern", "segkern.*"]) + ["segkern._data"],
     package_dir={"segkern": "segkern", "segkern._data": "data"},
-    package_data={"segkern": ["py.typed"], "segkern._data": ["*.json", "*.css", "*/*.json", "*/*.csv"]},
+    package_data={
+        "segkern": ["py.typed"],
+        "segkern._data": ["*.json", "*.css", "*/*.json", "*/*.csv"],
+    },
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={

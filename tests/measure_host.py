@@ -12,11 +12,11 @@ from unittest.mock import patch
 
 import torch
 
-from segkern import bench_ops, core
-from segkern.bench import write_csv
+from segkern.bench.shapes import cases
+from segkern.bench.tables import write_csv
 from segkern.core import Table
 from segkern.ops import dispatch
-from segkern.ops.operator import Operator
+from segkern.ops.operator import REGISTERED
 
 
 def microseconds(calls, repeats=200, rounds=25):
@@ -34,7 +34,7 @@ def microseconds(calls, repeats=200, rounds=25):
 @contextlib.contextmanager
 def empty_bodies(calls):
     "Every operator returns empty results; its first arguments are kept in `calls`."
-    operators = [o for o in core._ONCE.values() if isinstance(o, Operator)]
+    operators = list(REGISTERED.values())
     own = {o: o.body for o in operators}
 
     def kept(o):
@@ -62,7 +62,7 @@ def operator_calls():
 
     dispatch.forget()
     with empty_bodies(calls), patch.object(dispatch, "which", always):
-        for case in bench_ops.cases(tiny=True):
+        for case in cases(tiny=True):
             args = case.make(torch.device("cpu"), torch.float32)
             with contextlib.suppress(RuntimeError):
                 case.fn(*args, impl="triton")

@@ -22,12 +22,13 @@ from nbtools import test_notebook  # noqa: E402
 
 from segkern import core, ops  # noqa: E402
 from segkern.bench.shapes import cases  # noqa: E402
-from segkern.ops import head  # noqa: E402
+from segkern.ops import ce  # noqa: E402
 from segkern.ops.dispatch import interpreting  # noqa: E402
+from segkern.ops.operator import REGISTERED  # noqa: E402
 from segkern.testing import make_input, relative_l2  # noqa: E402
 from segkern.testing.memory import exact_interpreter  # noqa: E402
 
-PREFIX = "operator segkern::"  # of the package's operators among the objects of a process
+PREFIX = "segkern::"  # of the package's operators among those of a process
 # operators that also run where no kernel does
 WITHOUT_KERNELS = {
     "upsample_cross_entropy",
@@ -125,8 +126,8 @@ def with_operators():
 
 
 def edited_body_runs():
-    "Execute a cell of the head's notebook again, with another body: the package's loss must follow, and come back."
-    cells = json.loads((ROOT / "nbs" / "17_ops.head.ipynb").read_text(encoding="utf-8"))["cells"]
+    "Execute a cell of the loss's notebook again, with another body: the package's loss must follow, and come back."
+    cells = json.loads((ROOT / "nbs" / "17b_ops.ce.ipynb").read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells]
     (cell,) = (s for s in sources if '@operator("segkern::upsample_cross_entropy")' in s)
     body = "return _upsample_ce_body(logits"
@@ -134,9 +135,9 @@ def edited_body_runs():
     z = make_input([1, 3, 4, 5])
     y = torch.zeros(1, 8, 9, dtype=torch.long)
     before = ops.upsample_cross_entropy(z, y)
-    exec(cell.replace(body, "return _upsample_ce_body(2*logits"), dict(vars(head)))
+    exec(cell.replace(body, "return _upsample_ce_body(2*logits"), dict(vars(ce)))
     during = ops.upsample_cross_entropy(z, y)
-    exec(cell, dict(vars(head)))
+    exec(cell, dict(vars(ce)))
     after = ops.upsample_cross_entropy(z, y)
     assert torch.equal(before, after) and torch.allclose(
         during, ops.upsample_cross_entropy(2 * z, y)
@@ -150,7 +151,7 @@ def main(names):
     exact_interpreter()
     table = smallest_cases() + other_calls()
     first, calls = call_everything(table)
-    ours = {k.removeprefix(PREFIX) for k in core._ONCE if k.startswith(PREFIX)}
+    ours = {k.removeprefix(PREFIX) for k in REGISTERED if k.startswith(PREFIX)}
     wanted = ours if interpreting() else WITHOUT_KERNELS & ours
     if missing := wanted - set(calls):
         sys.exit(f"no call reaches {', '.join(sorted(missing))}: add one to other_calls")

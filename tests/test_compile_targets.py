@@ -118,9 +118,9 @@ def test_the_miscompiled_kernel_is_found():
     source = """if 1:
         import torch
         from segkern.ops.dispatch import use_blocks
-        from segkern.ops.prototype import prototypes_fwd
-        from segkern.testing.kernels import captured, targets
+        from segkern.ops.prototypes import prototypes_fwd
         from segkern.testing.sass import code_report
+        from segkern.testing.targets import captured, targets
         last = dict(dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
         maps = [torch.empty((4, c, 128, 128), **last) for c in (150, 256, 256)]
         def writes(**options):

@@ -89,7 +89,7 @@ def test_pieces(shape, piece, monkeypatch):
     "The loop over pieces against double precision."
     import sys
 
-    monkeypatch.setattr(sys.modules["segkern.ops.affinity"], "PIECE", piece)
+    monkeypatch.setattr(sys.modules["segkern.ops.affinity_pieces"], "PIECE", piece)
     args = inputs(**shape)
     truth, wide = grads(named(affinity_ref), {n: t.double() for n, t in args.items()})
     for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):

@@ -204,7 +204,7 @@ def test_wide_maps():
 @pytest.mark.parametrize("op", PAIRS)
 def test_pieces(op, size, piece, monkeypatch):
     "The loops over pieces against double precision."
-    monkeypatch.setattr(sys.modules["segkern.ops.prototype"], "PIECE", piece)
+    monkeypatch.setattr(sys.modules["segkern.ops.class_maps"], "PIECE", piece)
     fn, ref, make = PAIRS[op]
     for dtype, limit in ((torch.float32, 5e-6), (torch.bfloat16, 8e-3)):
         args = {n: t.to(dtype) for n, t in make(**size).items()}

@@ -82,8 +82,8 @@ class Field:
     def size(self):
         return self.mask.shape  # of the picture
 
-    @property
     # (top, left, bottom, right), the last two exclusive; zeros where nothing is seen
+    @property
     def box(self):
         "The smallest box around the mask, clipped to the picture as the mask is."
         rows, cols = (np.flatnonzero(self.mask.any(a)) for a in (1, 0))
@@ -105,8 +105,8 @@ class Field:
     def whole(self):
         return bool(self.mask.all())  # every pixel of the picture is seen
 
-    @property
     # share of the box that is seen
+    @property
     def used(self):
         return float(self.mask.sum() / max(1, self.height * self.width))
 

@@ -72,8 +72,8 @@ class AFFormerSegmentor(Segmentor):
         self.head = SqueezeHead(self.encoder.channels, width)
         self.classifier = classifier_of(width, num_classes)
 
-    @property
     # what a file must remember besides the name
+    @property
     def options(self):
         return {**super().options, "width": self.width}
 

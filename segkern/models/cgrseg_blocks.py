@@ -110,8 +110,8 @@ class RectangularGate(_NormOfLines):
             both = F.conv1d(both, taps, None, padding=taps.shape[2] // 2, groups=len(taps))
             return rows, both[-1], both[:-1] + self.shift.to(columns.dtype)
 
-    @torch.no_grad()
     # number of norms that are gone: none, the form as written keeps its own
+    @torch.no_grad()
     def fold(self) -> int:
         "Put the norm into a copy of the strip, for inference only."
         plain = type(self.bn) is nn.BatchNorm2d and self.bn.running_mean is not None

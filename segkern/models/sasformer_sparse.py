@@ -139,8 +139,8 @@ class SASFormerSparse(TransformerSegmenter):
             del self.tree_embed
         return super().deploy()
 
-    @property
     # a recipe may have set another input rule
+    @property
     def bgr(self):
         return self.preprocess.order == "bgr"
 

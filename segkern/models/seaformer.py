@@ -105,8 +105,8 @@ class SeaFormerSegmentor(Segmentor):
                 m.merge()
         return super().deploy()
 
-    @property
     # what a file must remember besides the name
+    @property
     def options(self):
         return {**super().options, "drop_path": self.drop_path}
 

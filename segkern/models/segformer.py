@@ -142,8 +142,8 @@ class TransformerSegmenter(Segmentor):
             )
         return x
 
-    @property
     # a loaded file may have changed it
+    @property
     def embed_eps(self):
         return self.encoder.stages[0].proj_norm.eps
 

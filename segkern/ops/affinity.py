@@ -13,12 +13,7 @@ from segkern.ops.affinity_kernels import (
     _affinity_dq_kernel,
     _affinity_fwd_kernel,
 )
-from segkern.ops.affinity_pieces import (
-    _rows_first,
-    affinity_pieces,
-    affinity_pieces_bwd,
-    affinity_ref,
-)
+from .affinity_pieces import affinity_pieces, affinity_pieces_bwd, affinity_ref
 from segkern.ops.dispatch import (
     autocast_type,
     blocks,
@@ -32,14 +27,14 @@ from segkern.ops.dispatch import (
     without_autocast,
 )
 from .operator import operator
+from .tiles import precision, PROCESSORS, rows_first, split_walk
 
 # %% ../../nbs/14_ops.affinity.ipynb #bd8027fe
-PROGRAMS = 264  # two per multiprocessor of an H100
+PROGRAMS = 2 * PROCESSORS  # for the gradients of keys and values
 
 # %% ../../nbs/14_ops.affinity.ipynb #a7e1bbde
 def _options(op, q, c):
-    """Launch options; float32, wide heads and many classes take smaller tiles, the largest that
-    compile without spills for every target."""
+    "Launch options: the largest tiles that compile without spills for every target."
     BN = 64
     BM = 32 if op == "affinity_dkp" else 64
     num_warps = 4
@@ -54,9 +49,8 @@ def _options(op, q, c):
     elif c > 64:
         BN = 32
         BM = 16
-    return dict(PRECISION="ieee" if q.dtype == torch.float32 else "tf32") | blocks(
-        op, BN=BN, BM=BM, BD=pow2(q.shape[3], 16), BC=pow2(c, 16), num_warps=num_warps
-    )
+    width = dict(BD=pow2(q.shape[3], 16), BC=pow2(c, 16))
+    return dict(PRECISION=precision(q)) | blocks(op, BN=BN, BM=BM, num_warps=num_warps, **width)
 
 # %% ../../nbs/14_ops.affinity.ipynb #2d085e70
 def affinity_fwd(
@@ -64,14 +58,11 @@ def affinity_fwd(
     ks: list,  # of [b, h, m, d], any strides
     p: torch.Tensor,  # [b, m, c], any strides
     scale: float,  # of the scores
-    # output [b, n, c] that lies in memory as [b, c, n], log-sum-exp in base 2 [blocks, b, h, n]
-) -> tuple:
-    "Launch the forward kernel once per block."
+) -> tuple:  # output [b, n, c], log-sum-exp in base 2 [blocks, b, h, n]
+    "Launch the forward kernel once per block; the output lies in memory as [b, c, n]."
     (b, h, n, d), (m, c) = qs[0].shape, p.shape[1:]
-    out, lse = (
-        torch.empty(s, dtype=torch.float32, device=p.device)
-        for s in ((b, h, c, n), (len(qs), b, h, n))
-    )
+    shapes = (b, h, c, n), (len(qs), b, h, n)
+    out, lse = (torch.empty(s, dtype=torch.float32, device=p.device) for s in shapes)
     opts = _options("affinity", qs[0], c)
     grid = (b * h * triton.cdiv(n, opts["BN"]),)
     weight = 1 / (len(qs) * h)
@@ -96,9 +87,54 @@ def affinity_fwd(
                 FIRST=i == 0,
                 **opts,
             )
-    return (out.sum(1) if h > 1 else out[:, 0]).to(p.dtype).transpose(1, 2), lse
+    whole = out.sum(1) if h > 1 else out[:, 0]
+    return whole.to(p.dtype).transpose(1, 2), lse
 
-# %% ../../nbs/14_ops.affinity.ipynb #98680b79
+# %% ../../nbs/14_ops.affinity.ipynb #218387a1
+def _common(q, k, p, g, scale, count):
+    "What both backward kernels take besides tensors: numbers, sizes, strides; `count`: blocks of the stage."
+    (_, h, n, d), (m, c) = q.shape, p.shape[1:]
+    numbers = scale, 1 / (count * h), h, n, m, d, c
+    return *numbers, *q.stride(), *k.stride(), *p.stride(), *g.stride()
+
+# %% ../../nbs/14_ops.affinity.ipynb #1509c5ce
+def _launch_dq(q, k, p, lse, g, delta, common, want):
+    "The kernel that owns queries: fills `delta`, returns dq, or nothing where it is not wanted."
+    b, h, n, _ = q.shape
+    opts = _options("affinity_dq", q, p.shape[2])
+    dq = rows_first(*q.shape, q) if want else q
+    _affinity_dq_kernel[(b * h * triton.cdiv(n, opts["BN"]),)](
+        *(q, k, p, lse, g, dq, delta),
+        *(*common, *dq.stride()),
+        QUERIES=want,
+        WIDE=q.dtype == torch.float16,
+        **opts,
+    )
+    return dq if want else None
+
+# %% ../../nbs/14_ops.affinity.ipynb #c7ed6116
+def _keys_plan(q, p):
+    "Of the kernel that owns keys: options, programs, splits of the queries and their length."
+    (b, h, n, _), (m, c) = q.shape, p.shape[1:]
+    opts = _options("affinity_dkp", q, c)
+    owners = b * h * triton.cdiv(m, opts["BM"])
+    parts, per = split_walk(n, opts["BN"], owners, PROGRAMS)
+    return opts, owners * parts, parts, per
+
+
+def _launch_dkp(tensors, common, plan, keys, values, first):
+    "The kernel that owns keys: partial dk of this block; its part of dp is added to that of the blocks before."
+    opts, programs, parts, per = plan
+    _affinity_dkp_kernel[(programs,)](
+        *(*tensors, *common, parts, per),
+        KEYS=keys,
+        VALUES=values,
+        FIRST=first,
+        WIDE=tensors[0].dtype == torch.float16,
+        **opts,
+    )
+
+# %% ../../nbs/14_ops.affinity.ipynb #b583e764
 def affinity_bwd(
     qs: list,  # of [b, h, n, d]
     ks: list,  # of [b, h, m, d]
@@ -110,76 +146,27 @@ def affinity_bwd(
 ) -> tuple:  # list of dq, list of dk, dp; an empty list or tensor where not wanted
     "Launch the backward kernels, at most two per block."
     (b, h, n, d), (m, c), (queries, keys, values) = qs[0].shape, p.shape[1:], wanted
+    plan = _keys_plan(qs[0], p)
 
     def new(*shape):
         return torch.empty(shape, dtype=torch.float32, device=p.device)
 
-    a = _options("affinity_dq", qs[0], c)
-    o = _options("affinity_dkp", qs[0], c)
-    tiles = triton.cdiv(n, o["BN"])
-    cells = triton.cdiv(m, o["BM"])
-    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b * h * cells))) * o["BN"]
-    splits = triton.cdiv(n, per)
-    weight = 1 / (len(qs) * h)
-    wide = qs[0].dtype == torch.float16
     delta = new(b, h, n)
-    part = new(b, h, splits, m, d) if keys else p
-    dp = new(b, h, splits, m, c) if values else p
-    dqs = [_rows_first(q) for q in qs] if queries else []
+    dk = new(b, h, plan[2], m, d) if keys else p
+    dp = new(b, h, plan[2], m, c) if values else p
+    dqs = []
     dks = []
     with on_device(p):
         for i, (q, k) in enumerate(zip(qs, ks)):
-            common = (
-                scale,
-                weight,
-                h,
-                n,
-                m,
-                d,
-                c,
-                *q.stride(),
-                *k.stride(),
-                *p.stride(),
-                *g.stride(),
-            )
-            dq = dqs[i] if queries else q
+            common = _common(q, k, p, g, scale, len(qs))
             if queries or keys:
-                _affinity_dq_kernel[(b * h * triton.cdiv(n, a["BN"]),)](
-                    q,
-                    k,
-                    p,
-                    lse[i],
-                    g,
-                    dq,
-                    delta,
-                    *common,
-                    *dq.stride(),
-                    QUERIES=queries,
-                    WIDE=wide,
-                    **a,
-                )
+                dqs.append(_launch_dq(q, k, p, lse[i], g, delta, common, queries))
             if keys or values:
-                _affinity_dkp_kernel[(b * h * cells * splits,)](
-                    q,
-                    k,
-                    p,
-                    lse[i],
-                    delta,
-                    g,
-                    part,
-                    dp,
-                    *common,
-                    splits,
-                    per,
-                    KEYS=keys,
-                    VALUES=values,
-                    FIRST=i == 0,
-                    WIDE=wide,
-                    **o,
-                )
+                tensors = q, k, p, lse[i], delta, g, dk, dp
+                _launch_dkp(tensors, common, plan, keys, values, i == 0)
             if keys:
-                dks.append(part.sum(2).to(k.dtype))
-    return dqs, dks, dp.sum((1, 2)).to(p.dtype) if values else p.new_empty(0)
+                dks.append(dk.sum(2).to(k.dtype))
+    return dqs if queries else [], dks, dp.sum((1, 2)).to(p.dtype) if values else p.new_empty(0)
 
 # %% ../../nbs/14_ops.affinity.ipynb #713cd7d9
 @operator("segkern::affinity")
@@ -233,9 +220,8 @@ def _affinity_pieces_backward_op(
 # %% ../../nbs/14_ops.affinity.ipynb #69b76489
 def _fake_out(qs, p):
     "Shape and layout of the output."
-    return torch.empty(
-        (p.shape[0], p.shape[2], qs[0].shape[2]), dtype=p.dtype, device=p.device
-    ).transpose(1, 2)
+    shape = p.shape[0], p.shape[2], qs[0].shape[2]
+    return torch.empty(shape, dtype=p.dtype, device=p.device).transpose(1, 2)
 
 # %% ../../nbs/14_ops.affinity.ipynb #55d6f8b5
 def _fake_grads(qs, ks, p, queries, keys, values):
@@ -245,7 +231,7 @@ def _fake_grads(qs, ks, p, queries, keys, values):
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
     return (
-        [_rows_first(q) for q in qs] if queries else [],
+        [rows_first(*q.shape, q) for q in qs] if queries else [],
         [new(k) for k in ks] if keys else [],
         new(p) if values else p.new_empty(0),
     )
@@ -253,9 +239,8 @@ def _fake_grads(qs, ks, p, queries, keys, values):
 # %% ../../nbs/14_ops.affinity.ipynb #d7297bcf
 @_affinity_op.register_fake
 def _(qs, ks, p, scale):
-    return _fake_out(qs, p), torch.empty(
-        (len(qs), *qs[0].shape[:3]), dtype=torch.float32, device=p.device
-    )
+    shape = len(qs), *qs[0].shape[:3]
+    return _fake_out(qs, p), torch.empty(shape, dtype=torch.float32, device=p.device)
 
 
 @_affinity_pieces_op.register_fake
@@ -272,7 +257,7 @@ def _(qs, ks, p, lse, g, scale, queries, keys, values):
 def _(qs, ks, p, g, scale, queries, keys, values):
     return _fake_grads(qs, ks, p, queries, keys, values)
 
-
+# %% ../../nbs/14_ops.affinity.ipynb #90a02a4e
 def _affinity_setup(ctx, inputs, output):
     qs, ks, p, ctx.scale = inputs
     ctx.blocks = len(qs)
@@ -283,7 +268,9 @@ def _affinity_setup(ctx, inputs, output):
 
 # %% ../../nbs/14_ops.affinity.ipynb #af3cedec
 def _affinity_backward(ctx, g, *_):
-    n, saved, (dqs, dks, dp, _) = ctx.blocks, ctx.saved_tensors, ctx.needs_input_grad
+    n = ctx.blocks
+    saved = ctx.saved_tensors
+    dqs, dks, dp, _ = ctx.needs_input_grad
     wanted = any(dqs), any(dks), bool(dp)
     op = _affinity_backward_op if len(saved) > 2 * n + 1 else _affinity_pieces_backward_op
     gq, gk, gp = op(list(saved[:n]), list(saved[n : 2 * n]), *saved[2 * n :], g, ctx.scale, *wanted)
@@ -301,15 +288,17 @@ _affinity_pieces_op.register_autograd(_affinity_backward, setup_context=_affinit
 def _cannot(*tensors):
     "Why the kernels cannot run these tensors: queries, as many keys, then p."
     *maps, p = tensors
-    d = maps[0].shape[3] if maps else 0
-    c = p.shape[-1]
-    wide = any(t.dtype == torch.float32 for t in maps)
-    if d > (64 if wide else 128):
-        return f"{'float32 ' if wide else ''}heads of width {d}; the kernels take at most {64 if wide else 128}"
-    if c > (64 if wide else 256):
-        return f"{c} columns{' with float32 queries' if wide else ''}; the kernels take at most {64 if wide else 256}"
-    if d > 64 and c > 64:
-        return f"heads of width {d} with {c} columns; the kernels take more than 64 of one only"
+    width = maps[0].shape[3] if maps else 0
+    columns = p.shape[-1]
+    exact = any(t.dtype == torch.float32 for t in maps)
+    most_wide, most_columns = (64, 64) if exact else (128, 256)
+    if width > most_wide:
+        return f"{'float32 ' if exact else ''}heads of width {width}; the kernels take at most {most_wide}"
+    if columns > most_columns:
+        kind = " with float32 queries" if exact else ""
+        return f"{columns} columns{kind}; the kernels take at most {most_columns}"
+    if width > 64 and columns > 64:
+        return f"heads of width {width} with {columns} columns; the kernels take more than 64 of one only"
     return (unsupported(*maps) if maps else None) or unsupported(p)
 
 
@@ -322,23 +311,16 @@ def _check(qs, ks, p):
         raise ValueError(
             f"affinity wants as many keys as queries, at least one of each; got {len(qs)} and {len(ks)}"
         )
-    ok = (
-        qs[0].ndim == ks[0].ndim == 4
-        and p.ndim == 3
-        and all(q.shape == qs[0].shape for q in qs)
-        and all(k.shape == ks[0].shape for k in ks)
-    )
-    if (
-        not ok
-        or qs[0].shape[:2] != ks[0].shape[:2]
-        or qs[0].shape[3] != ks[0].shape[3]
-        or p.shape[:2] != (ks[0].shape[0], ks[0].shape[2])
-    ):
+    q = qs[0].shape
+    k = ks[0].shape
+    alike = all(t.shape == q for t in qs) and all(t.shape == k for t in ks)
+    maps = alike and len(q) == len(k) == 4 and (q[:2], q[3]) == (k[:2], k[3])
+    if not maps or p.ndim != 3 or p.shape[:2] != (k[0], k[2]):
         raise ValueError(
             "affinity wants queries [b, h, n, d], keys [b, h, m, d], the same for every block, and p [b, m, c]; got "
-            f"{sorted({tuple(q.shape) for q in qs})}, {sorted({tuple(k.shape) for k in ks})}, {tuple(p.shape)}"
+            f"{sorted({tuple(t.shape) for t in qs})}, {sorted({tuple(t.shape) for t in ks})}, {tuple(p.shape)}"
         )
-    if ks[0].shape[2] == 0:
+    if k[2] == 0:
         raise ValueError("affinity needs at least one key")
     if not p.is_floating_point():
         raise ValueError(f"affinity propagates floating point values, got {p.dtype}")

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/14a_ops.affinity_kernels.ipynb #5715fa74
 from .dispatch import tl, triton
+from .tiles import LOG2E
 
 # %% ../../nbs/14a_ops.affinity_kernels.ipynb #bc0a890c
 @triton.jit
@@ -73,7 +74,7 @@ def _affinity_fwd_kernel(
             mask=(m < M)[:, None] & (c < C)[None, :],
             other=0.0,
         )
-        s = tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634)
+        s = tl.dot(qt, kt, input_precision=PRECISION) * (scale * LOG2E)
         s = tl.where((m < M)[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
         a = tl.exp2(s - new[:, None])
@@ -167,9 +168,7 @@ def _affinity_dq_kernel(
             mask=(m < M)[None, :] & (c < C)[:, None],
             other=0.0,
         )
-        a = tl.exp2(
-            tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634) - l2[:, None]
-        )
+        a = tl.exp2(tl.dot(qt, kt, input_precision=PRECISION) * (scale * LOG2E) - l2[:, None])
         dl += tl.sum(
             tl.where((m < M)[None, :], a * tl.dot(gt, pt, input_precision=PRECISION), 0.0), 1
         )
@@ -190,8 +189,7 @@ def _affinity_dq_kernel(
                 other=0.0,
             )
             a = tl.exp2(
-                tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * (scale * 1.4426950408889634)
-                - l2[:, None]
+                tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * (scale * LOG2E) - l2[:, None]
             )
             ds = tl.where(
                 (m < M)[None, :], a * (tl.dot(gt, pt, input_precision=PRECISION) - dl[:, None]), 0.0
@@ -290,10 +288,7 @@ def _affinity_dkp_kernel(
         l2 = tl.load(lse + row, mask=n < N, other=0.0)
         a = tl.where(
             inside,
-            tl.exp2(
-                tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634)
-                - l2[:, None]
-            ),
+            tl.exp2(tl.dot(qt, kt, input_precision=PRECISION) * (scale * LOG2E) - l2[:, None]),
             0.0,
         )
         if VALUES:

@@ -29,13 +29,15 @@ class AttentionMaps:
         self.key_size = tuple(key_size)
         if not self.qs or len(self.qs) != len(self.ks):
             raise ValueError(
-                f"attention maps need as many keys as queries, at least one; got {len(self.qs)} and {len(self.ks)}"
+                "attention maps need as many keys as queries, at least one; "
+                f"got {len(self.qs)} and {len(self.ks)}"
             )
         n = self.qs[0].shape[2]
         m = self.ks[0].shape[2]
         if n != size[0] * size[1] or m != key_size[0] * key_size[1]:
             raise ValueError(
-                f"{n} queries do not fill a grid of {size[0]}×{size[1]}, or {m} keys one of {key_size[0]}×{key_size[1]}"
+                f"{n} queries do not fill a grid of {size[0]}×{size[1]}, "
+                f"or {m} keys one of {key_size[0]}×{key_size[1]}"
             )
         self.scale = self.qs[0].shape[3] ** -0.5 if scale is None else float(scale)
 

@@ -9,14 +9,13 @@ __all__ = ['class_sums_ref', 'class_sums_fwd', 'class_sums_bwd', 'class_sums']
 import torch
 
 from segkern.ops.class_maps import (
-    _check_maps,
-    _four,
-    _kind,
-    _like,
-    _options,
-    _place,
-    _splits,
-    _walk,
+    check_maps,
+    empty_map,
+    launch_options,
+    map_sizes,
+    map_strides,
+    pixel_offsets,
+    PROGRAMS,
 )
 from segkern.ops.dispatch import (
     blocks,
@@ -29,26 +28,26 @@ from segkern.ops.dispatch import (
     unsupported,
 )
 from .operator import operator
+from .tiles import split_walk, sum_type
 
 # %% ../../nbs/15e_ops.class_sums.ipynb #f2ebef6f
 def class_sums_ref(
     x: torch.Tensor,  # [b, c, h, w]
-    # integers [b, h, w]; values outside 0 … num_classes-1 belong to no class
-    labels: torch.Tensor,
+    labels: torch.Tensor,  # integers [b, h, w]; values outside 0 … num_classes-1 belong to no class
     num_classes: int,  # k
     per_image: bool = False,  # keep the pictures apart
 ) -> tuple:  # sums [k, c] or [b, k, c], counts [k] or [b, k]
     "One addition per pixel and channel, into the row of its class; a row more collects what belongs to none."
-    kind = _kind(x)
+    kind = sum_type(x)
     y = labels.flatten(1).long()
     y = torch.where((y >= 0) & (y < num_classes), y, num_classes)
+    rows = y[:, None].expand(-1, x.shape[1], -1)
     sums = torch.zeros((*x.shape[:2], num_classes + 1), dtype=kind, device=x.device)
-    sums = sums.scatter_add(2, y[:, None].expand(-1, x.shape[1], -1), x.flatten(2).to(kind))[
-        ..., :num_classes
-    ].transpose(1, 2)
-    counts = torch.zeros((len(x), num_classes + 1), dtype=kind, device=x.device).scatter_add(
-        1, y, torch.ones_like(y, dtype=kind)
-    )[:, :num_classes]
+    sums = sums.scatter_add(2, rows, x.flatten(2).to(kind))
+    counts = torch.zeros((len(x), num_classes + 1), dtype=kind, device=x.device)
+    counts = counts.scatter_add(1, y, torch.ones_like(y, dtype=kind))
+    sums = sums[..., :num_classes].transpose(1, 2)
+    counts = counts[:, :num_classes]
     return (sums, counts) if per_image else (sums.sum(0), counts.sum(0))
 
 # %% ../../nbs/15e_ops.class_sums.ipynb #5e786af0
@@ -92,12 +91,14 @@ def _class_sums_fwd_kernel(
     count = tl.zeros([BK], tl.float32)
     for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        y = tl.load(labels + b * yb + _place(n, W, yh, yw, FLAT), mask=n < N, other=0).to(tl.int64)
+        y = tl.load(labels + b * yb + pixel_offsets(n, W, yh, yw, FLAT), mask=n < N, other=0).to(
+            tl.int64
+        )
         valid = (n < N) & (y >= 0) & (y < K)
         y = tl.where(valid, y, -1).to(tl.int32)
         # [BN, BC]
         xt = tl.load(
-            x + b * sb + _place(n, W, sh, sw, FLAT)[:, None] + c64 * sc,
+            x + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[:, None] + c64 * sc,
             mask=(n < N)[:, None] & (c < C)[None, :],
             other=0.0,
         )
@@ -143,7 +144,9 @@ def _class_sums_bwd_kernel(
     n = tile * BN + tl.arange(0, BN)
     c = ctile * BC + tl.arange(0, BC)
     cells = (c < C)[:, None] & (n < N)[None, :]
-    y = tl.load(labels + b * yb + _place(n, W, yh, yw, FLAT), mask=n < N, other=0).to(tl.int64)
+    y = tl.load(labels + b * yb + pixel_offsets(n, W, yh, yw, FLAT), mask=n < N, other=0).to(
+        tl.int64
+    )
     valid = (y >= 0) & (y < K)
     # [BC, BN]
     v = tl.load(
@@ -166,16 +169,13 @@ def class_sums_fwd(
     "Launch the forward kernel and add the partial sums."
     (b, c, h, w), k = x.shape, num_classes
     n = h * w
-    opts = _options(
-        "class_sums", x, k, c, 64, 64, 128, 8, (32, 32, 64, 4) if x.dtype == torch.float32 else None
-    )
+    wide = (32, 32, 64, 4) if x.dtype == torch.float32 else None
+    opts = launch_options("class_sums", x, k, c, 64, 64, 128, 8, wide)
     cells = triton.cdiv(k, opts["BK"]) * triton.cdiv(c, opts["BC"])
-    splits, per = _splits(n, opts["BN"], b * cells)
-    sums, counts = (
-        torch.empty(s, dtype=torch.float32, device=x.device)
-        for s in ((b, splits, k, c), (b, splits, k))
-    )
-    strides, flat = _walk(x, labels)
+    splits, per = split_walk(n, opts["BN"], b * cells, PROGRAMS)
+    sums = torch.empty((b, splits, k, c), dtype=torch.float32, device=x.device)
+    counts = torch.empty((b, splits, k), dtype=torch.float32, device=x.device)
+    strides, flat = map_strides(x, labels)
     with on_device(x):
         _class_sums_fwd_kernel[(b * cells * splits,)](
             x, labels, sums, counts, n, k, c, w, splits, per, *strides, FLAT=flat, **opts
@@ -189,10 +189,11 @@ def class_sums_bwd(
     g: torch.Tensor,  # gradient of the sums [b, k, c], any strides
 ) -> torch.Tensor:  # gradient of `x`
     "Launch the backward kernel."
-    (b, c, h, w), dx = x.shape, _like(x)
+    b, c, h, w = x.shape
     n = h * w
+    dx = empty_map(x)
     opts = blocks("class_sums_bwd", BN=128, BC=pow2(c, 1, 32), num_warps=4)
-    strides, flat = _walk(labels)
+    strides, flat = map_strides(labels)
     grid = (b * triton.cdiv(n, opts["BN"]) * triton.cdiv(c, opts["BC"]),)
     with on_device(x):
         _class_sums_bwd_kernel[grid](
@@ -238,7 +239,7 @@ def _(x, labels, num_classes):
 # %% ../../nbs/15e_ops.class_sums.ipynb #35ed7101
 @_class_sums_backward_op.register_fake
 def _(x, labels, g):
-    return _like(x)
+    return empty_map(x)
 
 # %% ../../nbs/15e_ops.class_sums.ipynb #1038db80
 def _class_sums_setup(ctx, inputs, output):
@@ -258,15 +259,14 @@ kernels_of("class_sums", unsupported, class_sums_fwd, class_sums_bwd)
 # %% ../../nbs/15e_ops.class_sums.ipynb #b86d13bb
 def class_sums(
     x: torch.Tensor,  # [b, c, h, w], any strides
-    # integers [b, h, w]; 255 and everything outside 0 … num_classes-1 belongs to no class
-    labels: torch.Tensor,
+    labels: torch.Tensor,  # integers [b, h, w]; outside 0 … num_classes-1, as 255: of no class
     num_classes: int,  # k
     per_image: bool = False,  # keep the pictures apart
     impl: str | None = None,  # "auto" | "ref" | "triton"
 ) -> tuple:  # sums [k, c] or [b, k, c] and counts [k] or [b, k], float32
     "Sum of a map over the pixels of every class, and their number; divided they are the centres that a teacher sees."
-    b, c, h, w = _four("class_sums", x)
-    _check_maps("class_sums", x, labels=(labels, (b, h, w)))
+    b, c, h, w = map_sizes("class_sums", x)
+    check_maps("class_sums", x, labels=(labels, (b, h, w)))
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"class_sums wants integer labels, got {labels.dtype}")
     if num_classes < 1:

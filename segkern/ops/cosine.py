@@ -11,16 +11,14 @@ from typing import Optional
 import torch
 
 from segkern.ops.class_maps import (
-    _check_maps,
-    _four,
-    _kind,
-    _like,
-    _options,
-    _pieces,
-    _splits,
-    _sum,
-    _walk,
+    check_maps,
+    empty_map,
     EPS,
+    launch_options,
+    map_sizes,
+    map_strides,
+    PROGRAMS,
+    slices,
 )
 from .cosine_kernels import _cosine_du_kernel, _cosine_dx_kernel, _cosine_fwd_kernel
 from segkern.ops.dispatch import (
@@ -34,6 +32,7 @@ from segkern.ops.dispatch import (
     without_autocast,
 )
 from .operator import operator
+from .tiles import split_walk, sum_type
 
 # %% ../../nbs/15c_ops.cosine.ipynb #53381fab
 def cosine_logits_ref(
@@ -43,17 +42,14 @@ def cosine_logits_ref(
     scale: float = 15.0,  # of the cosine
 ) -> torch.Tensor:  # [b, k, h, w]
     "The definition: the norms are made longer by 1e-12, not bounded from below."
-    kind = _kind(z, feat, pos)
+    kind = sum_type(z, feat, pos)
     x = feat.to(kind) if pos is None else feat.to(kind) + pos.to(kind)
 
     def unit(v, dim):
         return v / (v.norm(dim=dim, keepdim=True) + EPS)
 
-    return (
-        (scale * unit(z.to(kind), 2) @ unit(x.flatten(2), 1))
-        .unflatten(2, feat.shape[2:])
-        .to(feat.dtype)
-    )
+    cosines = scale * unit(z.to(kind), 2) @ unit(x.flatten(2), 1)
+    return cosines.unflatten(2, feat.shape[2:]).to(feat.dtype)
 
 # %% ../../nbs/15c_ops.cosine.ipynb #a77fb84d
 def cosine_fwd(
@@ -62,22 +58,15 @@ def cosine_fwd(
     pos: torch.Tensor | None,  # [b, c, h, w] in the type of `feat`, any strides
 ) -> tuple:  # logits [b, k, h, w], norms [b, h*w] in float32
     "Launch the forward kernel."
-    (b, c, h, w), k, p = feat.shape, u.shape[1], feat if pos is None else pos
+    (b, c, h, w), k = feat.shape, u.shape[1]
     n = h * w
+    p = feat if pos is None else pos
     out = torch.empty((b, k, h, w), dtype=feat.dtype, device=feat.device)
     norm = torch.empty((b, n), dtype=torch.float32, device=feat.device)
-    opts = _options(
-        "cosine_logits",
-        feat,
-        k,
-        c,
-        64,
-        256,
-        32,
-        8 if k > 64 else 4,
-        (32, 64, 32, 8) if feat.dtype == torch.float32 else None,
-    )
-    strides, flat = _walk(feat, p)
+    wide = (32, 64, 32, 8) if feat.dtype == torch.float32 else None
+    warps = 8 if k > 64 else 4
+    opts = launch_options("cosine_logits", feat, k, c, 64, 256, 32, warps, wide)
+    strides, flat = map_strides(feat, p)
     grid = (b * triton.cdiv(n, opts["BN"]) * triton.cdiv(k, opts["BK"]),)
     with on_device(feat):
         _cosine_fwd_kernel[grid](
@@ -97,7 +86,53 @@ def cosine_fwd(
         )
     return out, norm
 
-# %% ../../nbs/15c_ops.cosine.ipynb #d6a13030
+# %% ../../nbs/15c_ops.cosine.ipynb #51252257
+def _pixels_grad(u, feat, pos, kept, g):
+    "Launch the kernel that owns pixels: the gradient of the sum of the maps."
+    (b, c, h, w), k, (out, norm) = feat.shape, u.shape[1], kept
+    n = h * w
+    p = feat if pos is None else pos
+    wide = (32, 32, 32, 4) if feat.dtype == torch.float32 else None
+    # one stage, as for the class centres: with more, products are left pending over the end of the loop
+    opts = launch_options("cosine_dx", feat, k, c, 64, 32, 128, 8, wide, num_stages=1)
+    strides, flat = map_strides(feat, p, g)
+    dx = empty_map(feat)
+    grid = (b * triton.cdiv(n, opts["BN"]) * triton.cdiv(c, opts["BC"]),)
+    with on_device(feat):
+        _cosine_dx_kernel[grid](
+            *(u.to(feat.dtype).contiguous(), feat, p, out, norm, g, dx),
+            *(n, k, c, w, *strides),
+            *(dx.stride(0), dx.stride(1), dx.stride(3)),
+            FLAT=flat,
+            POS=pos is not None,
+            **opts,
+        )
+    return dx
+
+# %% ../../nbs/15c_ops.cosine.ipynb #ea2142e0
+def _prototypes_grad(u, feat, pos, norm, g):
+    "Launch the kernel that owns prototypes, split over the pixels, and add the parts."
+    (b, c, h, w), k = feat.shape, u.shape[1]
+    n = h * w
+    p = feat if pos is None else pos
+    small = k <= 32 or n % 8
+    narrow = (32, 64, 64, 8) if small else (64, 64, 64, 4)
+    wide = (32, 32, 64, 8) if feat.dtype == torch.float32 else None
+    opts = launch_options("cosine_du", feat, k, c, *narrow, wide)
+    cells = triton.cdiv(k, opts["BK"]) * triton.cdiv(c, opts["BC"])
+    parts, per = split_walk(n, opts["BN"], b * cells, PROGRAMS)
+    strides, flat = map_strides(feat, p, g)
+    du = torch.empty((b, parts, k, c), dtype=torch.float32, device=feat.device)
+    with on_device(feat):
+        _cosine_du_kernel[(b * cells * parts,)](
+            *(feat, p, norm, g, du, n, k, c, w, parts, per, *strides),
+            FLAT=flat,
+            POS=pos is not None,
+            **opts,
+        )
+    return du.sum(1).to(u.dtype)
+
+# %% ../../nbs/15c_ops.cosine.ipynb #5c282764
 def cosine_bwd(
     u: torch.Tensor,  # [b, k, c]
     feat: torch.Tensor,  # [b, c, h, w]
@@ -107,72 +142,15 @@ def cosine_bwd(
     wanted: tuple = (True, True),  # gradients of `u`, of the sum of the maps
 ) -> tuple:  # the two gradients; an empty tensor where not wanted
     "Launch the backward kernels, one per gradient."
-    (b, c, h, w), k, p, (out, norm) = feat.shape, u.shape[1], feat if pos is None else pos, kept
-    n = h * w
-    wide = feat.dtype == torch.float32
-    # as above
-    a = _options(
-        "cosine_dx", feat, k, c, 64, 32, 128, 8, (32, 32, 32, 4) if wide else None, num_stages=1
-    )
-    small = k <= 32 or n % 8
-    o = _options(
-        "cosine_du",
-        feat,
-        k,
-        c,
-        *((32, 64, 64, 8) if small else (64, 64, 64, 4)),
-        (32, 32, 64, 8) if wide else None,
-    )
-    cells = triton.cdiv(k, o["BK"]) * triton.cdiv(c, o["BC"])
-    splits, per = _splits(n, o["BN"], b * cells)
-    (strides, flat), dx, part = (
-        _walk(feat, p, g),
-        _like(feat) if wanted[1] else feat.new_empty(0),
-        None,
-    )
-    with on_device(feat):
-        if wanted[1]:
-            grid = (b * triton.cdiv(n, a["BN"]) * triton.cdiv(c, a["BC"]),)
-            _cosine_dx_kernel[grid](
-                u.to(feat.dtype).contiguous(),
-                feat,
-                p,
-                out,
-                norm,
-                g,
-                dx,
-                n,
-                k,
-                c,
-                w,
-                *strides,
-                dx.stride(0),
-                dx.stride(1),
-                dx.stride(3),
-                FLAT=flat,
-                POS=pos is not None,
-                **a,
-            )
-        if wanted[0]:
-            part = torch.empty((b, splits, k, c), dtype=torch.float32, device=feat.device)
-            _cosine_du_kernel[(b * cells * splits,)](
-                feat,
-                p,
-                norm,
-                g,
-                part,
-                n,
-                k,
-                c,
-                w,
-                splits,
-                per,
-                *strides,
-                FLAT=flat,
-                POS=pos is not None,
-                **o,
-            )
-    return u.new_empty(0) if part is None else part.sum(1).to(u.dtype), dx
+    dx = _pixels_grad(u, feat, pos, kept, g) if wanted[1] else feat.new_empty(0)
+    du = _prototypes_grad(u, feat, pos, kept[1], g) if wanted[0] else u.new_empty(0)
+    return du, dx
+
+# %% ../../nbs/15c_ops.cosine.ipynb #26800b9f
+def _sum(feat, pos, i, at, kind):
+    "Features plus positions of a piece, in a wider type."
+    x = feat[i, :, at].to(kind)
+    return x if pos is None else x + pos[i, :, at].to(kind)
 
 # %% ../../nbs/15c_ops.cosine.ipynb #530d81d0
 def cosine_pieces(
@@ -181,12 +159,12 @@ def cosine_pieces(
     pos: torch.Tensor | None,  # [b, c, h, w]
 ) -> tuple:  # logits [b, k, h, w], norms [b, h*w]
     "The forward pass, piece by piece in plain PyTorch."
-    (b, c, h, w), k, kind = feat.shape, u.shape[1], _kind(u, feat, pos)
+    (b, c, h, w), k, kind = feat.shape, u.shape[1], sum_type(u, feat, pos)
     f = feat.flatten(2)
     p = None if pos is None else pos.flatten(2)
     out = torch.empty((b, k, h * w), dtype=feat.dtype, device=feat.device)
     norm = torch.empty((b, h * w), dtype=kind, device=feat.device)
-    for i, at in _pieces(b, h * w, max(k, c), feat):
+    for i, at in slices(b, h * w, max(k, c), feat):
         x = _sum(f, p, i, at, kind)
         norm[i, at] = r = x.norm(dim=0)
         out[i, :, at] = (u[i].to(kind) @ x).div_(r + EPS)
@@ -209,16 +187,16 @@ def cosine_pieces_bwd(
     o = out.flatten(2)
     g = g.flatten(2)
     du = torch.zeros_like(u, dtype=kind) if wanted[0] else u.new_empty(0)
-    dx = _like(feat) if wanted[1] else feat.new_empty(0)
+    dx = empty_map(feat) if wanted[1] else feat.new_empty(0)
     to = dx.flatten(2) if wanted[1] else dx
-    for i, at in _pieces(b, h * w, max(u.shape[1], c), feat):
+    for i, at in slices(b, h * w, max(u.shape[1], c), feat):
         x = _sum(f, p, i, at, kind)
         r = norm[i, at]
         d = g[i, :, at].to(kind)
         if wanted[1]:
-            along = torch.where(
-                r > 0, (d * o[i, :, at].to(kind)).sum(0) / r, torch.where(r == 0, 0.0, r)
-            )
+            # zero for a pixel that is zero; a NaN stays
+            still = torch.where(r == 0, 0.0, r)
+            along = torch.where(r > 0, (d * o[i, :, at].to(kind)).sum(0) / r, still)
             to[i, :, at] = torch.addcmul(u[i].to(kind).t() @ d, x, along, value=-1).div_(r + EPS)
         if wanted[0]:
             du[i].addmm_(d, (x / (r + EPS)).t())
@@ -231,7 +209,8 @@ def _cosine_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Products with unit pixels, and the norms."
     with without_autocast(feat):
-        return (cosine_fwd if kernel else cosine_pieces)(u, feat, pos)
+        run = cosine_fwd if kernel else cosine_pieces
+        return run(u, feat, pos)
 
 # %% ../../nbs/15c_ops.cosine.ipynb #2b4816c3
 @operator("segkern::cosine_backward")
@@ -247,25 +226,22 @@ def _cosine_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The gradients of the prototypes and of the sum of the maps."
     with without_autocast(feat):
-        return (cosine_bwd if kernel else cosine_pieces_bwd)(
-            u, feat, pos, (out, norm), g, tuple(wanted)
-        )
+        run = cosine_bwd if kernel else cosine_pieces_bwd
+        return run(u, feat, pos, (out, norm), g, tuple(wanted))
 
 # %% ../../nbs/15c_ops.cosine.ipynb #2b4ee3aa
 @_cosine_op.register_fake
 def _(u, feat, pos, kernel):
-    (b, _, h, w), new = (
-        feat.shape,
-        lambda shape, kind: torch.empty(shape, dtype=kind, device=feat.device),
-    )
-    return new((b, u.shape[1], h, w), feat.dtype), new((b, h * w), _kind(u, feat, pos))
+    b, _, h, w = feat.shape
+    out = torch.empty((b, u.shape[1], h, w), dtype=feat.dtype, device=feat.device)
+    norm = torch.empty((b, h * w), dtype=sum_type(u, feat, pos), device=feat.device)
+    return out, norm
 
-# %% ../../nbs/15c_ops.cosine.ipynb #06c73781
+
 @_cosine_backward_op.register_fake
 def _(u, feat, pos, out, norm, g, wanted, kernel):
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device) if wanted[0] else u.new_empty(
-        0
-    ), _like(feat) if wanted[1] else feat.new_empty(0)
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device) if wanted[0] else u.new_empty(0)
+    return du, empty_map(feat) if wanted[1] else feat.new_empty(0)
 
 # %% ../../nbs/15c_ops.cosine.ipynb #b762a389
 def _cosine_setup(ctx, inputs, output):
@@ -285,9 +261,9 @@ _cosine_op.register_autograd(_cosine_backward, setup_context=_cosine_setup)
 # %% ../../nbs/15c_ops.cosine.ipynb #04b20bd5
 def _cannot_cosine(u, *maps):
     "Why the kernels cannot run these tensors; the prototypes may have a type of their own."
-    return unsupported(*maps) or (
-        None if u.dtype == torch.float32 else f"{str(u.dtype).split('.')[1]} has no kernel"
-    )
+    if reason := unsupported(*maps):
+        return reason
+    return None if u.dtype == torch.float32 else f"{str(u.dtype).split('.')[1]} has no kernel"
 
 # %% ../../nbs/15c_ops.cosine.ipynb #4d865e96
 kernels_of("cosine_logits", _cannot_cosine, cosine_fwd, cosine_bwd)
@@ -300,16 +276,15 @@ def cosine_logits(
     scale: float = 15.0,  # of the cosine
     impl: str | None = None,  # "auto" | "ref" | "triton"
 ) -> torch.Tensor:  # [b, k, h, w] in the type of `feat`
-    """Scaled cosine of every pixel with every prototype of its picture; neither the sum of the
-    maps nor unit pixels are written."""
-    b, c, h, w = _four("cosine_logits", feat)
-    _check_maps("cosine_logits", feat, z=(z, (b, None, c)), pos=(pos, (b, c, h, w)))
+    "Scaled cosine of every pixel with every prototype of its picture; no sum and no unit pixel is written."
+    b, c, h, w = map_sizes("cosine_logits", feat)
+    check_maps("cosine_logits", feat, z=(z, (b, None, c)), pos=(pos, (b, c, h, w)))
     if kind := autocast_type(feat):
         feat = feat.to(kind)
         pos = None if pos is None else pos.to(kind)
     if not feat.numel() or not z.numel() or exporting():
         return cosine_logits_ref(z, feat, pos, scale)
-    wide = z.to(_kind(z, feat, pos))
+    wide = z.to(sum_type(z, feat, pos))
     u = wide * (scale / (wide.norm(dim=2, keepdim=True) + EPS))
     given = [t for t in (u, feat, pos) if t is not None]
     kernel = choose("cosine_logits", *given, impl=impl, sizes=tuple(feat.shape[2:]))

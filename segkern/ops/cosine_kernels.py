@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/15d_ops.cosine_kernels.ipynb #206b5f1a
-from .class_maps import _place
+from .class_maps import pixel_offsets
 from .dispatch import tl, triton
 
 # %% ../../nbs/15d_ops.cosine_kernels.ipynb #c8d6fc12
@@ -47,8 +47,8 @@ def _cosine_fwd_kernel(
     k = ktile * BK + tl.arange(0, BK)
     in_n = n < N
     in_k = k < K
-    from_f = feat + b * fb + _place(n, W, fh, fw, FLAT)[None, :]
-    from_p = pos + b * pb + _place(n, W, ph, pw, FLAT)[None, :]
+    from_f = feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[None, :]
+    from_p = pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[None, :]
     acc = tl.zeros([BK, BN], tl.float32)
     square = tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
@@ -124,7 +124,7 @@ def _cosine_dx_kernel(
     c64 = c.to(tl.int64)[:, None]
     n64 = n.to(tl.int64)[None, :]
     cells = (c < C)[:, None] & in_n[None, :]
-    from_g = g + b * gb + _place(n, W, gh, gw, FLAT)[None, :]
+    from_g = g + b * gb + pixel_offsets(n, W, gh, gw, FLAT)[None, :]
     acc = tl.zeros([BC, BN], tl.float32)
     along = tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
@@ -141,11 +141,13 @@ def _cosine_dx_kernel(
         along += tl.sum(d.to(tl.float32) * o.to(tl.float32), 0)
         acc += tl.dot(a, d, input_precision=PRECISION)
     x = tl.load(
-        feat + b * fb + c64 * fc + _place(n, W, fh, fw, FLAT)[None, :], mask=cells, other=0.0
+        feat + b * fb + c64 * fc + pixel_offsets(n, W, fh, fw, FLAT)[None, :], mask=cells, other=0.0
     ).to(tl.float32)
     if POS:
         x += tl.load(
-            pos + b * pb + c64 * pc + _place(n, W, ph, pw, FLAT)[None, :], mask=cells, other=0.0
+            pos + b * pb + c64 * pc + pixel_offsets(n, W, ph, pw, FLAT)[None, :],
+            mask=cells,
+            other=0.0,
         ).to(tl.float32)
     r = tl.load(norm + b * N + n, mask=in_n, other=1.0)
     acc -= x * tl.where(r == 0, 0.0, along / tl.where(r == 0, 1.0, r))[None, :]
@@ -207,17 +209,21 @@ def _cosine_du_kernel(
         cells = in_n[:, None] & (c < C)[None, :]
         # [BK, BN]
         d = tl.load(
-            g + b * gb + k64 * gk + _place(n, W, gh, gw, FLAT)[None, :],
+            g + b * gb + k64 * gk + pixel_offsets(n, W, gh, gw, FLAT)[None, :],
             mask=(k < K)[:, None] & in_n[None, :],
             other=0.0,
         )
         # [BN, BC]
         x = tl.load(
-            feat + b * fb + _place(n, W, fh, fw, FLAT)[:, None] + c64 * fc, mask=cells, other=0.0
+            feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[:, None] + c64 * fc,
+            mask=cells,
+            other=0.0,
         ).to(tl.float32)
         if POS:
             x += tl.load(
-                pos + b * pb + _place(n, W, ph, pw, FLAT)[:, None] + c64 * pc, mask=cells, other=0.0
+                pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[:, None] + c64 * pc,
+                mask=cells,
+                other=0.0,
             ).to(tl.float32)
         x = x / (tl.load(norm + b * N + n, mask=in_n, other=1.0) + 1e-12)[:, None]
         acc += tl.dot(d, x.to(d.dtype), input_precision=PRECISION)

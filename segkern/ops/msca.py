@@ -29,11 +29,12 @@ from segkern.ops.msca_gradients import (
 )
 from .msca_kernels import _msca_fwd_kernel
 from .operator import operator
+from .tiles import channels_together, precision, PROCESSORS
 
 # %% ../../nbs/13_ops.msca.ipynb #02b2a8b0
 STRIPS = (7, 11, 21)  # lengths of the strips
 TAPS = 110  # numbers per channel
-PARTS = [25, *STRIPS, *STRIPS, 1, 3, 3]
+PARTS = [25, *STRIPS, *STRIPS, 1, 3, 3]  # how they follow each other
 
 
 def pack_taps(
@@ -63,8 +64,7 @@ def msca_ref(
 
 # %% ../../nbs/13_ops.msca.ipynb #0828172e
 def _cut(size, r, margin):
-    """Tiles along one axis and their margin: none where one tile is enough. The first and the last
-    own what lies at the border."""
+    "Tiles along one axis and their margin, none where one tile is enough; the outer ones own the border."
     if size <= r:
         return 1, 0
     if r <= 2 * margin:
@@ -73,51 +73,51 @@ def _cut(size, r, margin):
 
 # %% ../../nbs/13_ops.msca.ipynb #a9be9004
 def _options(op, x):
-    """Launch options: tile sizes, and warps by the size of a channel; more where loads are narrow
-    and need an address per number."""
+    "Launch options: tile sizes and warps by the size of a channel."
     h = pow2(x.shape[2], 16, 64)
     w = pow2(x.shape[3], 16, 64)
+    # more warps where loads are narrow and need an address per number
     many = x.shape[3] % 8 or op == "msca_taps"
     warps = {256: 1, 512: 1, 1024: 2, 2048: 4}.get(h * w, 8 if many else 4)
-    return dict(PRECISION="ieee" if x.dtype == torch.float32 else "tf32") | blocks(
-        op, RH=h, RW=w, num_warps=warps, num_stages=1, SHARE=0
-    )
+    own = blocks(op, RH=h, RW=w, num_warps=warps, num_stages=1, SHARE=0)
+    return dict(PRECISION=precision(x)) | own
 
 
 def _edges(x, opts):
     "Whether a tile reaches beyond the map, or has neighbours."
     return tuple(x.shape[2:]) != (opts["RH"], opts["RW"])
 
+
+def _margins(op, opts):
+    "Rows and columns that a tile needs around it."
+    if op in ("msca_square", "msca_taps"):
+        return 0, 2
+    return 10, 16 if opts["RW"] > 32 else 12
+
 # %% ../../nbs/13_ops.msca.ipynb #d90249ba
 def _plan(op, x, n=None):
-    """Options, programs per channel (as many as fill a GPU, each makes its band matrices), sizes
-    and margins of a launch."""
-    (b, c, h, w), o = x.shape, _options(op, x)
-    near = op in ("msca_square", "msca_taps")
-    (tr, ph), (tc, pw) = (
-        _cut(h, o["RH"], 0 if near else 10),
-        _cut(w, o["RW"], 2 if near else 16 if o["RW"] > 32 else 12),
-    )
+    "Options, programs per channel, sizes and margins of a launch."
+    (b, c, h, w), opts = x.shape, _options(op, x)
+    rows, columns = _margins(op, opts)
+    tr, ph = _cut(h, opts["RH"], rows)
+    tc, pw = _cut(w, opts["RW"], columns)
     tasks = b * tr * tc
-    share = o.pop("SHARE") or max(1, (264 if o["RH"] * o["RW"] > 2048 else 1056) // c)
+    large = opts["RH"] * opts["RW"] > 2048
+    # as many as fill a GPU: each of them makes its band matrices
+    share = opts.pop("SHARE") or max(1, (2 if large else 8) * PROCESSORS // c)
     if n is None:
         n = min(tasks, share)
-    return o, n, (tasks, triton.cdiv(tasks, n), c, h, w, tr, tc), dict(PH=ph, PW=pw)
+    return opts, n, (tasks, triton.cdiv(tasks, n), c, h, w, tr, tc), dict(PH=ph, PW=pw)
 
 # %% ../../nbs/13_ops.msca.ipynb #caa1278d
-def _lasts(x):
-    "Whether channels are neighbours in memory, and pixels are not."
-    return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
-
-
 def _plain(x):
     "The map with neighbours along rows."
-    return x.contiguous() if _lasts(x) else x
+    return x.contiguous() if channels_together(x) else x
 
 
 def _as(y, x):
     "A map in the layout of x: channels last, or none with gaps."
-    return y.contiguous(memory_format=torch.channels_last) if _lasts(x) else y
+    return y.contiguous(memory_format=torch.channels_last) if channels_together(x) else y
 
 # %% ../../nbs/13_ops.msca.ipynb #4a0669a4
 def msca_fwd(
@@ -125,7 +125,8 @@ def msca_fwd(
     taps: torch.Tensor,  # [c, 110], contiguous
 ) -> torch.Tensor:  # [b, c, h, w], channels last where x is
     "Launch the forward kernel."
-    z, (o, n, sizes, margins) = _plain(x), _plan("msca", x)
+    z = _plain(x)
+    o, n, sizes, margins = _plan("msca", x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on_device(x):
         _msca_fwd_kernel[(x.shape[1] * n,)](
@@ -139,10 +140,11 @@ def msca_bwd(
     taps: torch.Tensor,  # [c, 110], contiguous
     g: torch.Tensor,  # gradient [b, c, h, w], any strides
     wanted: tuple = (True, True),  # gradients of `x`, of `taps`
-    # [b, c, h, w] in type and layout of `x`, [c, 110] in float32; an empty tensor where not wanted
-) -> tuple:
+) -> tuple:  # like `x`, and [c, 110] in float32; an empty tensor where not wanted
     "Launch the backward kernels and add the partial sums."
-    (b, c, h, w), (want_x, want_taps), z, g = x.shape, wanted, _plain(x), _plain(g)
+    (b, c, h, w), (want_x, want_taps) = x.shape, wanted
+    z = _plain(x)
+    g = _plain(g)
     o, n, sizes, margins = _plan("msca_strips", x)
     dt, t, dx = (
         torch.empty((b, c, h, w) if want else (0,), dtype=x.dtype, device=x.device)

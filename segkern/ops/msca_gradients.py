@@ -7,7 +7,16 @@ __all__ = []
 
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #156a95da
 from .dispatch import tl, triton
-from .msca_kernels import _along, _band, _diagonals, _five, _rows, _square, _task, _three
+from segkern.ops.msca_kernels import (
+    band,
+    diagonals,
+    load_tile,
+    square_bands,
+    square_conv,
+    strip_bands,
+    strip_conv,
+    tile_of,
+)
 
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #a5347090
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
@@ -45,15 +54,15 @@ def _msca_strips_kernel(
     c = (tl.program_id(0) % C).to(tl.int64)
     first = (tl.program_id(0) // C) * EACH
     taps += c * 110
-    across = _three(taps + 25, RW, True, T)
-    down = _three(taps + 64, RH, False, T)
+    across = strip_bands(taps + 25, RW, True, T)
+    down = strip_bands(taps + 64, RH, False, T)
     if WEIGHTS:
-        square = _five(taps, RW, False, T)
+        square = square_bands(taps, RW, False, T)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
-        b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
+        b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
         at = (b * C + c) * H * W + row.to(tl.int64)[:, None] * W + col[None, :]
         if WEIGHTS:
-            made = _square(
+            made = square_conv(
                 x + b * sb + c * sc,
                 square,
                 tl.load(taps + 103),
@@ -67,7 +76,7 @@ def _msca_strips_kernel(
                 PRECISION,
             )
             tl.store(t + at, made.to(T), mask=own)
-        gt = _rows(g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
+        gt = load_tile(g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
         acc = gt.to(tl.float32)
         for k in tl.static_range(3):
             # rows beyond the border stay there
@@ -109,19 +118,19 @@ def _msca_rows_kernel(
     for k in range(3):
         size = 7 + 4 * k + 3 * k * (k - 1)
         at = 7 * k + 2 * k * (k - 1)
-        down = _band(taps + c * 110 + 64 + at, size, RH, False, T)
+        down = band(taps + c * 110 + 64 + at, size, RH, False, T)
         d = tl.zeros([RW, RW], tl.float32)
         total = tl.zeros([RH], tl.float32)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
-            b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-            turned = tl.trans(_rows(t + (b * C + c) * H * W, row, col, H, W, W, 1))  # [RW, RH]
-            gt = _rows(g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
+            b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
+            turned = tl.trans(load_tile(t + (b * C + c) * H * W, row, col, H, W, W, 1))  # [RW, RH]
+            gt = load_tile(g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
             u = tl.dot(down, gt, input_precision=PRECISION)
             if EDGES:
                 u = tl.where(own, u, 0.0)
             total += tl.sum(u, 1)
             d = tl.dot(turned, u.to(T), d, input_precision=PRECISION)
-        tl.store(part + 25 + at + s, _diagonals(d, size, RW, 32), mask=s < size)
+        tl.store(part + 25 + at + s, diagonals(d, size, RW, 32), mask=s < size)
         tl.store(part + 104 + k, tl.sum(total, 0))
 
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #8a5d3dd6
@@ -158,19 +167,21 @@ def _msca_columns_kernel(
     for k in range(3):
         size = 7 + 4 * k + 3 * k * (k - 1)
         at = 7 * k + 2 * k * (k - 1)
-        across = _band(taps + c * 110 + 25 + at, size, RW, False, T)
+        across = band(taps + c * 110 + 25 + at, size, RW, False, T)
         d = tl.zeros([RH, RH], tl.float32)
         total = tl.zeros([RH], tl.float32)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
-            b, row, col, own = _task(i, H, W, TR, TC, PH, PW, RH, RW)
-            made = _rows(t + (b * C + c) * H * W, row, col, H, W, W, 1)  # [RH, RW]
-            gt = _rows(g + b * gb + c * gc, row, col, H, W, gh, gw)
+            b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
+            made = load_tile(t + (b * C + c) * H * W, row, col, H, W, W, 1)  # [RH, RW]
+            gt = load_tile(g + b * gb + c * gc, row, col, H, W, gh, gw)
             if EDGES:
                 gt = tl.where(own, gt, 0.0)
             total += tl.sum(gt.to(tl.float32), 1)
-            a = _along(made, across, taps + c * 110 + 104 + k, (row < H)[:, None], EDGES, PRECISION)
+            a = strip_conv(
+                made, across, taps + c * 110 + 104 + k, (row < H)[:, None], EDGES, PRECISION
+            )
             d = tl.dot(a, tl.trans(gt.to(T)), d, input_precision=PRECISION)
-        tl.store(part + 64 + at + s, _diagonals(d, size, RH, 32), mask=s < size)
+        tl.store(part + 64 + at + s, diagonals(d, size, RH, 32), mask=s < size)
         tl.store(part + 107 + k, tl.sum(total, 0))
 
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #715802c9
@@ -195,14 +206,14 @@ def _msca_square_kernel(
     T: tl.constexpr = dx.dtype.element_ty
     c = (tl.program_id(0) % C).to(tl.int64)
     first = (tl.program_id(0) // C) * EACH
-    square = _five(taps + c * 110, RW, True, T)
+    square = square_bands(taps + c * 110, RW, True, T)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
-        b, row, col, own = _task(i, H, W, TR, TC, 0, PW, RH, RW)
+        b, row, col, own = tile_of(i, H, W, TR, TC, 0, PW, RH, RW)
         plane = (b * C + c) * H * W
         acc = tl.zeros([RH, RW], tl.float32)
         for dy in tl.static_range(5):
             acc = tl.dot(
-                _rows(dt + plane, row + 2 - dy, col, H, W, W, 1),
+                load_tile(dt + plane, row + 2 - dy, col, H, W, W, 1),
                 square[dy],
                 acc,
                 input_precision=PRECISION,
@@ -242,24 +253,24 @@ def _msca_taps_kernel(
         total = tl.zeros([RH], tl.float32)
         s = tl.arange(0, 8)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
-            b, row, col, own = _task(i, H, W, TR, TC, 0, PW, RH, RW)
-            mine = _rows(dt + (b * C + c) * H * W, row, col, H, W, W, 1)
+            b, row, col, own = tile_of(i, H, W, TR, TC, 0, PW, RH, RW)
+            mine = load_tile(dt + (b * C + c) * H * W, row, col, H, W, W, 1)
             at = x + b * sb + c * sc
             if EDGES:
                 mine = tl.where(own, mine, 0.0).to(mine.dtype)
             total += tl.sum(mine.to(tl.float32), 1)
             d0 = tl.dot(
-                tl.trans(_rows(at, row + dy - 2, col, H, W, sh, sw)),
+                tl.trans(load_tile(at, row + dy - 2, col, H, W, sh, sw)),
                 mine,
                 d0,
                 input_precision=PRECISION,
             )
             d1 = tl.dot(
-                tl.trans(_rows(at, row + dy - 1, col, H, W, sh, sw)),
+                tl.trans(load_tile(at, row + dy - 1, col, H, W, sh, sw)),
                 mine,
                 d1,
                 input_precision=PRECISION,
             )
-        tl.store(part + 5 * dy + s, _diagonals(d0, 5, RW, 8), mask=s < 5)
-        tl.store(part + 5 * dy + 5 + s, _diagonals(d1, 5, RW, 8), mask=(s < 5) & (dy < 4))
+        tl.store(part + 5 * dy + s, diagonals(d0, 5, RW, 8), mask=s < 5)
+        tl.store(part + 5 * dy + 5 + s, diagonals(d1, 5, RW, 8), mask=(s < 5) & (dy < 4))
         tl.store(part + 103, tl.sum(total, 0))

@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/15b_ops.prototypes_kernels.ipynb #3f2e9f5a
-from .class_maps import _place
+from .class_maps import pixel_offsets
 from .dispatch import tl, triton
+from .tiles import LOG2E
 
 # %% ../../nbs/15b_ops.prototypes_kernels.ipynb #45b5b15a
 @triton.jit
@@ -31,7 +32,7 @@ def _prototypes_stats_kernel(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     n = tile * BN + tl.arange(0, BN)
-    at = logits + b * sb + _place(n, W, sh, sw, FLAT)[None, :]
+    at = logits + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[None, :]
     high = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
@@ -42,7 +43,7 @@ def _prototypes_stats_kernel(
             mask=(k < K)[:, None] & (n < N)[None, :],
             other=float("-inf"),
         )
-        m = m.to(tl.float32) * 1.4426950408889634
+        m = m.to(tl.float32) * LOG2E
         tl.store(top + (b * tiles + tile) * K + k, tl.max(m, 1), mask=k < K)
         new = tl.maximum(high, tl.max(m, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -117,19 +118,19 @@ def _prototypes_sums_kernel(
         cells = in_n[:, None] & in_c[None, :]
         # [BK, BN]
         m = tl.load(
-            logits + b * sb + k64[:, None] * sk + _place(n, W, sh, sw, FLAT)[None, :],
+            logits + b * sb + k64[:, None] * sk + pixel_offsets(n, W, sh, sw, FLAT)[None, :],
             mask=inside,
             other=0.0,
         )
-        m = m.to(tl.float32) * 1.4426950408889634
+        m = m.to(tl.float32) * LOG2E
         # [BN, BC]
         ft = tl.load(
-            feat + b * fb + _place(n, W, fh, fw, FLAT)[:, None] + c64[None, :] * fc,
+            feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[:, None] + c64[None, :] * fc,
             mask=cells,
             other=0.0,
         )
         pt = tl.load(
-            pos + b * pb + _place(n, W, ph, pw, FLAT)[:, None] + c64[None, :] * pc,
+            pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[:, None] + c64[None, :] * pc,
             mask=cells,
             other=0.0,
         )
@@ -209,9 +210,9 @@ def _prototypes_bwd_kernel(
     n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     in_n = n < N
     n64 = n.to(tl.int64)
-    from_m = logits + b * sb + _place(n, W, sh, sw, FLAT)[None, :]
-    from_f = feat + b * fb + _place(n, W, fh, fw, FLAT)[None, :]
-    from_p = pos + b * pb + _place(n, W, ph, pw, FLAT)[None, :]
+    from_m = logits + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[None, :]
+    from_f = feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[None, :]
+    from_p = pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[None, :]
     l2 = tl.load(lse + b * N + n, mask=in_n, other=0.0)[None, :]
     delta = tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
@@ -230,7 +231,7 @@ def _prototypes_bwd_kernel(
                 tl.load(from_m + k.to(tl.int64)[:, None] * sk, mask=inside, other=0.0).to(
                     tl.float32
                 )
-                * 1.4426950408889634
+                * LOG2E
             )
             if LOGITS or FEAT:
                 a = tl.load(da + b * K * C + to, mask=small, other=0.0)  # [BC, BK]
@@ -295,7 +296,7 @@ def _prototypes_bwd_kernel(
             dt += tl.dot(
                 tl.load(ha + b * K * C + to, mask=small, other=0.0), pt, input_precision=PRECISION
             )
-        m = tl.load(from_m + k64 * sk, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        m = tl.load(from_m + k64 * sk, mask=inside, other=0.0).to(tl.float32) * LOG2E
         s = tl.exp2(m - l2)
         t = tl.exp2(m - tl.load(top + b * K + k, mask=in_k, other=0.0)[:, None])
         ds += tl.load(dz + b * K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]

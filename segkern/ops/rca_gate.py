@@ -26,6 +26,7 @@ from segkern.ops.rca_gate_kernels import (
     _rca_gate_dx_kernel,
     _rca_gate_fwd_kernel,
 )
+from .tiles import channels_together
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #9b6618fa
 def rca_gate_ref(
@@ -44,22 +45,18 @@ def rca_gate_ref(
     def wide(t):
         return t.to(torch.promote_types(t.dtype, torch.float32))
 
-    y = F.relu(
-        torch.addcmul(wide(offset)[:, :, None], wide(rows)[..., None], wide(slope)[:, None]),
-        inplace=True,
-    )
-    gate = F.conv2d(
-        y, taps.to(y.dtype)[:, None, :, None], bias.to(y.dtype), padding=(k // 2, 0), groups=c
-    ).sigmoid_()
-    return gate.to(x.dtype) * F.conv2d(
-        x, weight.to(x.dtype), local_bias.to(x.dtype), padding=1, groups=c
-    )
+    z = torch.addcmul(wide(offset)[:, :, None], wide(rows)[..., None], wide(slope)[:, None])
+    y = F.relu(z, inplace=True)
+    down = taps.to(y.dtype)[:, None, :, None]
+    gate = F.conv2d(y, down, bias.to(y.dtype), padding=(k // 2, 0), groups=c).sigmoid_()
+    local = F.conv2d(x, weight.to(x.dtype), local_bias.to(x.dtype), padding=1, groups=c)
+    return gate.to(x.dtype) * local
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #33ac4b1d
 def _tile(op, x):
     "Block sizes for the layout of `x`: 512 or 1024 numbers, most of them neighbours in memory."
     _, c, h, w = x.shape
-    if x.stride(1) == 1 and c > 1 and x.stride(3) != 1:
+    if channels_together(x):
         return blocks(op, BC=pow2(c, 1, 32), BH=pow2(h, 1, 4), BW=pow2(w, 1, 8), num_warps=4)
     bw = pow2(w, 1, 64)
     bh = pow2(h, 1, 16)
@@ -68,10 +65,10 @@ def _tile(op, x):
 
 def _grid(x, opts):
     "Programs, tiles along columns, tiles along rows."
-    (b, c, h, w), cdiv = x.shape, triton.cdiv
-    across = cdiv(w, opts["BW"])
-    down = cdiv(h, opts["BH"])
-    return b * cdiv(c, opts["BC"]) * across * down, across, down
+    b, c, h, w = x.shape
+    across = triton.cdiv(w, opts["BW"])
+    down = triton.cdiv(h, opts["BH"])
+    return b * triton.cdiv(c, opts["BC"]) * across * down, across, down
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #20415d65
 def rca_gate_fwd(
@@ -89,6 +86,61 @@ def rca_gate_fwd(
     return out
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #83e36cfa
+def _maps_and_sums(x, lines, g, maps, sums):
+    "The first backward kernel: p and q like `x`, sums of every tile; empty where not wanted."
+    b, c, h, w = x.shape
+    k = lines[3].shape[1]
+    p, q = (torch.empty_like(x) if maps else x.new_empty(0) for _ in range(2))
+    like = p if maps else x
+    opts = _tile("rca_gate_bwd", like)
+    programs, across, down = _grid(x, opts)
+    shape = (b, c, across * down, k + 11) if sums else (0,)
+    part = torch.empty(shape, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        _rca_gate_bwd_kernel[(programs,)](
+            *(x, g, *lines, p, q, part),
+            *(c, h, w, k, across * down),
+            *(*x.stride(), *g.stride(), *like.stride()),
+            MAPS=maps,
+            SUMS=sums,
+            **opts,
+        )
+    return p, q, part
+
+# %% ../../nbs/18a_ops.rca_gate.ipynb #3e733a95
+def _input_and_lines(p, q, lines, want_x, want_lines):
+    "The second backward kernel: dx, and the gradients of rows, slope and offset; empty where not wanted."
+    (b, c, h, w), (rows, slope, offset, taps, _, weight, _) = p.shape, lines
+    opts = _tile("rca_gate_dx", p)
+    programs, across, down = _grid(p, opts)
+    shapes = [(b, c, across, h), (b, c, down, w), (b, c, down, w)]
+    pieces = [
+        torch.empty(s if want_lines else (0,), dtype=torch.float32, device=p.device) for s in shapes
+    ]
+    dx = torch.empty_like(p) if want_x else p.new_empty(0)
+    with on_device(p):
+        _rca_gate_dx_kernel[(programs,)](
+            *(p, q, rows, slope, offset, taps, weight, dx, *pieces),
+            *(c, h, w, taps.shape[1], *p.stride()),
+            INPUT=want_x,
+            LINES=want_lines,
+            **opts,
+        )
+    if want_lines:
+        pieces = pieces[0].sum(2), pieces[1].sum((0, 2)), pieces[2].sum(2)
+    return dx, *pieces
+
+# %% ../../nbs/18a_ops.rca_gate.ipynb #9aefca67
+def _weights_grads(part, k):
+    "Gradients of taps, bias, weight and local bias from the sums of the tiles, each in memory of its own."
+    sums = part.sum((0, 2))  # [c, k + 11]
+    c = len(sums)
+    parts = sums[:, 11:], sums[:, 10], sums[:, :9], sums[:, 9]
+    shapes = (c, k), (c,), (c, 1, 3, 3), (c,)
+    # results of an operator share no memory
+    return [t.clone(memory_format=torch.contiguous_format).view(s) for t, s in zip(parts, shapes)]
+
+# %% ../../nbs/18a_ops.rca_gate.ipynb #fbb817cb
 def rca_gate_bwd(
     x: torch.Tensor,  # [b, c, h, w], any strides
     lines: list,  # rows, slope, offset, taps, bias, weight, local_bias: contiguous
@@ -98,86 +150,17 @@ def rca_gate_bwd(
     want_weights: bool = True,  # gradients of taps, bias, weight or local_bias
 ) -> tuple:  # dx, then in the order of `lines`; empty where not wanted
     "Launch the backward kernels."
-    (b, c, h, w), (rows, slope, offset, taps, _, weight, _) = x.shape, lines
-    k = taps.shape[1]
 
-    def new(*s):
-        return torch.empty(s, dtype=torch.float32, device=x.device)
+    def none(count):
+        return [torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(count)]
 
     maps = want_x or want_lines
-    p, q, dx = (torch.empty_like(x) if want else x.new_empty(0) for want in (maps, maps, want_x))
-    like = p if maps else x
-    opts = _tile("rca_gate_bwd", like)
-    programs, across, down = _grid(x, opts)
-    part = new(b, c, across * down, k + 11) if want_weights else new(0)
-    with on_device(x):
-        _rca_gate_bwd_kernel[(programs,)](
-            x,
-            g,
-            *lines,
-            p,
-            q,
-            part,
-            c,
-            h,
-            w,
-            k,
-            across * down,
-            *x.stride(),
-            *g.stride(),
-            *like.stride(),
-            MAPS=maps,
-            SUMS=want_weights,
-            **opts,
-        )
-    opts = _tile("rca_gate_dx", like)
-    programs, across, down = _grid(x, opts)
-    pieces = (
-        [new(b, c, across, h), new(b, c, down, w), new(b, c, down, w)]
-        if want_lines
-        else [new(0) for _ in range(3)]
-    )
+    p, q, part = _maps_and_sums(x, lines, g, maps, want_weights)
+    dx, *three = x.new_empty(0), *none(3)
     if maps:
-        with on_device(x):
-            _rca_gate_dx_kernel[(programs,)](
-                p,
-                q,
-                rows,
-                slope,
-                offset,
-                taps,
-                weight,
-                dx,
-                *pieces,
-                c,
-                h,
-                w,
-                k,
-                *like.stride(),
-                INPUT=want_x,
-                LINES=want_lines,
-                **opts,
-            )
-    sums = part.sum((0, 2)) if want_weights else None  # [c, k + 11]
-    both = (
-        (pieces[0].sum(2), pieces[1].sum((0, 2)), pieces[2].sum(2)) if want_lines else tuple(pieces)
-    )
-
-    # results of an operator share no memory
-    def own(t, *shape):
-        return t.clone(memory_format=torch.contiguous_format).view(shape)
-
-    four = (
-        (
-            own(sums[:, 11:], c, k),
-            own(sums[:, 10], c),
-            own(sums[:, :9], c, 1, 3, 3),
-            own(sums[:, 9], c),
-        )
-        if want_weights
-        else tuple(new(0) for _ in range(4))
-    )
-    return dx, *both, *four
+        dx, *three = _input_and_lines(p, q, lines, want_x, want_lines)
+    four = _weights_grads(part, lines[3].shape[1]) if want_weights else none(4)
+    return dx, *three, *four
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #be94caba
 @operator("segkern::rca_gate")
@@ -216,10 +199,9 @@ def _(x, lines):
 @_rca_gate_backward_op.register_fake
 def _(x, lines, g, want_x, want_lines, want_weights):
     wanted = [want_lines] * 3 + [want_weights] * 4
-    return torch.empty_like(x) if want_x else x.new_empty(0), *(
-        torch.empty(t.shape if want else (0,), dtype=torch.float32, device=x.device)
-        for t, want in zip(lines, wanted)
-    )
+    shapes = [t.shape if want else (0,) for t, want in zip(lines, wanted)]
+    dx = torch.empty_like(x) if want_x else x.new_empty(0)
+    return dx, *(torch.empty(s, dtype=torch.float32, device=x.device) for s in shapes)
 
 # %% ../../nbs/18a_ops.rca_gate.ipynb #a7f41e5d
 def _rca_gate_setup(ctx, inputs, output):
@@ -228,11 +210,13 @@ def _rca_gate_setup(ctx, inputs, output):
 
 
 def _rca_gate_backward(ctx, g):
-    (x, *lines), wanted, need = ctx.saved_tensors, ctx.wanted, ctx.needs_input_grad[0]
+    x, *lines = ctx.saved_tensors
+    wanted = ctx.wanted
+    need = ctx.needs_input_grad[0]
     dx, *got = _rca_gate_backward_op(x, lines, g, need, any(wanted[:3]), any(wanted[3:]))
-    return dx if need else None, [
-        t.to(line.dtype) if want else None for t, line, want in zip(got, lines, wanted)
-    ]
+    pairs = zip(got, lines, wanted)
+    grads = [t.to(line.dtype) if want else None for t, line, want in pairs]
+    return dx if need else None, grads
 
 
 _rca_gate_op.register_autograd(_rca_gate_backward, setup_context=_rca_gate_setup)
@@ -240,35 +224,21 @@ _rca_gate_op.register_autograd(_rca_gate_backward, setup_context=_rca_gate_setup
 # %% ../../nbs/18a_ops.rca_gate.ipynb #12eb1f38
 def _cannot(x, *lines):
     "Why the kernels cannot run these tensors; the vectors may have types of their own."
-    return unsupported(x) or (
-        "float64 has no kernel" if any(t.dtype == torch.float64 for t in lines) else None
-    )
+    double = any(t.dtype == torch.float64 for t in lines)
+    return unsupported(x) or ("float64 has no kernel" if double else None)
 
 
 kernels_of("rca_gate", _cannot, rca_gate_fwd, rca_gate_bwd)
 
-# %% ../../nbs/18a_ops.rca_gate.ipynb #184b5ff7
-def rca_gate(
-    x: torch.Tensor,  # [b, c, h, w], any strides
-    rows: torch.Tensor,  # [b, c, h]
-    slope: torch.Tensor,  # [c, w]
-    offset: torch.Tensor,  # [b, c, w]
-    taps: torch.Tensor,  # vertical convolution [c, k], k odd
-    bias: torch.Tensor,  # of it [c]
-    weight: torch.Tensor,  # depthwise convolution [c, 1, 3, 3]
-    local_bias: torch.Tensor,  # of it [c]
-    impl: str | None = None,  # "auto" | "ref" | "triton"
-) -> torch.Tensor:  # [b, c, h, w] in the type of `x`
-    "A depthwise 3×3 convolution times a gate made of rows and columns; the gate's maps are never written."
+# %% ../../nbs/18a_ops.rca_gate.ipynb #e1fb16f4
+def _check(x, *lines):
+    "Raise where shapes or types do not fit."
+    taps = lines[3]
     if x.ndim != 4 or taps.ndim != 2:
         raise ValueError(
             f"rca_gate wants x [b, c, h, w] and taps [c, k], got {tuple(x.shape)} and {tuple(taps.shape)}"
         )
-    (b, c, h, w), k, lines = (
-        x.shape,
-        taps.shape[1],
-        [rows, slope, offset, taps, bias, weight, local_bias],
-    )
+    (b, c, h, w), k = x.shape, taps.shape[1]
     shapes = dict(
         rows=(b, c, h),
         slope=(c, w),
@@ -288,6 +258,22 @@ def rca_gate(
             raise ValueError(f"rca_gate wants {name} in floating point, got {t.dtype}")
     if k % 2 == 0:
         raise ValueError(f"rca_gate wants an odd number of taps, got {k}")
+
+# %% ../../nbs/18a_ops.rca_gate.ipynb #184b5ff7
+def rca_gate(
+    x: torch.Tensor,  # [b, c, h, w], any strides
+    rows: torch.Tensor,  # [b, c, h]
+    slope: torch.Tensor,  # [c, w]
+    offset: torch.Tensor,  # [b, c, w]
+    taps: torch.Tensor,  # vertical convolution [c, k], k odd
+    bias: torch.Tensor,  # of it [c]
+    weight: torch.Tensor,  # depthwise convolution [c, 1, 3, 3]
+    local_bias: torch.Tensor,  # of it [c]
+    impl: str | None = None,  # "auto" | "ref" | "triton"
+) -> torch.Tensor:  # [b, c, h, w] in the type of `x`
+    "A depthwise 3×3 convolution times a gate made of rows and columns; the gate's maps are never written."
+    lines = [rows, slope, offset, taps, bias, weight, local_bias]
+    _check(x, *lines)
     if kind := autocast_type(x):
         x = x.to(kind)
     if not x.numel():

@@ -6,6 +6,8 @@
 __all__ = ['PROGRAMS', 'sr_attention_ref', 'sr_attention_fwd', 'sr_attention_bwd', 'sr_attention']
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #e7b0aac9
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +27,7 @@ from segkern.ops.sr_attention_kernels import (
     _sr_attention_dq_kernel,
     _sr_attention_fwd_kernel,
 )
+from .tiles import precision, PROCESSORS, rows_first, split_walk
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #fbbc43ea
 def sr_attention_ref(
@@ -37,7 +40,7 @@ def sr_attention_ref(
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #bc42737a
-PROGRAMS = 264  # two per multiprocessor of an H100
+PROGRAMS = 2 * PROCESSORS  # for the gradient of the keys
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #fe76aa1c
 def _options(op, q, v, BN, BM, num_warps, num_stages=3):
@@ -60,11 +63,6 @@ def _options(op, q, v, BN, BM, num_warps, num_stages=3):
         num_stages=num_stages,
     )
 
-# %% ../../nbs/12_ops.sr_attention.ipynb #85a0c277
-def _rows_first(b, h, n, d, like):
-    "An empty [b, h, n, d] that lies in memory as [b, n, h, d]."
-    return torch.empty((b, n, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)
-
 # %% ../../nbs/12_ops.sr_attention.ipynb #b5b42d0d
 def sr_attention_fwd(
     q: torch.Tensor,  # [b, h, n, d], any strides
@@ -74,7 +72,7 @@ def sr_attention_fwd(
 ) -> tuple:  # output [b, h, n, dv], log-sum-exp in base 2 [b, h, n]
     "Launch the forward kernel."
     (b, h, n, d), (m, dv) = q.shape, v.shape[2:]
-    out = _rows_first(b, h, n, dv, q)
+    out = rows_first(b, h, n, dv, q)
     lse = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
     opts = _options("sr_attention", q, v, 128, 64, 4)
     with on_device(q):
@@ -95,27 +93,16 @@ def sr_attention_fwd(
             *v.stride(),
             *out.stride(),
             EVEN=m % opts["BM"] == 0,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            PRECISION=precision(q),
             **opts,
         )
     return out, lse
 
-# %% ../../nbs/12_ops.sr_attention.ipynb #fb289d05
-def sr_attention_bwd(
-    q: torch.Tensor,  # [b, h, n, d]
-    k: torch.Tensor,  # [b, h, m, d]
-    v: torch.Tensor,  # [b, h, m, dv]
-    out: torch.Tensor,  # of the forward pass
-    lse: torch.Tensor,  # of the forward pass
-    g: torch.Tensor,  # gradient of the output, any strides
-    scale: float,  # of the scores
-    keys_too: bool = True,  # also dk and dv
-) -> tuple:  # dq, dk, dv
-    "Launch the backward kernels."
+# %% ../../nbs/12_ops.sr_attention.ipynb #95ee8ea6
+def _queries_grad(q, k, v, out, lse, g, scale):
+    "Launch the kernel that owns queries: dq, and delta for the other kernel."
     (b, h, n, d), (m, dv) = q.shape, v.shape[2:]
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    inputs = (*q.stride(), *k.stride(), *v.stride())
-    dq = _rows_first(b, h, n, d, q)
+    dq = rows_first(b, h, n, d, q)
     delta = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
     opts = _options("sr_attention_dq", q, v, 128, 64, 8)
     with on_device(q):
@@ -134,27 +121,31 @@ def sr_attention_bwd(
             m,
             d,
             dv,
-            *inputs,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
             *out.stride(),
             *g.stride(),
             *dq.stride(),
             EVEN=m % opts["BM"] == 0,
-            PRECISION=precision,
+            PRECISION=precision(q),
             **opts,
         )
-    if not keys_too:
-        return dq, torch.zeros_like(k), torch.zeros_like(v)
+    return dq, delta
+
+# %% ../../nbs/12_ops.sr_attention.ipynb #9cf9cd3e
+def _keys_grads(q, k, v, lse, delta, g, scale):
+    "Launch the kernel that owns keys, split over the queries: dk and dv in float32."
+    (b, h, n, d), (m, dv) = q.shape, v.shape[2:]
     # with more, ptxas runs the products one after the other (C7515)
     opts = _options("sr_attention_dkv", q, v, 64, 64, 4, num_stages=1)
-    tiles = triton.cdiv(n, opts["BN"])
     keys = triton.cdiv(m, opts["BM"])
-    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b * h * keys))) * opts["BN"]
-    splits = triton.cdiv(n, per)
+    parts, per = split_walk(n, opts["BN"], b * h * keys, PROGRAMS)
     dk, dv_ = (
-        torch.empty((b, h, splits, m, e), dtype=torch.float32, device=q.device) for e in (d, dv)
+        torch.empty((b, h, parts, m, e), dtype=torch.float32, device=q.device) for e in (d, dv)
     )
     with on_device(q):
-        _sr_attention_dkv_kernel[(b * h * keys * splits,)](
+        _sr_attention_dkv_kernel[(b * h * keys * parts,)](
             q,
             k,
             v,
@@ -169,14 +160,34 @@ def sr_attention_bwd(
             m,
             d,
             dv,
-            *inputs,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
             *g.stride(),
-            splits,
+            parts,
             per,
-            PRECISION=precision,
+            PRECISION=precision(q),
             **opts,
         )
-    return dq, dk.sum(2).to(k.dtype), dv_.sum(2).to(v.dtype)
+    return dk.sum(2), dv_.sum(2)
+
+# %% ../../nbs/12_ops.sr_attention.ipynb #3a11a342
+def sr_attention_bwd(
+    q: torch.Tensor,  # [b, h, n, d]
+    k: torch.Tensor,  # [b, h, m, d]
+    v: torch.Tensor,  # [b, h, m, dv]
+    out: torch.Tensor,  # of the forward pass
+    lse: torch.Tensor,  # of the forward pass
+    g: torch.Tensor,  # gradient of the output, any strides
+    scale: float,  # of the scores
+    keys_too: bool = True,  # also dk and dv
+) -> tuple:  # dq, dk, dv
+    "Launch the backward kernels."
+    dq, delta = _queries_grad(q, k, v, out, lse, g, scale)
+    if not keys_too:
+        return dq, torch.zeros_like(k), torch.zeros_like(v)
+    dk, dv = _keys_grads(q, k, v, lse, delta, g, scale)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #adcd1010
 def _flash_runs(q, v):
@@ -198,7 +209,7 @@ def _flash(q, k, v, scale):
     else:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     rows = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return rows, lse.float().contiguous() * 1.4426950408889634
+    return rows, lse.float().contiguous() * math.log2(math.e)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #9d573d46
 @operator("segkern::sr_attention")
@@ -206,11 +217,9 @@ def _sr_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Output and log-sum-exp, by PyTorch's flash attention or by the kernel."
-    return (
-        _flash(q, k, v, scale)
-        if blocks("sr_attention_forward", flash=_flash_runs(q, v))["flash"]
-        else sr_attention_fwd(q, k, v, scale)
-    )
+    if blocks("sr_attention_forward", flash=_flash_runs(q, v))["flash"]:
+        return _flash(q, k, v, scale)
+    return sr_attention_fwd(q, k, v, scale)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #82b132f3
 @operator("segkern::sr_attention_backward")
@@ -230,19 +239,18 @@ def _sr_attention_backward_op(
 # %% ../../nbs/12_ops.sr_attention.ipynb #af2fd1eb
 @_sr_attention_op.register_fake
 def _(q, k, v, scale):
-    return _rows_first(*q.shape[:3], v.shape[3], q), torch.empty(
-        q.shape[:3], dtype=torch.float32, device=q.device
-    )
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return rows_first(*q.shape[:3], v.shape[3], q), lse
 
 
 @_sr_attention_backward_op.register_fake
 def _(q, k, v, out, lse, g, scale, keys_too):
-    like = (
-        (lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device))
-        if keys_too
-        else torch.zeros_like
-    )
-    return _rows_first(*q.shape, q), like(k), like(v)
+    def like(t):
+        if not keys_too:
+            return torch.zeros_like(t)
+        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+    return rows_first(*q.shape, q), like(k), like(v)
 
 # %% ../../nbs/12_ops.sr_attention.ipynb #3dcf7790
 def _sr_attention_setup(ctx, inputs, output):
@@ -252,9 +260,8 @@ def _sr_attention_setup(ctx, inputs, output):
 
 
 def _sr_attention_backward(ctx, g, _):
-    return *_sr_attention_backward_op(
-        *ctx.saved_tensors, g, ctx.scale, any(ctx.needs_input_grad[1:3])
-    ), None
+    keys_too = any(ctx.needs_input_grad[1:3])
+    return *_sr_attention_backward_op(*ctx.saved_tensors, g, ctx.scale, keys_too), None
 
 
 _sr_attention_op.register_autograd(_sr_attention_backward, setup_context=_sr_attention_setup)
@@ -262,9 +269,10 @@ _sr_attention_op.register_autograd(_sr_attention_backward, setup_context=_sr_att
 # %% ../../nbs/12_ops.sr_attention.ipynb #648caa6d
 def _cannot(q, k=None, v=None):
     "Why the kernels cannot run these tensors."
-    if v is not None and max(q.shape[-1], v.shape[-1]) > 128:
-        return f"heads of width {max(q.shape[-1], v.shape[-1])}; the kernels take at most 128"
-    if v is not None and q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 64:
+    width = 0 if v is None else max(q.shape[-1], v.shape[-1])
+    if width > 128:
+        return f"heads of width {width}; the kernels take at most 128"
+    if q.dtype == torch.float32 and width > 64:
         return "float32 heads wider than 64 do not fit into registers"
     return unsupported(*[t for t in (q, k, v) if t is not None])
 
@@ -274,12 +282,8 @@ kernels_of("sr_attention", _cannot, sr_attention_fwd, sr_attention_bwd, _flash)
 # %% ../../nbs/12_ops.sr_attention.ipynb #4e6b871f
 def _prepared(q, k, v, scale):
     "Validated arguments, under autocast in its type, and the scale as a number."
-    if (
-        any(t.ndim != 4 for t in (q, k, v))
-        or not q.shape[:2] == k.shape[:2] == v.shape[:2]
-        or q.shape[3] != k.shape[3]
-        or k.shape[2] != v.shape[2]
-    ):
+    maps = all(t.ndim == 4 for t in (q, k, v)) and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    if not maps or q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
         raise ValueError(
             f"attention wants q [b, h, n, d], k [b, h, m, d], v [b, h, m, dv]; got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -303,11 +307,8 @@ def sr_attention(
 ) -> torch.Tensor:  # [b, h, n, dv]
     "Softmax attention of many queries to few keys, any strides."
     q, k, v, scale = _prepared(q, k, v, scale)
-    if (
-        q.numel()
-        and v.numel()
-        and scale > 0
-        and choose("sr_attention", q, k, v, sizes=(k.shape[2], v.shape[3]), impl=impl)
-    ):
+    sizes = k.shape[2], v.shape[3]
+    some = q.numel() and v.numel() and scale > 0
+    if some and choose("sr_attention", q, k, v, sizes=sizes, impl=impl):
         return _sr_attention_op(q, k, v, scale)[0]
     return sr_attention_ref(q, k, v, scale)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/12a_ops.sr_attention_kernels.ipynb #f19ea37d
 from .dispatch import tl, triton
+from .tiles import LOG2E
 
 # %% ../../nbs/12a_ops.sr_attention_kernels.ipynb #ad4e32f7
 @triton.jit(do_not_specialize=["N", "M"])
@@ -61,7 +62,7 @@ def _sr_attention_fwd_kernel(
         mask=(n < N)[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    scale2 = scale * 1.4426950408889634  # of base 2
+    scale2 = scale * LOG2E  # of base 2
     top = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
     acc = tl.zeros([BN, BV], tl.float32)
@@ -177,7 +178,7 @@ def _sr_attention_dq_kernel(
             mask=(m < M)[None, :] & (e < DV)[:, None],
             other=0.0,
         )
-        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - l2[:, None])
         if not EVEN:
             p = tl.where((m < M)[None, :], p, 0.0)
@@ -273,7 +274,7 @@ def _sr_attention_dkv_kernel(
         )
         l2 = tl.load(lse + row, mask=n < N, other=0.0)
         dl = tl.load(delta + row, mask=n < N, other=0.0)
-        s = tl.dot(qt, kt, input_precision=PRECISION) * (scale * 1.4426950408889634)
+        s = tl.dot(qt, kt, input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - l2[:, None])
         av += tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision=PRECISION)
         ds = p * (tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])

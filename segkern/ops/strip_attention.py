@@ -26,6 +26,7 @@ from segkern.ops.strip_attention_kernels import (
     _strip_attention_dq_kernel,
     _strip_attention_fwd_kernel,
 )
+from .tiles import precision, PROCESSORS, split_walk
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6c1fddac
 def strip_attention_ref(
@@ -49,16 +50,13 @@ def fold_values(
     return out if bias is None else out + bias[:, None]
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #7b5db163
-PROGRAMS = 264  # two per multiprocessor of an H100
+PROGRAMS = 2 * PROCESSORS  # for the gradients of keys and values
 
 
 def _pixels(t):
     "`t` [b, c, h, w] as [b, c, hw] with one stride for the pixels; copied once where rows do not follow each other."
-    return (
-        t.flatten(2)
-        if t.stride(2) == t.shape[3] * t.stride(3) or 1 in t.shape[2:]
-        else t.contiguous().flatten(2)
-    )
+    follow = t.stride(2) == t.shape[3] * t.stride(3) or 1 in t.shape[2:]
+    return t.flatten(2) if follow else t.contiguous().flatten(2)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #23a2c9db
 def _options(op, q):
@@ -77,7 +75,8 @@ def _options(op, q):
         BN = 32 if back else 64
         BM = 32
         num_warps = 8
-    return blocks(op, BN=BN, BM=BM, BC=pow2(c, 16, 32 if exact else 64), BV=16, num_warps=num_warps)
+    width = pow2(c, 16, 32 if exact else 64)
+    return blocks(op, BN=BN, BM=BM, BC=width, BV=16, num_warps=num_warps)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6960da2d
 def _common(q, k, v):
@@ -85,7 +84,7 @@ def _common(q, k, v):
     return (
         (q.shape[1], q.shape[2], k.shape[2], v.shape[1]),
         (*q.stride(), *k.stride(), *v.stride()),
-        "ieee" if q.dtype == torch.float32 else "tf32",
+        precision(q),
     )
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #6da16891
@@ -95,7 +94,8 @@ def strip_attention_fwd(
     v: torch.Tensor,  # [b, cv, m]
 ) -> tuple:  # output [b, cv, h, w], log-sum-exp in base 2 [b, hw]
     "Launch the forward kernel."
-    flat, (b, _, h, w) = _pixels(q), q.shape
+    b, _, h, w = q.shape
+    flat = _pixels(q)
     sizes, strides, precision = _common(flat, k, v)
     out = torch.empty((b, v.shape[1], h, w), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h * w), dtype=torch.float32, device=q.device)
@@ -117,6 +117,43 @@ def strip_attention_fwd(
     return out, lse
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #3804da6e
+def _queries_grad(flat, k, v, out, lse, gf, shape):
+    "Launch the kernel that owns pixels: dq of a shape."
+    sizes, strides, exact = _common(flat, k, v)
+    opts = _options("strip_attention_bwd", flat)
+    chunks = triton.cdiv(flat.shape[1], opts["BC"])
+    tiles = triton.cdiv(flat.shape[2], opts["BN"])
+    dq = torch.empty(shape, dtype=flat.dtype, device=flat.device)
+    _strip_attention_dq_kernel[(len(flat) * tiles, chunks)](
+        *(flat, k, v, out, lse, gf, dq, *sizes, *strides, *gf.stride()),
+        ONE=chunks == 1,
+        PRECISION=exact,
+        **opts,
+    )
+    return dq
+
+# %% ../../nbs/16_ops.strip_attention.ipynb #042028f7
+def _keys_grads(flat, k, v, out, lse, gf):
+    "Launch the kernel that owns keys, split over the pixels, and add the parts: dk and dv."
+    (b, c, pixels), (m, cv) = flat.shape, (k.shape[2], v.shape[1])
+    sizes, strides, exact = _common(flat, k, v)
+    opts = _options("strip_attention_bwd", flat)
+    chunks = triton.cdiv(c, opts["BC"])
+    keys = triton.cdiv(m, opts["BM"])
+    parts, per = split_walk(pixels, opts["BN"], b * keys * chunks, PROGRAMS)
+    dk, dv = (
+        torch.empty((b, parts, n, m), dtype=torch.float32, device=flat.device) for n in (c, cv)
+    )
+    _strip_attention_dkv_kernel[(b * keys * parts, chunks)](
+        *(flat, k, v, out, lse, gf, dk, dv),
+        *(*sizes, *strides, *gf.stride(), parts, per),
+        ONE=chunks == 1,
+        PRECISION=exact,
+        **opts,
+    )
+    return dk.sum(1).to(k.dtype), dv.sum(1).to(v.dtype)
+
+# %% ../../nbs/16_ops.strip_attention.ipynb #55e89082
 def strip_attention_bwd(
     q: torch.Tensor,  # [b, c, h, w]
     k: torch.Tensor,  # [b, c, m]
@@ -128,45 +165,16 @@ def strip_attention_bwd(
     want_kv: bool = True,  # dk or dv is wanted
 ) -> tuple:  # dq, dk, dv; empty where not wanted
     "Launch the backward kernels."
-    flat, gf, (b, c, h, w), (m, cv) = _pixels(q), _pixels(g), q.shape, (k.shape[2], v.shape[1])
-    sizes, strides, precision = _common(flat, k, v)
-    opts = _options("strip_attention_bwd", flat)
-    strides = (*strides, *gf.stride())
-    chunks = triton.cdiv(c, opts["BC"])
-    tiles = triton.cdiv(h * w, opts["BN"])
-    keys = triton.cdiv(m, opts["BM"])
-    one = chunks == 1
-    per = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b * keys * chunks))) * opts["BN"]
-    splits = triton.cdiv(h * w, per)
-    dq = torch.empty((b, c, h, w) if want_q else (0,), dtype=q.dtype, device=q.device)
-    dk, dv = (
-        torch.empty((b, splits, n, m) if want_kv else (0, 0), dtype=torch.float32, device=q.device)
-        for n in (c, cv)
-    )
+    saved = _pixels(q), k, v, out, lse, _pixels(g)
+    dq = q.new_empty(0)
+    dk = k.new_empty(0)
+    dv = v.new_empty(0)
     with on_device(q):
         if want_q:
-            _strip_attention_dq_kernel[(b * tiles, chunks)](
-                flat, k, v, out, lse, gf, dq, *sizes, *strides, ONE=one, PRECISION=precision, **opts
-            )
+            dq = _queries_grad(*saved, q.shape)
         if want_kv:
-            _strip_attention_dkv_kernel[(b * keys * splits, chunks)](
-                flat,
-                k,
-                v,
-                out,
-                lse,
-                gf,
-                dk,
-                dv,
-                *sizes,
-                *strides,
-                splits,
-                per,
-                ONE=one,
-                PRECISION=precision,
-                **opts,
-            )
-    return dq, dk.sum(1).to(k.dtype), dv.sum(1).to(v.dtype)
+            dk, dv = _keys_grads(*saved)
+    return dq, dk, dv
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #c8de4c22
 @operator("segkern::strip_attention")
@@ -195,16 +203,15 @@ def _strip_attention_backward_op(
 @_strip_attention_op.register_fake
 def _(q, k, v):
     b, _, h, w = q.shape
-    return torch.empty((b, v.shape[1], h, w), dtype=q.dtype, device=q.device), torch.empty(
-        (b, h * w), dtype=torch.float32, device=q.device
-    )
+    out = torch.empty((b, v.shape[1], h, w), dtype=q.dtype, device=q.device)
+    return out, torch.empty((b, h * w), dtype=torch.float32, device=q.device)
 
 
 @_strip_attention_backward_op.register_fake
 def _(q, k, v, out, lse, g, want_q, want_kv):
+    pairs = (q, want_q), (k, want_kv), (v, want_kv)
     return tuple(
-        torch.empty(t.shape if want else (0,), dtype=t.dtype, device=t.device)
-        for t, want in ((q, want_q), (k, want_kv), (v, want_kv))
+        torch.empty(t.shape if want else (0,), dtype=t.dtype, device=t.device) for t, want in pairs
     )
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #8ca9b0a0
@@ -222,22 +229,39 @@ def _strip_attention_backward(ctx, g, _):
 _strip_attention_op.register_autograd(
     _strip_attention_backward, setup_context=_strip_attention_setup
 )
-MAX_VALUES = 8  # value channels; every pair computes the scores again
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #19dff116
+MAX_VALUES = 8  # value channels; every pair computes the scores again
+
+
 def _cannot(q, k=None, v=None):
     "Why the kernels cannot run these tensors."
     if q.shape[1:].numel() >= 1 << 31:
         return "one picture has 2**31 elements or more"
     if v is not None and v.shape[1] > MAX_VALUES:
         return f"{v.shape[1]} value channels; the kernels take at most {MAX_VALUES}"
-    return unsupported(q, *([] if k is None else [k])) or (None if v is None else unsupported(v))
+    # values may keep a wider type
+    reason = unsupported(q) if k is None else unsupported(q, k)
+    return reason or (None if v is None else unsupported(v))
 
 
 kernels_of("strip_attention", _cannot, strip_attention_fwd, strip_attention_bwd)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #68f8315f
 MAX_SCORES = 1 << 22  # entries of the attention matrix held at a time, over the batch
+
+# %% ../../nbs/16_ops.strip_attention.ipynb #f2a7cb31
+def _in_chunks(q, k, v, rows):
+    "The reference on so many rows of pixels at a time; training makes a chunk's matrix twice, to keep none."
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    again = dict(use_reentrant=False, preserve_rng_state=False)
+
+    def run(part):
+        if train:
+            return checkpoint(strip_attention_ref, part, k, v, **again)
+        return strip_attention_ref(part, k, v)
+
+    return torch.cat([run(part) for part in q.split(rows, 2)], 2)
 
 # %% ../../nbs/16_ops.strip_attention.ipynb #b1c3eb6d
 def strip_attention(
@@ -247,14 +271,8 @@ def strip_attention(
     impl: str | None = None,  # "auto" | "ref" | "triton"
 ) -> torch.Tensor:  # [b, cv, h, w]
     "Softmax attention of every pixel over the strips, without a scale; the attention matrix is never held whole."
-    if (
-        q.ndim != 4
-        or k.ndim != 3
-        or v.ndim != 3
-        or not (len(q) == len(k) == len(v))
-        or q.shape[1] != k.shape[1]
-        or k.shape[2] != v.shape[2]
-    ):
+    shaped = (q.ndim, k.ndim, v.ndim) == (4, 3, 3) and len(q) == len(k) == len(v)
+    if not shaped or q.shape[1] != k.shape[1] or k.shape[2] != v.shape[2]:
         raise ValueError(
             f"strip_attention wants q [b, c, h, w], k [b, c, m], v [b, cv, m]; got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -263,24 +281,9 @@ def strip_attention(
         raise ValueError("strip_attention needs at least one key")
     kind = autocast_type(q)
     qa, ka = (t.to(kind) if kind else t for t in (q, k))  # values may keep a wider type
-    if (
-        q.numel()
-        and v.numel()
-        and choose("strip_attention", qa, ka, v, impl=impl, sizes=(v.shape[1],))
-    ):
+    some = q.numel() and v.numel()
+    if some and choose("strip_attention", qa, ka, v, impl=impl, sizes=(v.shape[1],)):
         return _strip_attention_op(qa, ka, v)[0]
-    b, c, h, w = q.shape
+    b, _, h, w = q.shape
     rows = max(1, MAX_SCORES // max(1, b * w * k.shape[2]))
-    if rows >= h:
-        return strip_attention_ref(q, k, v)
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    run = (
-        (
-            lambda part: checkpoint(
-                strip_attention_ref, part, k, v, use_reentrant=False, preserve_rng_state=False
-            )
-        )
-        if train
-        else (lambda part: strip_attention_ref(part, k, v))
-    )
-    return torch.cat([run(part) for part in q.split(rows, 2)], 2)
+    return strip_attention_ref(q, k, v) if rows >= h else _in_chunks(q, k, v, rows)

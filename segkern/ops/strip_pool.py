@@ -16,6 +16,7 @@ from segkern.ops.strip_pool_kernels import (
     _strip_pool_fwd_kernel,
     _strip_pool_join_kernel,
 )
+from .tiles import channels_together, PROCESSORS
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #57ddc9fa
 def _strip(x, axis, pool):
@@ -38,13 +39,13 @@ def strip_pool_ref(
     return out
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #fba4543b
-WARPS = 1056  # eight per multiprocessor of an H100
+WARPS = 8 * PROCESSORS  # eight per multiprocessor hide the latency of loads
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #83d789ac
 def _tile(x):
     "Block sizes for the memory layout of `x`; in both, 32 lanes span what lies together."
     c, h, w = x.shape[1:]
-    if x.stride(1) == 1 and c > 1 and x.stride(3) != 1:
+    if channels_together(x):
         BC = pow2(c, 1, 64)
         return blocks(
             "strip_pool",
@@ -55,6 +56,35 @@ def _tile(x):
         )
     return blocks(
         "strip_pool", BC=1, BH=pow2(h, 1, 8), BW=pow2(w, 16, 512 // x.element_size()), num_warps=4
+    )
+
+# %% ../../nbs/11_ops.strip_pool.ipynb #c4c48643
+def _results(x, length, mean, top):
+    "Mean, maximum and index of one direction; empty where not wanted."
+    shapes = [(*x.shape[:2], length) if want else (0,) for want in (mean, top, top)]
+    return [
+        torch.empty(s, dtype=d, device=x.device)
+        for s, d in zip(shapes, (x.dtype, x.dtype, torch.int32))
+    ]
+
+# %% ../../nbs/11_ops.strip_pool.ipynb #298e58e8
+def _partial(x, n, length, mean, top):
+    "Room for n partial results of one direction, three parts of one buffer; None where not wanted."
+    size = x.shape[0] * x.shape[1] * n * length
+    # a mean is one part; a maximum has its index beside it
+    room = torch.empty((mean + 2 * top, size), dtype=torch.float32, device=x.device)
+    sums = room[0] if mean else None
+    tops = room[-2] if top else None
+    indices = room[-1].view(torch.int32) if top else None
+    return sums, tops, indices
+
+# %% ../../nbs/11_ops.strip_pool.ipynb #4ea7a036
+def _join(partial, out, n, over, mean, top):
+    "Put n partial results of one direction together."
+    like = out[0] if mean else out[1]
+    opts = blocks("strip_pool_join", BLOCK=1024, num_warps=4)
+    _strip_pool_join_kernel[(triton.cdiv(like.numel(), opts["BLOCK"]),)](
+        *partial, *out, n, like.shape[2], over, like.numel(), MEAN=mean, MAX=top, **opts
     )
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #ca8fa176
@@ -105,37 +135,6 @@ def strip_pool_fwd(
         if over_w and strips > 1:
             _join(to_w, out_w, strips, w, mean, top)
     return *out_h, *out_w
-
-# %% ../../nbs/11_ops.strip_pool.ipynb #c4c48643
-def _results(x, length, mean, top):
-    "Mean, maximum and index of one direction; empty where not wanted."
-    shapes = [(*x.shape[:2], length) if want else (0,) for want in (mean, top, top)]
-    return [
-        torch.empty(s, dtype=d, device=x.device)
-        for s, d in zip(shapes, (x.dtype, x.dtype, torch.int32))
-    ]
-
-# %% ../../nbs/11_ops.strip_pool.ipynb #298e58e8
-def _partial(x, n, length, mean, top):
-    "Room for n partial results of one direction, three parts of one buffer; None where not wanted."
-    size = x.shape[0] * x.shape[1] * n * length
-    room = torch.empty(
-        (3 if mean and top else 2 if top else 1 if mean else 0, size),
-        dtype=torch.float32,
-        device=x.device,
-    )
-    sums = room[0] if mean else None
-    tops = room[-2] if top else None
-    return sums, tops, room[-1].view(torch.int32) if top else None
-
-# %% ../../nbs/11_ops.strip_pool.ipynb #4ea7a036
-def _join(partial, out, n, over, mean, top):
-    "Put n partial results of one direction together."
-    like = out[0] if mean else out[1]
-    opts = blocks("strip_pool_join", BLOCK=1024, num_warps=4)
-    _strip_pool_join_kernel[(triton.cdiv(like.numel(), opts["BLOCK"]),)](
-        *partial, *out, n, like.shape[2], over, like.numel(), MEAN=mean, MAX=top, **opts
-    )
 
 # %% ../../nbs/11_ops.strip_pool.ipynb #cbf04d51
 def strip_pool_bwd(
@@ -259,12 +258,8 @@ def strip_pool(
         raise ValueError(f"unknown dim '{dim}'; known: h, w, hw")
     if x.numel() and choose("strip_pool", x, impl=impl, mode=f"{mode} {dim}"):
         o = _strip_pool_op(x, "mean" in mode, "max" in mode, "h" in dim, "w" in dim)
-        out = [
-            o[i + 3 * (d == "w")]
-            for d in dim
-            for i, kind in enumerate(("mean", "max"))
-            if kind in mode
-        ]
+        wanted = [i for i, kind in enumerate(("mean", "max")) if kind in mode]
+        out = [o[i + 3 * (d == "w")] for d in dim for i in wanted]
     else:
         out = strip_pool_ref(x, mode, dim)
     return out[0] if len(out) == 1 else tuple(out)

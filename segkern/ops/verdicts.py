@@ -65,7 +65,8 @@ def sources(
             ours = inner is not None and inner.__module__.rpartition(".")[0] in package
             if ours:
                 todo.append((inner.__module__, inner.__qualname__, value))
-            elif isinstance(value, (int, float, str, tuple)):
+            # a constant of a kernel is wrapped: `tl.constexpr`
+            elif isinstance(getattr(value, "value", value), (int, float, str, tuple)):
                 todo.append((module, used, value))
     return found
 
@@ -148,11 +149,9 @@ def objection(
         return "the kernels or their compiler changed since they passed the gate on this GPU"
     if facts is None:
         wins = sorted(r["ratio"] for r in verdict["rows"])
-        return (
-            None
-            if wins and wins[len(wins) // 2] >= 1
-            else "the kernel loses to PyTorch at half of the measured sizes"
-        )
+        if wins and wins[len(wins) // 2] >= 1:
+            return None
+        return "the kernel loses to PyTorch at half of the measured sizes"
     row = nearest(verdict["rows"], facts)
     if row is None:
         return f"no call like this was measured: {facts['dtype']}, {facts['layout']}, {facts['mode'] or 'one mode'}"

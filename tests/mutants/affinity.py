@@ -6,6 +6,7 @@ from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
 MODULE = "segkern.ops.affinity"
+KERNELS = "segkern.ops.affinity_kernels"
 MUTANTS = [
     (
         "_affinity_fwd_kernel",
@@ -13,7 +14,7 @@ MUTANTS = [
         's = tl.where((m < M)[None, :], s, float("-inf"))',
         "s = s + 0.0",
     ),
-    ("_affinity_fwd_kernel", "scale left out", "(scale*1.4426950408889634)", "1.4426950408889634"),
+    ("_affinity_fwd_kernel", "scale left out", "(scale*LOG2E)", "1.4426950408889634"),
     (
         "_affinity_fwd_kernel",
         "sum not rescaled",
@@ -76,8 +77,8 @@ MUTANTS = [
         "_affinity_dkp_kernel",
         "padded queries take part",
         "a = tl.where(inside, tl.exp2(tl.dot(qt, kt, "
-        "input_precision=PRECISION)*(scale*1.4426950408889634) - l2[:, None]), 0.0)",
-        "a = tl.exp2(tl.dot(qt, kt, input_precision=PRECISION)*(scale*1.4426950408889634) - "
+        "input_precision=PRECISION)*(scale*LOG2E) - l2[:, None]), 0.0)",
+        "a = tl.exp2(tl.dot(qt, kt, input_precision=PRECISION)*(scale*LOG2E) - "
         "l2[:, None])\n        gt += 1.0*(n >= N)[:, None]",
     ),
 ]

@@ -6,56 +6,62 @@ from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
 MODULE = "segkern.ops.msca"
+KERNELS = ("segkern.ops.msca_kernels", "segkern.ops.msca_gradients")
 MUTANTS = [
-    ("_band", "taps one off", "t = i - j + K // 2", "t = i - j + K // 2 - 1"),
-    ("_band", "not turned", "if TURN: t = j - i + K // 2", "if TURN: t = i - j + K // 2"),
-    ("_band", "longer than the strip", "(t < K), other=0.0)", "(t < K + 1), other=0.0)"),
-    ("_five", "the taps of another row", "taps + 15", "taps + 10"),
-    ("_three", "strips one off", "taps + 18", "taps + 17"),
-    ("_diagonals", "diagonals one off", "i = j + t - K // 2", "i = j + t - K // 2 + 1"),
+    ("band", "taps one off", "t = i - j + K // 2", "t = i - j + K // 2 - 1"),
+    ("band", "not turned", "if TURN: t = j - i + K // 2", "if TURN: t = i - j + K // 2"),
+    ("band", "longer than the strip", "(t < K), other=0.0)", "(t < K + 1), other=0.0)"),
+    ("square_bands", "the taps of another row", "taps + 15", "taps + 10"),
+    ("strip_bands", "strips one off", "taps + 18", "taps + 17"),
+    ("diagonals", "diagonals one off", "i = j + t - K // 2", "i = j + t - K // 2 + 1"),
     (
-        "_diagonals",
+        "diagonals",
         "outside of the matrix",
         "tl.sum(tl.where(inside, tl.gather",
         "tl.sum(tl.where(t < K, tl.gather",
     ),
-    ("_task", "margins of rows too small", "down*(RH - 2*PH) + h", "down*(RH - PH) + h"),
-    ("_task", "no margin to the sides", "right*(RW - 2*PW) + w", "right*RW + w"),
-    ("_task", "the first tile without its border", "((h >= PH) | (down == 0))", "(h >= PH)"),
+    ("tile_of", "margins of rows too small", "down*(RH - 2*PH) + h", "down*(RH - PH) + h"),
+    ("tile_of", "no margin to the sides", "right*(RW - 2*PW) + w", "right*RW + w"),
+    ("tile_of", "the first tile without its border", "((h >= PH) | (down == 0))", "(h >= PH)"),
     (
-        "_task",
+        "tile_of",
         "the last tile without its border",
         "((w < RW - PW) | (right == TC - 1))",
         "(w < RW - PW)",
     ),
     (
-        "_task",
+        "tile_of",
         "always the first picture",
         "(i // (TR*TC)).to(tl.int64)",
         "(0*(i // (TR*TC))).to(tl.int64)",
     ),
     (
-        "_rows",
+        "load_tile",
         "beyond the right border",
         "& (col < W)[None, :], other=0.0)",
         "& (col < W + 1)[None, :], other=0.0)",
     ),
     (
-        "_square",
+        "square_conv",
         "not cut at the border",
         "if EDGES: acc = tl.where((row < H)[:, None] & (col < W)[None, :], acc, 0.0)",
         "acc = acc + 0.0",
     ),
-    ("_square", "rows one off", "row + dy - 2", "row + dy - 1"),
-    ("_square", "one row of taps", "bands[dy]", "bands[1]"),
-    ("_along", "not cut at the border", "if EDGES: a = tl.where(on_map, a, 0.0)", "a = a + 0.0"),
-    ("_along", "bias missing", " + tl.load(bias)", ""),
+    ("square_conv", "rows one off", "row + dy - 2", "row + dy - 1"),
+    ("square_conv", "one row of taps", "bands[dy]", "bands[1]"),
+    (
+        "strip_conv",
+        "not cut at the border",
+        "if EDGES: a = tl.where(on_map, a, 0.0)",
+        "a = a + 0.0",
+    ),
+    ("strip_conv", "bias missing", " + tl.load(bias)", ""),
     ("_msca_fwd_kernel", "bias of a strip of columns missing", "tl.load(taps + 108) + ", ""),
     (
         "_msca_fwd_kernel",
         "columns with the taps of rows",
-        "_three(taps + 64, RH, True, T)",
-        "_three(taps + 25, RH, True, T)",
+        "strip_bands(taps + 64, RH, True, T)",
+        "strip_bands(taps + 25, RH, True, T)",
     ),
     ("_msca_fwd_kernel", "taps of the first channel", "taps += c*110", "taps += c*0"),
     (
@@ -67,8 +73,8 @@ MUTANTS = [
     (
         "_msca_strips_kernel",
         "columns not turned",
-        "_three(taps + 25, RW, True, T)",
-        "_three(taps + 25, RW, False, T)",
+        "strip_bands(taps + 25, RW, True, T)",
+        "strip_bands(taps + 25, RW, False, T)",
     ),
     (
         "_msca_strips_kernel",
@@ -124,8 +130,8 @@ MUTANTS = [
     (
         "_msca_square_kernel",
         "not turned",
-        "_five(taps + c*110, RW, True, T)",
-        "_five(taps + c*110, RW, False, T)",
+        "square_bands(taps + c*110, RW, True, T)",
+        "square_bands(taps + c*110, RW, False, T)",
     ),
     (
         "_msca_taps_kernel",
@@ -137,8 +143,8 @@ MUTANTS = [
     (
         "_msca_taps_kernel",
         "one picture only",
-        "d1 = tl.dot(tl.trans(_rows(at, row + dy - 1, col, H, W, sh, sw)), mine, d1,",
-        "d1 = tl.dot(tl.trans(_rows(at, row + dy - 1, col, H, W, sh, sw)), mine, 0*d1,",
+        "d1 = tl.dot(tl.trans(load_tile(at, row + dy - 1, col, H, W, sh, sw)), mine, d1,",
+        "d1 = tl.dot(tl.trans(load_tile(at, row + dy - 1, col, H, W, sh, sw)), mine, 0*d1,",
     ),
 ]
 

@@ -9,7 +9,8 @@ from segkern.ops.prototypes import prototypes_ref
 from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
-MODULE = "segkern.ops.prototype"
+MODULE = ("segkern.ops.prototypes", "segkern.ops.cosine", "segkern.ops.class_sums")
+KERNELS = ("segkern.ops.prototypes_kernels", "segkern.ops.cosine_kernels", "segkern.ops.class_sums")
 MUTANTS = [
     (
         "_prototypes_stats_kernel",

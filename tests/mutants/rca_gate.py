@@ -6,6 +6,7 @@ from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
 MODULE = "segkern.ops.rca_gate"
+KERNELS = "segkern.ops.rca_gate_kernels"
 MUTANTS = [
     ("_rca_gate_fwd_kernel", "the gate is left out", "y = a*_local(", "y = _local("),
     (

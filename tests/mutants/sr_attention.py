@@ -6,6 +6,7 @@ from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
 MODULE = "segkern.ops.sr_attention"
+KERNELS = "segkern.ops.sr_attention_kernels"
 MUTANTS = [
     (
         "_sr_attention_fwd_kernel",
@@ -16,8 +17,8 @@ MUTANTS = [
     (
         "_sr_attention_fwd_kernel",
         "scale left out",
-        "scale2 = scale*1.4426950408889634",
-        "scale2 = 1.4426950408889634",
+        "scale2 = scale*LOG2E",
+        "scale2 = LOG2E",
     ),
     (
         "_sr_attention_fwd_kernel",

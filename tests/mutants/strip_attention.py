@@ -5,6 +5,7 @@ from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
 MODULE = "segkern.ops.strip_attention"
+KERNELS = "segkern.ops.strip_attention_kernels"
 MUTANTS = [
     (
         "_strip_attention_fwd_kernel",

@@ -7,6 +7,7 @@ from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
 MODULE = "segkern.ops.strip_pool"
+KERNELS = "segkern.ops.strip_pool_kernels"
 MUTANTS = [
     (
         "_strip_pool_fwd_kernel",
