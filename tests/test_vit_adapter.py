@@ -625,7 +625,7 @@ def test_forms():
         assert torch.equal(got, m(x))
         assert_close("alone", got[1:], m(x[1:]), 1e-5)
     seen = []
-    import segkern.backbones.vit_adapter as module
+    import segkern.backbones.vit_blocks as module
 
     keep = module.read_between
     module.read_between = lambda *a: seen.append(1) or keep(*a)

@@ -9,14 +9,15 @@ __all__ = ['RESNETS', 'ResNet']
 import torch
 from torch import nn
 
+from .base import pyramid, size_of
 from ..weights.rules import Rule
 
 # %% ../../nbs/21_backbones.resnet.ipynb #b65ede84
+# channels of the four stages
 RESNETS = {
     "resnet18": (64, 128, 256, 512),
     "resnet34": (64, 128, 256, 512),
     "resnet50": (256, 512, 1024, 2048),
-    # channels of the four stages
     "resnet101": (256, 512, 1024, 2048),
     "resnet152": (256, 512, 1024, 2048),
 }
@@ -29,26 +30,20 @@ class ResNet(nn.Module):
         self,
         name: str = "resnet18",  # a name of `RESNETS`
         stem_pool: bool = True,  # max-pool in the stem; without it all strides halve
-        # download timm's `tv_in1k` weights, those the papers started from
-        pretrained: bool = False,
+        pretrained: bool = False,  # download timm's `tv_in1k` weights, those of the papers
     ):
         super().__init__()
         import timm
 
-        if name not in RESNETS:
-            raise ValueError(f"unknown encoder '{name}'; known: {', '.join(RESNETS)}")
+        self.channels = list(size_of(RESNETS, name))
         self.name = name
-        self.channels = list(RESNETS[name])
         self.strides = [4, 8, 16, 32] if stem_pool else [2, 4, 8, 16]
-        # a fresh deep network would overflow before its norms have seen data: its blocks start as
-        # identities
-        deep = self.channels[-1] == 2048
         self.body = timm.create_model(
             f"{name}.tv_in1k" if pretrained else name,
             pretrained=pretrained,
             num_classes=0,
             global_pool="",
-            zero_init_last=deep,
+            zero_init_last=self.channels[-1] == 2048,
         )
         if not stem_pool:
             self.body.maxpool = nn.Identity()
@@ -57,13 +52,10 @@ class ResNet(nn.Module):
         self,
         x: torch.Tensor,  # [b, 3, h, w]
     ) -> list:  # four maps
+        "The maps of the four stages."
         b = self.body
         x = b.maxpool(b.act1(b.bn1(b.conv1(x))))
-        maps = []
-        for stage in (b.layer1, b.layer2, b.layer3, b.layer4):
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return pyramid((b.layer1, b.layer2, b.layer3, b.layer4), x)
 
     def key_rules(self, state):  # torchvision's and timm's own keys
         "Key table of ImageNet checkpoints."

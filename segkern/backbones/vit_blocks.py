@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import ConvNormAct
+from .blocks import ConvNormAct, stochastic_depth, to_picture, to_tokens
 from ..core import constants
 
 # %% ../../nbs/27b_backbones.vit_blocks.ipynb #c5ddfb5e
-POINTS = 4  # points per head and map
-
-# %% ../../nbs/27b_backbones.vit_blocks.ipynb #dde51858
+POINTS = 4  # per head and map
 EPS = 1e-6  # of all norms of tokens
 
 # %% ../../nbs/27b_backbones.vit_blocks.ipynb #73692185
@@ -45,19 +43,14 @@ def read_between(
     y = at[..., 1] * h - 0.5
     left = x.floor()
     top = y.floor()
-    out = 0
     flat = v.flatten(2)
+    out = 0
     for i, wy in ((top, top + 1 - y), (top + 1, y - top)):
         for j, wx in ((left, left + 1 - x), (left + 1, x - left)):
             weight = wx * wy * ((i >= 0) & (i < h) & (j >= 0) & (j < w))
             index = (i.clamp(0, h - 1) * w + j.clamp(0, w - 1)).long().flatten(1)
-            out = (
-                out
-                + flat.gather(2, index[:, None].expand(-1, v.shape[1], -1)).unflatten(
-                    2, at.shape[1:3]
-                )
-                * weight[:, None]
-            )
+            read = flat.gather(2, index[:, None].expand(-1, v.shape[1], -1))
+            out = out + read.unflatten(2, at.shape[1:3]) * weight[:, None]
     return out
 
 # %% ../../nbs/27b_backbones.vit_blocks.ipynb #b560505b
@@ -86,6 +79,29 @@ class DeformableAttention(nn.Module):
         self.value = nn.Linear(c, wide)
         self.out = nn.Linear(wide, c)
 
+    def by_map(self, t):  # [b, q, heads, maps, points, ...] -> [maps, b*heads, q, points, ...]
+        "Numbers of all points, map by map."
+        return t.permute(3, 0, 2, 1, *range(4, t.ndim)).flatten(1, 2)
+
+    def shares(self, query):  # [b, q, c] -> [maps, b*heads, q, points]
+        "How much each point counts; those of a head sum to 1."
+        t = self.weights(query).to(torch.promote_types(query.dtype, torch.float32))
+        t = t.unflatten(2, (self.heads, -1)).softmax(-1)
+        return self.by_map(t.unflatten(3, (self.levels, self.points)))
+
+    def moves(self, query):  # [b, q, c] -> [maps, b*heads, q, points, 2]
+        "Where the points lie, in cells."
+        t = self.offsets(query).to(torch.promote_types(query.dtype, torch.float32))
+        return self.by_map(t.unflatten(2, (self.heads, self.levels, self.points, 2)))
+
+    def read(self, v, at):  # [n, d, h, w], [n, q, points, 2] -> [n, d, q, points]
+        "The values at places."
+        if self.literal:
+            return read_between(v, at)
+        return F.grid_sample(
+            v, 2 * at - 1, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
+
     def forward(
         self,
         query: torch.Tensor,  # [b, q, c]
@@ -95,47 +111,17 @@ class DeformableAttention(nn.Module):
     ) -> torch.Tensor:  # [b, q, c]
         b, q, _ = query.shape
         exact = torch.promote_types(query.dtype, torch.float32)
-        each = (self.heads, self.levels, self.points)
-        # [l, b*heads, q, p]
-        weights = (
-            self.weights(query)
-            .to(exact)
-            .unflatten(2, (self.heads, -1))
-            .softmax(-1)
-            .unflatten(3, each[1:])
-            .permute(3, 0, 2, 1, 4)
-            .flatten(1, 2)
-        )
-        # [l, b*heads, q, p, 2]
-        moves = (
-            self.offsets(query)
-            .to(exact)
-            .unflatten(2, (*each, 2))
-            .permute(3, 0, 2, 1, 4, 5)
-            .flatten(1, 2)
-        )
-        # [b*heads, d, n]
-        values = (
-            self.value(tokens)
-            .to(exact)
-            .transpose(1, 2)
-            .reshape(b * self.heads, -1, tokens.shape[1])
-        )
-        out = 0
+        shares = self.shares(query)
+        moves = self.moves(query)
+        values = self.value(tokens).to(exact).transpose(1, 2)
+        values = values.reshape(b * self.heads, -1, tokens.shape[1])  # [b*heads, d, n]
+        maps = values.split([h * w for h, w in sizes], 2)
         places = places.to(exact)[:, None]
-        for v, (h, w), move, weight in zip(
-            values.split([h * w for h, w in sizes], 2), sizes, moves, weights
-        ):
-            v = v.unflatten(2, (h, w))
+        out = 0
+        for v, (h, w), move, share in zip(maps, sizes, moves, shares):
             at = places + move / constants((w, h), move, exact)
-            read = (
-                read_between(v, at)
-                if self.literal
-                else F.grid_sample(
-                    v, 2 * at - 1, mode="bilinear", padding_mode="zeros", align_corners=False
-                )
-            )
-            out = out + (read * weight[:, None]).sum(3)  # [b*heads, d, q]
+            read = self.read(v.unflatten(2, (h, w)), at)
+            out = out + (read * share[:, None]).sum(3)  # [b*heads, d, q]
         return self.out(out.reshape(b, -1, q).transpose(1, 2).to(query.dtype))
 
 # %% ../../nbs/27b_backbones.vit_blocks.ipynb #2faf639f
@@ -155,10 +141,7 @@ class GridMLP(nn.Module):
 
     def forward(self, x, sizes):  # [b, n, c], (h, w) of the grids -> [b, n, c]
         parts = self.fc1(x).split([h * w for h, w in sizes], 1)
-        parts = [
-            self.near(p.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
-            for p, size in zip(parts, sizes)
-        ]
+        parts = [to_tokens(self.near(to_picture(p, size))) for p, size in zip(parts, sizes)]
         return self.fc2(F.gelu(torch.cat(parts, 1)))
 
 # %% ../../nbs/27b_backbones.vit_blocks.ipynb #fdf09731
@@ -190,15 +173,13 @@ class Extractor(nn.Module):
         heads: int,  # of the attention
         drop: float = 0.0,  # probability that a sample skips the mixing
     ):
-        from timm.layers import DropPath
-
         super().__init__()
         self.query_norm = nn.LayerNorm(c, EPS)
         self.feat_norm = nn.LayerNorm(c, EPS)
         self.attn = DeformableAttention(c, 1, heads)
         self.norm = nn.LayerNorm(c, EPS)
         self.mlp = GridMLP(c)
-        self.drop = DropPath(drop) if drop else nn.Identity()
+        self.drop = stochastic_depth(drop)
 
     # [b, n, c]; transformer's grid; own grids -> the same shape
     def forward(self, c, places, tokens, size, sizes):
@@ -231,8 +212,6 @@ class Block(nn.Module):
         drop: float = 0.0,  # probability that a sample skips a branch
         ratio: int = 4,  # width of the feed-forward layer
     ):
-        from timm.layers import DropPath
-
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(c, EPS)
@@ -243,14 +222,12 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(ratio * c, c)
         self.gamma1 = nn.Parameter(torch.ones(c))
         self.gamma2 = nn.Parameter(torch.ones(c))
-        self.drop = DropPath(drop) if drop else nn.Identity()
+        self.drop = stochastic_depth(drop)
 
     def forward(self, x):  # [b, n, c] -> [b, n, c]
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.drop(
-            self.gamma1
-            * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.drop(self.gamma1 * self.proj(y))
         return x + self.drop(self.gamma2 * self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 # %% ../../nbs/27b_backbones.vit_blocks.ipynb #46850b15
