@@ -55,7 +55,8 @@ _ROOMS = (
 # %% ../nbs/00a_init.ipynb #66b2b996
 # old name of a module -> the modules that hold its names now
 MOVED = {
-    "bench_ops": "bench.case bench.op_cases bench.head_cases bench.shapes bench.contenders bench.ops",
+    "bench_ops": "bench.case bench.attention_cases bench.map_cases bench.class_cases bench.head_cases bench.shapes "
+    "bench.contenders bench.ops",
     "cli_explain": "cli.explain cli.explain_lists",
     "data.augment": "data.colour data.geometry data.transform",
     "data.transforms": "data.geometry data.transform",
@@ -65,16 +66,14 @@ MOVED = {
     "explain.field explain.footprint explain.paths explain.draw",
     "layers": "backbones.blocks",
     "metrics": "infer.metrics",
-    "ops.head": "ops.bands ops.labels ops.select ops.ce ops.ce_unreduced",
+    "ops.head": "ops.bands ops.labels ops.mining ops.ce ops.ce_unreduced",
     "ops.head_checks": "ops.checks",
-    "ops.head_kernels": "ops.resize ops.labels_kernels ops.ce_tiles ops.select",
+    "ops.head_kernels": "ops.resize ops.labels_kernels ops.ce_tiles ops.mining",
     "ops.head_quads": "ops.quads ops.ce_quads",
     "ops.head_soft": "ops.dice ops.dice_tiles ops.dice_quads",
     "ops.prototype": "ops.class_maps ops.prototypes ops.cosine ops.class_sums ops.prototypes_kernels "
     "ops.cosine_kernels",
     "pretrain": "train.classify train.image_folder",
-    "recipes": "core.recipe models.s2fpn models.sanet models.mmseg models.segformer "
-    "models.sasformer_icip models.sasformer_sparse models.vit_adapter",
 }
 
 # %% ../nbs/00a_init.ipynb #1dfb1658
@@ -95,15 +94,17 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def _from_homes(old, homes, name):
     "A name of a module that moved."
+    if name.startswith("__"):  # `inspect` asks every module for its file; that must import nothing
+        raise AttributeError(f"module '{old}' has no '{name}'")
     for home in homes:
-        module = importlib.import_module(f"segkern.{home}")
-        if hasattr(module, name):
+        value = getattr(importlib.import_module(f"segkern.{home}"), name, _ROOMS)
+        if value is not _ROOMS:
             warnings.warn(f"{old}.{name} is in segkern.{home} now", DeprecationWarning, 2)
-            return getattr(module, name)
+            return value
     raise AttributeError(f"module '{old}' has moved to {homes} and has no '{name}'")
 
 
-sys.meta_path.insert(0, _Moved())  # before a file that an earlier version left
+sys.meta_path.append(_Moved())
 
 # %% ../nbs/00a_init.ipynb #366cbd9a
 def __getattr__(name):

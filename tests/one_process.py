@@ -127,15 +127,15 @@ def with_operators():
 
 def edited_body_runs():
     "Execute a cell of the loss's notebook again, with another body: the package's loss must follow, and come back."
-    cells = json.loads((ROOT / "nbs" / "17b_ops.ce.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((ROOT / "nbs" / "17c_ops.ce.ipynb").read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells]
     (cell,) = (s for s in sources if '@operator("segkern::upsample_cross_entropy")' in s)
-    body = "return _upsample_ce_body(logits"
+    body = "return _upsample_ce_body(\n            logits"
     assert body in cell
     z = make_input([1, 3, 4, 5])
     y = torch.zeros(1, 8, 9, dtype=torch.long)
     before = ops.upsample_cross_entropy(z, y)
-    exec(cell.replace(body, "return _upsample_ce_body(2*logits"), dict(vars(ce)))
+    exec(cell.replace(body, body.replace("logits", "2 * logits")), dict(vars(ce)))
     during = ops.upsample_cross_entropy(z, y)
     exec(cell, dict(vars(ce)))
     after = ops.upsample_cross_entropy(z, y)

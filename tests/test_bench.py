@@ -23,6 +23,7 @@ from segkern.bench import (
     read_csv,
     write_csv,
 )
+from segkern.bench.cost import graph_peers
 from segkern.core import IMAGENET, seeded
 from segkern.infer import optimize
 from segkern.backbones.blocks import ConvNormAct, resize
@@ -185,7 +186,7 @@ def test_peers_of_the_graphs_give_the_same_labels(net, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", eager)
     image = torch.randint(0, 256, (1, 3, 24, 40), dtype=torch.uint8)
-    forms = bench._graph_peers(net, None, "optimized")
+    forms = graph_peers(net, None, "optimized")
     assert list(forms) == ["optimized without graphs", "optimized reduce-overhead"]
     assert asked == [dict(mode="reduce-overhead", dynamic=False)]
     want = net.predict(net.preprocess(image))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from segkern import ops
 from segkern.ops.dispatch import interpreting
 from segkern.ops.labels import _upsample_argmax_op, _upsample_confusion_op
-from segkern.ops.ce_unreduced import _upsample_nll_op
+from segkern.ops.ce_unreduced import upsample_nll_op
 from segkern.ops.dice import _dice_op
 from segkern.testing import assert_close, layouts, make_input, make_labels
 from segkern.testing.kernels import check_kernel
@@ -262,11 +262,9 @@ def test_operators():
         "test_faketensor",
         "test_aot_dispatch_static",
     )
+    torch.library.opcheck(upsample_nll_op.op, (z, y, None, 255, False, 0.0, True), test_utils=tests)
     torch.library.opcheck(
-        _upsample_nll_op.op, (z, y, None, 255, False, 0.0, True), test_utils=tests
-    )
-    torch.library.opcheck(
-        _upsample_nll_op.op, (z, y, torch.ones(3), 255, True, 0.1, False), test_utils=tests
+        upsample_nll_op.op, (z, y, torch.ones(3), 255, True, 0.1, False), test_utils=tests
     )
     torch.library.opcheck(_upsample_argmax_op.op, (z.detach(), 7, 5, False), test_utils=tests)
     torch.library.opcheck(_upsample_confusion_op.op, (z.detach(), y, 255, False), test_utils=tests)
@@ -460,7 +458,7 @@ def test_quads_of_the_family(kind):
 @pytest.mark.parametrize("k", [1, 2, 33, 150, 300])
 def test_quads_of_many_classes(k, monkeypatch):
     "One class to 300, in groups of eight classes."
-    import segkern.ops.head_quads as quads
+    from segkern.ops import quads
 
     monkeypatch.setattr(quads, "PARTIALS", 0)
     z = make_input([1, k, 2, 3], 1)

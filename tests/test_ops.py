@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import segkern.ops.head as head
 import segkern.ops.strip_attention as _  # noqa: F401  (the module is shadowed by its function)
 from segkern import ops
 from segkern.losses import cross_entropy, focal_loss, ohem_cross_entropy
+from segkern.ops import bands
 from segkern.testing import assert_close, layouts, make_input
 
 SIZES = [
@@ -31,7 +31,7 @@ def labels(shape, k, void=0.1, seed=0):
 
 @pytest.fixture(params=[1 << 21, 700], ids=["one band", "many bands"])
 def band(request, monkeypatch):
-    monkeypatch.setattr(head, "BAND", request.param)
+    monkeypatch.setattr(bands, "BAND", request.param)
 
 
 @pytest.mark.parametrize("align_corners", [False, True], ids=["half-pixel", "corners"])

@@ -16,52 +16,6 @@ from .tables import write_csv
 from ..core import logger, pick_device, progress
 from ..infer.deploy import optimize
 
-# %% ../../nbs/70d_bench.models.ipynb #4f37b211
-def bench_models(
-    models: list,  # modules, or names that `create` understands
-    sizes: list = ((512, 1024),),  # (height, width) pairs
-    out_csv: str | Path | None = None,  # where the rows go; None: nowhere
-    create=None,  # name -> module; default: `segkern.create_model`
-    device: str = "auto",  # where to run
-    optimized: bool = True,  # also time the form that `optimize` makes
-    paper: bool = False,  # also by the S2-FPN paper's protocol
-    warmup: int = 3,  # calls that do not count; the paper's protocol takes 50
-    repeats: int | None = None,  # calls that count; the paper's protocol takes 100
-    min_time: float = 1.0,  # seconds per measurement, where `repeats` is not given
-) -> list:  # rows: model, form, cost, times, facts
-    "Cost and latency of models at several sizes, one row per model, size and form."
-    create = create or _create
-    device = pick_device(device)
-    rows = []
-    with progress(desc="benchmark", total=len(models) * len(sizes)) as bar:
-        for entry in models:
-            plain = (
-                (create(entry) if isinstance(entry, str) else copy.deepcopy(entry))
-                .eval()
-                .to(device)
-            )
-            name = getattr(plain, "name", str(entry))
-            forms = {"plain": plain, **({"optimized": optimize(plain)} if optimized else {})}
-            for size in sizes:
-                bar.set_postfix_str(f"{name} {size[0]}x{size[1]}")
-                written, counted = (_cost_columns(plain, size, form) for form in ("paper", "ours"))
-                costs = {"plain": counted | {"params": written["params"]}, "optimized": counted}
-                for form, m in forms.items():
-                    rows.append(
-                        dict(
-                            model=name,
-                            form=form,
-                            **costs[form],
-                            **latency(m, size, 1, warmup, repeats, min_time),
-                        )
-                    )
-                if paper:
-                    rows.append(_paper_row(name, plain, size, written, warmup, repeats))
-                bar.update()
-    if out_csv is not None:
-        logger.info("wrote %s", write_csv(out_csv, rows))
-    return rows
-
 # %% ../../nbs/70d_bench.models.ipynb #dbef3216
 def _create(name):
     "The published model of that name."
@@ -92,3 +46,40 @@ def _paper_row(name, model, size, counted, warmup, repeats):
         fps=speed["fps"],
         **facts,
     )
+
+# %% ../../nbs/70d_bench.models.ipynb #4f37b211
+def bench_models(
+    models: list,  # modules, or names that `create` understands
+    sizes: list = ((512, 1024),),  # (height, width) pairs
+    out_csv: str | Path | None = None,  # where the rows go; None: nowhere
+    create=None,  # name -> module; default: `segkern.create_model`
+    device: str = "auto",  # where to run
+    optimized: bool = True,  # also time the form that `optimize` makes
+    paper: bool = False,  # also by the S2-FPN paper's protocol
+    warmup: int = 3,  # calls that do not count; the paper's protocol takes 50
+    repeats: int | None = None,  # calls that count; the paper's protocol takes 100
+    min_time: float = 1.0,  # seconds per measurement, where `repeats` is not given
+) -> list:  # rows: model, form, cost, times, facts
+    "Cost and latency of models at several sizes, one row per model, size and form."
+    create = create or _create
+    device = pick_device(device)
+    rows = []
+    with progress(desc="benchmark", total=len(models) * len(sizes)) as bar:
+        for entry in models:
+            plain = create(entry) if isinstance(entry, str) else copy.deepcopy(entry)
+            plain = plain.eval().to(device)
+            name = getattr(plain, "name", str(entry))
+            forms = {"plain": plain, **({"optimized": optimize(plain)} if optimized else {})}
+            for size in sizes:
+                bar.set_postfix_str(f"{name} {size[0]}x{size[1]}")
+                written, counted = (_cost_columns(plain, size, form) for form in ("paper", "ours"))
+                costs = {"plain": counted | {"params": written["params"]}, "optimized": counted}
+                for form, m in forms.items():
+                    times = latency(m, size, 1, warmup, repeats, min_time)
+                    rows.append(dict(model=name, form=form, **costs[form], **times))
+                if paper:
+                    rows.append(_paper_row(name, plain, size, written, warmup, repeats))
+                bar.update()
+    if out_csv is not None:
+        logger.info("wrote %s", write_csv(out_csv, rows))
+    return rows

@@ -346,3 +346,12 @@ def affinity(
         return affinity_ref(qs, ks, p, scale)
     ours = choose("affinity", *qs, *ks, p, impl=impl, sizes=(*p.shape[1:], len(qs)))
     return _affinity_op(qs, ks, p, scale)[0] if ours else _affinity_pieces_op(qs, ks, p, scale)
+
+# %% ../../nbs/14_ops.affinity.ipynb #8506e301
+# label -> sizes, for the benchmark
+CASES = {
+    f"MiT-B4 stage {s}, 512² B4": dict(b=4, h=h, n=n, m=m, maps=maps)
+    for s, (n, m, h, maps) in enumerate(
+        ((16384, 256, 1, 3), (4096, 256, 2, 8), (1024, 256, 5, 27), (1024, 1024, 8, 3)), 1
+    )
+}

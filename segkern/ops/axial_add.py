@@ -21,7 +21,7 @@ from segkern.ops.dispatch import (
     unsupported,
 )
 from .operator import operator
-from .squeeze_axial import _kind
+from .tiles import channels_together, sum_type
 
 # %% ../../nbs/18c_ops.axial_add.ipynb #0f03784a
 def axial_add_ref(
@@ -30,7 +30,7 @@ def axial_add_ref(
     column: torch.Tensor,  # [b, c, w]
 ) -> torch.Tensor:  # [b, c, h, w]
     "The definition."
-    kind = _kind(v, row, column)
+    kind = sum_type(v, row, column)
     return F.relu6(v.to(kind) + row.to(kind)[..., None] + column.to(kind)[:, :, None]).to(v.dtype)
 
 # %% ../../nbs/18c_ops.axial_add.ipynb #56801095
@@ -99,6 +99,45 @@ def _axial_add_fwd_kernel(
         s.to(out.dtype.element_ty),
         mask=keep,
     )
+
+# %% ../../nbs/18c_ops.axial_add.ipynb #e337b029
+def _like(x):
+    "An empty map of the same shape: channels last where `x` is, else without gaps."
+    lies = torch.channels_last if channels_together(x) else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=lies)
+
+# %% ../../nbs/18c_ops.axial_add.ipynb #f0abfdbf
+def _tile(v):
+    "Block sizes for the memory layout of a map: about a thousand numbers per program."
+    (_, c, h, w), last = v.shape, channels_together(v)
+    bh, bw = (1, pow2(w, 1, 16)) if last else (pow2(h, 1, 16), pow2(w, 16, 128))
+    return blocks("axial_add", BC=pow2(c, 1, max(1, 1024 // (bh * bw))), BH=bh, BW=bw, num_warps=4)
+
+# %% ../../nbs/18c_ops.axial_add.ipynb #06b66b15
+def axial_add_fwd(
+    v: torch.Tensor,  # [b, c, h, w], any strides
+    row: torch.Tensor,  # [b, c, h], any strides
+    column: torch.Tensor,  # [b, c, w], any strides
+) -> torch.Tensor:  # [b, c, h, w] in the layout of `v`
+    "Launch the forward kernel."
+    out, (b, c, h, w), opts = _like(v), v.shape, _tile(v)
+    programs = triton.cdiv(c, opts["BC"]) * triton.cdiv(h, opts["BH"]) * triton.cdiv(w, opts["BW"])
+    with on_device(v):
+        _axial_add_fwd_kernel[(b * programs,)](
+            v,
+            row,
+            column,
+            out,
+            c,
+            h,
+            w,
+            *v.stride(),
+            *row.stride(),
+            *column.stride(),
+            *out.stride(),
+            **opts,
+        )
+    return out
 
 # %% ../../nbs/18c_ops.axial_add.ipynb #4c648480
 @triton.jit
@@ -199,55 +238,6 @@ def _axial_add_bwd_kernel(
             mask=in_c[:, None] & in_w[None, :],
         )
 
-# %% ../../nbs/18c_ops.axial_add.ipynb #e337b029
-def _channels_last(x):
-    return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
-
-# %% ../../nbs/18c_ops.axial_add.ipynb #714a345c
-def _like(x):
-    "An empty map of the same shape: channels last where `x` is, else without gaps."
-    return torch.empty(
-        x.shape,
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format,
-    )
-
-# %% ../../nbs/18c_ops.axial_add.ipynb #f0abfdbf
-def _tile(v):
-    "Block sizes for the memory layout of a map: about a thousand numbers per program."
-    (_, c, h, w), last = v.shape, _channels_last(v)
-    bh, bw = (1, pow2(w, 1, 16)) if last else (pow2(h, 1, 16), pow2(w, 16, 128))
-    return blocks("axial_add", BC=pow2(c, 1, max(1, 1024 // (bh * bw))), BH=bh, BW=bw, num_warps=4)
-
-# %% ../../nbs/18c_ops.axial_add.ipynb #06b66b15
-def axial_add_fwd(
-    v: torch.Tensor,  # [b, c, h, w], any strides
-    row: torch.Tensor,  # [b, c, h], any strides
-    column: torch.Tensor,  # [b, c, w], any strides
-) -> torch.Tensor:  # [b, c, h, w] in the layout of `v`
-    "Launch the forward kernel."
-    out, (b, c, h, w), opts = _like(v), v.shape, _tile(v)
-    grid = (
-        b * triton.cdiv(c, opts["BC"]) * triton.cdiv(h, opts["BH"]) * triton.cdiv(w, opts["BW"]),
-    )
-    with on_device(v):
-        _axial_add_fwd_kernel[grid](
-            v,
-            row,
-            column,
-            out,
-            c,
-            h,
-            w,
-            *v.stride(),
-            *row.stride(),
-            *column.stride(),
-            *out.stride(),
-            **opts,
-        )
-    return out
-
 # %% ../../nbs/18c_ops.axial_add.ipynb #61bdf2aa
 def axial_add_bwd(
     g: torch.Tensor,  # gradient of the result, any strides
@@ -288,11 +278,9 @@ def axial_add_bwd(
             COLUMN=wanted[2],
             **opts,
         )
-    return (
-        dv,
-        (drow.squeeze(2) if strips == 1 else drow.sum(2).to(row.dtype)) if wanted[1] else drow,
-        dcolumn,
-    )
+    if wanted[1]:
+        drow = drow.squeeze(2) if strips == 1 else drow.sum(2).to(row.dtype)
+    return dv, drow, dcolumn
 
 # %% ../../nbs/18c_ops.axial_add.ipynb #e603a92e
 @operator("segkern::axial_add")
@@ -301,6 +289,11 @@ def _axial_add_op(v: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> t
     return axial_add_fwd(v, row, column)
 
 
+@_axial_add_op.register_fake
+def _(v, row, column):
+    return _like(v)
+
+# %% ../../nbs/18c_ops.axial_add.ipynb #1390a5e6
 @operator("segkern::axial_add_backward")
 def _axial_add_backward_op(
     g: torch.Tensor, v: torch.Tensor, row: torch.Tensor, column: torch.Tensor, wanted: list[bool]
@@ -308,38 +301,27 @@ def _axial_add_backward_op(
     "The backward kernel as an operator."
     return axial_add_bwd(g, v, row, column, tuple(wanted))
 
-# %% ../../nbs/18c_ops.axial_add.ipynb #81b6c231
-@_axial_add_op.register_fake
-def _(v, row, column):
-    return _like(v)
 
-# %% ../../nbs/18c_ops.axial_add.ipynb #1390a5e6
 @_axial_add_backward_op.register_fake
 def _(g, v, row, column, wanted):
     def plain(t):
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
-    return tuple(
-        make(t) if want else t.new_empty(0)
-        for t, make, want in zip((v, row, column), (_like, plain, plain), wanted)
-    )
+    makers = zip((v, row, column), (_like, plain, plain), wanted)
+    return tuple(make(t) if want else t.new_empty(0) for t, make, want in makers)
 
-# %% ../../nbs/18c_ops.axial_add.ipynb #ae672798
+# %% ../../nbs/18c_ops.axial_add.ipynb #f7edf97c
 def _axial_add_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
-# %% ../../nbs/18c_ops.axial_add.ipynb #f7edf97c
+
 def _axial_add_backward(ctx, g):
     wanted = list(ctx.needs_input_grad)
-    return tuple(
-        t if want else None
-        for t, want in zip(_axial_add_backward_op(g, *ctx.saved_tensors, wanted), wanted)
-    )
+    found = _axial_add_backward_op(g, *ctx.saved_tensors, wanted)
+    return tuple(t if want else None for t, want in zip(found, wanted))
 
 
 _axial_add_op.register_autograd(_axial_add_backward, setup_context=_axial_add_setup)
-
-# %% ../../nbs/18c_ops.axial_add.ipynb #5630e105
 kernels_of("axial_add", unsupported, axial_add_fwd, axial_add_bwd)
 
 # %% ../../nbs/18c_ops.axial_add.ipynb #570b745c
@@ -350,11 +332,8 @@ def axial_add(
     impl: str | None = None,  # "auto" | "ref" | "triton"
 ) -> torch.Tensor:  # [b, c, h, w]
     "ReLU6 of a map plus a vector for its rows and one for its columns, in one pass."
-    if (
-        v.ndim != 4
-        or tuple(row.shape) != tuple(v.shape[:3])
-        or tuple(column.shape) != (*v.shape[:2], v.shape[3])
-    ):
+    fits = v.ndim == 4 and tuple(row.shape) == tuple(v.shape[:3])
+    if not fits or tuple(column.shape) != (*v.shape[:2], v.shape[3]):
         raise ValueError(
             f"axial_add wants v [b, c, h, w], row [b, c, h], column [b, c, w]; got "
             f"{tuple(v.shape)}, {tuple(row.shape)}, {tuple(column.shape)}"

@@ -11,23 +11,24 @@ import torch
 from .ce_tiles import upsample_ce_bwd, upsample_ce_fwd
 from .dispatch import blocks, on_device, tl, triton
 from segkern.ops.quads import (
-    _between,
-    _corner_values,
-    _geometry,
-    _onto_corners,
-    _quads,
-    _store_corners,
+    between,
+    corner_values,
+    quad_geometry,
+    onto_corners,
+    program_patches,
+    store_corners,
     bwd_options,
     loads_well,
     quad_scale,
     through_corners,
 )
+from .tiles import LN2, LOG2E
 
 # %% ../../nbs/16f_ops.ce_quads.ipynb #55f3e4bc
 @triton.jit
 def _more_classes(z, corners, sc, m, s, left, right, th, KB: tl.constexpr):
     "Running maximum and sum after `KB` more classes, and these classes' values."
-    v = _between(_corner_values(z, corners, sc, KB - 1, KB), left, right, 0.0, th)
+    v = between(corner_values(z, corners, sc, KB - 1, KB), left, right, 0.0, th)
     n = tl.maximum(m, tl.max(v, 0))
     return n, s * tl.exp2(m - n) + tl.sum(tl.exp2(v - n[None, :, :, :]), 0), v
 
@@ -74,9 +75,7 @@ def _quad_ce_fwd_kernel(
     KB: tl.constexpr,
 ):
     "lse_k (U z)_k in base 2, the loss of each pixel where `NLL`, and the program's sums of losses and weights."
-    LOG2E: tl.constexpr = 1.4426950408889634
-    LN2: tl.constexpr = 0.6931471805599453
-    b, p, corners, th, tw, at, inside = _quads(
+    b, p, corners, th, tw, at, inside = program_patches(
         h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, False
     )
     left = (1.0 - tw) * LOG2E
@@ -146,7 +145,9 @@ def ce_fwd(
         KB=2 if align_corners else 4,
         num_warps=4,
     )
-    sizes, steps, patches = _geometry(logits.shape, size, align_corners, S, opts["PH"], opts["PW"])
+    sizes, steps, patches = quad_geometry(
+        logits.shape, size, align_corners, S, opts["PH"], opts["PW"]
+    )
     grid = b * triton.cdiv(patches, opts["NQ"])
     lse = torch.empty((b, *size), dtype=torch.float32, device=device)
     nll = torch.empty((b, *size) if pixels else (0,), dtype=torch.float32, device=device)
@@ -233,8 +234,7 @@ def _quad_ce_bwd_kernel(
     KB: tl.constexpr,
 ):
     "Partial sums of c (softmax(U z) - onehot) for the corners of each patch, `share` of the classes k0 to k0 + n."
-    LOG2E: tl.constexpr = 1.4426950408889634
-    b, p, corners, th, tw, at, inside = _quads(
+    b, p, corners, th, tw, at, inside = program_patches(
         h, w, H, W, rows, cols, sh, step_h, step_w, S, PH, PW, NQ, ALIGN, True
     )
     left = (1.0 - tw) * LOG2E
@@ -256,8 +256,8 @@ def _quad_ce_bwd_kernel(
     where = b * rows * cols + p
     for c in range(first, tl.minimum(first + share, n), KB):
         k = c + tl.arange(0, KB)
-        values = _corner_values(plane, corners, wide, n - 1 - c, KB)
-        q = tl.exp2(_between(values, left, right, -l2[None, :, :, :], th))
+        values = corner_values(plane, corners, wide, n - 1 - c, KB)
+        q = tl.exp2(between(values, left, right, -l2[None, :, :, :], th))
         d = tl.where(y[None, :, :, :] == (k0 + k)[:, None, None, None], q - 1.0, q)
         if PIXEL or WEIGHT:
             d = d * coefficient[None, :, :, :]
@@ -269,7 +269,7 @@ def _quad_ce_bwd_kernel(
             )
             even = tl.where(valid[None, :, :, :], whole * q - wk, 0.0)
             d = (1.0 - smooth) * d + smooth / K * even
-        _store_corners(part, _onto_corners(d, th, left, right), c, n, total, where, live, KB)
+        store_corners(part, onto_corners(d, th, left, right), c, n, total, where, live, KB)
         plane += KB * wide
 
 # %% ../../nbs/16f_ops.ce_quads.ipynb #67e3f4ad

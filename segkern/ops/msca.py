@@ -253,3 +253,11 @@ def msca(
         return _msca_op(x, taps.contiguous())
     with without_autocast(x):
         return msca_ref(x, taps)
+
+# %% ../../nbs/13_ops.msca.ipynb #b48d8acf
+# label -> sizes, for the benchmark
+CASES = {
+    f"SegNeXt-L {c}×{side}², 512² B{b}": dict(b=b, c=c, h=side, w=side)
+    for b in (1, 16)
+    for c, side in ((64, 128), (128, 64), (320, 32), (512, 16))
+}

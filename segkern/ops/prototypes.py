@@ -314,3 +314,17 @@ def prototypes(
     kernel = choose("prototypes", logits, feat, pos, impl=impl, sizes=(feat.shape[1],))
     semantic, spatial, *_ = _prototypes_op(logits, feat, pos, kernel)
     return semantic.to(feat.dtype), spatial.to(feat.dtype)
+
+# %% ../../nbs/15a_ops.prototypes.ipynb #7083c9b7
+# label -> sizes, for the benchmark
+CASES = {
+    f"{head} B{b}": dict(b=b, k=k, c=c, h=h, w=w)
+    for head, b, k, c, h, w in (
+        ("SegFormer-B5 K150 C256, 512²", 1, 150, 256, 128, 128),
+        ("SegFormer-B5 K150 C256, 512²", 16, 150, 256, 128, 128),
+        ("OCR K171 C512, 512²", 1, 171, 512, 128, 128),
+        ("SegNeXt-L K150 C1024, 512²", 1, 150, 1024, 64, 64),
+        ("SegNeXt-L K59 C1024, 480²", 1, 59, 1024, 60, 60),
+        ("K19 C256 1/4, 1024×2048", 1, 19, 256, 256, 512),
+    )
+}

@@ -282,3 +282,16 @@ def rca_gate(
         return _rca_gate_op(x, [t.contiguous() for t in lines])
     with without_autocast(x):
         return rca_gate_ref(x, *lines)
+
+# %% ../../nbs/18a_ops.rca_gate.ipynb #5a0aac68
+# label -> sizes, for the benchmark
+CASES = {
+    f"CGRSeg-{gate}, 512² B{b}": dict(b=b, c=c, h=side, w=side, k=k)
+    for gate, b, c, side, k in (
+        ("B 1/8", 1, 64, 64, 11),
+        ("B context", 1, 496, 8, 11),
+        ("L 1/8", 16, 80, 64, 9),
+        ("L 1/16", 16, 192, 32, 9),
+        ("L context", 16, 656, 8, 9),
+    )
+}

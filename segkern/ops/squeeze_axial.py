@@ -21,11 +21,7 @@ from segkern.ops.dispatch import (
 )
 from .operator import operator
 from .strip_pool import strip_means
-
-# %% ../../nbs/18_ops.squeeze_axial.ipynb #fc4a2ff8
-def _kind(*tensors):
-    "The type of sums: float32, or float64 where one of the tensors has it."
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from .tiles import LOG2E, precision, sum_type
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #ca2e1c52
 def positions(
@@ -33,13 +29,25 @@ def positions(
     n: int,  # places
 ) -> torch.Tensor:  # [1, c, n]
     "Learned positions for any number of places; the table itself where nothing is to do."
-    return (
-        table
-        if table.shape[2] == n
-        else F.interpolate(table, n, mode="linear", align_corners=False)
-    )
+    if table.shape[2] == n:
+        return table
+    return F.interpolate(table, n, mode="linear", align_corners=False)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #027cac81
+def _attend(means, table_q, table_k, heads, kind):
+    "One axis: averages [b, 2 c + c_v, n] and two tables of positions give [b, c_v, n]."
+    b, channels, n = means.shape
+    c = table_q.shape[1]
+    values = channels - 2 * c
+    q, k, v = means.to(kind).split([c, c, values], 1)
+    q = q + positions(table_q.to(kind), n)
+    k = k + positions(table_k.to(kind), n)
+    q, k, v = (t.reshape(b * heads, t.shape[1] // heads, n) for t in (q, k, v))
+    # [b*heads, keys, queries]
+    weights = torch.softmax(torch.bmm(k.transpose(1, 2) * (c // heads) ** -0.5, q), 1)
+    return torch.bmm(v, weights).view(b, values, n).to(means.dtype)
+
+
 def axial_attention_ref(
     rows: torch.Tensor,  # averages of q, k, v over the width [b, 2 c + c_v, h]
     columns: torch.Tensor,  # averages over the height [b, 2 c + c_v, w]
@@ -50,19 +58,44 @@ def axial_attention_ref(
     heads: int,  # channels are ordered head by head
 ) -> tuple:  # [b, c_v, h], [b, c_v, w]
     "The definition, all heads and pictures in one batch of products."
-    out = []
-    c = row_q.shape[1]
-    kind = _kind(rows, row_q)
-    for means, table_q, table_k in ((rows, row_q, row_k), (columns, column_q, column_k)):
-        b = len(means)
-        n = means.shape[2]
-        q, k, v = means.to(kind).split([c, c, means.shape[1] - 2 * c], 1)
-        q, k = (t + positions(p.to(kind), n) for t, p in ((q, table_q), (k, table_k)))
-        q, k, v = (t.reshape(b * heads, t.shape[1] // heads, n) for t in (q, k, v))
-        # [b*heads, keys, queries]
-        weights = torch.softmax(torch.bmm(k.transpose(1, 2) * (c // heads) ** -0.5, q), 1)
-        out.append(torch.bmm(v, weights).view(b, means.shape[1] - 2 * c, n).to(means.dtype))
-    return tuple(out)
+    kind = sum_type(rows, row_q)
+    return (
+        _attend(rows, row_q, row_k, heads, kind),
+        _attend(columns, column_q, column_k, heads, kind),
+    )
+
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #147e2a3f
+@triton.jit
+def _tokens(rows, columns, b, c, i, in_c, n_row, n_column, rb, rc, rn, cb, cc, cn):
+    "Averages at channels c and places i, from the rows or from the columns: one of the two lengths is 0."
+    x = tl.load(
+        rows + b * rb + c.to(tl.int64) * rc + i.to(tl.int64) * rn,
+        mask=in_c & (i < n_row),
+        other=0.0,
+    ).to(tl.float32)
+    return x + tl.load(
+        columns + b * cb + c.to(tl.int64) * cc + i.to(tl.int64) * cn,
+        mask=in_c & (i < n_column),
+        other=0.0,
+    ).to(tl.float32)
+
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #4a6edaf5
+@triton.jit
+def _places(of_rows, of_columns, c, i, in_c, n_row, n_column, n, P):
+    "Learned positions at channels c and places i of n, between the P that the tables hold."
+    at = tl.maximum((i + 0.5) * (P / n) - 0.5, 0.0)
+    low = tl.minimum(at.to(tl.int32), P - 1)
+    share = at - low
+    high = tl.minimum(low + 1, P - 1)
+    r = in_c & (i < n_row)
+    k = in_c & (i < n_column)
+    a = tl.load(of_rows + c * P + low, mask=r, other=0.0).to(tl.float32) + tl.load(
+        of_columns + c * P + low, mask=k, other=0.0
+    ).to(tl.float32)
+    z = tl.load(of_rows + c * P + high, mask=r, other=0.0).to(tl.float32) + tl.load(
+        of_columns + c * P + high, mask=k, other=0.0
+    ).to(tl.float32)
+    return a + share * (z - a)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #383a18ed
 @triton.jit
@@ -115,7 +148,7 @@ def _axial_attention_kernel(
         rows, columns, b, cq, i[:, None], (d < D)[None, :], n_row, n_column, rb, rc, rn, cb, cc, cn
     )
     q += _places(row_q, column_q, cq, i[:, None], (d < D)[None, :], n_row, n_column, n, P)
-    q = q * (scale * 1.4426950408889634)  # [BQ, BD]
+    q = q * (scale * LOG2E)  # [BQ, BD]
     high = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BQ], tl.float32)
     acc = tl.zeros([BQ, BV], tl.float32)
@@ -175,39 +208,6 @@ def _axial_attention_kernel(
         mask=(e < DV)[None, :] & (i < n_column)[:, None],
     )
 
-# %% ../../nbs/18_ops.squeeze_axial.ipynb #147e2a3f
-@triton.jit
-def _tokens(rows, columns, b, c, i, in_c, n_row, n_column, rb, rc, rn, cb, cc, cn):
-    "Averages at channels c and places i, from the rows or from the columns: one of the two lengths is 0."
-    x = tl.load(
-        rows + b * rb + c.to(tl.int64) * rc + i.to(tl.int64) * rn,
-        mask=in_c & (i < n_row),
-        other=0.0,
-    ).to(tl.float32)
-    return x + tl.load(
-        columns + b * cb + c.to(tl.int64) * cc + i.to(tl.int64) * cn,
-        mask=in_c & (i < n_column),
-        other=0.0,
-    ).to(tl.float32)
-
-# %% ../../nbs/18_ops.squeeze_axial.ipynb #4a6edaf5
-@triton.jit
-def _places(of_rows, of_columns, c, i, in_c, n_row, n_column, n, P):
-    "Learned positions at channels c and places i of n, between the P that the tables hold."
-    at = tl.maximum((i + 0.5) * (P / n) - 0.5, 0.0)
-    low = tl.minimum(at.to(tl.int32), P - 1)
-    share = at - low
-    high = tl.minimum(low + 1, P - 1)
-    r = in_c & (i < n_row)
-    k = in_c & (i < n_column)
-    a = tl.load(of_rows + c * P + low, mask=r, other=0.0).to(tl.float32) + tl.load(
-        of_columns + c * P + low, mask=k, other=0.0
-    ).to(tl.float32)
-    z = tl.load(of_rows + c * P + high, mask=r, other=0.0).to(tl.float32) + tl.load(
-        of_columns + c * P + high, mask=k, other=0.0
-    ).to(tl.float32)
-    return a + share * (z - a)
-
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #b549f8ac
 def axial_attention_fwd(
     rows: torch.Tensor,  # [b, 2 c + c_v, h], any strides
@@ -244,7 +244,7 @@ def axial_attention_fwd(
             DV=values // heads,
             BD=pow2(d, 16),
             BV=pow2(values // heads, 16),
-            PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
+            PRECISION=precision(rows),
             **opts,
         )
     return row, column
@@ -263,27 +263,34 @@ def _axial_attention_op(
     "The kernel as an operator; it has no gradient."
     return axial_attention_fwd(rows, columns, (row_q, row_k, column_q, column_k), heads)
 
-# %% ../../nbs/18_ops.squeeze_axial.ipynb #a7d9e7dc
+
 @_axial_attention_op.register_fake
 def _(rows, columns, row_q, row_k, column_q, column_k, heads):
-    return tuple(
-        torch.empty(
-            (len(m), m.shape[1] - 2 * row_q.shape[1], m.shape[2]),
-            dtype=rows.dtype,
-            device=rows.device,
-        )
-        for m in (rows, columns)
-    )
+    def new(means):
+        shape = len(means), means.shape[1] - 2 * row_q.shape[1], means.shape[2]
+        return torch.empty(shape, dtype=rows.dtype, device=rows.device)
+
+    return new(rows), new(columns)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #4c9ac39f
 def _cannot_attend(rows, columns, *tables):
     "Why the kernel cannot run these tensors; the tables may have a type of their own."
     return unsupported(rows, columns) or unsupported(*tables)
 
-# %% ../../nbs/18_ops.squeeze_axial.ipynb #eab57173
+
 kernels_of("axial_attention", _cannot_attend, axial_attention_fwd)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #1aa8baeb
+def _check_means(rows, columns):
+    "Raise where averages of rows and of columns do not belong together."
+    maps = rows.ndim == 3 and columns.ndim == 3 and rows.shape[:2] == columns.shape[:2]
+    if not maps or 0 in (rows.shape[2], columns.shape[2]):
+        raise ValueError(
+            f"axial_attention wants rows [b, c, h] and columns [b, c, w] with h, w > 0, got "
+            f"{tuple(rows.shape)} and {tuple(columns.shape)}"
+        )
+
+
 def _check_tables(op, channels, tables, heads):
     "Raise where position tables, channels and heads do not fit."
     shapes = {tuple(t.shape) for t in tables}
@@ -305,32 +312,20 @@ def axial_attention(
     column_q: torch.Tensor,  # positions [1, c, p]
     column_k: torch.Tensor,  # positions [1, c, p]
     heads: int,  # channels are ordered head by head
-    impl: str
-    | None = None,  # "auto" | "ref" | "triton"; where gradients are wanted it is PyTorch's
+    # "auto" | "ref" | "triton"; where gradients are wanted it is PyTorch's
+    impl: str | None = None,
 ) -> tuple:  # [b, c_v, h], [b, c_v, w]
     "Rows attend to rows and columns to columns, all heads in one launch; positions are interpolated to the length."
     tables = (row_q, row_k, column_q, column_k)
-    if (
-        rows.ndim != 3
-        or columns.ndim != 3
-        or rows.shape[:2] != columns.shape[:2]
-        or 0 in (rows.shape[2], columns.shape[2])
-    ):
-        raise ValueError(
-            f"axial_attention wants rows [b, c, h] and columns [b, c, w] with h, w > 0, got "
-            f"{tuple(rows.shape)} and {tuple(columns.shape)}"
-        )
+    _check_means(rows, columns)
     _check_tables("axial_attention", rows.shape[1], tables, heads)
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, columns, *tables))
     sizes = columns.shape[2], tables[0].shape[1]
-    ours = (
-        not grads
-        and rows.numel()
-        and choose("axial_attention", rows, columns, *tables, impl=impl, sizes=sizes)
-    )
-    if not ours:
+    if grads or not rows.numel():
         return axial_attention_ref(rows, columns, *tables, heads)
-    return _axial_attention_op(rows, columns, *tables, heads)
+    if choose("axial_attention", rows, columns, *tables, impl=impl, sizes=sizes):
+        return _axial_attention_op(rows, columns, *tables, heads)
+    return axial_attention_ref(rows, columns, *tables, heads)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #192a0603
 def squeeze_axial(
@@ -347,3 +342,11 @@ def squeeze_axial(
         raise ValueError(f"squeeze_axial wants [b, c, h, w] with h, w > 0, got {tuple(qkv.shape)}")
     columns, rows = strip_means(qkv, impl)
     return axial_attention(rows, columns, row_q, row_k, column_q, column_k, heads, impl)
+
+# %% ../../nbs/18_ops.squeeze_axial.ipynb #9345b115
+# label -> sizes, for the benchmark
+CASES = {
+    f"SeaFormer-L stage {s}, 512² B{b}": dict(b=b, key=key, h=side, w=side)
+    for b in (1, 16)
+    for s, (key, side) in enumerate(((16, 32), (20, 16), (24, 8)), 1)
+} | {"SeaFormer-L stage 1, 1024×2048 B1": dict(b=1, key=16, h=64, w=128)}

@@ -312,3 +312,20 @@ def sr_attention(
     if some and choose("sr_attention", q, k, v, sizes=sizes, impl=impl):
         return _sr_attention_op(q, k, v, scale)[0]
     return sr_attention_ref(q, k, v, scale)
+
+# %% ../../nbs/12_ops.sr_attention.ipynb #8e0d15bc
+# heads and their width by stage
+STAGES = {"B0": ((1, 32), (2, 32), (5, 32), (8, 32)), "B5": ((1, 64), (2, 64), (5, 64), (8, 64))}
+# batch, pixels, keys
+PICTURES = {
+    "512² B1": (1, 512 * 512, 256),
+    "512² B16": (16, 512 * 512, 256),
+    "1024×2048 B1": (1, 1024 * 2048, 2048),
+}
+# label -> sizes, for the benchmark
+CASES = {
+    f"MiT-{net} stage {s}, {picture}": dict(b=b, h=h, n=pixels // 4 ** (s + 1), m=keys, d=d)
+    for net, stages in STAGES.items()
+    for s, (h, d) in enumerate(stages, 1)
+    for picture, (b, pixels, keys) in PICTURES.items()
+}

@@ -287,3 +287,17 @@ def strip_attention(
     b, _, h, w = q.shape
     rows = max(1, MAX_SCORES // max(1, b * w * k.shape[2]))
     return strip_attention_ref(q, k, v) if rows >= h else _in_chunks(q, k, v, rows)
+
+# %% ../../nbs/16_ops.strip_attention.ipynb #bb40921a
+# batch, height, width
+PICTURES = {
+    "1024×2048 B1": (1, 1024, 2048),
+    "720×960 B1": (1, 720, 960),
+    "1024² B8": (8, 1024, 1024),
+}
+# label -> sizes, for the benchmark
+CASES = {
+    f"1/{f}, {picture}": dict(b=b, c=8 * f, h=-(-H // f), w=-(-W // f))
+    for picture, (b, H, W) in PICTURES.items()
+    for f in (4, 8, 16, 32)
+}

@@ -273,3 +273,7 @@ def strip_means(
     if x.numel() and choose("strip_pool", x, impl=impl, mode="mean hw"):
         return strip_pool(x, "mean", impl=impl)
     return x.mean(2), x.mean(3)
+
+# %% ../../nbs/11_ops.strip_pool.ipynb #c0022f68
+# label -> sizes, for the benchmark
+CASES = {f"32×256×512 B{b}": dict(b=b, c=32, h=256, w=512) for b in (1, 8)}

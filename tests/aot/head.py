@@ -1,11 +1,15 @@
 "Production launches of upsample_argmax, upsample_confusion, upsample_cross_entropy, upsample_dice."
 
+from functools import partial
+
 import torch
 
-from segkern.ops.select import select
-from segkern.ops.labels_kernels import upsample_argmax_fwd, upsample_confusion_fwd
+from segkern.ops import ce, labels
+from segkern.ops import dice as dice_op
 from segkern.ops.ce_quads import ce_bwd, ce_fwd
 from segkern.ops.dice_quads import dice_bwd, dice_fwd
+from segkern.ops.labels_kernels import upsample_argmax_fwd, upsample_confusion_fwd
+from segkern.ops.mining import select
 
 # 16-bit logits; float32 ones use exact products
 MMA = {"_upsample_ce_bwd_kernel", "_dice_bwd_kernel"}
@@ -71,54 +75,56 @@ def decide(b, k, h, w, H, W, dtype):
     upsample_confusion_fwd(z, new(b, H, W, dtype=torch.int32), 255, False)
 
 
+def sizes(case):
+    "b, k, h, w, H, W."
+    return tuple(case.values())
+
+
+# as the papers train, and as they are used
+CITYSCAPES = sizes(ce.CASES["Cityscapes K19 1/8 B8"])
+ADE20K = sizes(ce.CASES["ADE20K K150 1/4 B16"])
+ONE_PICTURE = sizes(labels.CASES["ADE20K K150 1/4 B1"])
+WHOLE_PICTURE = sizes(labels.WHOLE_PICTURES["Cityscapes K19 1/8, 1024×2048 B1"])
+ANY_SCALE = *CITYSCAPES[:4], 1000, 1000
+
+
+def everything(dtype):
+    "All ops of a head with many classes."
+    train(*ADE20K, dtype)
+    dice(*sizes(dice_op.CASES["ADE20K K150 1/4 B16"]), dtype)
+    decide(*ONE_PICTURE, dtype)
+
+
+def any_scale(dtype):
+    train(*ANY_SCALE, dtype)
+    dice(*ANY_SCALE, dtype)
+
+
+def by_2_and_by_16(dtype):
+    train(8, 19, 256, 256, 512, 512, dtype)
+    train(8, 19, 32, 32, 512, 512, dtype)
+
+
+def mining():
+    train(*CITYSCAPES, torch.bfloat16, True, pixel=True)
+    select(new(8 * 1024 * 1024), new(dtype=torch.int64))
+
+
 def cases():
+    weighted = dict(weight=True, smoothing=0.1)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        yield f"Cityscapes {name}", lambda dtype=dtype: train(8, 19, 128, 128, 1024, 1024, dtype)
-        yield (
-            f"ADE20K {name}",
-            lambda dtype=dtype: (
-                train(16, 150, 128, 128, 512, 512, dtype),
-                dice(16, 150, 128, 128, 512, 512, dtype),
-                decide(1, 150, 128, 128, 512, 512, dtype),
-            ),
-        )
-        yield (
-            f"whole picture {name}",
-            lambda dtype=dtype: decide(1, 19, 128, 256, 1024, 2048, dtype),
-        )
-        yield (
-            f"any scale {name}",
-            lambda dtype=dtype: (
-                train(8, 19, 128, 128, 1000, 1000, dtype),
-                dice(8, 19, 128, 128, 1000, 1000, dtype),
-            ),
-        )
-        yield (
-            f"by 2 and by 16 {name}",
-            lambda dtype=dtype: (
-                train(8, 19, 256, 256, 512, 512, dtype),
-                train(8, 19, 32, 32, 512, 512, dtype),
-            ),
-        )
+        yield f"Cityscapes {name}", partial(train, *CITYSCAPES, dtype)
+        yield f"ADE20K {name}", partial(everything, dtype)
+        yield f"whole picture {name}", partial(decide, *WHOLE_PICTURE, dtype)
+        yield f"any scale {name}", partial(any_scale, dtype)
+        yield f"by 2 and by 16 {name}", partial(by_2_and_by_16, dtype)
     for dtype in (torch.bfloat16, torch.float32):
-        yield (
-            f"weights, smoothing, corners {dtype}",
-            lambda dtype=dtype: train(
-                8, 19, 128, 128, 1024, 1024, dtype, True, weight=True, smoothing=0.1
-            ),
-        )
-    yield (
-        "weights, smoothing, corners, any scale bf16",
-        lambda: train(
-            8, 19, 128, 128, 1001, 1024, torch.bfloat16, True, weight=True, smoothing=0.1
-        ),
-    )
-    yield (
-        "mining bf16",
-        lambda: (
-            train(8, 19, 128, 128, 1024, 1024, torch.bfloat16, True, pixel=True),
-            select(new(8 * 1024 * 1024), new(dtype=torch.int64)),
-        ),
-    )
-    yield "dice, corners bf16", lambda: dice(8, 19, 128, 128, 1024, 1024, torch.bfloat16, True)
-    yield "more than 2**31 logits fp32", lambda: train(64, 171, 512, 512, 512, 512, torch.float32)
+        name = f"weights, smoothing, corners {dtype}"
+        yield name, partial(train, *CITYSCAPES, dtype, True, **weighted)
+    odd = *CITYSCAPES[:4], 1001, 1024
+    name = "weights, smoothing, corners, any scale bf16"
+    yield name, partial(train, *odd, torch.bfloat16, True, **weighted)
+    yield "mining bf16", mining
+    yield "dice, corners bf16", partial(dice, *CITYSCAPES, torch.bfloat16, True)
+    huge = 64, 171, 512, 512, 512, 512
+    yield "more than 2**31 logits fp32", partial(train, *huge, torch.float32)

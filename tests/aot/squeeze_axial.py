@@ -1,9 +1,11 @@
 "Production launches of axial_attention and axial_add: SeaFormer's maps of queries, keys and values, and street scenes."
 
+from functools import partial
+
 import torch
 
 from segkern.ops.axial_add import axial_add_bwd, axial_add_fwd
-from segkern.ops.squeeze_axial import axial_attention_fwd
+from segkern.ops.squeeze_axial import CASES, axial_attention_fwd
 
 MMA = {"_axial_attention_kernel"}
 WIDE = {"_axial_add_fwd_kernel", "_axial_add_bwd_kernel"}
@@ -42,27 +44,23 @@ def add(b, c, h, w, dtype, last=False, wanted=(True, True, True)):
     axial_add_bwd(out, qkv[:, c:], row, column, wanted)
 
 
+def both(b, key, h, w, dtype, heads=8):
+    "Attention, and the sum behind it, with twice as many channels of values as of keys."
+    attend(b, key, h, w, dtype, heads)
+    add(b, 2 * heads * key, h, w, dtype)
+
+
 def cases():
     """SeaFormer-L's three stages at 512², one picture and sixteen; street scenes; types, layouts
     and sizes that take other paths."""
+    street = CASES["SeaFormer-L stage 1, 1024×2048 B1"]
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        for key, side in ((16, 32), (20, 16), (24, 8)):
-            narrow = ", narrow" if side == 8 else ""
-            yield (
-                f"SeaFormer-L {side}² {name}{narrow}",
-                lambda key=key, side=side, dtype=dtype: [
-                    attend(1, key, side, side, dtype),
-                    add(1, 16 * key, side, side, dtype),
-                ],
-            )
-        yield (
-            f"SeaFormer-B 16² batch 16 {name}",
-            lambda dtype=dtype: [attend(16, 16, 16, 16, dtype), add(16, 256, 16, 16, dtype)],
-        )
-        yield (
-            f"1024×2048 {name}",
-            lambda dtype=dtype: [attend(1, 16, 64, 128, dtype), add(1, 256, 64, 128, dtype)],
-        )
+        for stage in (1, 2, 3):
+            sizes = CASES[f"SeaFormer-L stage {stage}, 512² B1"]
+            narrow = ", narrow" if sizes["h"] == 8 else ""
+            yield f"SeaFormer-L {sizes['h']}² {name}{narrow}", partial(both, **sizes, dtype=dtype)
+        yield f"SeaFormer-B 16² batch 16 {name}", partial(both, 16, 16, 16, 16, dtype)
+        yield f"1024×2048 {name}", partial(both, **street, dtype=dtype)
     yield (
         "SeaFormer-B 16² fp16",
         lambda: [attend(16, 16, 16, 16, torch.float16), add(16, 256, 16, 16, torch.float16)],

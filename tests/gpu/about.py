@@ -8,7 +8,7 @@ import torch
 
 def exponentials(device, tiny):
     "Exponentials per second, from 64 in a row on every number."
-    from segkern.bench.contenders import _clock
+    from segkern.bench.contenders import clocked
 
     x = torch.rand(1 << (16 if tiny else 26), device=device)
 
@@ -19,7 +19,9 @@ def exponentials(device, tiny):
         return y
 
     fn = torch.compile(many, dynamic=False) if device.type == "cuda" else many
-    return 64 * x.numel() / (_clock(fn, device, 40 if device.type == "cuda" else 1)["ms_50"] * 1e-3)
+    return (
+        64 * x.numel() / (clocked(fn, device, 40 if device.type == "cuda" else 1)["ms_50"] * 1e-3)
+    )
 
 
 def main(rows, family, device, tiny, facts):

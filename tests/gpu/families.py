@@ -9,15 +9,32 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FAMILIES = {
     "head": (
         ("upsample_cross_entropy", "upsample_argmax", "upsample_confusion", "upsample_dice"),
-        ("head_kernels", "head_quads", "head_soft"),
+        (
+            "labels_kernels",
+            "mining",
+            "ce_tiles",
+            "quads",
+            "ce_quads",
+            "dice_tiles",
+            "dice_quads",
+        ),
     ),
-    "sr_attention": (("sr_attention",), ("sr_attention",)),
-    "strip": (("strip_pool", "strip_attention"), ("strip_pool", "strip_attention")),
-    "prototype": (("prototypes", "cosine_logits", "class_sums"), ("prototype",)),
-    "affinity": (("affinity",), ("affinity",)),
-    "msca": (("msca",), ("msca",)),
-    "squeeze_axial": (("squeeze_axial", "axial_add", "axial_attention"), ("squeeze_axial",)),
-    "rca_gate": (("rca_gate",), ("rca_gate",)),
+    "sr_attention": (("sr_attention",), ("sr_attention_kernels",)),
+    "strip": (
+        ("strip_pool", "strip_attention"),
+        ("strip_pool_kernels", "strip_attention_kernels"),
+    ),
+    "prototype": (
+        ("prototypes", "cosine_logits", "class_sums"),
+        ("prototypes_kernels", "cosine_kernels", "class_sums"),
+    ),
+    "affinity": (("affinity",), ("affinity_kernels",)),
+    "msca": (("msca",), ("msca_kernels", "msca_gradients")),
+    "squeeze_axial": (
+        ("squeeze_axial", "axial_add", "axial_attention"),
+        ("squeeze_axial", "axial_add"),
+    ),
+    "rca_gate": (("rca_gate",), ("rca_gate_kernels",)),
 }
 
 

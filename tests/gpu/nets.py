@@ -52,9 +52,9 @@ def median_ms(call, device, times):
 
 def captured(call):
     "The call as a CUDA graph."
-    from segkern.bench.contenders import _graph
+    from segkern.bench.contenders import captured_graph
 
-    return _graph(call)
+    return captured_graph(call)
 
 
 def latency(name, device, tiny):

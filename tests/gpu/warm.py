@@ -6,7 +6,7 @@ from child import selected, synchronise
 
 def main(rows, family, device, tiny, facts):
     "Launch every kernel of the family once at its production shapes, then compile its peers."
-    from segkern.bench.contenders import _step
+    from segkern.bench.contenders import one_step
 
     todo = selected(family, tiny)
     kinds = [torch.float32] if tiny else [torch.bfloat16, torch.float16, torch.float32]
@@ -16,12 +16,12 @@ def main(rows, family, device, tiny, facts):
 
     def launch(case, dtype):
         args = case.make(device, dtype)
-        _step(case, lambda *t: case.fn(*t, impl="triton"), args)
+        one_step(case, lambda *t: case.fn(*t, impl="triton"), args)
         synchronise(device)
 
     def compile_peer(case):
         args = case.make(device, torch.bfloat16)
-        _step(case, torch.compile(case.plain, dynamic=False), args)
+        one_step(case, torch.compile(case.plain, dynamic=False), args)
         synchronise(device)
 
     for dtype in kinds:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from segkern.testing import make_input
 from segkern.testing.kernels import check_kernel
 
-MODULE = "segkern.ops.head_soft"
+MODULE = "segkern.ops.dice"
+KERNELS = ("segkern.ops.dice_tiles", "segkern.ops.dice_quads")
 MUTANTS = [
     (
         "_dice_fwd_kernel",

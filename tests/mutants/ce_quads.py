@@ -1,4 +1,4 @@
-"Faults of the kernels that own quads."
+"Faults of the cross-entropy's kernels in quads, and of the kernel that gathers corners."
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from segkern.testing import assert_close, make_input
 from segkern.testing.memory import Guarded, exact_interpreter, guarded_memory, shuffled
 
-MODULE = "segkern.ops.head_quads"
+MODULE = KERNELS = ("segkern.ops.ce_quads", "segkern.ops.quads")
 MUTANTS = [
     (
         "_quad_ce_fwd_kernel",
