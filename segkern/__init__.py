@@ -104,7 +104,7 @@ def _from_homes(old, homes, name):
     raise AttributeError(f"module '{old}' has moved to {homes} and has no '{name}'")
 
 
-sys.meta_path.append(_Moved())
+sys.meta_path.insert(0, _Moved())  # before a file that an earlier version left
 
 # %% ../nbs/00a_init.ipynb #366cbd9a
 def __getattr__(name):

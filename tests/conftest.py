@@ -1,6 +1,7 @@
 """One seed, one thread (or SEGKERN_TEST_THREADS), poisoned memory: what every test runs under.
 
-The tests of the kernels make their tensors on SEGKERN_TEST_DEVICE; "auto", the default, is a CUDA device where there is one.
+The tests of the kernels make their tensors on SEGKERN_TEST_DEVICE; "auto", the default, is a CUDA device
+where there is one.
 """
 
 import logging
@@ -16,6 +17,8 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 
 from torch.utils._device import _device_constructors  # noqa: E402
+
+from segkern.testing.fill import FRESH, poisoned  # noqa: E402
 
 # remembered before `torch.empty` is replaced: `with torch.device("meta")` looks it up there
 _device_constructors()
@@ -47,21 +50,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def _poisoned(fn):
-    "`fn` with NaN in what it returns, for callers inside segkern: an output that is not fully written fails its test."
-
-    def empty(*args, **kwargs):
-        out = fn(*args, **kwargs)
-        caller = sys._getframe(1).f_globals.get("__name__") or ""
-        return (
-            out.fill_(float("nan"))
-            if caller.startswith("segkern") and out.is_floating_point() and not out.is_meta
-            else out
-        )
-
-    return empty
-
-
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch):
     threads = torch.get_num_threads()
@@ -70,8 +58,9 @@ def _surroundings(monkeypatch):
     level = log.level
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    # an output of segkern that is not fully written fails its test
+    for owner, name in FRESH:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name), callers="segkern"))
     yield
     torch.set_num_threads(threads)
     log.handlers[:] = handlers  # the command line sets up logging for its process

@@ -1,6 +1,8 @@
-"""Peak memory and time of one training step of the sparse SASFormer: labelled pixels only, with the affinity op, and with stored maps.
+"""Peak memory and time of one training step of the sparse SASFormer: labelled pixels only, with the affinity op, and
+with stored maps.
 
-Each form runs in a process of its own. `python tests/measure_step.py --model sasformer_sparse_b0 --size 512 --out data/bench/cpu_sparse_step.csv`
+Each form runs in a process of its own.
+`python tests/measure_step.py --model sasformer_sparse_b0 --size 512 --out data/bench/cpu_sparse_step.csv`
 """
 
 import argparse

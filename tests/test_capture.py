@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segkern.core import Preprocess, constants
-from segkern.infer.protocols import _whole_labels
+from segkern.infer.protocols import whole_labels
 from segkern.models import _MODELS, create_model, list_models
 from segkern.ops import use_impl
 
@@ -77,7 +77,7 @@ def asked(net, impls=("ref",)):
         for impl in impls:
             with Asking() as mode, use_impl(impl):
                 try:
-                    labels = _whole_labels(net, image, (96, 128))
+                    labels = whole_labels(net, image, (96, 128))
                 except Exception as e:
                     if not mode.found:
                         raise

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segkern import infer, recipes
+import segkern.models  # noqa: F401  papers register their recipes
+from segkern import infer, train
 from segkern.core import IMAGENET, Preprocess, seeded
 from segkern.infer import (
     PROTOCOLS,
@@ -23,7 +24,7 @@ from segkern.infer import (
     square_labels,
     window_starts,
 )
-from segkern.core import recipe_for
+from segkern.core import RECIPES, STREETS, recipe_for
 from segkern.train import evaluation_of
 
 
@@ -50,6 +51,9 @@ class Net(nn.Module):
 
     def predict(self, x, size=None):
         return self.upsample(self(x), size or x.shape[-2:]).argmax(1).to(torch.uint8)
+
+
+NAMES = "whole sliding multiscale exp_sum ade ade32 ade32_sliding square512 square512_ms".split()
 
 
 def net(**kw):
@@ -96,7 +100,9 @@ def cv2():
 
 
 def test_names_are_the_recipes():
-    assert set(PROTOCOLS) == set(recipes._CHOICES["protocol"])
+    assert list(PROTOCOLS) == NAMES and {r.protocol for r in RECIPES.values()} <= set(PROTOCOLS)
+    for name in NAMES:
+        assert PROTOCOLS[name].name == name and STREETS.replace(protocol=name).protocol == name
     with pytest.raises(ValueError, match="unknown protocol 'ade64'; known: whole, sliding"):
         evaluate(
             net(), Images("abcde", [(picture(9, 9), torch.zeros(9, 9, dtype=torch.uint8))]), "ade64"
@@ -195,7 +201,7 @@ def test_square_ms_against_a_naive_loop(cv2):
     full = cv2.resize(total[0].permute(1, 2, 0).numpy(), (101, 75), interpolation=cv2.INTER_CUBIC)
     m.seen.clear()
     with evaluating(m):
-        got = square_labels(m, image, (64, 64), infer._SQUARE)
+        got = square_labels(m, image, (64, 64), PROTOCOLS["square512_ms"].scales)
     assert agreement(got[0], full.argmax(-1)) > 0.99 and m.seen == [
         (n, n) for n in (32, 48, 64, 80, 96, 112, 128) for _ in (0, 1)
     ]
@@ -328,7 +334,7 @@ def test_more_outputs_than_classes():
 )
 def test_validation_follows_the_recipe(monkeypatch, model, dataset, expected):
     seen = {}
-    monkeypatch.setattr(infer, "evaluate", lambda model, data, **kw: seen.update(kw))
+    monkeypatch.setattr(train.state, "evaluate", lambda model, data, **kw: seen.update(kw))
     evaluation_of(recipe_for(model, dataset))(None, None)
     assert seen == dict(miou="present", **expected)
 
@@ -402,7 +408,6 @@ def test_segment_follows_the_recipe_of_the_dataset():
 def test_a_trained_network_remembers_how_it_saw_pictures(tmp_path):
     """On one's own data there is no published rule: the run's own goes into its files, and
     `segment` shows a picture as validation did."""
-    import segkern
     from segkern.data import open_dataset
     from segkern.train import fit, run_weights
 

@@ -256,7 +256,7 @@ def test_refusals(tmp_path, ran, monkeypatch):
             r.reproduce(**{"out": tmp_path, "papers_dir": d / "papers", **kwargs})
     with pytest.raises(FileNotFoundError, match="no notebooks"):
         r.reproduce(papers_dir=tmp_path, out=tmp_path)
-    monkeypatch.setattr(r, "_package_dir", lambda: tmp_path / "site-packages" / "segkern")
+    monkeypatch.setattr(r, "package_dir", lambda: tmp_path / "site-packages" / "segkern")
     with pytest.raises(FileNotFoundError, match="wheel"):
         r.reproduce(out=tmp_path)
 

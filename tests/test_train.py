@@ -643,8 +643,8 @@ def recorded(monkeypatch, scaler=None):
         step(r)
         steps.append((r.state["step"] + 1, snapshot(r)))
 
-    monkeypatch.setattr(train, "start_run", begin)
-    monkeypatch.setattr(train, "optimizer_step", stepped)
+    monkeypatch.setattr(train.loop, "start_run", begin)
+    monkeypatch.setattr(train.loop, "optimizer_step", stepped)
     return steps, lambda: snapshot(runs[0])
 
 
@@ -706,7 +706,7 @@ def test_an_optimizer_that_cannot_skip_is_asked_first(tmp_path, monkeypatch):
         groups = plain(model, recipe).param_groups
         return torch.optim.SGD([dict(g, fused=False) for g in groups], lr=0.1)
 
-    monkeypatch.setattr(train, "optimizer_for", unfused)
+    monkeypatch.setattr(train.step, "optimizer_for", unfused)
     with pytest.raises(FloatingPointError, match="loss is nan, half is nan at step 8 "):
         run(tmp_path / "run", poisoned(), RECIPE, save_every=0, eval_every=0, log_every=11)
 
@@ -760,7 +760,7 @@ def asked(monkeypatch, tmp_path, **recipe):
                 plain(*args)
             counts[name].append(above.count + below.count)
 
-        monkeypatch.setattr(train, name, inner)
+        monkeypatch.setattr(train.loop, name, inner)
 
     for name in counts:
         watched(name)
@@ -792,7 +792,9 @@ def test_numbers_do_not_pile_up(tmp_path, monkeypatch):
     "A run that writes no line asks after 256 steps."
     lengths = []
     settle = train.settle
-    monkeypatch.setattr(train, "settle", lambda r: (lengths.append(len(r.watch.seen)), settle(r)))
+    monkeypatch.setattr(
+        train.loop, "settle", lambda r: (lengths.append(len(r.watch.seen)), settle(r))
+    )
     recipe = RECIPE.replace(iterations=260, clip=0.0, ema=0.0)
     run(tmp_path / "run", toy(width=2), recipe, save_every=0, eval_every=0, log_every=0)
     assert lengths == [256, 4] and history(tmp_path / "run")[0]["loss"] > 0

@@ -11,7 +11,7 @@ from segkern.backbones.blocks import num_params
 from segkern.models import cost, create_model, list_models, load, save, set_literal
 from segkern.models.segformer import LevelFusion
 from segkern.ops import use_impl
-from segkern.testing import assert_close, fixture, layouts, make_input, relative_l2
+from segkern.testing import assert_close, fixture, layouts, make_input, relative_l2, state_of
 from segkern.weights import load_official, transfer
 
 NVLABS = [f"segformer_b{i}" for i in range(6)]
@@ -86,10 +86,6 @@ def head_shapes(name, k, width, prefix):
         f"linear_fuse.bn.{n}": (width,) for n in ("weight", "bias", "running_mean", "running_var")
     }
     return {prefix + n: s for n, s in out.items()}
-
-
-def state_of(shapes):
-    return {k: torch.zeros(s, device="meta") for k, s in shapes.items()}
 
 
 def need(name):

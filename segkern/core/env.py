@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .files import _package_dir
+from .files import package_dir
 
 # %% ../../nbs/00c_core.env.ipynb #324c9eeb
 logger = logging.getLogger("segkern")
@@ -93,7 +93,7 @@ def _cpu_name():
 def _git_commit():
     "The commit of the checkout that segkern runs from, or None."
     try:
-        root = _package_dir().parent
+        root = package_dir().parent
         if not (root / ".git").exists():
             return None
         run = subprocess.run(

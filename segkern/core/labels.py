@@ -9,6 +9,9 @@ __all__ = ['IGNORE', 'label_canny', 'boundary_target', 'class_boundary_target']
 import torch
 import torch.nn.functional as F
 
+# %% ../../nbs/00f_core.labels.ipynb #a6c752ee
+IGNORE = 255  # the one void label inside segkern; loaders map every other convention to it
+
 # %% ../../nbs/00f_core.labels.ipynb #9a00ac45
 def _sobel(ids):  # [..., h, w] -> gx, gy int64
     "Sobel sums with repeated borders."
@@ -68,17 +71,12 @@ def boundary_target(
         inside = torch.zeros_like(edge)
         inside[..., frame:-frame, frame:-frame] = True
         edge = edge & inside
+    if not edge.numel():
+        return edge.to(torch.uint8)
     before = size // 2
-    grown = (
-        F.max_pool2d(
-            F.pad(edge.half()[None], (before, size - 1 - before, before, size - 1 - before)),
-            size,
-            1,
-        )[0]
-        if edge.numel()
-        else edge
-    )
-    return grown.to(torch.uint8)
+    after = size - 1 - before
+    padded = F.pad(edge.half()[None], (before, after, before, after))
+    return F.max_pool2d(padded, size, 1)[0].to(torch.uint8)
 
 # %% ../../nbs/00f_core.labels.ipynb #f8eadca3
 def class_boundary_target(
@@ -90,21 +88,17 @@ def class_boundary_target(
     if not 0 < k < 255:
         raise ValueError(f"num_classes must lie in 1..254, got {k}")
     y = torch.where(target == IGNORE, k, target.long())
-    if y.numel() and (y.min() < 0 or y.max() > k):
-        raise ValueError(
-            f"target holds the id {int(y.max() if y.max() > k else y.min())}; expected 0..{k - 1} or {IGNORE}"
-        )
     if not y.numel():
         return y.to(torch.uint8)
+    if y.min() < 0 or y.max() > k:
+        bad = int(y.max() if y.max() > k else y.min())
+        raise ValueError(f"target holds the id {bad}; expected 0..{k - 1} or {IGNORE}")
     edge = label_canny(y + 1)
 
-    def grow(t):
+    def grow(t):  # by a 3×3 box
         return F.max_pool2d(t.float()[None], 3, 1, 1)[0]
 
     ring = (grow(edge if edge.ndim == 3 else edge[None]) > 0).view_as(edge) & ~edge
     z = torch.where(ring & (y != k), y + 1, 0)
     z = grow(grow(z if z.ndim == 3 else z[None])).long().view_as(y)
     return torch.where(z == 0, k, z - 1).to(torch.uint8)
-
-# %% ../../nbs/00f_core.labels.ipynb #a6c752ee
-IGNORE = 255  # the one void label inside segkern; loaders map every other convention to it

@@ -20,12 +20,17 @@ def fmt(
     if isinstance(x, (int, np.integer)):
         return f"{x:,}"
     if isinstance(x, (float, np.floating)):
-        if x != x:
-            return "nan"
-        if x != 0 and not 1e-3 <= abs(x) < 1e5:
-            return f"{x:.2e}"
-        return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+        return _fmt_float(x)
     return str(x)
+
+
+def _fmt_float(x):
+    "Three digits, as a power of ten where the number is very small or very large."
+    if x != x:
+        return "nan"
+    if x != 0 and not 1e-3 <= abs(x) < 1e5:
+        return f"{x:.2e}"
+    return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 # %% ../../nbs/00d_core.table.ipynb #fcc3130c
 class Table:

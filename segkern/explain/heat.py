@@ -27,7 +27,7 @@ from segkern.explain.targets import (
     class_name,
     default_layer,
 )
-from ..infer.predict import _to_image
+from ..infer.predict import to_pictures
 from ..infer.windows import legal_size
 
 # %% ../../nbs/71l_explain.heat.ipynb #910c9c99
@@ -124,7 +124,7 @@ class Heat:
 # %% ../../nbs/71l_explain.heat.ipynb #44453097
 def _input(model, image, size):
     "Network input [1, 3, h, w], and the picture as an array."
-    pictures, _ = _to_image(image)
+    pictures, _ = to_pictures(image)
     if len(pictures) != 1:
         raise ValueError(f"one picture at a time, got {len(pictures)}")
     p = next(model.parameters())

@@ -6,17 +6,32 @@
 __all__ = ['MIOU', 'Confusion', 'iou_table']
 
 # %% ../../nbs/60_infer.metrics.ipynb #d7fb1320
+import functools
+
 import torch
 
 from ..core import IGNORE, Table
 from ..ops.checks import wide_ids
 from ..ops.labels import upsample_confusion
 
+# %% ../../nbs/60_infer.metrics.ipynb #82a90a41
+def mean_of(
+    values: list,  # numbers, None where undefined
+) -> float | None:  # None where nothing is defined
+    "The mean of the defined values."
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
 # %% ../../nbs/60_infer.metrics.ipynb #4b5263d0
-MIOU = ("present", "all", "s2fpn")  # the rules that `Confusion.result` knows
+# rule of the mean -> function from the IoU of each class, None where undefined, to what is averaged
+MIOU = {
+    "present": lambda iou: iou,
+    "all": lambda iou: [v or 0.0 for v in iou],
+    "s2fpn": lambda iou: [v for v in iou if v] or [0.0],
+}
 
 # %% ../../nbs/60_infer.metrics.ipynb #81de7b42
-def _ids(
+def flat_ids(
     t,  # labels: tensor or array
     name: str,  # "pred" or "target", for the message
 ) -> torch.Tensor:  # flat int64
@@ -28,72 +43,9 @@ def _ids(
         )
     return t.reshape(-1).to(torch.int64)
 
-# %% ../../nbs/60_infer.metrics.ipynb #82a90a41
-def _mean(
-    values: list,  # numbers, None where undefined
-) -> float | None:  # None where nothing is defined
-    "The mean of the defined values."
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-# %% ../../nbs/60_infer.metrics.ipynb #6816153a
-def _joined(
-    a: torch.Tensor,  # [3]: a number, a minimum, a maximum
-    b: torch.Tensor,  # the same of others
-) -> torch.Tensor:  # of both
-    "Two notes about illegal ids as one."
-    return torch.stack([a[0] + b[0], torch.minimum(a[1], b[1]), torch.maximum(a[2], b[2])])
-
-# %% ../../nbs/60_infer.metrics.ipynb #7a0ddfdf
-class _CountsLogits:
-    "Counting from logits of any size, where labels need not exist."
-
-    def update_logits(
-        self,
-        logits: torch.Tensor,  # [b, K, h, w], of any size
-        target: torch.Tensor,  # [b, H, W], true ids
-        align_corners: bool = False,  # convention of the resize to [H, W]
-        lookup: torch.Tensor | None = None,  # [K]: the class of each channel; default: its number
-    ) -> "Confusion":  # itself
-        """Count the labels that the resized logits give, without waiting for the device; `result`
-        raises for illegal ids."""
-        if logits.shape[1] != self.num_classes:
-            raise ValueError(f"the logits have {logits.shape[1]} classes, not {self.num_classes}")
-        target = target.to(logits.device)
-        if target.is_floating_point():
-            raise ValueError(f"target must hold integer class ids, got {target.dtype}")
-        ids = wide_ids(target)
-        wrong = (ids != self.ignore_index) & ((ids < 0) | (ids >= self.num_classes))
-        self._note(ids, wrong)
-        counts = upsample_confusion(
-            logits, ids.masked_fill(wrong, self.ignore_index), self.ignore_index, align_corners
-        )
-        if lookup is not None:
-            counts = torch.zeros_like(counts).index_add_(1, lookup.to(counts.device).long(), counts)
-        self.matrix = self.matrix.to(counts.device) + counts
-        return self
-
-    def _note(self, ids, wrong):
-        "Keep the number and the range of illegal ids, on the device."
-        if not ids.numel():
-            return
-        ids = ids.long()
-        low, high = (ids.masked_fill(~wrong, fill) for fill in (2**62, -(2**62)))
-        seen = torch.stack([wrong.sum(), low.amin(), high.amax()])
-        self.illegal = seen if self.illegal is None else _joined(self.illegal.to(seen.device), seen)
-
-    def _check_noted(self):
-        "Raise where `update_logits` met an illegal id."
-        count, low, high = (0, 0, 0) if self.illegal is None else self.illegal.tolist()
-        if count == 0:
-            return
-        which = f"the id {low}" if low == high else f"ids from {low} to {high}"
-        legal = f"0 to {self.num_classes - 1} or {self.ignore_index} (void)"
-        raise ValueError(f"target holds {which} ({count} pixels); expected {legal}")
-
 # %% ../../nbs/60_infer.metrics.ipynb #a4cdb777
-class Confusion(_CountsLogits):
-    "Counts of (true class, predicted class) over all pixels that are not void."
+class CountsLabels:
+    "Counting from labels."
 
     def __init__(
         self,
@@ -119,18 +71,16 @@ class Confusion(_CountsLogits):
         "Count one batch. An id outside the classes is an error; predictions on void pixels are not looked at."
         if tuple(pred.shape) != tuple(target.shape):
             raise ValueError(f"pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}")
-        pred = _ids(pred, "pred")
-        target = _ids(target, "target")
-        target = target.to(pred.device)
+        k = self.num_classes
+        pred = flat_ids(pred, "pred")
+        target = flat_ids(target, "target").to(pred.device)
         keep = target != self.ignore_index
         pred = pred[keep]
         target = target[keep]
-        for name, t in (("pred", pred), ("target", target)):
-            self._check(name, t)
-        counts = torch.bincount(target * self.num_classes + pred, minlength=self.num_classes**2)
-        self.matrix = self.matrix.to(counts.device) + counts.view(
-            self.num_classes, self.num_classes
-        )
+        self._check("pred", pred)
+        self._check("target", target)
+        counts = torch.bincount(target * k + pred, minlength=k**2)
+        self.matrix = self.matrix.to(counts.device) + counts.view(k, k)
         return self
 
     def _check(self, name, t):
@@ -144,6 +94,66 @@ class Confusion(_CountsLogits):
         void = f" or {self.ignore_index} (void)" if name == "target" else ""
         raise ValueError(f"{name} holds the id {bad}; expected 0 to {self.num_classes - 1}{void}")
 
+# %% ../../nbs/60_infer.metrics.ipynb #6816153a
+def both_notes(
+    a: torch.Tensor,  # [3]: a number, a minimum, a maximum
+    b: torch.Tensor,  # the same of others
+) -> torch.Tensor:  # of both
+    "Two notes about illegal ids as one."
+    return torch.stack([a[0] + b[0], torch.minimum(a[1], b[1]), torch.maximum(a[2], b[2])])
+
+# %% ../../nbs/60_infer.metrics.ipynb #7a0ddfdf
+class CountsLogits(CountsLabels):
+    "Counting from logits of any size, where labels need not exist."
+
+    def update_logits(
+        self,
+        logits: torch.Tensor,  # [b, K, h, w], of any size
+        target: torch.Tensor,  # [b, H, W], true ids
+        align_corners: bool = False,  # convention of the resize to [H, W]
+        lookup: torch.Tensor | None = None,  # [K]: the class of each channel; default: its number
+    ) -> "Confusion":  # itself
+        """Count the labels that the resized logits give, without waiting for the device; `result`
+        raises for illegal ids."""
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"the logits have {logits.shape[1]} classes, not {self.num_classes}")
+        target = target.to(logits.device)
+        if target.is_floating_point():
+            raise ValueError(f"target must hold integer class ids, got {target.dtype}")
+        void = self.ignore_index
+        ids = wide_ids(target)
+        wrong = (ids != void) & ((ids < 0) | (ids >= self.num_classes))
+        self._note(ids, wrong)
+        counts = upsample_confusion(logits, ids.masked_fill(wrong, void), void, align_corners)
+        if lookup is not None:
+            counts = torch.zeros_like(counts).index_add_(1, lookup.to(counts.device).long(), counts)
+        self.matrix = self.matrix.to(counts.device) + counts
+        return self
+
+    def _note(self, ids, wrong):
+        "Keep the number and the range of illegal ids, on the device."
+        if not ids.numel():
+            return
+        ids = ids.long()
+        low, high = (ids.masked_fill(~wrong, fill) for fill in (2**62, -(2**62)))
+        seen = torch.stack([wrong.sum(), low.amin(), high.amax()])
+        if self.illegal is not None:
+            seen = both_notes(self.illegal.to(seen.device), seen)
+        self.illegal = seen
+
+    def _check_noted(self):
+        "Raise where `update_logits` met an illegal id."
+        count, low, high = (0, 0, 0) if self.illegal is None else self.illegal.tolist()
+        if count == 0:
+            return
+        which = f"the id {low}" if low == high else f"ids from {low} to {high}"
+        legal = f"0 to {self.num_classes - 1} or {self.ignore_index} (void)"
+        raise ValueError(f"target holds {which} ({count} pixels); expected {legal}")
+
+# %% ../../nbs/60_infer.metrics.ipynb #3c6cbf97
+class Confusion(CountsLogits):
+    "Counts of (true class, predicted class) over all pixels that are not void."
+
     def __add__(
         self,
         other: "Confusion",  # counts of another process or part
@@ -154,36 +164,33 @@ class Confusion(_CountsLogits):
                 f"cannot add counts over {other.num_classes} classes (void {other.ignore_index}) "
                 f"to counts over {self.num_classes} (void {self.ignore_index})"
             )
+        device = self.matrix.device
         total = Confusion(self.num_classes, self.ignore_index)
-        total.matrix = self.matrix + other.matrix.to(self.matrix.device)
-        noted = [c.illegal.to(self.matrix.device) for c in (self, other) if c.illegal is not None]
-        total.illegal = _joined(*noted) if len(noted) == 2 else noted[0] if noted else None
+        total.matrix = self.matrix + other.matrix.to(device)
+        noted = [c.illegal.to(device) for c in (self, other) if c.illegal is not None]
+        if noted:
+            total.illegal = functools.reduce(both_notes, noted)
         return total
 
     def result(
         self,
-        miou: str = "present",  # "present" | "all" | "s2fpn": which classes the mean runs over
+        miou: str = "present",  # one of `MIOU`: which classes the mean runs over
         # miou, iou (list, None where undefined), pixel_acc, mean_acc, n_pixels; fractions of one
     ) -> dict:
         "The usual numbers. A mean over nothing is None."
         if miou not in MIOU:
-            raise ValueError(f"unknown mIoU rule '{miou}'; there are {MIOU}")
+            raise ValueError(f"unknown mIoU rule '{miou}'; there are {tuple(MIOU)}")
         self._check_noted()
         m = self.matrix.cpu()
         hit, true, said = (v.tolist() for v in (m.diagonal(), m.sum(1), m.sum(0)))
         iou = [h / (t + s - h) if t + s else None for h, t, s in zip(hit, true, said)]
         acc = [h / t if t else None for h, t in zip(hit, true)]
         n = sum(true)
-        mean = {
-            "present": iou,
-            "all": [v or 0.0 for v in iou],
-            "s2fpn": [v for v in iou if v] or [0.0],
-        }[miou]
         return dict(
-            miou=_mean(mean) if n else None,
+            miou=mean_of(MIOU[miou](iou)) if n else None,
             iou=iou,
             pixel_acc=sum(hit) / n if n else None,
-            mean_acc=_mean(acc),
+            mean_acc=mean_of(acc),
             n_pixels=n,
         )
 
@@ -200,8 +207,5 @@ def iou_table(
     def percent(v):
         return None if v is None else 100 * v
 
-    return Table(
-        [[n, percent(v)] for n, v in zip(names, result["iou"])]
-        + [["mean", percent(result["miou"])]],
-        ["class", "IoU %"],
-    )
+    rows = [[n, percent(v)] for n, v in zip(names, result["iou"])]
+    return Table([*rows, ["mean", percent(result["miou"])]], ["class", "IoU %"])

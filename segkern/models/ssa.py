@@ -212,6 +212,8 @@ def _below_the_classifier(name):
 class SSA(SegModel):
     "A host network with the adaptive classifier."
 
+    inner_name = "host"  # rules for parameters know those inside by their own names
+
     def __init__(
         self,
         host: nn.Module,  # has `feature(x)` -> [b, c, h, w] and `classifier`, a 1×1 convolution

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..core import parse_size, Table, write_json
-from ..core.files import _package_dir
+from ..core.files import package_dir
 from .results import logger
 
 # %% ../../nbs/75b_reproduce.notebook.ipynb #b61a9767
@@ -87,7 +87,7 @@ def papers_folder(
     papers_dir: str | Path | None = None,  # default: `papers/` beside the package
 ) -> Path:  # a folder with notebooks
     "Where the paper notebooks are."
-    folder = Path(papers_dir) if papers_dir else _package_dir().parent / "papers"
+    folder = Path(papers_dir) if papers_dir else package_dir().parent / "papers"
     if folder.is_dir() and any(folder.glob("*.ipynb")):
         return folder.resolve()
     if papers_dir:
@@ -148,7 +148,7 @@ def _source_hash(path, parameters):
 def _package_digest():
     "A digest of the package's modules that a paper may use."
     digest = hashlib.sha256()
-    for f in sorted(_package_dir().rglob("*.py")):
+    for f in sorted(package_dir().rglob("*.py")):
         if f.name not in ("cli.py", "reproduce.py", "_modidx.py"):
             digest.update(f.read_bytes())
     return digest.digest()

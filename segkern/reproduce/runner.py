@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import progress, write_json
-from ..core.files import _package_dir
+from ..core.files import package_dir
 from segkern.reproduce.notebook import (
     _clear,
     _notebook,
@@ -146,7 +146,7 @@ def _environment(threads):
     """The environment of a paper's process: its share of the cores, threads that sleep while they
     wait, this package, this Python's kernel."""
     path = os.pathsep.join(
-        [str(_package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        [str(package_dir().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     return {
         **os.environ,

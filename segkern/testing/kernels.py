@@ -12,7 +12,8 @@ import torch
 
 from ..core import Table
 from ..ops.dispatch import use_blocks, use_impl
-from . import assert_close, make_input
+from .close import assert_close
+from .fill import make_input
 from .memory import exact_interpreter, Guarded, guarded_memory, launches, shuffled
 
 # %% ../../nbs/01a_testing.kernels.ipynb #3e9a2ee2

@@ -15,20 +15,21 @@ from ..core import Table
 from ..core.recipe import Recipe
 
 # %% ../../nbs/61d_train.optim.ipynb #033f6645
-def _rule_of(recipe, name, p):
-    "Pattern, factor of the rate, and decay of a parameter."
+def rule_of(
+    recipe: Recipe,  # groups or lr_mult, weight_decay, decay_norms
+    name: str,  # of a parameter
+    dimensions: int,  # of its tensor
+) -> tuple:  # pattern or None, factor of the rate, decay
+    "What the optimizer does with a parameter."
+    rule, factor, decay = None, 1.0, 1.0
     if recipe.groups:
-        rule, factor, decay = next(
-            (r for r in recipe.groups if fnmatch.fnmatchcase(name, r[0])), (None, 1.0, 1.0)
-        )
+        fits = (r for r in recipe.groups if fnmatch.fnmatchcase(name, r[0]))
+        rule, factor, decay = next(fits, (None, 1.0, 1.0))
     else:
-        rule, factor = next(((s, f) for s, f in recipe.lr_mult if name.startswith(s)), (None, 1.0))
-        decay = 1.0
-    return (
-        rule,
-        float(factor),
-        recipe.weight_decay * decay if recipe.decay_norms or p.ndim > 1 else 0.0,
-    )
+        fits = ((start, f) for start, f in recipe.lr_mult if name.startswith(start))
+        rule, factor = next(fits, (None, 1.0))
+    decays = recipe.decay_norms or dimensions > 1
+    return rule, float(factor), recipe.weight_decay * decay if decays else 0.0
 
 # %% ../../nbs/61d_train.optim.ipynb #74df6c57
 def parameter_groups(
@@ -36,13 +37,14 @@ def parameter_groups(
     recipe: Recipe,  # lr, weight_decay, decay_norms, lr_mult, groups
 ) -> dict:  # (factor of the rate, decay) -> list of (name, parameter, rule)
     "The trained parameters by what the optimizer does with them."
+    inner = getattr(model, "inner_name", "")
+    prefix = f"{inner}." if inner else ""
     groups = {}
     used = set()
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # SSAClassifier keeps its host under that name
-        rule, factor, decay = _rule_of(recipe, name.removeprefix("host."), p)
+        rule, factor, decay = rule_of(recipe, name.removeprefix(prefix), p.ndim)
         used.add(rule)
         groups.setdefault((factor, decay), []).append((name, p, rule))
     if idle := [s for s, _ in recipe.lr_mult if s not in used]:

@@ -11,6 +11,35 @@ import math
 
 from ..core.recipe import Recipe
 
+# %% ../../nbs/61b_train.schedule.ipynb #179f03ec
+def decayed_rate(
+    recipe: Recipe,  # schedule, lr, and what the schedule needs
+    step: int,  # iterations done before
+    share: float,  # of the decay that is over
+) -> float:
+    "The rate without warm-up."
+    r = recipe
+    u = min(1.0, max(0.0, share))
+    if r.schedule == "poly":
+        return (r.lr - r.lr_min) * (1 - u) ** r.power + r.lr_min
+    if r.schedule == "cosine":
+        return r.lr * 0.5 * (1 + math.cos(math.pi * u))
+    if r.schedule == "multistep":
+        return r.lr * r.gamma ** bisect.bisect_right(sorted(r.milestones), step)
+    if r.schedule == "constant":
+        return r.lr
+    raise ValueError(
+        f"unknown schedule '{r.schedule}'; there are poly, cosine, multistep, constant"
+    )
+
+# %% ../../nbs/61b_train.schedule.ipynb #b67ba709
+def warm_share(
+    recipe: Recipe,  # warmup_ratio
+    share: float,  # of the warm-up that is over
+) -> float:  # of the full rate
+    "How far the rate has come up."
+    return recipe.warmup_ratio * (1 - share) + share
+
 # %% ../../nbs/61b_train.schedule.ipynb #0e1ec0df
 def lr_at(
     recipe: Recipe,  # schedule, lr, warmup, iterations, …
@@ -18,29 +47,11 @@ def lr_at(
 ) -> float:  # the base rate of that iteration
     "The learning rate of one iteration."
     r = recipe
-    t = step
-    w = recipe.warmup
+    w = r.warmup
     if r.warmup_rule == "times":
-        return _decayed(r, t, t / r.iterations) * (
-            r.warmup_ratio * (1 - t / w) + t / w if t < w else 1.0
-        )
+        rate = decayed_rate(r, step, step / r.iterations)
+        return rate * warm_share(r, step / w) if step < w else rate
     last = r.warmup_rule == "inclusive"  # both phases count their last step
-    if w and t <= w - last:
-        return r.lr * (r.warmup_ratio * (1 - t / max(1, w - last)) + t / max(1, w - last))
-    return _decayed(r, t, (t - w) / max(1, r.iterations - w - last))
-
-# %% ../../nbs/61b_train.schedule.ipynb #179f03ec
-def _decayed(r, t, u):
-    "The rate without warm-up, when the share `u` of the decay is over."
-    u = min(1.0, max(0.0, u))
-    if r.schedule == "poly":
-        return (r.lr - r.lr_min) * (1 - u) ** r.power + r.lr_min
-    if r.schedule == "cosine":
-        return r.lr * 0.5 * (1 + math.cos(math.pi * u))
-    if r.schedule == "multistep":
-        return r.lr * r.gamma ** bisect.bisect_right(sorted(r.milestones), t)
-    if r.schedule == "constant":
-        return r.lr
-    raise ValueError(
-        f"unknown schedule '{r.schedule}'; there are poly, cosine, multistep, constant"
-    )
+    if w and step <= w - last:
+        return r.lr * warm_share(r, step / max(1, w - last))
+    return decayed_rate(r, step, (step - w) / max(1, r.iterations - w - last))
