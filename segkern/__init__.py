@@ -63,7 +63,7 @@ MOVED = {
     "draw": "lab.draw",
     "edges": "core.labels",
     "explain.fields": "explain.reach explain.algebra explain.rules explain.shape_rules explain.tracer "
-    "explain.field explain.footprint explain.paths explain.draw",
+    "explain.field explain.gradients explain.paths explain.draw",
     "layers": "backbones.blocks",
     "metrics": "infer.metrics",
     "ops.head": "ops.bands ops.labels ops.mining ops.ce ops.ce_unreduced",
@@ -74,6 +74,8 @@ MOVED = {
     "ops.prototype": "ops.class_maps ops.prototypes ops.cosine ops.class_sums ops.prototypes_kernels "
     "ops.cosine_kernels",
     "pretrain": "train.classify train.image_folder",
+    "recipes": "core.recipe models.s2fpn models.sanet models.mmseg models.segformer models.sasformer_icip "
+    "models.sasformer_sparse models.vit_adapter infer.protocols",
 }
 
 # %% ../nbs/00a_init.ipynb #1dfb1658

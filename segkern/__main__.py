@@ -6,8 +6,11 @@
 __all__ = []
 
 # %% ../nbs/77_main.ipynb #fcc7fa54
-from .cli import main
+import sys
+
+from .cli.app import main
 
 # %% ../nbs/77_main.ipynb #bab7aeea
-if __name__ == "__main__" and "get_ipython" not in globals():
-    main()
+# a notebook has no module specification, so running this cell in one starts nothing
+if __name__ == "__main__" and __spec__ is not None:
+    sys.exit(main())

@@ -37,7 +37,11 @@ COMMANDS = [
         for c in "heat labels boundary class-boundary field effective paths calculators gallery samples".split()
     ),
 ]
-ENV = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+ENV = {
+    **os.environ,
+    "PYTHONPATH": str(Path(cli.__file__).parent.parent.parent),
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def shell(*args, **kwargs):
@@ -157,6 +161,25 @@ def test_a_checkpoint_with_more_outputs_than_classes(call, tmp_path):
         and json.loads(out)["protocol"] == "ade32"
         and json.loads(out)["size"] == [128, 64]
     )
+
+
+@pytest.mark.parametrize("module", ["segkern", "segkern.cli"])
+def test_as_a_module(module):
+    "`python -m segkern` is the command, with its exit code."
+
+    def run(*args):
+        command = [sys.executable, "-m", module, *args]
+        return subprocess.run(command, capture_output=True, text=True, env=ENV)
+
+    assert run("--version").stdout == f"segkern {segkern.__version__}\n"
+    failed = run("models", "nothing*")
+    assert failed.returncode == 1 and failed.stderr.startswith("error: no model matches")
+
+
+def test_groups_and_commands_in_their_order(call):
+    listed = call("--help")[1].split("Commands:")[1]
+    commands = "doctor models train pretrain eval predict convert reproduce lab bench explain data"
+    assert [line.split()[0] for line in listed.splitlines() if line.strip()] == commands.split()
 
 
 def test_version(call):
@@ -563,9 +586,10 @@ def test_options_of_the_network(call):
 
 def test_validation_has_full_labels():
     "Sparse labels, from the recipe or from -D, are for training only."
+    from segkern.cli.train import _split_options
     from segkern.core import recipe_for
 
-    train, val = cli._split_options(
+    train, val = _split_options(
         recipe_for("segformer_b0", "streets"), ["annotation=scribble", "size=(64, 96)"]
     )
     assert train == ["annotation=scribble", "size=(64, 96)"] and val == ["size=(64, 96)"]

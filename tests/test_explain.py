@@ -1,6 +1,7 @@
 """Heat maps, pictures of outputs and the commands around them: official pictures, every method,
 errors, models left as they were."""
 
+import importlib
 import json
 import logging
 import subprocess
@@ -14,7 +15,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import segkern
-from segkern import cli_explain, explain
+from segkern import explain
+from segkern.cli import explain as commands
+from segkern.cli import masks
+from segkern.cli import samples as shipped
 from segkern.core import load_table
 from segkern.core.labels import boundary_target, class_boundary_target, label_canny
 from segkern.testing import fixture, make_input, relative_l2, shared
@@ -23,6 +27,7 @@ cam_package = pytest.importorskip(
     "pytorch_grad_cam", reason="grad-cam is not installed: pip install 'segkern[explain]'"
 )
 
+from segkern.explain import guests  # noqa: E402
 from segkern.explain import heat as H  # noqa: E402
 from segkern.explain import pictures as P  # noqa: E402
 
@@ -231,7 +236,7 @@ def test_table_knows_the_package():
         and n != "BaseCAM"
     }
     assert makers <= {m.cls for m in H.METHODS.values()}, makers
-    table = H.methods()
+    table = explain.methods()
     assert len(table) == len(H.METHODS) and sum("ready" in r for r in table.rows) == len(READY)
 
 
@@ -242,7 +247,7 @@ def test_absent_and_refused(monkeypatch, small):
     monkeypatch.delattr(cam_package, "HiResCAM")
     with pytest.raises(ValueError, match="this version of grad-cam has no HiResCAM"):
         H.heat(small, picture(), 0, method="hirescam")
-    assert "not in grad-cam" in str(H.methods())
+    assert "not in grad-cam" in str(explain.methods())
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     with pytest.raises(ImportError, match=r"pip install 'segkern\[explain\]'"):
         H.heat(small, picture(), 0)
@@ -304,7 +309,7 @@ def test_class_by_name(models):
 
 
 def test_memory_is_reckoned(small, monkeypatch):
-    monkeypatch.setattr(H, "LIMIT", 1e-4)
+    monkeypatch.setattr(guests, "LIMIT", 1e-4)
     for method in ("eigencam", "kpcacam", "scorecam"):
         with pytest.raises(ValueError, match="takes about .* GiB .*smaller size"):
             H.heat(small, picture(128, 128), 0, "last", method, "everywhere")
@@ -447,9 +452,7 @@ def test_official_pictures():
 def test_official_train_ids(tmp_path):
     g = fixture("sanet_tools").golden
     Image.fromarray(g["label_ids"].astype(np.uint8)).save(tmp_path / "ids.png")
-    assert (
-        cli_explain.read_mask(tmp_path / "ids.png", "label", CITY).numpy() == g["train_ids"]
-    ).all()
+    assert (masks.read_mask(tmp_path / "ids.png", "label", CITY).numpy() == g["train_ids"]).all()
     call("class-boundary", tmp_path / "ids.png", "--ids", "label", "--out", tmp_path / "edges.png")
     colours = np.concatenate([np.array(CITY["palette"]), [[0, 0, 0]]])
     assert (
@@ -551,8 +554,9 @@ def test_gallery(models, tmp_path):
 
 
 def test_lazy_names():
-    for name in explain._LAZY:
-        assert getattr(explain, name) is not None, name
+    for name, (module, inner) in explain._LAZY.items():
+        made = getattr(importlib.import_module(f"segkern.explain.{module}"), inner)
+        assert getattr(explain, name) is made, name
     assert explain.heat_map is H.heat and set(explain._LAZY) <= set(dir(explain))
     with pytest.raises(AttributeError):
         explain.nothing
@@ -560,7 +564,7 @@ def test_lazy_names():
 
 def test_imports_are_light():
     code = (
-        "import sys, segkern.cli_explain; a = {'torch', 'numpy', 'matplotlib'} & "
+        "import sys, segkern.cli.explain, segkern.cli.samples; a = {'torch', 'numpy', 'matplotlib'} & "
         "set(sys.modules); import segkern.explain, segkern.explain.heat; "
         "print(a or {'matplotlib', 'pytorch_grad_cam', 'cv2'} & set(sys.modules))"
     )
@@ -577,14 +581,14 @@ def test_imports_are_light():
 
 def call(*args):
     "Output of a command that must succeed."
-    result = CliRunner().invoke(cli_explain.app, [str(a) for a in args])
+    result = CliRunner().invoke(commands.app, [str(a) for a in args])
     assert result.exit_code == 0, (result.output, result.exception)
     return result.output
 
 
 def fails(*args):
     "The message of a command that must fail without a bug."
-    result = CliRunner().invoke(cli_explain.app, [str(a) for a in args])
+    result = CliRunner().invoke(commands.app, [str(a) for a in args])
     assert result.exit_code and isinstance(result.exception, (ValueError, OSError, ImportError)), (
         result.output,
         result.exception,
@@ -724,9 +728,7 @@ def test_masks_of_camvid(tmp_path):
     )
     expected = np.where(ids == 11, 255, ids)
     for kind, name in (("train", "ids"), ("colour", "colours")):
-        assert (
-            cli_explain.read_mask(tmp_path / f"{name}.png", kind, table).numpy() == expected
-        ).all()
+        assert (masks.read_mask(tmp_path / f"{name}.png", kind, table).numpy() == expected).all()
     call("class-boundary", tmp_path / "ids.png", "--dataset", "camvid", "--out", tmp_path / "e.png")
 
 
@@ -770,7 +772,7 @@ def samples(tmp_path):
 
 def test_samples_scored(samples):
     folder, truth = samples
-    found = cli_explain.score_samples(
+    found = shipped.score_samples(
         folder, None, "image/*.png", "label/*.png", {"main": "main/*.png", "aux": "aux/*.png"}
     )
     t, p = (np.stack(x) for x in zip(*truth))
@@ -824,7 +826,7 @@ def test_samples_refused(samples):
 
 
 def test_expected_scores_are_those_of_the_specification():
-    assert json.loads(json.dumps(cli_explain.EXPECTED)) == {
+    assert json.loads(json.dumps(shipped.EXPECTED)) == {
         "main": [79.7, 96.8],
         "aux": [56.8, 93.8],
     }

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import segkern
-from segkern.explain import fields as X
+from segkern.explain import field as X
+from segkern.explain import gradients as P
+from segkern.explain.draw import field_figure, fields_figure
+from segkern.explain.field import receptive_field, receptive_fields
+from segkern.explain.gradients import effective_field, field_shares, footprint
 from segkern.explain.paths import (
     backward_field,
     calculators_table,
@@ -20,9 +24,7 @@ from segkern.explain.paths import (
     path_counts,
     save_counts,
 )
-from segkern.explain.footprint import effective_field, field_shares, footprint
-from segkern.explain.draw import field_figure, fields_figure
-from segkern.explain.field import receptive_field, receptive_fields
+from segkern.explain.tracer import trace
 from segkern.testing import fixture
 
 TO_L3 = [(3, s) for s in (2, 2, 1, 1, 2, 1, 1, 1)]
@@ -147,18 +149,18 @@ def test_a_single_count_is_green_and_empty_cells_are_black():
 
 def agree(net, size, places, **kw):
     "Mask by rule and by gradient, pixel by pixel; several outputs by key."
-    tracer, seen = X._trace(net, size, [])
+    tracer, seen = trace(net, size, [])
     assert not tracer.assumed
-    x, out = X._prepare(net, size, "average", 0, [])
-    ours = X._maps(seen[None])
-    theirs = X._maps(out[None])
+    x, out = P._prepare(net, size, "average", 0, [])
+    ours = X.tensor_maps(seen[None])
+    theirs = X.tensor_maps(out[None])
     for key, t in theirs.items():
         h, w = t.shape[-2:]
         for i, j in places:
             where = (min(int(i * h), h - 1), min(int(j * w), w - 1))
-            want = X._gradient(t, x, where, X._output_weights(t, "average", 0), keep=True) != 0
+            want = P._gradient(t, x, where, P._output_weights(t, "average", 0), keep=True) != 0
             r = tracer.get(ours[key])
-            got = X._pixel(r, where, size).mask if r is not None else np.zeros(size, bool)
+            got = X.pixel_field(r, where, size).mask if r is not None else np.zeros(size, bool)
             assert np.array_equal(got, want), (key, where, got.sum(), want.sum())
 
 
@@ -466,22 +468,22 @@ def compare(name, size, depth, keep=lambda n: True):
     "Every map of the named modules at its centre: differing maps, number of maps."
     net = model(name)
     names = [n for n, _ in net.named_modules() if n and n.count(".") < depth and keep(n)]
-    rows, assumed = X._rows(net, size, names)
-    x, seen = X._prepare(net, size, "average", 0, names)
+    rows, assumed = X._traced_maps(net, size, names)
+    x, seen = P._prepare(net, size, "average", 0, names)
     theirs = {}
     for n in [*names, None]:
-        maps = X._maps(seen.get(n))
+        maps = X.tensor_maps(seen.get(n))
         keys = [k for k, t in maps.items() if t.ndim == 4 and t.requires_grad]
         for k in keys:
             theirs[(n or "output") + "".join(f"[{i}]" for i in k if len(keys) > 1)] = maps[k]
     bad = []
     for n, (t, r) in rows.items():
-        where = X._place(None, t.shape)
+        where = X.output_pixel(None, t.shape)
         other = theirs[n]
-        got = X._pixel(r, where, size).mask
+        got = X.pixel_field(r, where, size).mask
         if not np.array_equal(
             got,
-            X._gradient(other, x, where, X._output_weights(other, "average", 0), keep=True) != 0,
+            P._gradient(other, x, where, P._output_weights(other, "average", 0), keep=True) != 0,
         ):
             bad.append(n)
     assert not assumed
@@ -587,7 +589,7 @@ def test_the_model_stays_as_it_is():
         receptive_fields(net, (9, 9)),
         effective_field(net, torch.rand(2, 3, 9, 9)),
     )
-    for fill in X.FILLS:
+    for fill in P.FILLS:
         footprint(net, (9, 9), fill=fill)
     assert (
         all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

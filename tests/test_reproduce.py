@@ -12,6 +12,7 @@ import pytest
 
 from segkern import reproduce as r
 from segkern.core import write_json
+from segkern.reproduce import job, notebook, report as report_page, runner
 
 PARAMETERS = (
     "parameters",
@@ -59,7 +60,7 @@ def papers(folder, **notebooks):
 def frozen():
     "The package's sources count as unchanged while these tests run."
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(r, "_package_digest", lambda: b"unchanged")
+        m.setattr(notebook, "_package_digest", lambda: b"unchanged")
         yield
 
 
@@ -139,7 +140,7 @@ def test_resume(ran, monkeypatch):
     d, report = ran
     launched = []
     monkeypatch.setattr(
-        r._Job,
+        job.Job,
         "start",
         lambda self: launched.append(self.name) or (_ for _ in ()).throw(KeyboardInterrupt),
     )
@@ -154,13 +155,13 @@ def test_resume(ran, monkeypatch):
         and again["papers"]["bad"]["now"] is False
     )
 
-    def job(scale="smoke", **kw):
-        return r._Job(d / "papers" / "good.ipynb", d / "runs", scale, {"seed": 0, **kw}, 1)
+    def made(scale="smoke", **kw):
+        return job.Job(d / "papers" / "good.ipynb", d / "runs", scale, {"seed": 0, **kw}, 1)
 
-    assert job().prepare(True)
-    assert not job("quick").prepare(True) and not job(variant="other").prepare(True)
-    monkeypatch.setattr(r, "_package_digest", lambda: b"changed")
-    assert not job().prepare(True)
+    assert made().prepare(True)
+    assert not made("quick").prepare(True) and not made(variant="other").prepare(True)
+    monkeypatch.setattr(notebook, "_package_digest", lambda: b"changed")
+    assert not made().prepare(True)
 
 
 def test_resume_needs_valid_results(tmp_path, ran):
@@ -168,10 +169,10 @@ def test_resume_needs_valid_results(tmp_path, ran):
 
     shutil.copytree(ran[0] / "runs" / "good", tmp_path / "good")
 
-    def job():
-        return r._Job(ran[0] / "papers" / "good.ipynb", tmp_path, "smoke", {"seed": 0}, 1)
+    def made():
+        return job.Job(ran[0] / "papers" / "good.ipynb", tmp_path, "smoke", {"seed": 0}, 1)
 
-    assert job().prepare(True)
+    assert made().prepare(True)
     results = json.loads((tmp_path / "good" / "results.json").read_text())
     for damage in (
         json.dumps(results)[:-9],
@@ -179,14 +180,14 @@ def test_resume_needs_valid_results(tmp_path, ran):
         json.dumps(results).replace("3.25", "NaN"),
     ):
         (tmp_path / "good" / "results.json").write_text(damage)
-        assert not job().prepare(True)
+        assert not made().prepare(True)
 
 
 def test_long_runs_are_moved_aside(tmp_path):
     for scale in ("smoke", "full"):
         folder = tmp_path / scale
         write_json(folder / "run.json", dict(scale=scale, state="passed"))
-        r._clear(folder, r._run_info(folder))
+        notebook.clear_run(folder, notebook.run_info(folder))
         assert not folder.exists()
     kept = [p for p in tmp_path.iterdir()]
     assert (
@@ -197,7 +198,7 @@ def test_long_runs_are_moved_aside(tmp_path):
 def test_foreign_folder_is_left_alone(tmp_path, ran):
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "notes.txt").write_text("mine")
-    assert not r._Job(ran[0] / "papers" / "good.ipynb", tmp_path, "smoke", {"seed": 0}, 1).prepare(
+    assert not job.Job(ran[0] / "papers" / "good.ipynb", tmp_path, "smoke", {"seed": 0}, 1).prepare(
         False
     )
     assert (tmp_path / "good" / "notes.txt").exists()
@@ -256,7 +257,7 @@ def test_refusals(tmp_path, ran, monkeypatch):
             r.reproduce(**{"out": tmp_path, "papers_dir": d / "papers", **kwargs})
     with pytest.raises(FileNotFoundError, match="no notebooks"):
         r.reproduce(papers_dir=tmp_path, out=tmp_path)
-    monkeypatch.setattr(r, "package_dir", lambda: tmp_path / "site-packages" / "segkern")
+    monkeypatch.setattr(notebook, "package_dir", lambda: tmp_path / "site-packages" / "segkern")
     with pytest.raises(FileNotFoundError, match="wheel"):
         r.reproduce(out=tmp_path)
 
@@ -267,7 +268,7 @@ def test_unknown_parameter_fails_its_paper(tmp_path, ran):
 
 
 def test_second_runner_is_refused(tmp_path, ran):
-    with r._alone(tmp_path), pytest.raises(RuntimeError, match="another"):
+    with runner._only_runner(tmp_path), pytest.raises(RuntimeError, match="another"):
         r.reproduce(["good"], out=tmp_path, papers_dir=ran[0] / "papers")
 
 
@@ -288,7 +289,7 @@ def test_signals(tmp_path, sig, expected):
         f"import sys; from segkern.cli import main; sys.exit(main(['reproduce', '--papers-dir', "
         f"'{tmp_path}/papers', '--out', '{tmp_path}/runs']))"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(r.__file__).parent.parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(r.__file__).parent.parent.parent)}
     run = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -314,10 +315,12 @@ def test_signals(tmp_path, sig, expected):
 
 
 def test_links_in_subtitles():
-    assert r._links("a [paper](https://x.org/1)") == 'a <a href="https://x.org/1">paper</a>'
-    assert r._links("[x](javascript:alert)") == "[x](javascript:alert)"
+    assert (
+        report_page._links("a [paper](https://x.org/1)") == 'a <a href="https://x.org/1">paper</a>'
+    )
+    assert report_page._links("[x](javascript:alert)") == "[x](javascript:alert)"
 
 
 def test_killed_kernel_is_named(tmp_path):
     (tmp_path / "log.txt").write_text("...\nnbclient.exceptions.DeadKernelError: Kernel died\n")
-    assert "out of memory" in r._failure(tmp_path, "p", 138)
+    assert "out of memory" in job.failure(tmp_path, "p", 138)

@@ -8,15 +8,15 @@ __all__ = ['app', 'main', 'load_model', 'parse_field', 'parse_options', 'parse_o
 
 # %% ../../nbs/76_cli.ipynb #aa9f1c03
 from segkern.cli import (
-    bench,
-    data,
     doctor,
+    models,
+    train,
     evaluate,
+    predict,
+    bench,
     explain,
     explain_lists,
-    models,
-    predict,
-    train,
+    data,
 )
 from .app import app, main
 from segkern.cli.arguments import (
@@ -27,7 +27,11 @@ from segkern.cli.arguments import (
     parse_pairs,
     parse_value,
 )
-from .predict import find_pictures, output_names
+from .pictures import find_pictures, output_names
+
+# %% ../../nbs/76_cli.ipynb #fe0f4729
+# importing a file registers its commands; this is the order of the help
+_GROUPS = (doctor, models, train, evaluate, predict, bench, explain, explain_lists, data)
 
 # %% ../../nbs/76_cli.ipynb #d6428cb5
 _all_ = [
