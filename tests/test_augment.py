@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from segkern.core import IMAGENET
-from segkern.data import augment, open_dataset
+from segkern.data import colour, open_dataset, transform
 from segkern.data.transform import Augment, balanced, transform_for
 from segkern.data.colour import (
-    below,
+    uniform_integer,
     hsv_to_rgb,
     linear,
     photometric,
@@ -120,7 +120,7 @@ def official_photometric(cv2, rgb, g):
     bgr = rgb[..., ::-1]
 
     def coin():
-        return below(2, g)
+        return uniform_integer(2, g)
 
     if coin():
         bgr = convert(bgr, beta=uniform(-32, 32, g))
@@ -130,7 +130,7 @@ def official_photometric(cv2, rgb, g):
     if coin():
         bgr = official_saturation(cv2, bgr, uniform(0.5, 1.5, g))
     if coin():
-        bgr = official_hue(cv2, bgr, below(36, g) - 18)
+        bgr = official_hue(cv2, bgr, uniform_integer(36, g) - 18)
     if not early and coin():
         bgr = convert(bgr, uniform(0.5, 1.5, g))
     return bgr[..., ::-1]
@@ -156,7 +156,7 @@ def test_photometric_draws(monkeypatch):
 
     for name in ("linear", "saturate", "turn_hue"):
         calls[name] = []
-        monkeypatch.setattr(augment, name, note(name))
+        monkeypatch.setattr(colour, name, note(name))
     g = torch.Generator().manual_seed(0)
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     for _ in range(4000):
@@ -236,7 +236,7 @@ def test_crops_are_drawn_again():
 
 def test_eleven_crops_at_most(monkeypatch):
     tries = []
-    monkeypatch.setattr(augment, "balanced", lambda labels, limit: tries.append(limit))
+    monkeypatch.setattr(transform, "balanced", lambda labels, limit: tries.append(limit))
     image, target = street()
     Augment(IMAGENET, (20, 20), cat_max_ratio=0.6)(image, target)
     assert tries == [0.6] * 10
@@ -252,8 +252,8 @@ def official_mmseg(cv2, image, target, recipe, g):
     rgb = cv2.resize(rgb, new[::-1], interpolation=cv2.INTER_LINEAR)
     ids = cv2.resize(ids, new[::-1], interpolation=cv2.INTER_NEAREST)
     for k in range(11):
-        top = below(max(new[0] - ch, 0) + 1, g)
-        left = below(max(new[1] - cw, 0) + 1, g)
+        top = uniform_integer(max(new[0] - ch, 0) + 1, g)
+        left = uniform_integer(max(new[1] - cw, 0) + 1, g)
         part = ids[top : top + ch, left : left + cw]
         labels, count = np.unique(part, return_counts=True)
         count = count[labels != 255]
@@ -298,14 +298,14 @@ def official_sparse(cv2, image, target, recipe, g):
     new = int(bgr.shape[1] * (math.sqrt(a) * scale)), int(bgr.shape[0] * (math.sqrt(1 / a) * scale))
     bgr = cv2.resize(np.ascontiguousarray(bgr), new, interpolation=cv2.INTER_CUBIC)
     ids = cv2.resize(np.ascontiguousarray(ids), new, interpolation=cv2.INTER_NEAREST)
-    top = below(max(new[1] - ch, 0) + 1, g)
-    left = below(max(new[0] - cw, 0) + 1, g)
+    top = uniform_integer(max(new[1] - ch, 0) + 1, g)
+    left = uniform_integer(max(new[0] - cw, 0) + 1, g)
     bgr = bgr[top : top + ch, left : left + cw]
     ids = ids[top : top + ch, left : left + cw].astype(int)
     ids[ids == 255] = -1
-    by = below(21, g) - 10
-    top = below(ch - bgr.shape[0] + 1, g)
-    left = below(cw - bgr.shape[1] + 1, g)
+    by = uniform_integer(21, g) - 10
+    top = uniform_integer(ch - bgr.shape[0] + 1, g)
+    left = uniform_integer(cw - bgr.shape[1] + 1, g)
     spare = (top, ch - top - bgr.shape[0]), (left, cw - left - bgr.shape[1])
     bgr = np.pad(bgr, (*spare, (0, 0)))
     ids = np.pad(ids, spare, constant_values=-2)
@@ -360,12 +360,12 @@ def test_padding_lies_anywhere_and_scales_fill_their_range():
 def test_black_padding_moves_with_the_shift_or_not():
     image = torch.full((3, 8, 8), 128, dtype=torch.uint8)
     target = torch.zeros(8, 8, dtype=torch.uint8)
-    for colour, pad, outside in (
+    for kind, pad, outside in (
         ("shift", "black", 11),
         ("shift_picture", "black", 1),
         ("shift", "mean", 1),
     ):
-        t = Augment(IMAGENET, (16, 16), colour=colour, pad=pad, place="random", inside=True)
+        t = Augment(IMAGENET, (16, 16), colour=kind, pad=pad, place="random", inside=True)
         g = torch.Generator().manual_seed(3)
         values = {
             (int(t.preprocess.undo(x)[0][y[1] == 1][0]), round(float(x[0][y[1] == 0][0]), 4))

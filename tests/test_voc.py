@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import segkern.data.voc as voc
+import segkern.data.voc_files as voc_files
 from segkern.core import load_table
 from segkern.data import check, make, open_dataset
 from segkern.data.sparse import (
@@ -554,7 +555,7 @@ def test_published_pngs():
     home = None
     for n in ("2007_000032", "2007_000033"):
         sparse, dense = (np.array(Image.open(root / f"{n}.{k}.png")) for k in ("scribble", "dense"))
-        source = voc._ScribblePngs(root)
+        source = voc_files.ScribblePngs(root)
         assert (source.labels(n, home) == sparse).all() and source.names >= {n}
         on = (sparse != 255) & (dense != 255)
         assert (sparse[on] == dense[on]).mean() > 0.95
@@ -564,7 +565,9 @@ def test_the_archive_is_opened_once(tmp_path, monkeypatch):
     tree(tmp_path)
     opened = []
     real = zipfile.ZipFile
-    monkeypatch.setattr(voc.zipfile, "ZipFile", lambda *a, **k: opened.append(a) or real(*a, **k))
+    monkeypatch.setattr(
+        voc_files.zipfile, "ZipFile", lambda *a, **k: opened.append(a) or real(*a, **k)
+    )
     ds = open_dataset("voc2012", tmp_path, annotation="scribble")
     for _ in range(2):
         for i in range(5):
@@ -686,7 +689,7 @@ def test_scipy_is_optional(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install scipy"):
         open_dataset("voc2012", tmp_path)
     with pytest.raises(ImportError, match="pip install scipy"):
-        voc.read_mat(tmp_path / "x.mat")
+        voc_files.read_mat(tmp_path / "x.mat")
     assert (
         len(open_dataset("voc2012", tmp_path, annotation="scribble")) == 5
         and len(open_dataset("voc2012", tmp_path, "val")) == 1

@@ -120,8 +120,9 @@ def moved(path, place):
 
 @pytest.mark.parametrize("place", [8, 24, 40])
 def test_loaded_weights_are_aligned(place, tmp_path):
-    """From a file whose tensors lie next to no multiple of 64: every tensor is aligned, the values are those saved bit by
-    bit, and so are the logits, since alignment and layout are those of the saved network."""
+    """From a file whose tensors lie next to no multiple of 64: every tensor is aligned, the values
+    are those saved bit by bit, and so are the logits, since alignment and layout are those of the
+    saved network."""
     m = create_model("s2fpn_r18", 5).eval()
     path = moved(save(m, tmp_path / "m.safetensors"), place)
     mapped = safetensors.torch.load_file(path)

@@ -7,7 +7,7 @@ __all__ = ['data_path', 'load_table', 'atomic_path', 'write_json', 'disk_errors'
            'pick_device', 'env_info', 'once', 'progress', 'fmt', 'Table', 'constants', 'Preprocess', 'IMAGENET',
            'parse_size', 'label_canny', 'boundary_target', 'class_boundary_target', 'IGNORE', 'check_recipe', 'Recipe',
            'input_rule', 'add_recipes', 'ALIASES', 'HALVES', 'mean_only', 'recipe_for', 'recipe_with_options',
-           'RECIPES', 'STREETS', 'closest']
+           'RECIPES', 'STREETS', 'closest', 'register_table', 'registered_tables']
 
 # %% ../../nbs/00_core.ipynb #57bac974
 from .env import env_info, logger, once, pick_device, progress, seeded
@@ -18,6 +18,8 @@ from segkern.core.files import (
     disk_errors,
     folder_lock,
     load_table,
+    register_table,
+    registered_tables,
     write_json,
 )
 from .labels import boundary_target, class_boundary_target, IGNORE, label_canny
@@ -73,4 +75,6 @@ _all_ = [
     "RECIPES",
     "STREETS",
     "closest",
+    "register_table",
+    "registered_tables",
 ]

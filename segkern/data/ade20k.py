@@ -6,7 +6,8 @@
 __all__ = ['ADE20K']
 
 # %% ../../nbs/53b_data.ade20k.ipynb #fd761eea
-from .base import ShiftedDataset
+from .shifted import ShiftedDataset
+from .registry import register
 
 # %% ../../nbs/53b_data.ade20k.ipynb #0f2b73ed
 class ADE20K(ShiftedDataset):
@@ -17,3 +18,6 @@ class ADE20K(ShiftedDataset):
     parts = dict(train="training", val="validation")
     inside = "ADEChallengeData2016"
     hint = "in ADEChallengeData2016"
+
+# %% ../../nbs/53b_data.ade20k.ipynb #deeefcb7
+register("ade20k", ADE20K, "train val trainval", about="ADE20K, the 150 classes of scene parsing")

@@ -21,6 +21,7 @@ from segkern.data.base import (
     read_ids,
     stored_as_colour,
 )
+from .registry import register
 
 # %% ../../nbs/52_data.camvid.ipynb #8c0682a7
 LAYOUT = (
@@ -107,3 +108,11 @@ class CamVid(SegDataset):
             return read_colours(path, self._colours)
         hint = "CamVid's masks hold 0..10 and 11 for void; masks of another tool go through the dataset `folder`."
         return lookup(read_ids(path), self._ids, path, hint)
+
+# %% ../../nbs/52_data.camvid.ipynb #a9ed7cc2
+register(
+    "camvid",
+    CamVid,
+    "train val trainval test",
+    about="CamVid, 11 classes, both layouts, order=segnet|sanet",
+)

@@ -24,6 +24,7 @@ from segkern.data.base import (
     read_ids,
     read_list,
 )
+from .registry import register
 
 # %% ../../nbs/53_data.cityscapes.ipynb #942079d8
 LAYOUT = (
@@ -161,3 +162,11 @@ def save_submission(
     with atomic_path(path) as tmp:
         Image.fromarray(ids).save(tmp, "PNG")
     return path
+
+# %% ../../nbs/53_data.cityscapes.ipynb #05cd1c25
+register(
+    "cityscapes",
+    Cityscapes,
+    "train val trainval test",
+    about="Cityscapes, 19 classes, annotation=fine|coarse",
+)

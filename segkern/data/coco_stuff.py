@@ -6,7 +6,8 @@
 __all__ = ['COCOStuff']
 
 # %% ../../nbs/53c_data.coco_stuff.ipynb #e3d42de3
-from .base import ShiftedDataset
+from .shifted import ShiftedDataset
+from .registry import register
 
 # %% ../../nbs/53c_data.coco_stuff.ipynb #944a4f70
 class COCOStuff(ShiftedDataset):
@@ -17,3 +18,6 @@ class COCOStuff(ShiftedDataset):
     parts = dict(train="train2014", val="test2014")
     suffix = "_labelTrainIds.png"
     hint = "the common conversion writes *_labelTrainIds.png"
+
+# %% ../../nbs/53c_data.coco_stuff.ipynb #234cf5d1
+register("coco_stuff10k", COCOStuff, "train val trainval", about="COCO-Stuff 10K, 171 classes")

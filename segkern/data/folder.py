@@ -24,6 +24,7 @@ from segkern.data.base import (
     read_ids,
     stored_as_colour,
 )
+from .registry import register
 
 # %% ../../nbs/54_data.folder.ipynb #e51eee49
 LAYOUT = "images/ and masks/, or train/images/ and train/masks/ and so on, and classes.json"
@@ -184,3 +185,6 @@ def _with_ending(path):
         (p for e in (".png", ".tif", ".bmp") if (p := path.with_suffix(e)).is_file()),
         path.with_suffix(".png"),
     )
+
+# %% ../../nbs/54_data.folder.ipynb #8b1ad93c
+register("folder", Folder, "train val trainval test all", about="your own pictures and masks")

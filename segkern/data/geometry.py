@@ -44,10 +44,8 @@ def resize_window(
     down, across = factor if isinstance(factor, tuple) else (factor, factor)
     if down == across == 1:
         return image[:, top : top + height, left : left + width]
-    (y0, y1, fy), (x0, x1, fx) = (
-        _taps(image.shape[1], down, top, height),
-        _taps(image.shape[2], across, left, width),
-    )
+    y0, y1, fy = _taps(image.shape[1], down, top, height)
+    x0, x1, fx = _taps(image.shape[2], across, left, width)
     first = int(x0[0])
     part = image[:, :, first : int(x1[-1]) + 1].float()
     rows = torch.lerp(part[:, y0], part[:, y1], fy[:, None])
@@ -75,16 +73,12 @@ def nearest_window(
         return target[top : top + height, left : left + width]
 
     def pick(n, f, start, count):
-        return (
-            (torch.arange(start, start + count, dtype=torch.float64) * (1 / f))
-            .floor()
-            .long()
-            .clamp_(max=n - 1)
-        )
+        places = torch.arange(start, start + count, dtype=torch.float64) * (1 / f)
+        return places.floor().long().clamp_(max=n - 1)
 
-    return target[pick(target.shape[0], down, top, height)][
-        :, pick(target.shape[1], across, left, width)
-    ]
+    rows = pick(target.shape[0], down, top, height)
+    columns = pick(target.shape[1], across, left, width)
+    return target[rows][:, columns]
 
 # %% ../../nbs/50_data.geometry.ipynb #c5938122
 def _cubic_taps(n, factor, start, count):
@@ -116,11 +110,10 @@ def cubic_window(
     down, across = factor if isinstance(factor, tuple) else (factor, factor)
     if down == across == 1:
         return image[:, top : top + height, left : left + width]
-    (ys, wy), (xs, wx) = (
-        _cubic_taps(image.shape[1], down, top, height),
-        _cubic_taps(image.shape[2], across, left, width),
-    )
-    first, (c, _, _) = int(xs.min()), image.shape
+    ys, wy = _cubic_taps(image.shape[1], down, top, height)
+    xs, wx = _cubic_taps(image.shape[2], across, left, width)
+    first = int(xs.min())
+    c = len(image)
     part = image[:, :, first : int(xs.max()) + 1].float()
     rows = torch.zeros(c, height, part.shape[2])
     for y, w in zip(ys, wy):
@@ -148,6 +141,6 @@ def stretched_size(
     aspect: float,  # width over height becomes larger by this
 ) -> tuple:  # (height, width)
     "A size scaled and stretched, truncated to whole pixels."
-    return max(1, int(size[0] * math.sqrt(1 / aspect) * scale)), max(
-        1, int(size[1] * math.sqrt(aspect) * scale)
-    )
+    height = int(size[0] * math.sqrt(1 / aspect) * scale)
+    width = int(size[1] * math.sqrt(aspect) * scale)
+    return max(1, height), max(1, width)

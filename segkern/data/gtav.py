@@ -20,6 +20,7 @@ from segkern.data.base import (
     read_ids,
     stored_as_colour,
 )
+from .registry import register
 
 # %% ../../nbs/53a_data.gtav.ipynb #8f82a00f
 LAYOUT = "images/00001.png … and labels/00001.png …"
@@ -87,3 +88,6 @@ class GTAV(SegDataset):
         if stored_as_colour(path):
             return read_colours(path, self._colours)
         return lookup(read_ids(path), self._ids, path, "GTA V's masks hold label ids 0..34.")
+
+# %% ../../nbs/53a_data.gtav.ipynb #6ecd7943
+register("gtav", GTAV, "train val trainval test", about="GTA V, classes=19|35")

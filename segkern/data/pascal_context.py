@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..core import IGNORE, load_table
 from .base import MissingSplit, SegDataset, listed, lookup, need_root, pair, read_ids
+from .registry import register
 
 # %% ../../nbs/53d_data.pascal_context.ipynb #087df7e0
 LAYOUT = "JPEGImages/*.jpg, SegmentationClassContext/*.png and ImageSets/SegmentationContext/{train,val}.txt"
@@ -97,3 +98,11 @@ class PascalContext(SegDataset):
             path,
             "Masks hold 0 for the rest and 1..59, as the common conversion writes them.",
         )
+
+# %% ../../nbs/53d_data.pascal_context.ipynb #8c0d1b7e
+register(
+    "pascal_context",
+    PascalContext,
+    "train val trainval",
+    about="PASCAL-Context, classes=59|60",
+)

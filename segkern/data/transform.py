@@ -10,7 +10,7 @@ import torch
 
 from ..core import IGNORE, Preprocess
 from ..core.labels import boundary_target
-from .colour import below, photometric, shifted, uniform
+from .colour import photometric, shifted, uniform, uniform_integer
 from segkern.data.geometry import (
     cubic_window,
     fitted_size,
@@ -54,9 +54,7 @@ class TrainTransform:
 
     @classmethod
     def from_recipe(cls, recipe) -> "TrainTransform":
-        "The transform that a recipe asks for; `segkern.data.augment` has the ones that do more."
-        from segkern.data.transform import transform_for
-
+        "The transform that a recipe asks for."
         return transform_for(recipe)
 
     def __call__(
@@ -73,9 +71,8 @@ class TrainTransform:
         def draw(n):
             return int(torch.randint(n, (), generator=generator))
 
-        (h, w), factor = scaled_size(
-            image.shape[1:], self.scales[draw(len(self.scales))], self.base_size
-        )
+        scale = self.scales[draw(len(self.scales))]
+        (h, w), factor = scaled_size(image.shape[1:], scale, self.base_size)
         ch, cw = self.crop
         top = draw(max(h - ch, 0) + 1)
         left = draw(max(w - cw, 0) + 1)
@@ -92,16 +89,15 @@ class TrainTransform:
     def _fill(self, x, y):
         "Pad at the bottom and the right."
         ch, cw = self.crop
-        empty = (
-            torch.zeros(3, 1, 1)
-            if self.pad == "mean"
-            else self.preprocess(torch.zeros(3, 1, 1, dtype=torch.uint8))
-        )
+        empty = torch.zeros(3, 1, 1)
+        if self.pad == "black":
+            empty = self.preprocess(empty.to(torch.uint8))
         full = empty.expand(3, ch, cw).clone()
         void = torch.full((*y.shape[:-2], ch, cw), IGNORE, dtype=y.dtype)
         if self.edges:
             void[1] = 0
-        full[:, : x.shape[1], : x.shape[2]], void[..., : y.shape[-2], : y.shape[-1]] = x, y
+        full[:, : x.shape[1], : x.shape[2]] = x
+        void[..., : y.shape[-2], : y.shape[-1]] = y
         return full, void
 
     def __repr__(self):
@@ -153,11 +149,10 @@ def balanced(
 # %% ../../nbs/50e_data.transform.ipynb #f932891c
 def _draw_size(t, size, generator):
     "A drawn size for a picture of (height, width), and the factors between."
-    scale = (
-        uniform(*t.scale_range, generator)
-        if t.scale_range
-        else t.scales[below(len(t.scales), generator)]
-    )
+    if t.scale_range:
+        scale = uniform(*t.scale_range, generator)
+    else:
+        scale = t.scales[uniform_integer(len(t.scales), generator)]
     aspect = uniform(*t.aspect, generator) if t.aspect else 1.0
     if not t.fit_size and not t.aspect:
         return scaled_size(size, scale, t.base_size)
@@ -174,22 +169,24 @@ def _draw_window(t, target, new, factor, generator):
     "A drawn window of the scaled picture, and its labels."
     (h, w), (ch, cw) = new, t.crop
     for again in range(11 if t.cat_max_ratio else 1):
-        top = below(max(h - ch, 0) + 1, generator)
-        left = below(max(w - cw, 0) + 1, generator)
+        top = uniform_integer(max(h - ch, 0) + 1, generator)
+        left = uniform_integer(max(w - cw, 0) + 1, generator)
         window = factor, top, left, min(h, ch), min(w, cw)
         labels = nearest_window(target, *window)
         if again == 10 or not t.cat_max_ratio or balanced(labels, t.cat_max_ratio):
             return window, labels
 
 # %% ../../nbs/50e_data.transform.ipynb #2ee93b82
-def _lay(t, x, y, generator):
-    "Recolour by a shift, pad, normalise."
-    by = below(21, generator) - 10 if t.colour.startswith("shift") else 0
+def _place(t, x, y, generator):
+    "Shift the colours, pad, normalise."
+    by = uniform_integer(21, generator) - 10 if t.colour.startswith("shift") else 0
     if by and (t.colour == "shift_picture" or t.pad == "mean"):
         x = shifted(x, by)
         by = 0
-    spare = [t.crop[i] - x.shape[i + 1] for i in (0, 1)]
-    top, left = [below(s + 1, generator) for s in spare] if t.place == "random" else (0, 0)
+    top = left = 0
+    if t.place == "random":
+        spare = [t.crop[i] - x.shape[i + 1] for i in (0, 1)]
+        top, left = (uniform_integer(s + 1, generator) for s in spare)
     if t.pad == "mean":
         x = t.preprocess(x)
     full = x.new_zeros(3, *t.crop)
@@ -201,6 +198,7 @@ def _lay(t, x, y, generator):
     return full if t.pad == "mean" else t.preprocess(shifted(full, by) if by else full), void
 
 # %% ../../nbs/50e_data.transform.ipynb #337f296b
+# fields of a recipe that `TrainTransform` does without
 _PLAIN = dict(
     scale_range=(),
     fit_size=(),
@@ -284,7 +282,7 @@ class Augment(TrainTransform):
             y = y.flip(-1)
         if self.colour == "mmseg":
             x = photometric(x, generator)
-        return _lay(self, x, y, generator)
+        return _place(self, x, y, generator)
 
     def __repr__(self):
         own = {k: self.__dict__.get(k, "cubic" if self.cubic else "linear") for k in _PLAIN}

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from ..core import load_table, logger
-from . import base
-from .base import need_root, SegDataset
+from .base import masks_may_miss, need_root, SegDataset
 from segkern.data.voc_files import (
-    _FullMasks,
-    _Points,
-    _ScribblePngs,
-    _Scribbles,
+    FullMasks,
+    Points,
+    ScribblePngs,
+    Scribbles,
     ANNOTATIONS,
     find_annotation,
     find_sbd,
@@ -29,6 +28,7 @@ from segkern.data.voc_files import (
     SPLITS,
     train_names,
 )
+from .registry import register
 
 # %% ../../nbs/54a_data.voc.ipynb #b1dfe0d9
 class VOC2012(SegDataset):
@@ -59,22 +59,18 @@ class VOC2012(SegDataset):
         table = load_table("voc2012")
         root = need_root("voc2012", root, LAYOUT)
         voc = find_voc(root)
-        self.annotation = "full" if split == "val" and not list else annotation
-        sbd = sbd if sbd is False or split == "val" and not list else find_sbd(root, voc, sbd)
+        validation = split == "val" and not list
+        self.annotation = "full" if validation else annotation
+        if sbd is not False and not validation:
+            sbd = find_sbd(root, voc, sbd)
         lists = {
             s: read_names(voc / "ImageSets" / "Segmentation" / f"{s}.txt") for s in ("train", "val")
         }
         if self.annotation == "full":
-            self.source = _FullMasks(voc, sbd or None, {*lists["train"], *lists["val"]})
+            self.source = FullMasks(voc, sbd or None, {*lists["train"], *lists["val"]})
         else:
             found = find_annotation(root, voc, annotation, annotations)
-            self.source = (
-                _Points(found)
-                if annotation == "point"
-                else _Scribbles(found[0], outside)
-                if annotation == "scribble"
-                else _ScribblePngs(found[0])
-            )
+            self.source = self._sparse(annotation, found, outside)
         names = read_names(Path(list)) if list else self._names(split, lists, voc, sbd)
         images = [self._image(n, voc, sbd) for n in names]
         self._complete(names, images)
@@ -83,13 +79,20 @@ class VOC2012(SegDataset):
             "voc2012", split, files, table["classes"], table["palette"], table["class_weights"]
         )
 
+    @staticmethod
+    def _sparse(annotation, found, outside):
+        "Where sparse labels come from."
+        if annotation == "point":
+            return Points(found)
+        return Scribbles(found[0], outside) if annotation == "scribble" else ScribblePngs(found[0])
+
     def _names(self, split, lists, voc, sbd):
         "The names of a split."
         if split == "val":
             return sorted(lists["val"])
         more = []
         if sbd:
-            more = _FullMasks(voc, sbd, set()).names
+            more = FullMasks(voc, sbd, set()).names
         elif self.annotation != "full":
             more = self.source.names
         elif sbd is None:
@@ -109,7 +112,7 @@ class VOC2012(SegDataset):
 
     def _complete(self, names, images):
         "Refuse a dataset with gaps; `check` lists them instead."
-        if base._tolerant.get():
+        if masks_may_miss():
             return
         if gone := [i for i in images if not i.is_file()]:
             raise FileNotFoundError(
@@ -137,3 +140,11 @@ class VOC2012(SegDataset):
         "The labels alone."
         image, _ = self.files[self._index(i)]
         return torch.from_numpy(np.ascontiguousarray(self.source.labels(image.stem, image)))
+
+# %% ../../nbs/54a_data.voc.ipynb #14a60fd9
+register(
+    "voc2012",
+    VOC2012,
+    "train val trainval",
+    about="VOC 2012 with SBD, 21 classes, annotation=full|scribble|point|scribble_png",
+)

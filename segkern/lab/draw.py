@@ -122,7 +122,7 @@ class Annotator:
         # canvas pixels per pixel; default: about 768 on the longer side
         zoom: float | None = None,
     ):
-        self.image = _picture(image)
+        self.image = _as_array(image)
         self.classes = [str(c) for c in classes]
         self.palette = [tuple(map(int, c)) for c in palette or make_palette(len(self.classes))]
         if len(self.palette) != len(self.classes):
@@ -175,7 +175,7 @@ class Annotator:
         return f"Annotator({w}x{h}, {len(self.classes)} classes, {len(self.polylines)} strokes)"
 
 # %% ../../nbs/63_lab.draw.ipynb #9f9b6667
-def _picture(image):
+def _as_array(image):
     "A picture as uint8 [h, w, 3]."
     if isinstance(image, (str, Path)):
         image = read_image(image)
@@ -212,7 +212,7 @@ def _build(a):
         return "#ffffff" if label == IGNORE else "#{:02x}{:02x}{:02x}".format(*a.palette[label])
 
     now = w.HTML()
-    said = w.HTML()
+    status = w.HTML()
 
     def choose(label):
         "The class that the next stroke has."
@@ -257,10 +257,10 @@ def _build(a):
     def row(items):
         return w.HBox(items, layout=w.Layout(flex_flow="row wrap"))
 
-    return w.VBox([row([*buttons, now]), canvas, row([*tools, *_saving(a, said, w)])])
+    return w.VBox([row([*buttons, now]), canvas, row([*tools, *_saving(a, status, w)])])
 
 # %% ../../nbs/63_lab.draw.ipynb #ae2ba113
-def _saving(a, said, w):
+def _saving(a, status, w):
     "A field for the path and a button that saves."
     where = w.Text(placeholder="scribbles/name.png")
     save = w.Button(description="save", layout=w.Layout(width="auto"))
@@ -268,14 +268,14 @@ def _saving(a, said, w):
     def run(_):
         "Save and say so; a mistake is shown in place."
         try:
-            said.value = (
+            status.value = (
                 f"saved {a.save(where.value)}" if where.value.strip() else "name a .png file first"
             )
         except (OSError, ValueError) as e:
-            said.value = str(e)
+            status.value = str(e)
 
     save.on_click(run)
-    return where, save, said
+    return where, save, status
 
 # %% ../../nbs/63_lab.draw.ipynb #b6bb33fb
 def _layer(target, palette, size):

@@ -58,12 +58,9 @@ DISTANCES = {
 
 def _probabilities(logits, size):
     "Class probabilities on another grid, float32 at least."
-    return torch.softmax(
-        logits
-        if tuple(logits.shape[-2:]) == tuple(size)
-        else F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False),
-        1,
-    )
+    if tuple(logits.shape[-2:]) != tuple(size):
+        logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+    return torch.softmax(logits, 1)
 
 # %% ../../nbs/42_losses.affinity.ipynb #c9f967ce
 def consistency(

@@ -32,11 +32,9 @@ def balanced_bce(
 def _full(logits, size, align_corners):  # [b, 1, h, w] -> [b, H, W], at least float32
     "A single channel at full size."
     z = logits if logits.dtype == torch.float64 else logits.float()
-    return (
-        z
-        if tuple(z.shape[-2:]) == tuple(size)
-        else F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
-    )[:, 0]
+    if tuple(z.shape[-2:]) != tuple(size):
+        z = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
+    return z[:, 0]
 
 # %% ../../nbs/41_losses.boundary.ipynb #3cae7bdb
 def boundary_aware_losses(

@@ -140,10 +140,10 @@ def _curves(entry, out):
     if not entry["metrics"] or any("curve" in f["file"] for f in entry["figures"]):
         return []
     from segkern.viz.curves import curves
-    from segkern.viz.figures import _png
+    from segkern.viz.figures import png_bytes
 
     with contextlib.suppress(ValueError):
-        png = _png(curves(out / entry["metrics"]))
+        png = png_bytes(curves(out / entry["metrics"]))
         return [(png, f"The run's curves ({entry['metrics']}).")]
     return []
 

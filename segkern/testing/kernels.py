@@ -34,27 +34,30 @@ def _placed(x, dtype):
 # %% ../../nbs/01a_testing.kernels.ipynb #8203b349
 def _truth(ref, inputs, dtype, differentiable):
     "Outputs and gradients of the reference in double precision, on inputs rounded to `dtype`."
-    wide = {
-        n: (x.to(dtype).double() if x.is_floating_point() else x).detach().clone()
-        for n, x in inputs.items()
-    }
+
+    def widened(x):
+        x = x.to(dtype).double() if x.is_floating_point() else x
+        return x.detach().clone()
+
+    wide = {n: widened(x) for n, x in inputs.items()}
     for n in differentiable:
         wide[n].requires_grad_()
     outs = _tuple(ref(**wide))
-    seeds = [
-        make_input(o.shape, 100 + i).to(device=o.device, dtype=dtype)
-        if o.is_floating_point()
-        else None
-        for i, o in enumerate(outs)
-    ]
+    seeds = [_seed(o, dtype, 100 + i) for i, o in enumerate(outs)]
     pairs = [(o, g.double()) for o, g in zip(outs, seeds) if g is not None and o.requires_grad]
     names = list(differentiable) if pairs else []
-    grads = (
-        torch.autograd.grad([o for o, _ in pairs], [wide[n] for n in names], [g for _, g in pairs])
-        if names
-        else ()
-    )
+    grads = ()
+    if names:
+        leaves = [wide[n] for n in names]
+        grads = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs])
     return [o.detach() for o in outs], dict(zip(names, grads)), seeds
+
+
+def _seed(out, dtype, number):
+    "The gradient that an output gets; None for integers."
+    if not out.is_floating_point():
+        return None
+    return make_input(out.shape, number).to(device=out.device, dtype=dtype)
 
 # %% ../../nbs/01a_testing.kernels.ipynb #0d55cf8e
 def check_kernel(
@@ -75,58 +78,49 @@ def check_kernel(
     grads = floats if grads is None else list(grads)
     limits = TOLERANCE | (tolerance or {})
     rows = []
-    variants = [(o, b) for o in orders[:1] for b in (blocks[1] if blocks else [{}])] + [
-        (o, {}) for o in orders[1:]
-    ]
+    sizes = blocks[1] if blocks else [{}]
+    variants = [(o, b) for o in orders[:1] for b in sizes] + [(o, {}) for o in orders[1:]]
     for kind in dtypes:
-        outs, truth, seeds = _truth(ref, inputs, DTYPES[kind], grads)
+        truth = _truth(ref, inputs, DTYPES[kind], grads)
         worst = {}
         for order, block in variants:
-            got, seen = _run_once(
-                op,
-                inputs,
-                DTYPES[kind],
-                grads if truth else [],
-                seeds,
-                order,
-                (blocks[0], block) if blocks else None,
-            )
-            missing = set(expect) - set(seen)
-            if missing:
-                raise AssertionError(
-                    f"{kind}: {', '.join(sorted(missing))} was not launched; launched: "
-                    f"{', '.join(sorted(set(seen))) or 'nothing'}"
-                )
-            for i, (r, o) in enumerate(zip(outs, got[0])):
-                name = "out" if len(outs) == 1 else f"out{i}"
-                if i in exact or not r.is_floating_point():
-                    if not torch.equal(r.to(o.dtype), o):
-                        raise AssertionError(
-                            f"{kind} {name}: {int((r.to(o.dtype) != o).sum())} values differ"
-                        )
-                    worst[name] = max(worst.get(name, 0.0), 0.0)
-                else:
-                    worst[name] = max(
-                        worst.get(name, 0.0),
-                        assert_close(f"{kind} {name} order {order} {block}", r, o, limits[kind][0]),
-                    )
-            for n, r in truth.items():
-                worst[f"d{n}"] = max(
-                    worst.get(f"d{n}", 0.0),
-                    assert_close(
-                        f"{kind} d{n} order {order} {block}", r, got[1][n], limits[kind][1]
-                    ),
-                )
-        rows += [
-            dict(
-                dtype=kind,
-                tensor=n,
-                error=f"{e:.1e}",
-                limit=f"{limits[kind][n.startswith('d')]:.0e}",
-            )
-            for n, e in worst.items()
-        ]
+            setting = (blocks[0], block) if blocks else None
+            names = grads if truth[1] else []
+            got, seen = _run_once(op, inputs, DTYPES[kind], names, truth[2], order, setting)
+            _check_launches(kind, expect, seen)
+            where = f"order {order} {block}"
+            for name, error in _errors(kind, where, truth, got, exact, limits[kind]).items():
+                worst[name] = max(worst.get(name, 0.0), error)
+        for name, error in worst.items():
+            limit = limits[kind][name.startswith("d")]
+            rows.append(dict(dtype=kind, tensor=name, error=f"{error:.1e}", limit=f"{limit:.0e}"))
     return Table(rows)
+
+# %% ../../nbs/01a_testing.kernels.ipynb #a77f7e48
+def _check_launches(kind, expect, seen):
+    "Raise where a kernel did not run: the reference must not pass for it."
+    missing = sorted(set(expect) - set(seen))
+    if missing:
+        launched = ", ".join(sorted(set(seen))) or "nothing"
+        raise AssertionError(f"{kind}: {', '.join(missing)} was not launched; launched: {launched}")
+
+
+def _errors(kind, where, truth, got, exact, limits):
+    "Distances of all outputs and gradients of one run, by name."
+    outs, grads, _ = truth
+    errors = {}
+    for i, (r, o) in enumerate(zip(outs, got[0])):
+        name = "out" if len(outs) == 1 else f"out{i}"
+        if i in exact or not r.is_floating_point():
+            different = int((r.to(o.dtype) != o).sum())
+            if not torch.equal(r.to(o.dtype), o):
+                raise AssertionError(f"{kind} {name}: {different} values differ")
+            errors[name] = 0.0
+        else:
+            errors[name] = assert_close(f"{kind} {name} {where}", r, o, limits[0])
+    for n, r in grads.items():
+        errors[f"d{n}"] = assert_close(f"{kind} d{n} {where}", r, got[1][n], limits[1])
+    return errors
 
 # %% ../../nbs/01a_testing.kernels.ipynb #d958009c
 def _run_once(op, inputs, dtype, grads, seeds, order, blocks):

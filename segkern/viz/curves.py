@@ -84,7 +84,8 @@ def curves(
 # %% ../../nbs/02c_viz.curves.ipynb #0cacb305
 def _curve(ax, steps, values, label, colour, raw):
     "One series; a noisy one is drawn pale under its running mean."
-    values, k = np.asarray(values, float), max(1, len(values) // 20)
+    values = np.asarray(values, float)
+    k = max(1, len(values) // 20)
     if raw and k > 1:
         ax.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8, linestyle="-")
         padded = np.pad(values, (k // 2, k - 1 - k // 2), mode="edge")

@@ -15,7 +15,7 @@ from PIL import Image
 from matplotlib.patches import Patch
 
 from ..core import atomic_path, IGNORE
-from .figures import _rgb, figure, Picture
+from .figures import figure, Picture, rgb_array
 
 # %% ../../nbs/02b_viz.labels.ipynb #c8239658
 VOID = (0, 0, 0)
@@ -68,7 +68,7 @@ def overlay(
     alpha: float = 0.55,  # weight of the colours
 ) -> np.ndarray:  # uint8 [h, w, 3]
     "The image tinted by its labels, with dark lines where the class changes."
-    image = _rgb(image)
+    image = rgb_array(image)
     ids = _labels(labels)
     if image.shape[:2] != ids.shape:
         raise ValueError(f"image {image.shape[:2]} and labels {ids.shape} differ in size")
@@ -172,7 +172,7 @@ def panel(
         raise ValueError(
             f"a panel needs as many targets and predictions as images, at least one; got {sorted(counts)}"
         )
-    columns = [("image", [_rgb(i) for i in images])]
+    columns = [("image", [rgb_array(i) for i in images])]
     for name, maps in (("target", targets), ("prediction", preds)):
         if maps is not None:
             columns.append((name, [_hatched(colour(a, palette), _labels(a)) for a in maps]))
@@ -180,20 +180,14 @@ def panel(
     if both:
         columns.append(("errors", [error_map(t, p) for t, p in zip(targets, preds)]))
     h, w = columns[0][1][0].shape[:2]
-    fig, axes = figure(
-        len(images),
-        len(columns),
-        width=width,
-        height=(width / len(columns) - 0.08) * h / w * len(images) + 0.3,
-        squeeze=False,
-    )
+    height = (width / len(columns) - 0.08) * h / w * len(images) + 0.3
+    fig, axes = figure(len(images), len(columns), width, height, squeeze=False)
     fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     for c, (name, pictures) in enumerate(columns):
         for r, picture in enumerate(pictures):
             ax = axes[r, c]
             ax.imshow(picture, interpolation="nearest" if c else "antialiased")
-            ax.set_xticks([]), ax.set_yticks([])
-            ax.spines[:].set_visible(False)
+            _bare(ax)
             if r == 0:
                 ax.set_title(name)
             if c == 0 and titles:
@@ -202,6 +196,12 @@ def panel(
         lines = _class_legend(fig, maps, classes, palette, both)
         fig.set_figheight(fig.get_figheight() + 0.17 * lines + 0.1)
     return fig
+
+
+def _bare(ax):
+    "Axes without ticks and frame."
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
 
 # %% ../../nbs/02b_viz.labels.ipynb #438cb8d4
 def save_labels(
@@ -213,11 +213,8 @@ def save_labels(
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"labels are written as .png (lossless), not as '{path}'")
     out = Image.fromarray(_labels(labels))
-    out.putpalette(
-        (
-            np.arange(256, dtype=np.uint8).repeat(3) if palette is None else _palette(palette)
-        ).tobytes()
-    )
+    greys = np.arange(256, dtype=np.uint8).repeat(3)
+    out.putpalette((greys if palette is None else _palette(palette)).tobytes())
     with atomic_path(path) as tmp:
         out.save(tmp, "PNG", optimize=True)
     return Path(path)

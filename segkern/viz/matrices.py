@@ -9,7 +9,7 @@ __all__ = ['confusion_figure', 'heatmap']
 import numpy as np
 import torch
 
-from .figures import _rgb, figure, Picture
+from .figures import figure, Picture, rgb_array
 
 # %% ../../nbs/02d_viz.matrices.ipynb #bc7c9274
 def confusion_figure(
@@ -28,27 +28,17 @@ def confusion_figure(
     fig, ax = figure(width=width, height=0.92 * width)
     shown = ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
     ax.set(xlabel="prediction", ylabel="target", xticks=range(k), yticks=range(k))
-    (
-        ax.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor"),
-        ax.set_yticklabels(names),
-    )
-    ax.spines[:].set_visible(False), ax.tick_params(length=0)
+    ax.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticklabels(names)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
     for r, c in zip(*np.nonzero(share >= 0.5)):
-        ink = "white" if share[r, c] > 55 else "#222222"
-        ax.text(
-            c,
-            r,
-            f"{share[r, c]:.0f}",
-            ha="center",
-            va="center",
-            fontsize=7 if k > 12 else 8,
-            color=ink,
-        )
+        look = dict(fontsize=7 if k > 12 else 8, color="white" if share[r, c] > 55 else "#222222")
+        ax.text(c, r, f"{share[r, c]:.0f}", ha="center", va="center", **look)
     for r in np.flatnonzero(total[:, 0] == 0):
         ax.text(k / 2 - 0.5, r, "no pixels", ha="center", va="center", fontsize=7, color="#777777")
-    fig.colorbar(shown, ax=ax, shrink=0.8, label="% of the target's pixels").outline.set_visible(
-        False
-    )
+    bar = fig.colorbar(shown, ax=ax, shrink=0.8, label="% of the target's pixels")
+    bar.outline.set_visible(False)
     return fig
 
 # %% ../../nbs/02d_viz.matrices.ipynb #0055a08a
@@ -65,35 +55,24 @@ def heatmap(
     ax=None,  # draw into these axes instead of a figure of its own
 ):
     "A map of values with its colour bar, alone or over the image; returns the figure."
-    v = (
-        values.detach().float().cpu().numpy()
-        if isinstance(values, torch.Tensor)
-        else np.asarray(values, float)
-    )
+    if isinstance(values, torch.Tensor):
+        values = values.detach().float().cpu().numpy()
+    v = np.asarray(values, float)
     if v.ndim != 2:
         raise ValueError(f"a heat map is [h, w], got {v.shape}")
-    h, w = v.shape if image is None else _rgb(image).shape[:2]
+    h, w = v.shape if image is None else rgb_array(image).shape[:2]
     if ax is None:
         fig, ax = figure(width=width, height=min(8.0, max(1.0, 0.84 * width * h / w + 0.3)))
     else:
         fig = ax.figure
     extent = (-0.5, w - 0.5, h - 0.5, -0.5)
+    over = dict(interpolation="nearest")
     if image is not None:
-        ax.imshow(
-            _rgb(image).mean(axis=2),
-            cmap="gray",
-            vmin=0,
-            vmax=255,
-            extent=extent,
-            interpolation="antialiased",
-        )
-    over = (
-        dict(interpolation="bilinear", alpha=alpha)
-        if image is not None
-        else dict(interpolation="nearest")
-    )
+        grey = dict(cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
+        ax.imshow(rgb_array(image).mean(axis=2), extent=extent, **grey)
+        over = dict(interpolation="bilinear", alpha=alpha)
     shown = ax.imshow(v, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent, aspect="equal", **over)
-    ax.set_xticks([]), ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     if title:
         ax.set_title(title)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .read import read, read_safetensors, unwrap
-from .rules import _BUFFERS, _complaint, LoadReport, place, Rule
+from .rules import BUFFERS, complaint_about, LoadReport, place, Rule
 
 # %% ../../nbs/03c_weights.transfer.ipynb #5724b435
 # a classifier that is not in our network
@@ -41,12 +41,13 @@ def _readings(model, state):
 def _best_reading(model, state):
     "The reading that finds the most places."
     ours = model.state_dict()
-    return max(
-        _readings(model, state),
-        key=lambda way: sum(
-            name in ours for k, v in state.items() for name, *_ in place(way[0](k), v, way[1], ours)
-        ),
-    )
+
+    def found(way):
+        rename, rules = way
+        places = [p for k, v in state.items() for p in place(rename(k), v, rules, ours)]
+        return sum(name in ours for name, *_ in places)
+
+    return max(_readings(model, state), key=found)
 
 # %% ../../nbs/03c_weights.transfer.ipynb #521f1665
 def _match(model, state, rename, rules, report):
@@ -59,32 +60,34 @@ def _match(model, state, rename, rules, report):
         for target, value, why in place(rename(key), whole, rules, ours):
             if target in new or target in other:
                 unknown.append(f"{key} (its place '{target}' is taken)")
-            elif target in ours and ours[target].shape == value.shape:
+                continue
+            if target in ours and ours[target].shape == value.shape:
                 new[target] = value.to(ours[target].dtype)
                 report.loaded.append((key, target))
-            else:
-                if target in ours:
-                    other[target], why = tuple(value.shape), "has another shape here"
-                elif not value.is_floating_point():
-                    why = why or "counter or index table"
-                elif _CLASSIFIER.match(key):
-                    why = why or "a classifier that is not in this network"
-                if not why:
-                    unknown.append(key)
-                report.ignored.append(
-                    (
-                        key,
-                        why,
-                        value.numel(),
-                        value.is_floating_point() and not key.endswith(_BUFFERS),
-                    )
-                )
+                continue
+            if target in ours:
+                other[target] = tuple(value.shape)
+                why = "has another shape here"
+            why = why or _no_place(key, value)
+            if not why:
+                unknown.append(key)
+            parameter = value.is_floating_point() and not key.endswith(BUFFERS)
+            report.ignored.append((key, why, value.numel(), parameter))
     for name, value in ours.items():
         if name in new or not value.is_floating_point():
             continue
         why = "has another shape in the file" if name in other else "is not in the file"
         report.fresh.append((name, why, tuple(value.shape), other.get(name)))
     return new, unknown
+
+
+def _no_place(key, value):
+    "Why a tensor without a place in our network may be left out; empty where it may not."
+    if not value.is_floating_point():
+        return "counter or index table"
+    if _CLASSIFIER.match(key):
+        return "a classifier that is not in this network"
+    return ""
 
 # %% ../../nbs/03c_weights.transfer.ipynb #e194d62d
 def _file_in(path):
@@ -116,6 +119,17 @@ def _seems(model, state, meta):
     hint = model.hint(state) if hasattr(model, "hint") else ""
     return [hint] if hint else []
 
+
+def _content(checkpoint):
+    "What a file holds, and its metadata where it is one of ours."
+    if isinstance(checkpoint, dict):
+        return checkpoint, {}
+    return (
+        read_safetensors(checkpoint)
+        if checkpoint.suffix == ".safetensors"
+        else (read(checkpoint), {})
+    )
+
 # %% ../../nbs/03c_weights.transfer.ipynb #a4666c7d
 def transfer(
     model,  # a model of segkern; takes what fits
@@ -125,13 +139,7 @@ def transfer(
     half of the model is refused."""
     path = None if isinstance(checkpoint, dict) else _file_in(checkpoint)
     source = "the state dict" if path is None else str(path)
-    content, meta = (
-        (checkpoint, {})
-        if path is None
-        else read_safetensors(path)
-        if path.suffix == ".safetensors"
-        else (read(path), {})
-    )
+    content, meta = _content(checkpoint if path is None else path)
     state = unwrap(content, source)
     report = LoadReport(getattr(model, "name", type(model).__name__), [], [])
     with contextlib.ExitStack() as undo:
@@ -140,22 +148,13 @@ def transfer(
         ours = {k: v.numel() for k, v in model.state_dict().items() if v.is_floating_point()}
         share = sum(ours.get(k, 0) for k in new) / max(1, sum(ours.values()))
         if unknown or share < 0.5:
-            few = (
-                []
-                if share >= 0.5
-                else [
-                    f"it fills {100 * share:.0f} % of the elements, expected at least half: this is the wrong file"
-                ]
-            )
+            hints = _seems(model, state, meta)
+            if share < 0.5:
+                percent = f"{100 * share:.0f} %"
+                wrong = f"it fills {percent} of the elements, expected at least half: this is the wrong file"
+                hints = [wrong, *hints]
             raise ValueError(
-                _complaint(
-                    report.model,
-                    source,
-                    unknown,
-                    [],
-                    [],
-                    "; ".join(few + _seems(model, state, meta)),
-                )
+                complaint_about(report.model, source, unknown, [], [], "; ".join(hints))
             )
         model.load_state_dict(new, strict=False)
         undo.pop_all()

@@ -14,6 +14,7 @@ from ...core import load_table
 from ..base import SegDataset
 from ..sparse import weak_labels
 from .picture import draw_street
+from ..registry import register
 
 # %% ../../../nbs/51_data.streets.ipynb #cc3373d1
 SPLITS = {"train": (0, 1024), "val": (1, 128), "test": (2, 256)}  # split -> (key, default length)
@@ -84,3 +85,12 @@ class Streets(SegDataset):
         if self.annotation != "full":
             mask = self._weak(mask, self._index(i), self.annotation)
         return torch.from_numpy(image), torch.from_numpy(mask)
+
+# %% ../../../nbs/51_data.streets.ipynb #c9e6745a
+register(
+    "streets",
+    Streets,
+    "train val test",
+    needs_root=False,
+    about="generated road scenes, CamVid's classes",
+)
