@@ -16,10 +16,9 @@ from torch import nn
 from ..backbones.blocks import macs, num_params, set_literal
 from .clock import compare, measure, waiter
 from ..core import env_info, seeded
-from ..core.recipe import input_rule
 from ..infer.deploy import optimize, Optimized
 from ..infer.predict import segment
-from ..infer.protocols import picture_rule
+from ..infer.protocols import input_rule, picture_rule
 from ..infer.windows import evaluating, legal_size
 
 # %% ../../nbs/70b_bench.cost.ipynb #d2ac3876

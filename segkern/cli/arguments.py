@@ -161,7 +161,7 @@ def _weights_file(target):
     "A run folder's best weights, or the path as it is."
     path = Path(target)
     if path.is_dir():
-        from segkern.train.checkpoints import run_weights
+        from segkern.weights.runs import run_weights
 
         return run_weights(path)
     return path

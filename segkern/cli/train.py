@@ -114,7 +114,7 @@ def _resumed_model(name, num_classes, seed, init, out, kw):
 def _start(name, num_classes, recipe, seed, init, out, resume, kw):
     "A model as its training starts, and where its weights come from."
     from segkern.models import create_model
-    from segkern.train.checkpoints import last_checkpoint
+    from segkern.weights.runs import last_checkpoint
     from segkern.weights.transfer import transfer
 
     if resume and last_checkpoint(out) is not None:

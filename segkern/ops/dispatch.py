@@ -7,12 +7,16 @@ __all__ = ['HAS_TRITON', 'IMPLS', 'KERNELS', 'LAUNCHERS', 'FLOATS', 'interpretin
            'code_hash', 'on_gpu', 'which', 'choose', 'forget', 'asked', 'blocks', 'use_blocks', 'pow2', 'on_device']
 
 # %% ../../nbs/10_ops.dispatch.ipynb #62cbc50b
-import contextlib, importlib.util, os
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
 
 import torch
 
 from ..core import logger
-from .verdicts import UNMEASURED, call_facts, hash_of, measured, objection
+from .verdicts import call_facts, hash_of, measured, objection, UNMEASURED
 
 # %% ../../nbs/10_ops.dispatch.ipynb #50cec070
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -44,6 +48,13 @@ else:
 
     triton = tl = _Absent()
 
+# %% ../../nbs/10_ops.dispatch.ipynb #2d3ba028
+@functools.lru_cache(1)
+def _tell_not_run():
+    "Say once per process that a test that asks for kernels runs none."
+    line = "kernels were NOT run: no GPU, and TRITON_INTERPRET=1 is not set\n"
+    (sys.__stderr__ or sys.stderr).write(line)  # notebooks capture the other one
+
 # %% ../../nbs/10_ops.dispatch.ipynb #582d6b4a
 @triton.jit
 def _probe():
@@ -52,7 +63,10 @@ def _probe():
 
 def interpreting() -> bool:  # True where `TRITON_INTERPRET=1` was set when triton was imported
     "Whether kernels run in Triton's interpreter, on CPU tensors."
-    return type(_probe).__name__ == "InterpretedFunction"
+    found = type(_probe).__name__ == "InterpretedFunction"
+    if not found and "IN_TEST" in os.environ and not torch.cuda.is_available():
+        _tell_not_run()
+    return found
 
 # %% ../../nbs/10_ops.dispatch.ipynb #87e0cfee
 def exporting() -> bool:  # True while a graph is exported

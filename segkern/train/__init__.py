@@ -12,7 +12,7 @@ __all__ = ['adopt', 'order', 'lr_at', 'generator', 'epoch_order', 'group_table',
 
 # %% ../../nbs/61_train.ipynb #76393997
 from ..core import folder_lock as run_lock
-from .checkpoints import last_checkpoint, run_weights, save_checkpoint, weights_bytes
+from .checkpoints import save_checkpoint, weights_bytes
 from .folder import history, open_run, run_config
 from .loop import fit, train_steps
 from .optim import group_table, optimizer_for, parameter_groups
@@ -32,6 +32,7 @@ from segkern.train.step import (
     uncompiled,
 )
 from .watch import Seen, Watch
+from ..weights.runs import last_checkpoint, run_weights
 
 # %% ../../nbs/61_train.ipynb #776937db
 # names of earlier versions

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..core import atomic_path, IMAGENET, logger, progress, seeded
 from ..core.recipe import Recipe
 from ..infer.windows import evaluating
-from .checkpoints import run_weights
+from ..weights.runs import run_weights
 from .image_folder import ClassTransform, ImageFolder
 from .loop import fit
 from ..weights.rules import map_key, Rule

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core import atomic_path, disk_errors
 from ..core.recipe import Recipe
-from .checkpoints import last_checkpoint
+from ..weights.runs import last_checkpoint
 
 # %% ../../nbs/61g_train.folder.ipynb #7a8f3b8a
 def history(

@@ -9,7 +9,7 @@ __all__ = ['log_line']
 import json
 
 from ..core import env_info, logger, write_json
-from .checkpoints import run_weights
+from ..weights.runs import run_weights
 from .folder import append_line, rewind
 from .schedule import lr_at
 from .step import Run

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core import pick_device
 from ..core.recipe import Recipe
-from .checkpoints import last_checkpoint
+from ..weights.runs import last_checkpoint
 from .optim import optimizer_for
 from .schedule import lr_at
 from .start import training_eps

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Inert', 'read', 'read_safetensors', 'write_safetensors', 'unwrap', 'Rule', 'map_key', 'place', 'LoadReport',
-           'load_official', 'transfer']
+           'load_official', 'transfer', 'last_checkpoint', 'run_weights']
 
 # %% ../../nbs/03_weights.ipynb #91bc5b40
 from .read import Inert, read, read_safetensors, unwrap, write_safetensors
 from .rules import load_official, LoadReport, map_key, place, Rule
+from .runs import last_checkpoint, run_weights
 from .transfer import transfer
 
 # %% ../../nbs/03_weights.ipynb #fea17257
@@ -24,4 +25,6 @@ _all_ = [
     "LoadReport",
     "load_official",
     "transfer",
+    "last_checkpoint",
+    "run_weights",
 ]

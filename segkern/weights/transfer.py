@@ -7,12 +7,12 @@ __all__ = ['transfer']
 
 # %% ../../nbs/03c_weights.transfer.ipynb #6b268b04
 import contextlib
-import json
 import re
 from pathlib import Path
 
 from .read import read, read_safetensors, unwrap
 from .rules import BUFFERS, complaint_about, LoadReport, place, Rule
+from .runs import run_weights
 
 # %% ../../nbs/03c_weights.transfer.ipynb #5724b435
 # a classifier that is not in our network
@@ -92,24 +92,7 @@ def _no_place(key, value):
 # %% ../../nbs/03c_weights.transfer.ipynb #e194d62d
 def _file_in(path):
     "A weights file; of a run folder, its best weights, or the last ones."
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    folder = path / "checkpoints"
-    pointer = path / "checkpoints" / "last.json"
-    if (folder / "best.safetensors").is_file():
-        return folder / "best.safetensors"
-    last = (
-        folder / json.loads(pointer.read_text(encoding="utf-8"))["folder"]
-        if pointer.is_file()
-        else folder
-    )
-    found = [f for f in (last / "ema.safetensors", last / "model.safetensors") if f.is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"{path} is no run folder with weights: no checkpoints/best.safetensors, no checkpoints/last.json"
-        )
-    return found[0]
+    return run_weights(path) if Path(path).is_dir() else Path(path)
 
 # %% ../../nbs/03c_weights.transfer.ipynb #aef6ae3f
 def _seems(model, state, meta):
