@@ -21,6 +21,7 @@ _LAZY = dict(
     list_models="models",
     register="models",
     create_encoder="backbones",
+    register_encoder="backbones",
     list_encoders="backbones",
     load_official="weights",
     transfer="weights",
@@ -99,10 +100,10 @@ def _from_homes(old, homes, name):
     if name.startswith("__"):  # `inspect` asks every module for its file; that must import nothing
         raise AttributeError(f"module '{old}' has no '{name}'")
     for home in homes:
-        value = getattr(importlib.import_module(f"segkern.{home}"), name, _ROOMS)
-        if value is not _ROOMS:
+        module = importlib.import_module(f"segkern.{home}")
+        if hasattr(module, name):
             warnings.warn(f"{old}.{name} is in segkern.{home} now", DeprecationWarning, 2)
-            return value
+            return getattr(module, name)
     raise AttributeError(f"module '{old}' has moved to {homes} and has no '{name}'")
 
 

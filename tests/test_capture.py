@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from segkern.core import Preprocess, constants
 from segkern.infer.protocols import whole_labels
-from segkern.models import _MODELS, create_model, list_models
+from segkern.models import create_model, list_models
+from segkern.models.registry import MODELS
 from segkern.ops import use_impl
 
 
@@ -91,8 +92,8 @@ def smallest():
     "The first name of every class of networks and of its options, with and without SSAClassifier."
     seen = {}
     for name in list_models():
-        cls, args = _MODELS[name.removesuffix("_ssa")]
-        seen.setdefault((cls, frozenset(args), name.endswith("_ssa")), name)
+        entry = MODELS[name.removesuffix("_ssa")]
+        seen.setdefault((entry.build, frozenset(entry.fixed), name.endswith("_ssa")), name)
     return list(seen.values())
 
 

@@ -167,7 +167,7 @@ def ssam(f, version):
 @pytest.mark.parametrize("version", [2, 1])
 def test_ssam(version, literal, monkeypatch):
     "Intermediates, both gammas, every parameter's gradient, and batch statistics in training."
-    import segkern.models.s2fpn as module
+    import segkern.models.s2fpn_blocks as module
 
     f = need("ssam" if version == 2 else "ssam_v1")
     m = ssam(f, version)

@@ -17,12 +17,13 @@ from segkern.backbones.afformer import (
     key_rules,
 )
 from ..core import IMAGENET
-from .base import describe_file, find_tensor, Segmentor
+from .base import Segmentor
 from .mmseg import host_recipes
 from .registry import register
 from .segformer import small_recipes
 from .segnext import GroupUnit
 from .upernet import classifier_of, init_conv
+from ..weights.describe import describe_file, find_tensor
 from ..weights.rules import Rule
 
 # %% ../../nbs/36b_models.afformer.ipynb #320d110c
@@ -72,9 +73,8 @@ class AFFormerSegmentor(Segmentor):
         self.head = SqueezeHead(self.encoder.channels, width)
         self.classifier = classifier_of(width, num_classes)
 
-    # what a file must remember besides the name
     @property
-    def options(self):
+    def options(self):  # what a file must remember besides the name
         return {**super().options, "width": self.width}
 
     def adapt(self, state, undo):
@@ -108,12 +108,9 @@ def describe_state(
     encoder = describe_encoder(state)
     if encoder.startswith("no "):
         return f"the checkpoint holds {encoder}"
-    return describe_file(
-        model,
-        encoder,
-        "its classifier" if any("decode_head.squeeze." in k for k in state) else "",
-        find_tensor(state, "decode_head.conv_seg.weight"),
-    )
+    decoder = "its classifier" if any("decode_head.squeeze." in k for k in state) else ""
+    classifier = find_tensor(state, "decode_head.conv_seg.weight")
+    return describe_file(model, encoder, decoder, classifier)
 
 # %% ../../nbs/36b_models.afformer.ipynb #331f33d6
 _recipes = [*host_recipes((3e-4, 3e-4, 3e-4), groups=()), *small_recipes(())]

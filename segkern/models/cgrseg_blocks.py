@@ -110,9 +110,8 @@ class RectangularGate(_NormOfLines):
             both = F.conv1d(both, taps, None, padding=taps.shape[2] // 2, groups=len(taps))
             return rows, both[-1], both[:-1] + self.shift.to(columns.dtype)
 
-    # number of norms that are gone: none, the form as written keeps its own
     @torch.no_grad()
-    def fold(self) -> int:
+    def fold(self) -> int:  # norms that are gone: none, the form as written keeps its own
         "Put the norm into a copy of the strip, for inference only."
         plain = type(self.bn) is nn.BatchNorm2d and self.bn.running_mean is not None
         if self.strip is not None or not plain:
@@ -234,12 +233,10 @@ class Guide(nn.Module):
         # [b, k, c]
         centres = logits.flatten(2).softmax(2).to(y.dtype) @ y.flatten(2).transpose(1, 2)
         # [b, 1, k]
-        share = (
-            self.mask(centres.transpose(1, 2)[..., None]).flatten(2).softmax(2).to(centres.dtype)
-        )
+        share = self.mask(centres.transpose(1, 2)[..., None]).flatten(2).softmax(2)
+        share = share.to(centres.dtype)
         c = (share @ centres).transpose(1, 2)[..., None]  # [b, c, 1, 1]
         return self.outer(F.relu(self.norm(self.inner(c)))).sigmoid()
 
-    # [b, k, h, w], [b, c, h, w] -> [b, c, h, w]
-    def forward(self, logits, y):
+    def forward(self, logits, y):  # [b, k, h, w], [b, c, h, w] -> [b, c, h, w]
         return y * self.factor(logits, y) + y

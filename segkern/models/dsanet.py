@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones.blocks import ConvNormAct
-from ..core import mean_only
-from .base import dataset_table, SegModel
+from ..core import dataset_table
+from .base import SegModel
 from .registry import register
-from .s2fpn import S2FPN_CAMVID, S2FPN_CITYSCAPES
+from .s2fpn import mean_input, S2FPN_RECIPES
 from ..weights.rules import Rule
 
 # %% ../../nbs/30b_models.dsanet.ipynb #2502e606
@@ -77,17 +77,14 @@ class Downsample(nn.Module):
         self.conv = block(c_in, c_out - c_in, 3, stride=2, norm=False)
         self.post = NormAct(c_out)
 
-    # [b, c_out, h/2, w/2]
-    def forward(self, x):
+    def forward(self, x):  # [b, c_in, h, w] -> [b, c_out, h/2, w/2]
         return self.post(torch.cat([self.conv(x), F.max_pool2d(x, 2)], 1))
 
 # %% ../../nbs/30b_models.dsanet.ipynb #33a4612d
 class DualAttention(nn.Module):
     "Spatial attention plus the picture's average, each through a 1×1 block."
 
-    # also run the 1×1 convolution whose result the official code drops, so that its cost is
-    # counted
-    literal = False
+    literal = False  # also run the 1×1 convolution whose result the official code drops
 
     def __init__(
         self,
@@ -109,6 +106,19 @@ class DualAttention(nn.Module):
         s = x + self.conv(o + (self.d2(o) * self.d3(o)).softmax(1) * self.d4(o))
         return self.spatial(s) + self.channel(x.mean((2, 3), keepdim=True).expand_as(x))
 
+# %% ../../nbs/30b_models.dsanet.ipynb #55462ef9
+def detail_path():
+    "Plain convolutions, three times with stride 2: [b, 3, h, w] -> [b, 128, h/8, w/8]."
+    halves = [(block(i, o, stride=2), block(o, o)) for i, o in ((3, 32), (32, 64), (64, 128))]
+    return nn.Sequential(*[step for pair in halves for step in pair])
+
+
+def auxiliary_head(c, mid, num_classes):
+    "Dual attention and three blocks to the classes."
+    return nn.Sequential(
+        DualAttention(c), block(c, 64), block(64, mid), block(mid, num_classes, 1, norm=False)
+    )
+
 # %% ../../nbs/30b_models.dsanet.ipynb #22cf4b9c
 class DSANet(SegModel):
     "Spatial and context path; three auxiliary heads on the context path. Sides must be multiples of 8."
@@ -127,20 +137,8 @@ class DSANet(SegModel):
         if pretrained:
             raise ValueError("dsanet trains from scratch: there are no pretrained encoder weights")
         table = dataset_table(num_classes, dataset)
-        super().__init__(
-            name,
-            num_classes,
-            mean_only(table["name"] if "mean_rgb" in table else "cityscapes"),
-            table,
-        )
-        self.detail = nn.Sequential(
-            block(3, 32, stride=2),
-            block(32, 32),
-            block(32, 64, stride=2),
-            block(64, 64),
-            block(64, 128, stride=2),
-            block(128, 128),
-        )
+        super().__init__(name, num_classes, mean_input(table), table)
+        self.detail = detail_path()
         self.detail_post = NormAct(128)
         self.stem = nn.Sequential(block(3, 32, stride=2), block(32, 32), block(32, 32))
         self.post1 = NormAct(32)
@@ -153,19 +151,10 @@ class DSANet(SegModel):
         self.stage2 = nn.Sequential(*[FDSS(128, d) for d in (1, 3, 6, 12)])
         self.stage3 = nn.Sequential(*[FDSS(128, d) for d in (3, 6, 12, 24)])
         for i, c, mid in ((1, 64, 64), (2, 128, 128), (3, 128, 128)):
-            self.add_module(
-                f"aux{i}",
-                nn.Sequential(
-                    DualAttention(c),
-                    block(c, 64),
-                    block(64, mid),
-                    block(mid, num_classes, 1, norm=False),
-                ),
-            )
+            self.add_module(f"aux{i}", auxiliary_head(c, mid, num_classes))
         self.classifier = nn.Conv2d(256, num_classes, 1, bias=False)
 
-    # -> the map before the classifier [b, 256, h/8, w/8], the maps of the auxiliary heads
-    def paths(self, x):
+    def paths(self, x):  # -> the map before the classifier [b, 256, h/8, w/8], those of the heads
         "Both paths."
         o1 = self.post2(self.stage1(self.down1(self.post1(self.stem(x)))))
         o2 = self.post3(self.stage2(self.down2(o1)))
@@ -179,11 +168,9 @@ class DSANet(SegModel):
         "Main and auxiliary logits at their own sizes."
         d, maps = self.paths(self.check(x))
         out = {"logits": self.classifier(d)}
-        return (
-            out
-            if self.deployed
-            else out | {f"predict{i}": getattr(self, f"aux{i}")(t) for i, t in enumerate(maps, 1)}
-        )
+        if self.deployed:
+            return out
+        return out | {f"predict{i}": getattr(self, f"aux{i}")(t) for i, t in enumerate(maps, 1)}
 
     def deploy(self):
         "Drop the auxiliary heads, in place; the logits stay the same."
@@ -197,48 +184,49 @@ class DSANet(SegModel):
 
     def rename(self, key):
         "Official blocks keep norm and slopes in a module of their own."
-        return (
-            key.replace(".bn_prelu.bn.", ".bn.")
-            .replace(".bn_prelu.acti.", ".act.")
-            .replace(".acti.", ".act.")
-        )
+        key = key.replace(".bn_prelu.bn.", ".bn.")
+        return key.replace(".bn_prelu.acti.", ".act.").replace(".acti.", ".act.")
 
 # %% ../../nbs/30b_models.dsanet.ipynb #ba8ce8b0
 _ATT = r"attentio(\d)\.DualAttention_\d_\."
 _FDSS = r"FDSS_Block_(\d)\.FDSS_Module_\d_(\d)\."
 
 # %% ../../nbs/30b_models.dsanet.ipynb #ec33dc2b
+_NAMES = (
+    (r"bn_prelu_sp\.", "detail_post."),
+    (r"init_block\.", "stem."),
+    (r"bn_prelu_(\d)\.", r"post\1."),
+    (r"downsample_(\d)\.conv3x3\.", r"down\1.conv."),
+    (r"downsample_(\d)\.(bn|act)\.", r"down\1.post.\2."),
+    (_FDSS + r"bn_relu_1\.", r"stage\1.\2.pre."),
+    (_FDSS + r"conv3x3\.", r"stage\1.\2.point."),
+    (_FDSS + r"conv3x31\.", r"stage\1.\2.mix."),
+    (_FDSS + r"dconv3x1\.", r"stage\1.\2.near.0."),
+    (_FDSS + r"dconv1x3\.", r"stage\1.\2.near.1."),
+    (_FDSS + r"ddconv3x1\.", r"stage\1.\2.far.0."),
+    (_FDSS + r"ddconv1x3\.", r"stage\1.\2.far.1."),
+    (_ATT + r"spatial\.A1\.", r"aux\1.0.pre."),
+    (_ATT + r"spatial\.dconv([234])\.", r"aux\1.0.d\2."),
+    (_ATT + r"spatial\.conv\.", r"aux\1.0.conv."),
+    (_ATT + r"convs\.", r"aux\1.0.spatial."),
+    (_ATT + r"convc\.", r"aux\1.0.channel."),
+    *[(rf"refine(\d)\.{i}\.", rf"aux\1.{i + 1}.") for i in range(3)],
+    (r"classifier\.conv\.", "classifier."),
+)
+
+# %% ../../nbs/30b_models.dsanet.ipynb #cfcaf5cb
+_DETAIL = ("1", "11", "2", "21", "3", "31")  # of the detail path's convolutions
 RULES = [
-    Rule(_ATT + r"spatial\.dconv5\.", unused="unused: never called"),
-    Rule(_ATT + r"chan_wise\.", unused="unused: never called"),
     *[
-        Rule(rf"spatial\.Spatial_Encoding_Network\.conv{a}\.", f"detail.{i}.")
-        for i, a in enumerate(("1", "11", "2", "21", "3", "31"))
+        Rule(_ATT + name, unused="unused: never called")
+        for name in (r"spatial\.dconv5\.", r"chan_wise\.")
     ],
-    Rule(r"bn_prelu_sp\.", "detail_post."),
-    Rule(r"init_block\.", "stem."),
-    Rule(r"bn_prelu_(\d)\.", r"post\1."),
-    Rule(r"downsample_(\d)\.conv3x3\.", r"down\1.conv."),
-    Rule(r"downsample_(\d)\.(bn|act)\.", r"down\1.post.\2."),
-    Rule(_FDSS + r"bn_relu_1\.", r"stage\1.\2.pre."),
-    Rule(_FDSS + r"conv3x3\.", r"stage\1.\2.point."),
-    Rule(_FDSS + r"conv3x31\.", r"stage\1.\2.mix."),
-    Rule(_FDSS + r"dconv3x1\.", r"stage\1.\2.near.0."),
-    Rule(_FDSS + r"dconv1x3\.", r"stage\1.\2.near.1."),
-    Rule(_FDSS + r"ddconv3x1\.", r"stage\1.\2.far.0."),
-    Rule(_FDSS + r"ddconv1x3\.", r"stage\1.\2.far.1."),
-    Rule(_ATT + r"spatial\.A1\.", r"aux\1.0.pre."),
-    Rule(_ATT + r"spatial\.dconv([234])\.", r"aux\1.0.d\2."),
-    Rule(_ATT + r"spatial\.conv\.", r"aux\1.0.conv."),
-    Rule(_ATT + r"convs\.", r"aux\1.0.spatial."),
-    Rule(_ATT + r"convc\.", r"aux\1.0.channel."),
-    *[Rule(rf"refine(\d)\.{i}\.", rf"aux\1.{i + 1}.") for i in range(3)],
-    Rule(r"classifier\.conv\.", "classifier."),
+    *[
+        Rule(rf"spatial\.Spatial_Encoding_Network\.conv{theirs}\.", f"detail.{i}.")
+        for i, theirs in enumerate(_DETAIL)
+    ],
+    *[Rule(*names) for names in _NAMES],
 ]
 
 # %% ../../nbs/30b_models.dsanet.ipynb #39777d06
-register(
-    "dsanet",
-    DSANet,
-    recipes=[r.replace(init="scratch") for r in (S2FPN_CAMVID, S2FPN_CITYSCAPES)],
-)
+register("dsanet", DSANet, recipes=[r.replace(init="scratch") for r in S2FPN_RECIPES])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..core import Preprocess
-from .base import dataset_table, known_dataset, SegModel
+from ..core import dataset_table, known_dataset, Preprocess
+from .base import SegModel
 from .registry import create_model
 from ..weights.read import read_safetensors, write_safetensors
 
@@ -48,10 +48,8 @@ def save(
     return write_safetensors(model.state_dict(), path, describe(model, **metadata))
 
 # %% ../../nbs/38a_models.files.ipynb #96335355
-def load(
-    path: str | Path,  # a file that `save` wrote
-) -> SegModel:  # in evaluation mode
-    "Rebuild a model from its file alone."
+def _read_ours(path):
+    "State and description of a file of ours; another one is refused."
     if Path(path).is_file() and Path(path).suffix != ".safetensors":
         raise ValueError(
             f"{path} is no safetensors file of segkern; official checkpoints go through "
@@ -67,34 +65,38 @@ def load(
             f"{path} does not say which model it holds: it is no file of segkern. Official "
             f"checkpoints go through `segkern convert` or load_official"
         )
+    return state, meta
+
+# %% ../../nbs/38a_models.files.ipynb #566a3455
+def _class_weights(model):
+    "The class weights of a model's dataset, or None."
+    if not model.dataset or not known_dataset(model.dataset):
+        return None
+    table = dataset_table(model.num_classes, model.dataset)
+    weights = table.get(model.weights_key)
+    return torch.tensor(weights) if weights else None
+
+# %% ../../nbs/38a_models.files.ipynb #69731ee7
+def load(
+    path: str | Path,  # a file that `save` wrote
+) -> SegModel:  # in evaluation mode
+    "Rebuild a model from its file alone."
+    state, meta = _read_ours(path)
+    options = meta.get("options", {})
     with torch.device("meta"):
-        model = create_model(
-            meta["model"], meta["num_classes"], seed=None, **meta.get("options", {})
-        )
+        model = create_model(meta["model"], meta["num_classes"], seed=None, **options)
     if meta.get("deployed"):
         model.deploy()
-    model.classes = meta.get("classes")
-    model.palette = meta.get("palette")
-    model.dataset = meta.get("dataset")
+    for said in ("classes", "palette", "dataset", "rule"):
+        setattr(model, said, meta.get(said))
     model.preprocess = Preprocess.from_dict(meta["preprocess"])
-    model.rule = meta.get("rule")
-    weights = _weights_of(model)
-    model.class_weights = None
+    weights = _class_weights(model)
+    for part in model.modules():
+        if isinstance(part, SegModel):  # also below an adaptive classifier
+            part.class_weights = None
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as e:
         raise ValueError(f"{path} does not fit {meta['model']}: {e}") from None
     model.class_weights = weights
     return model.eval()
-
-# %% ../../nbs/38a_models.files.ipynb #566a3455
-def _weights_of(model):
-    "The class weights of a model's dataset, or None."
-    from segkern.models.base import dataset_table, known_dataset
-
-    table = (
-        dataset_table(model.num_classes, model.dataset)
-        if model.dataset and known_dataset(model.dataset)
-        else {}
-    )
-    return torch.tensor(table[model.weights_key]) if table.get(model.weights_key) else None

@@ -46,6 +46,9 @@ class Host:
     ssa_prefix = r"decode_head\."  # where official files keep another classifier's layers
     options = {}  # what a file must remember besides the name
 
+    def feature(self, x):  # [b, 3, h, w] -> [b, c, h/stride, w/stride], what `classifier` sees
+        raise TypeError(f"{type(self).__name__} has no feature()")
+
     def check(self, x):  # x, or a ValueError
         return check_input(self, x)
 
@@ -82,10 +85,9 @@ class PlainHost(Host):
         net: nn.Module,  # has `feature(x)` and `classifier`
         name: str | None = None,  # default: its own, or its class
     ):
-        for asked in (a for a in dir(Host) if not a.startswith("_")):
-            if hasattr(net, asked):
-                setattr(self, asked, getattr(net, asked))
-        self.feature = net.feature
+        for question in (n for n in dir(Host) if not n.startswith("_")):
+            if hasattr(net, question):
+                setattr(self, question, getattr(net, question))
         self.name = name or getattr(net, "name", type(net).__name__.lower())
         self.trains_auxiliaries = hasattr(net, "aux_losses")
         self.classifier_dropout = getattr(getattr(net, "dropout", None), "p", 0.0)

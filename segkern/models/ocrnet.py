@@ -13,11 +13,12 @@ from torch import nn
 from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.hrnet import HRNet, key_rules
 from ..core import IMAGENET
-from .base import describe_file, find_tensor, Segmentor
+from .base import Segmentor
 from .mmseg import host_recipes
 from .registry import register
 from .segformer import small_recipes
 from .upernet import classifier_of, init_conv
+from ..weights.describe import describe_file, find_tensor
 from ..weights.rules import Rule
 
 # %% ../../nbs/35a_models.ocrnet.ipynb #79cf28f0
@@ -32,9 +33,8 @@ class SoftRegions(nn.Module):
         super().__init__()
         self.fusion = ConvNormAct(c, c, 1)
         self.fusion.apply(init_conv)
-        self.fusion.bn.momentum = (
-            1 - (1 - 0.1) ** 2
-        )  # two updates per step in the official training
+        # two updates per step in the official training
+        self.fusion.bn.momentum = 1 - (1 - 0.1) ** 2
         self.classifier = classifier_of(c, num_classes)
 
     def forward(self, x):
@@ -151,18 +151,13 @@ def describe_state(
     model,  # that it did not fit
 ) -> str:  # what it seems to be
     "What network an official checkpoint holds, read off its keys."
-    branches = [
-        len(v)
-        for s in range(4)
-        for k, v in state.items()
-        if k.endswith(f"stage4.0.branches.{s}.0.conv1.weight")
-    ]
+    ends = [f"stage4.0.branches.{s}.0.conv1.weight" for s in range(4)]
+    branches = [len(v) for end in ends for k, v in state.items() if k.endswith(end)]
     if len(branches) != 4:
         return "the checkpoint holds no HRNet"
-    head = "OCRNet's two heads" if any("object_context_block." in k for k in state) else ""
-    return describe_file(
-        model, f"hrnet_w{branches[0]}", head, find_tensor(state, "decode_head.1.conv_seg.weight")
-    )
+    decoder = "OCRNet's two heads" if any("object_context_block." in k for k in state) else ""
+    classifier = find_tensor(state, "decode_head.1.conv_seg.weight")
+    return describe_file(model, f"hrnet_w{branches[0]}", decoder, classifier)
 
 # %% ../../nbs/35a_models.ocrnet.ipynb #aa13f190
 register(

@@ -98,9 +98,8 @@ class PIDNet(BoundaryAware):
         self.build_heads(4 * c, 4 * c, 2 * c, 4 * c, 2 * c)
         init_weights(self)
 
-    # picture -> Bag's output [b, 4c, h/8, w/8], the aux head's input, the boundary head's input
     def decode(self, x):
-        "Everything before the heads."
+        "What the heads see: Bag's output [b, 4c, h/8, w/8], early detail, the boundary map."
         x = F.relu(self.layer2(F.relu(self.layer1(self.stem(x)))))
         size = x.shape[-2:]
         p = self.detail3(x)

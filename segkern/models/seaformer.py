@@ -13,11 +13,12 @@ from torch import nn
 from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.seaformer import key_rules, SeaFormer, SEAFORMERS, SqueezeAxialAttention
 from ..core import IMAGENET
-from .base import describe_file, find_tensor, Segmentor
+from .base import Segmentor
 from .mmseg import host_recipes
 from .registry import register
 from .segformer import small_recipes
 from .upernet import classifier_of
+from ..weights.describe import describe_file, find_tensor, name_of
 from ..weights.rules import Rule
 
 # %% ../../nbs/36a_models.seaformer.ipynb #6a6632fc
@@ -105,9 +106,8 @@ class SeaFormerSegmentor(Segmentor):
                 m.merge()
         return super().deploy()
 
-    # what a file must remember besides the name
     @property
-    def options(self):
+    def options(self):  # what a file must remember besides the name
         return {**super().options, "drop_path": self.drop_path}
 
     def key_rules(self, state):
@@ -141,24 +141,13 @@ def describe_state(
     stem = find_tensor(state, "smb1.stem_block.0.c.weight")
     if stem is None:
         return "the checkpoint holds no SeaFormer"
-    stages = sum(
-        any(k.removeprefix("backbone.").startswith(f"trans{i}.") for k in state)
-        for i in range(1, 6)
-    )
-    name = next(
-        (
-            n
-            for n, (width, _, attention) in SEAFORMERS.items()
-            if (width, len(attention)) == (len(stem), stages)
-        ),
-        "an unknown size of SeaFormer",
-    )
-    return describe_file(
-        model,
-        name,
-        "a light head" if any("linear_fuse." in k for k in state) else "",
-        find_tensor(state, "decode_head.conv_seg.weight"),
-    )
+    keys = [k.removeprefix("backbone.") for k in state]
+    stages = sum(any(k.startswith(f"trans{i}.") for k in keys) for i in range(1, 6))
+    sizes = {n: (width, len(attention)) for n, (width, _, attention) in SEAFORMERS.items()}
+    name = name_of((len(stem), stages), sizes, "an unknown size of SeaFormer")
+    decoder = "a light head" if any("linear_fuse." in k for k in state) else ""
+    classifier = find_tensor(state, "decode_head.conv_seg.weight")
+    return describe_file(model, name, decoder, classifier)
 
 # %% ../../nbs/36a_models.seaformer.ipynb #0d5e037a
 GROUPS = (

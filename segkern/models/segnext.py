@@ -14,11 +14,12 @@ from torch import nn
 from ..backbones.blocks import resize
 from ..backbones.mscan import adapt, describe_state as describe_encoder, key_rules, MSCAN
 from ..core import IMAGENET
-from .base import describe_file, find_tensor, Segmentor
+from .base import Segmentor
 from .mmseg import host_recipes
 from .registry import register
 from .segformer import small_recipes
 from ..ops.dispatch import without_autocast
+from ..weights.describe import describe_file, find_tensor
 from ..weights.rules import Rule
 
 # %% ../../nbs/36_models.segnext.ipynb #5d2131b0
@@ -60,13 +61,10 @@ class Bases(nn.Module):
         self.d = d
         self.r = r
         self.seed = seed
-        self.table = (
-            None
-            if seed is None
-            else unit_bases(
-                torch.rand((1, d, r), generator=torch.Generator().manual_seed(seed), device="cpu")
-            )
-        )
+        self.table = None
+        if seed is not None:
+            drawn = torch.Generator().manual_seed(seed)
+            self.table = unit_bases(torch.rand((1, d, r), generator=drawn, device="cpu"))
 
     def forward(
         self,
@@ -146,9 +144,8 @@ class HamHead(nn.Module):
         ]
         return F.relu(self.squeeze.norm(sum(resize(x, size) for x in parts[1:]) + parts[0]))
 
-    # [b, c, h, w] -> patterns [b, c, r], coefficients [b, h*w, r]
     def factors(self, s, bases=None, generator=None):
-        "The map that enters, factorised in float32 or double."
+        "The entering map as patterns [b, c, r] and coefficients [b, h*w, r], in float32 or double."
         x = F.relu(self.inlet(s)).flatten(2)
         with without_autocast(x):
             x = x if x.dtype == torch.float64 else x.float()
