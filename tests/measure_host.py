@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python tests/measure_host.py [--out FILE.csv]
 
-The body's own time is subtracted: what is left are PyTorch's dispatcher, autograd's node and our functions around them."""
+The body's own time is subtracted: what is left are PyTorch's dispatcher, autograd's node and our
+functions around them."""
 
 import argparse
 import contextlib

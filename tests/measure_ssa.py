@@ -1,6 +1,8 @@
-"""CPU time of SSAClassifier: the classifier as written and ours, and the teacher's step with loops over classes and vectorised.
+"""CPU time of SSAClassifier: the classifier as written and ours, and the teacher's step with loops over classes and
+vectorised.
 
-`python tests/measure_ssa.py --out data/bench/cpu_ssa.csv`; forms take turns in one process, one thread, processor time, medians.
+`python tests/measure_ssa.py --out data/bench/cpu_ssa.csv`; forms take turns in one process, one thread,
+processor time, medians.
 """
 
 import argparse

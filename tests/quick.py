@@ -1,4 +1,4 @@
-"""`make quick`: what a change needs within two minutes: export, its notebooks, the tests nearest to it, the rules of the house.
+"""`make quick`: what a change needs within two minutes: export, its notebooks, the nearest tests, the rules.
 
     python tests/quick.py [--since REV] [--seconds 110]
 

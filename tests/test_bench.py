@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from segkern import bench
 from segkern.bench import (
     Comparison,
     Timing,

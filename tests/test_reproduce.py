@@ -29,7 +29,8 @@ from pathlib import Path
 from segkern.reproduce import figure_to, record
 from segkern.viz import figure
 Path(out, "run").mkdir(parents=True, exist_ok=True)
-Path(out, "run", "metrics.jsonl").write_text("".join(json.dumps(dict(step=s, loss=1/(s + 1), lr=1e-3)) + chr(10) for s in range(9)))
+lines = [json.dumps(dict(step=s, loss=1/(s + 1), lr=1e-3)) + chr(10) for s in range(9)]
+Path(out, "run", "metrics.jsonl").write_text("".join(lines))
 fig, ax = figure(width=3)
 figure_to(out, "line", fig, "A line that says <nothing>.")""",
     ),

@@ -843,10 +843,12 @@ from segkern.models.upernet import UPerNet
 from segkern.testing import make_input
 with seeded(0): m = UPerNet("vit_adapter_l", 150, "vit_adapter_l")
 x, y = make_input([2, 3, 96, 64]), torch.randint(0, 150, (2, 96, 64), dtype=torch.uint8)
-with torch.no_grad(): assert [tuple(t.shape) for t in m.eval().encoder(x[:1])] == [(1, 1024, 96//s, 64//s) for s in (4, 8, 16, 32)]
+with torch.no_grad(): maps = m.eval().encoder(x[:1])
+assert [tuple(t.shape) for t in maps] == [(1, 1024, 96//s, 64//s) for s in (4, 8, 16, 32)]
 losses = m.train()(x, y)
 losses["loss"].backward()
-assert set(losses) == {"loss", "logits", "aux"} and all(p.grad is not None and torch.isfinite(p.grad).all() for p in m.parameters())
+assert set(losses) == {"loss", "logits", "aux"}
+assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in m.parameters())
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -268,20 +268,14 @@ class EfficientFormer(nn.Module):
         if pretrained:
             load_official(self, download(f"timm:{name}.snap_dist_in1k"))
 
-    def forward(
-        self,
-        x: torch.Tensor,  # [b, 3, h, w], sides that are multiples of 32
-    ) -> list:  # four maps [b, c, h/4, w/4], …
-        "The maps of the four stages."
+    def forward(self, x):  # [b, 3, h, w] in multiples of 32 -> four maps [b, c, h/4, w/4], …
         check_multiple(x, 32, self.name)
         return pyramid(self.stages, self.stem(x))
 
     def key_rules(self, state):  # a segmentor's file fills it too
-        "Key table of the official files and of timm's."
         return key_rules() + without_decoder("decode_head")
 
-    def adapt(self, state, undo):
-        "Shapes and tables of this code."
+    def adapt(self, state, undo):  # shapes and tables of this code
         return adapt(state)
 
 # %% ../../nbs/27_backbones.efficientformer.ipynb #d8188fe7

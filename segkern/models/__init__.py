@@ -6,7 +6,7 @@
 __all__ = ['list_models', 'create_model', 'register', 'save', 'load', 'load_official', 'describe', 'cost', 'claimed',
            'set_literal', 'SegModel', 'macs', 'SSA', 'SSAClassifier', 'S2FPN', 'SPFNet', 'DSANet', 'SANet', 'PIDNet',
            'SegFormer', 'SASFormerICIP', 'SASFormerSparse', 'UPerNet', 'OCRNet', 'SegNeXt', 'SeaFormerSegmentor',
-           'AFFormerSegmentor', 'CGRSeg']
+           'AFFormerSegmentor', 'CGRSeg', 'vit_adapter']
 
 # %% ../../nbs/39_models.ipynb #87a2a246
 from .s2fpn import S2FPN
@@ -64,4 +64,5 @@ _all_ = [
     "SeaFormerSegmentor",
     "AFFormerSegmentor",
     "CGRSeg",
+    "vit_adapter",
 ]

@@ -14,7 +14,7 @@ from ..backbones import swin, vit_adapter
 from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.swin import Swin, SWINS
 from ..backbones.vit_adapter import ViTAdapter, VITS
-from ..core import HALVES, IMAGENET, Preprocess
+from ..core import HALVES, IMAGENET
 from .base import Segmentor
 from .mmseg import host_recipes
 from .registry import register
