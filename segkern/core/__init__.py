@@ -6,8 +6,8 @@
 __all__ = ['boundary_target', 'data_path', 'dataset_table', 'known_dataset', 'load_table', 'atomic_path', 'write_json',
            'disk_errors', 'folder_lock', 'logger', 'seeded', 'pick_device', 'env_info', 'once', 'progress', 'fmt',
            'Table', 'constants', 'Preprocess', 'IMAGENET', 'parse_size', 'label_canny', 'class_boundary_target',
-           'IGNORE', 'check_recipe', 'Recipe', 'input_rule', 'add_recipes', 'ALIASES', 'HALVES', 'mean_only',
-           'recipe_for', 'recipe_with_options', 'RECIPES', 'STREETS', 'closest', 'register_table', 'registered_tables']
+           'IGNORE', 'check_recipe', 'Recipe', 'add_recipes', 'ALIASES', 'HALVES', 'mean_only', 'recipe_for',
+           'recipe_with_options', 'RECIPES', 'STREETS', 'closest', 'register_table', 'registered_tables']
 
 # %% ../../nbs/00_core.ipynb #57bac974
 from .classes import dataset_table, known_dataset
@@ -30,7 +30,6 @@ from segkern.core.recipe import (
     ALIASES,
     check_recipe,
     HALVES,
-    input_rule,
     mean_only,
     Recipe,
     recipe_for,
@@ -68,7 +67,6 @@ _all_ = [
     "IGNORE",
     "check_recipe",
     "Recipe",
-    "input_rule",
     "add_recipes",
     "ALIASES",
     "HALVES",

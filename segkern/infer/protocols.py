@@ -15,6 +15,7 @@ from torch import nn
 
 from ..backbones.blocks import resize
 from ..core import Recipe, recipe_for
+from ..core.recipe import allow_values
 from .resized import fitted_labels, square_labels
 from segkern.infer.windows import (
     device_of,
@@ -229,6 +230,7 @@ _BROUGHT_TO_A_SIZE = (
 # %% ../../nbs/62c_infer.protocols.ipynb #7789b5b0
 # ways to label a picture, by name
 PROTOCOLS = {p.name: p for p in (*_AS_IT_IS, *_BROUGHT_TO_A_SIZE)}
+allow_values("protocol", PROTOCOLS)
 
 # %% ../../nbs/62c_infer.protocols.ipynb #5934bae7
 def protocol_of(
