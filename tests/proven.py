@@ -1,9 +1,10 @@
-"""Which ops' kernels are as they were when all planted faults and all compilations were last run.
+"""Which kernels are as they were when their faults were planted and their launches compiled.
 
-    python tests/proven.py                 list the ops whose sources differ
-    python tests/proven.py --keep          say that the present sources passed; `make test-all` does
+    python tests/proven.py                 list the tables whose kernels differ
+    python tests/proven.py --keep          say that the present sources passed; a full run does
 
-`make test` plants faults and compiles for the ops that differ; comments, docstrings and layout do not count."""
+`make test` plants faults and compiles for the kernels that differ; comments, docstrings and layout do not count,
+another Triton does. `make test-all` runs everything whatever is written here."""
 
 import argparse
 import ast
@@ -11,6 +12,8 @@ import hashlib
 import json
 import re
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,9 +62,25 @@ def stored():
     return json.loads(STORE.read_text()) if STORE.exists() else {}
 
 
+def triton_version():
+    "Whose machine code it is."
+    return version("triton") if find_spec("triton") else "none"
+
+
 def is_proven(script):
-    "Whether everything was run for the sources that are there now; `script` is e.g. 'aot/msca'."
-    return stored().get(script) == hash_of(script)
+    "Whether the sources that are there now passed; `script` is e.g. 'aot/msca'."
+    held = stored()
+    return held.get("triton") == triton_version() and held.get(script) == hash_of(script)
+
+
+def skip_if_proven(script, config):
+    "Leave a test out whose kernels passed as they are, unless everything is asked for."
+    if not config.getoption("--slow") and is_proven(script):
+        import pytest
+
+        pytest.skip(
+            f"{script}: the kernels passed as they are (tests/proven.json); --slow repeats it"
+        )
 
 
 def scripts():
@@ -76,7 +95,8 @@ def main():
     )
     parser.add_argument("--keep", action="store_true", help="the present sources passed")
     if parser.parse_args().keep:
-        STORE.write_text(json.dumps({s: hash_of(s) for s in scripts()}, indent=1) + "\n")
+        hashes = {script: hash_of(script) for script in scripts()}
+        STORE.write_text(json.dumps({"triton": triton_version(), **hashes}, indent=1) + "\n")
     differ = [s for s in scripts() if not is_proven(s)]
     same = len(scripts()) - len(differ)
     print(f"{same} tables as in the last full run; changed: {', '.join(differ) or 'none'}")

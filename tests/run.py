@@ -165,6 +165,8 @@ def main():
     if a.keep and not a.all:
         DURATIONS.write_text(json.dumps(took | of_tests, indent=1, sort_keys=True) + "\n")
     other = subprocess.run([sys.executable, "tests/cpus.py"], cwd=ROOT).returncode if a.all else 0
+    if a.all and not code:
+        subprocess.run([sys.executable, "tests/proven.py", "--keep"], cwd=ROOT, check=True)
     for name in sorted(failed):
         print(f"\nfailed notebook {name}:\n{failed[name]}")
     bad = n.get("failures", 0) + n.get("errors", 0)

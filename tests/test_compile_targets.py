@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from aotrun import load
+from proven import skip_if_proven
 from segkern.ops.dispatch import HAS_TRITON
 from segkern.testing.targets import compile_elsewhere
 
@@ -54,6 +55,7 @@ def check(rows, module, spill):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiles(op, request):
+    skip_if_proven(f"aot/{op}", request.config)
     rows = compiled(op, *(["--all"] if request.config.getoption("--slow") else []))
     module = load(op)
     assert {r["target"] for r in rows} == {"sm_80", "sm_90", "gfx942"}
@@ -72,8 +74,9 @@ def test_compiles(op, request):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if hasattr(load(op), "MOST")])
-def test_instructions_per_element(op):
+def test_instructions_per_element(op, request):
     "What an element costs on an H100: each named kernel stays below its limit."
+    skip_if_proven(f"aot/{op}", request.config)
     module = load(op)
     rows = compiled(op, "--counted")
     for (name, case), (unit, limit) in module.MOST.items():
