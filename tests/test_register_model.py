@@ -152,6 +152,7 @@ def test_paper_run(toynet, tmp_path):
     from segkern.reproduce import reproduce
 
     nb = nbformat.v4.new_notebook()
+    nb.metadata["kernelspec"] = dict(name="python3", language="python", display_name="Python 3")
     folder = str(next(p for p in sys.path if p.endswith("toynet0")))
     for kind, tags, text in PAPER:
         make = nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell
@@ -161,6 +162,6 @@ def test_paper_run(toynet, tmp_path):
     (tmp_path / "papers").mkdir()
     nbformat.write(nb, tmp_path / "papers" / "toynet.ipynb")
     report = reproduce(["toynet"], out=tmp_path / "runs", papers_dir=tmp_path / "papers", jobs=1)
-    assert report["failed"] == 0
+    assert report["failed"] == 0, report["papers"]["toynet"]["error"]
     stored = json.loads((tmp_path / "runs" / "report.json").read_text())
     assert stored["papers"]["toynet"]["variant"] == "toynet"

@@ -9,7 +9,7 @@ __all__ = ['HALVES', 'STREETS', 'RECIPES', 'ALIASES', 'Recipe', 'mean_only', 're
 import dataclasses
 from dataclasses import dataclass
 
-from .files import load_table
+from .files import load_table, registered_tables
 from .picture import IMAGENET, Preprocess
 
 # %% ../../nbs/00g_core.recipe.ipynb #37386902
@@ -262,13 +262,15 @@ def _known_recipes(model):
     return found
 
 # %% ../../nbs/00g_core.recipe.ipynb #e8550325
-# whose recipe is taken, in order
-_STARTS = dict(folder=("ade20k", "voc2012", "camvid"), gtav=("cityscapes",))
+# whose recipe a dataset of one's own takes, in order
+_LIKE = ("ade20k", "voc2012", "camvid")
+_STARTS = dict(folder=_LIKE, gtav=("cityscapes",))
 
 
 def _start_for(dataset, known):
     "A recipe for a dataset that has none, or None."
-    start = next((d for d in _STARTS.get(dataset, ()) if d in known), None)
+    starts = _LIKE if dataset in registered_tables() else _STARTS.get(dataset, ())
+    start = next((d for d in starts if d in known), None)
     if start is None:
         return None
     own = dict(dataset=dataset, class_weights=False, split="train", val_split="val")
@@ -283,7 +285,7 @@ def recipe_for(
     /,
     **fields,  # overrides
 ) -> Recipe:  # the published recipe with the overrides applied
-    """The recipe of a model on a dataset. A dataset of your own (`folder`) takes the model's
+    """The recipe of a model on a dataset. A dataset of your own (`folder`, or registered) takes the model's
     recipe for ADE20K, VOC or CamVid as a start."""
     known = _known_recipes(model)
     recipe = known.get(dataset) or _start_for(dataset, known)
