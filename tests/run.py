@@ -24,6 +24,11 @@ from nbtools import test_notebook
 ROOT = Path(__file__).resolve().parent.parent
 DURATIONS = ROOT / "tests" / "durations.json"
 WORKERS = min(8, os.cpu_count() or 1)
+# what most notebooks import, and what takes seconds to import
+PRELOADED = (
+    "torch torchvision.transforms.v2 matplotlib.pyplot timm triton nbdev.test nbtools "
+    "segkern.models segkern.testing segkern.viz segkern.data"
+).split()
 
 
 def send(pipe, path, flags):
@@ -80,7 +85,7 @@ def notebooks(flags, only=()):
     took = {}
     ctx = get_context("forkserver")
     # imported once, forked for each notebook
-    ctx.set_forkserver_preload(["torch", "nbdev.test", "nbtools"])
+    ctx.set_forkserver_preload(PRELOADED)
     with ThreadPoolExecutor(WORKERS) as pool:
         jobs = [pool.submit(alone, ctx, f, flags) for f in files]
         for job in tqdm(as_completed(jobs), desc="notebooks", total=len(jobs), disable=None):

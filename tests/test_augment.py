@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from segkern.core import IMAGENET
+from segkern.core import IMAGENET, RECIPES, STREETS
 from segkern.data import colour, open_dataset, transform
 from segkern.data.transform import Augment, balanced, transform_for
 from segkern.data.colour import (
@@ -23,7 +23,6 @@ from segkern.data.colour import (
 )
 from segkern.data.geometry import cubic_window, fitted_size
 from segkern.data.transform import TrainTransform
-from segkern.core import RECIPES
 from segkern.models.s2fpn import S2FPN_CAMVID
 from segkern.models.sanet import SANET_CAMVID
 from segkern.models.sasformer_icip import SASFORMER_ICIP_ADE20K
@@ -418,7 +417,8 @@ def test_plain_fields_are_the_plain_transform(recipe):
 
 
 def test_every_recipe_has_its_transform():
-    kinds = {(m, d): type(TrainTransform.from_recipe(r)).__name__ for (m, d), r in RECIPES.items()}
+    recipes = {**RECIPES, ("*", "streets"): STREETS}  # the one of any other network
+    kinds = {(m, d): type(TrainTransform.from_recipe(r)).__name__ for (m, d), r in recipes.items()}
     # the others follow OpenMMLab's pipeline
     assert {m.split("_")[0] for (m, _), k in kinds.items() if k != "Augment"} == {
         "s2fpn",

@@ -101,7 +101,14 @@ def test_official_keys(name):
     assert len({ours for _, ours in report.loaded}) == len(report.loaded)
 
 
-@pytest.mark.parametrize("size", ["512x1024", "1024x2048", "360x480"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        "512x1024",
+        pytest.param("1024x2048", marks=pytest.mark.slow),
+        pytest.param("360x480", marks=pytest.mark.slow),
+    ],
+)
 def test_costs(size):
     "The paper form is within 1 % of the official network's operations, at every size."
     h, w = map(int, size.split("x"))

@@ -167,7 +167,13 @@ def test_official_segmentors(name):
 
 @pytest.mark.parametrize(
     "size,k",
-    [((512, 512), 150), ((640, 640), 150), ((1024, 2048), 19), ((1024, 2048), 150)],
+    [
+        ((512, 512), 150),
+        *(
+            pytest.param(size, k, marks=pytest.mark.slow)
+            for size, k in (((640, 640), 150), ((1024, 2048), 19), ((1024, 2048), 150))
+        ),
+    ],
     ids=str,
 )
 def test_costs(size, k):

@@ -106,5 +106,5 @@ def segment(
         elif hasattr(type(model), "pictures"):  # not what a wrapper hands through
             labels = model.pictures(images.to(device_of(model)), size)
         else:
-            labels = whole_labels(model, images, size)
+            labels = whole_labels(model, images.to(device_of(model)), size)
     return labels if batched else labels[0]

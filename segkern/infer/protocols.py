@@ -102,7 +102,6 @@ def whole_labels(
     | None = None,  # (height, width) at which the network looks; default: the pictures' own
 ) -> torch.Tensor:  # uint8 [b, h, w]
     "Labels of pictures, each seen at once."
-    images = images.to(device_of(model))
     own = tuple(images.shape[-2:])
     x = model.preprocess(images)
     x = x if size is None else resize(x, size)
@@ -250,6 +249,7 @@ def labels_of(
 ) -> torch.Tensor:  # uint8 [b, h, w]
     "Labels of pictures by a protocol."
     protocol = protocol_of(name)
+    images = images.to(device_of(model))
     return protocol.labels(model, images, protocol.settings(settings))
 
 # %% ../../nbs/62c_infer.protocols.ipynb #daa5c1c6
