@@ -40,7 +40,9 @@ def store_outputs(path: Path):
         for name in [k for k in cell if k.endswith("_")]:
             del cell[name]
         if cell.cell_type == "code" and not skipped(cell):
-            cell["outputs"] = [tidy(o) for o in cell.get("outputs", [])]
+            # what a definition says on the way (a warning, a log line) is no lesson
+            shown = [] if directive(cell).startswith("export") else cell.get("outputs", [])
+            cell["outputs"] = [tidy(o) for o in shown]
     write_nb(nb, path)
 
 

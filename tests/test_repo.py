@@ -101,6 +101,7 @@ def test_notebook(path):
         if exported:
             beside = house.beside_signatures(source)
             assert beside <= 110, f"exported cell {cid} has {beside} lines beside signatures"
+            assert not cell["outputs"], f"exported cell {cid} stores an output"
         imports = [isinstance(s, (ast.Import, ast.ImportFrom)) for s in body]
         if not exported and any(imports):
             assert all(imports), f"cell {cid} mixes imports and code"
