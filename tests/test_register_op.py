@@ -45,7 +45,7 @@ def toy_scale_fwd(x, factor):
     return out
 
 
-@operator("segkern::toy_scale")
+@operator("toys::toy_scale")
 def _toy_scale_op(x: torch.Tensor, factor: float) -> torch.Tensor:
     return toy_scale_fwd(x, factor)
 
