@@ -36,7 +36,9 @@ def hash_split(
 ) -> str:  # "train" | "val" | "test"
     "A split that depends on the name alone: 80, 10 and 10 %."
     k = hashlib.sha256(name.encode()).digest()[0]
-    return "val" if k < 26 else "test" if k < 52 else "train"
+    if k < 26:
+        return "val"
+    return "test" if k < 52 else "train"
 
 # %% ../../nbs/54_data.folder.ipynb #b415fa64
 def make_palette(
