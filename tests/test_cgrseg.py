@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segkern.testing import official
+from segkern.testing.official import assert_complete
 from segkern.backbones.efficientformer import (
     EFFICIENTFORMERS,
     BiasedAttention,
@@ -45,21 +47,12 @@ NETS = {
 }
 
 
-class Keys(dict):
-    "Official keys and shapes, written down layer by layer."
-
-    def conv(self, key, c_out, c_in, *k):
-        self[key + ".weight"], self[key + ".bias"] = (c_out, c_in, *(k or (1, 1))), (c_out,)
-
-    def bn(self, key, c):
-        self.update({f"{key}.{n}": () if n == BN[-1] else (c,) for n in BN})
+class Keys(official.Keys):
+    "With the layers that these networks repeat."
 
     def conv_bn(self, conv, bn, c_out, c_in, *k):
         self.conv(conv, c_out, c_in, *k)
         self.bn(bn, c_out)
-
-    def under(self, prefix):
-        return Keys({prefix + k: s for k, s in self.items()})
 
 
 def attention_keys(keys, at, c, c_out, d, side, old, step=1, reduced=False, imagenet=False):
@@ -196,13 +189,6 @@ def tensors(shapes, values=False):
         k: fill_tensor(k, s, str(kind(k))) * (0.1 if ".layer_scale_" in k else 1)
         for k, s in shapes.items()
     }
-
-
-def assert_complete(m, report, shapes):
-    "Every key is loaded or listed, every tensor of ours is filled once."
-    places = [ours for _, ours in report.loaded]
-    assert len(set(places)) == len(places) and set(places) == set(m.state_dict())
-    assert {k for k, _ in report.loaded} | {k for k, *_ in report.ignored} == set(shapes)
 
 
 def tiny(name="cgrseg_t", classes=5, **kw):

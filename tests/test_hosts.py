@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import segkern
+from segkern.testing import official
+from segkern.testing.official import assert_complete
+from segkern.testing.fill import state_of
 from segkern.backbones.swin import SWINS, Swin, WindowAttention, merge_order, seam_mask
 from segkern.core import load_table, seeded
 from segkern.backbones.blocks import num_params
@@ -27,19 +30,11 @@ UPERNETS = [f"upernet_swin_{v}" for v in "tbl"]
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-class Keys(dict):
-    "Official keys and shapes, written down layer by layer."
-
-    def pair(self, key, *shape, bias=True):
-        self[key + ".weight"] = shape
-        if bias:
-            self[key + ".bias"] = (shape[0],)
+class Keys(official.Keys):
+    "With the layers that these networks repeat."
 
     def norm(self, key, c):
         self.pair(key, c)
-
-    def bn(self, key, c):
-        self.update({f"{key}.{n}": () if n == BN[-1] else (c,) for n in BN})
 
     def unit(self, key, c_in, c_out, k=1):
         self[f"{key}.conv.weight"] = (c_out, c_in, k, k)
@@ -48,16 +43,6 @@ class Keys(dict):
     def conv_bn(self, conv, bn, c_in, c_out, k):
         self[f"{conv}.weight"] = (c_out, c_in, k, k)
         self.bn(bn, c_out)
-
-    def under(self, prefix):
-        return {prefix + k: s for k, s in self.items()}
-
-    def params(self):
-        return sum(
-            int(np.prod(s))
-            for k, s in self.items()
-            if not k.endswith(("running_mean", "running_var", "num_batches_tracked", "index"))
-        )
 
 
 def swin_keys(name, form):
@@ -180,26 +165,6 @@ def filled(name, k, **kw):
     m = m.to_empty(device="cpu")
     m.load_state_dict({n: fill_tensor(n, v.shape, str(v.dtype)) for n, v in m.state_dict().items()})
     return m.eval()
-
-
-def state_of(shapes):  # on the meta device; counters and index tables are integers
-    return {
-        k: torch.zeros(
-            s,
-            device="meta",
-            dtype=torch.int64 if k.endswith(("tracked", "index")) else torch.float32,
-        )
-        for k, s in shapes.items()
-    }
-
-
-def assert_complete(m, report, shapes, extra=()):
-    "Every key is loaded or listed, every tensor of ours is filled once."
-    places = [ours for _, ours in report.loaded]
-    assert len(set(places)) == len(places) and set(places) == set(m.state_dict())
-    assert {k for k, _ in report.loaded} | {k for k, *_ in report.ignored} == set(shapes) | set(
-        extra
-    )
 
 
 @pytest.mark.parametrize("form", ["mmseg", "microsoft", "timm"])

@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segkern.testing import official
+from segkern.testing.official import assert_complete
+from segkern.testing.fill import state_of
 from segkern.backbones.mscan import MSCANS, MSCAN
 from segkern.core import seeded
 from segkern.infer import optimize
@@ -37,13 +40,8 @@ DEPTHS = {"t": (3, 3, 5, 2), "s": (2, 2, 4, 2), "b": (3, 3, 12, 3), "l": (3, 5, 
 HEADS = {"t": (256, 16), "s": (256, 16), "b": (512, 64), "l": (1024, 64)}
 
 
-class Keys(dict):
-    "Official keys and shapes, written down layer by layer."
-
-    def conv(self, key, c_out, c_in, *kernel, bias=True):
-        self[key + ".weight"] = (c_out, c_in, *(kernel or (1, 1)))
-        if bias:
-            self[key + ".bias"] = (c_out,)
+class Keys(official.Keys):
+    "With the layers that these networks repeat."
 
     def norm(self, key, c, running=True):
         self[key + ".weight"], self[key + ".bias"] = (c,), (c,)
@@ -55,9 +53,6 @@ class Keys(dict):
                     f"{key}.num_batches_tracked": (),
                 }
             )
-
-    def under(self, prefix):
-        return {prefix + k: s for k, s in self.items()}
 
 
 def encoder_keys(v, doubled=True):
@@ -104,15 +99,6 @@ def head_keys(v, k):
     return keys
 
 
-def state_of(shapes):  # on the meta device
-    return {
-        k: torch.zeros(
-            s, device="meta", dtype=torch.int64 if k.endswith("tracked") else torch.float32
-        )
-        for k, s in shapes.items()
-    }
-
-
 def model(v="t", k=7, **kw):
     return SegNeXt(f"segnext_{v}", k, f"mscan_{v}", **kw)
 
@@ -128,13 +114,6 @@ def filled(k=7, **kw):
             if ".scale" in n:
                 t.copy_(0.3 + t)
     return m.eval()
-
-
-def assert_complete(m, report, shapes):
-    "Every key is loaded or listed, every tensor of ours is filled once."
-    places = [ours for _, ours in report.loaded]
-    assert len(set(places)) == len(places) and set(places) == set(m.state_dict())
-    assert {k for k, _ in report.loaded} | {k for k, *_ in report.ignored} == set(shapes)
 
 
 @pytest.mark.parametrize("doubled", [True, False], ids=["authors", "openmmlab"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segkern.testing import official
 from segkern.backbones.vit_adapter import VITS, ViTAdapter
 from segkern.backbones.vit_blocks import DeformableAttention, centres, read_between
 from segkern.core import IMAGENET, Preprocess, seeded
@@ -26,16 +27,8 @@ OFFICIAL = dict(
 )
 
 
-class Keys(dict):
-    "Official keys and shapes, written down layer by layer."
-
-    def pair(self, key, *shape, bias=True):
-        self[key + ".weight"] = shape
-        if bias:
-            self[key + ".bias"] = (shape[0],)
-
-    def bn(self, key, c):
-        self.update({f"{key}.{n}": () if n == BN[-1] else (c,) for n in BN})
+class Keys(official.Keys):
+    "With the layers that these networks repeat."
 
     def unit(self, key, c_in, c, k=1):
         self.pair(f"{key}.conv", c, c_in, k, k, bias=False)
