@@ -84,8 +84,9 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     "Finds modules under their old names."
 
     def find_spec(self, name, path=None, target=None):
-        old = name.removeprefix("segkern.")
-        return importlib.util.spec_from_loader(name, self) if old in MOVED else None
+        package, _, old = name.partition(".")
+        ours = package == "segkern" and old in MOVED  # `import metrics` is somebody else's
+        return importlib.util.spec_from_loader(name, self) if ours else None
 
     def create_module(self, spec):
         return None  # an ordinary empty module
