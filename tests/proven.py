@@ -8,13 +8,15 @@ another Triton does. `make test-all` runs everything whatever is written here.""
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
-import re
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+import house
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "tests" / "proven.json"
@@ -33,22 +35,23 @@ def plain(path):
     return ast.unparse(tree)
 
 
+@functools.cache
+def known_modules():
+    return house.modules()
+
+
+@functools.cache
 def named(path):
-    "The modules of `ops` that a file imports or names in a string, dispatch and bookkeeping aside."
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        name = ""
-        if isinstance(node, ast.ImportFrom):
-            near = node.level == 1 and path.parent.name == "ops"
-            name = f"segkern.ops.{node.module}" if near else node.module or ""
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            name = node.value
-        match = re.fullmatch(r"segkern\.ops\.(\w+)", name)
-        if match and match[1] not in ASIDE:
-            found.add(ROOT / "segkern" / "ops" / f"{match[1]}.py")
-    return {f for f in found if f.exists()}
+    "The files of `ops` that a file imports or names in a string, dispatch and bookkeeping aside."
+    known = known_modules()
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    used = house.imported(house.module_of(path), path, known) | (texts & set(known))
+    found = (m.removeprefix("segkern.ops.") for m in used if m.startswith("segkern.ops."))
+    return {known[f"segkern.ops.{m}"] for m in found if m not in ASIDE}
 
 
+@functools.cache
 def hash_of(script):
     "What a table of faults or of launches tests, and itself, in sixteen digits."
     todo = [ROOT / "tests" / f"{script}.py"]

@@ -6,7 +6,6 @@ A change is what differs from REV (default: the last commit, or where nothing di
 taken in the order of their distance in the import graph, as long as their stored durations fit; the rest is named."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import house
 from nbtools import exported_module
+from run import known_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = 10.0  # seconds of a file that nobody has timed
@@ -44,12 +44,6 @@ def distances(modules, graph):
         far |= {n: far[edge[0]] + 1 for n in users}
         edge = users
     return far
-
-
-def durations():
-    "Seconds of notebooks and test files in the last full run."
-    path = ROOT / "tests" / "durations.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def nearest_tests(files, seconds, budget):
@@ -103,7 +97,7 @@ def main():
     start = time.perf_counter()
     failed = run("export", "nbdev_export")
     files = changed(args.since)
-    seconds = durations()
+    seconds = known_seconds()
     notebooks = [f for f in files if f.startswith("nbs/") and (ROOT / f).exists()]
     notebooks.sort(key=lambda f: seconds.get(Path(f).name, UNKNOWN))
     # two files at a time, and the rules of the house take their share

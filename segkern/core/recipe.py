@@ -254,12 +254,11 @@ def add_recipes(
 # %% ../../nbs/00g_core.recipe.ipynb #1403d4f2
 def _known_recipes(model):
     "The recipes of a model by dataset; its own come before those of the network below an adaptive classifier."
-    model = ALIASES.get(model, model)
     if not any(known == model.removesuffix("_ssa") for known, _ in RECIPES):
         from segkern import fill_tables
 
         fill_tables()
-        model = ALIASES.get(model, model)
+    model = ALIASES.get(model, model)
     names = [model.removesuffix("_ssa"), model]
     found = {"streets": STREETS}
     for name in dict.fromkeys(names):
