@@ -90,3 +90,20 @@ def camvid():
     if root is None:
         pytest.skip("the shared CamVid folder is not beside the checkout")
     return root
+
+
+@pytest.fixture
+def cv2():
+    return pytest.importorskip("cv2")
+
+
+@pytest.fixture
+def call(capsys):
+    "Call the command: (exit code, stdout, stderr)."
+    from segkern import cli
+
+    def run(*args):
+        code = cli.main([str(a) for a in args])
+        return code, *capsys.readouterr()
+
+    return run

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segkern.testing.fill import state_of
 from segkern.backbones.afformer import AFFORMERS, AFFormer
 from segkern.core import seeded
 from segkern.backbones.blocks import macs, num_params, set_literal
@@ -87,15 +88,6 @@ def filled(k=150):  # an alias holds what its stage holds
     return {
         n: fill_tensor(root(n), s, "torch.int64" if n.endswith("tracked") else "torch.float32")
         for n, s in official_keys(k).items()
-    }
-
-
-def meta(keys):
-    return {
-        n: torch.zeros(
-            s, device="meta", dtype=torch.int64 if n.endswith("tracked") else torch.float32
-        )
-        for n, s in keys.items()
     }
 
 
@@ -284,7 +276,7 @@ def test_official_keys():
         with torch.device("meta"):
             m = AFFormerSegmentor()
         report = load_official(
-            m, {"meta": {}, container: {prefix + n: t for n, t in meta(shapes).items()}}
+            m, {"meta": {}, container: {prefix + n: t for n, t in state_of(shapes).items()}}
         )
         places = [ours for _, ours in report.loaded]
         assert len(set(places)) == len(places) and set(places) == set(m.state_dict())
@@ -379,28 +371,28 @@ def test_refused_files():
     with torch.device("meta"):
         m = AFFormerSegmentor()
     with pytest.raises(ValueError, match=r"conv_seg.weight is \(19, 256, 1, 1\)"):
-        load_official(m, meta(official_keys(19)))
+        load_official(m, state_of(official_keys(19)))
     with pytest.raises(
         ValueError,
         match="looks like afformer_b with its classifier and 19 classes; this model is afformer_b with 150",
     ):
-        load_official(m, meta(official_keys(19)))
+        load_official(m, state_of(official_keys(19)))
     with pytest.raises(ValueError, match="afformer_b, an encoder.s file.*model.encoder"):
         load_official(
-            m, meta({n: s for n, s in official_keys().items() if n.startswith("backbone.")})
+            m, state_of({n: s for n, s in official_keys().items() if n.startswith("backbone.")})
         )
     with pytest.raises(ValueError, match="holds no AFFormer"):
         load_official(m, {"backbone.stem.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="MHCA_layers.0.extra.weight"):
         load_official(
             m,
-            meta(official_keys())
+            state_of(official_keys())
             | {"backbone.mhca_stages.1.mhca_blks.0.MHCA_layers.0.extra.weight": torch.zeros(1)},
         )
     with pytest.raises(ValueError, match="mlp.again.weight .its place"):
         load_official(
             m,
-            meta(official_keys())
+            state_of(official_keys())
             | {
                 "backbone.mhca_stages.1.mhca_blks.0.MHCA_layers.0.mlp.again.weight": torch.zeros(
                     192, 1, 3, 3, device="meta"

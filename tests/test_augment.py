@@ -50,11 +50,6 @@ def gap(a, b):
     return np.abs(a.astype(int) - b.astype(int))
 
 
-@pytest.fixture
-def cv2():
-    return pytest.importorskip("cv2")
-
-
 # ---- colour
 
 

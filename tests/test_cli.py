@@ -56,17 +56,6 @@ def shell(*args, **kwargs):
     )
 
 
-@pytest.fixture
-def call(capsys):
-    "Call the command: (exit code, stdout, stderr)."
-
-    def run(*args):
-        code = cli.main([str(a) for a in args])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def picture(path, h=48, w=64, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.RandomState(seed).randint(0, 255, (h, w, 3), np.uint8)).save(path)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from shared import need
 from segkern.core import load_table
 from segkern.backbones.blocks import num_params
 from segkern.losses import cross_entropy, focal_of_mean
 from segkern.models import create_model, set_literal
 from segkern.models.s2fpn_blocks import SSAM, SSAMv1
 from segkern.ops import use_impl
-from segkern.testing import assert_close, fixture, load_fixture, make_input, relative_l2
+from segkern.testing import assert_close, load_fixture, make_input, relative_l2
 from segkern.testing.memory import exact_interpreter, launches
 from segkern.weights import load_official, map_key
 
@@ -33,14 +34,6 @@ FEATURES = {
     "bn_prelu_3": "post3",
     "bn_prelu_4": "post4",
 }
-
-
-def need(name):
-    "A fixture, or skip."
-    f = fixture(name)
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
-    return f
 
 
 def loaded(f, name):

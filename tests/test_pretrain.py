@@ -13,7 +13,7 @@ from conftest import THREADS
 from PIL import Image
 
 import segkern
-from segkern import cli, pretrain as module
+from segkern import pretrain as module
 from segkern.core import IMAGENET
 from segkern.data.base import MissingSplit
 from segkern.models import create_model
@@ -567,17 +567,6 @@ def test_top1(shapes):
 
 
 # the command line
-
-
-@pytest.fixture
-def call(capsys):
-    "Call the command: (exit code, stdout, stderr)."
-
-    def run(*args):
-        code = cli.main([str(a) for a in args])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 TINY = [

@@ -94,11 +94,6 @@ def agreement(a, b):
     return float((torch.as_tensor(a) == torch.as_tensor(b)).float().mean())
 
 
-@pytest.fixture
-def cv2():
-    return pytest.importorskip("cv2")
-
-
 def test_names_are_the_recipes():
     assert list(PROTOCOLS) == NAMES and {r.protocol for r in RECIPES.values()} <= set(PROTOCOLS)
     for name in NAMES:

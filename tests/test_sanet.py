@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shared import need
 from segkern.core import load_table
 from segkern.data.transform import TrainTransform
 from segkern.data.geometry import scaled_size
@@ -20,19 +21,11 @@ from segkern.models.context import APPPM, CONTEXTS
 from segkern.models.sanet import SAD, key_rules, speed_form
 from segkern.ops import upsample_cross_entropy, use_impl
 from segkern.core import recipe_for
-from segkern.testing import assert_close, fixture, make_input
+from segkern.testing import assert_close, make_input
 from segkern.testing.memory import launches
 from segkern.weights import load_official, map_key
 
 CPU = not torch.cuda.is_available()
-
-
-def need(name):
-    "A fixture, or skip."
-    f = fixture(name)
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
-    return f
 
 
 def official(f, variant="s", k=19, aux=True):

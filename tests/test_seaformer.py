@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from segkern.testing.fill import state_of
 from segkern.backbones.seaformer import (
     SEAFORMERS,
     InvertedResidual,
@@ -135,15 +136,6 @@ def filled(name, k=150):  # integers are counters
     return {
         n: fill_tensor(n, s, "torch.int64" if n.endswith("tracked") else "torch.float32")
         for n, s in official_keys(name, k).items()
-    }
-
-
-def meta(keys):
-    return {
-        n: torch.zeros(
-            s, device="meta", dtype=torch.int64 if n.endswith("tracked") else torch.float32
-        )
-        for n, s in keys.items()
     }
 
 
@@ -276,7 +268,7 @@ def test_official_keys(name):
         with torch.device("meta"):
             m = SeaFormerSegmentor(name, 150, name)
         report = load_official(
-            m, {"meta": {}, container: {prefix + n: t for n, t in meta(shapes).items()}}
+            m, {"meta": {}, container: {prefix + n: t for n, t in state_of(shapes).items()}}
         )
         places = [ours for _, ours in report.loaded]
         assert (
@@ -336,13 +328,13 @@ def test_refused_files():
         ValueError,
         match="looks like seaformer_l with a light head and 171 classes; this model is seaformer_b with 150",
     ):
-        load_official(m, meta(official_keys("seaformer_l", 171)))
+        load_official(m, state_of(official_keys("seaformer_l", 171)))
     with pytest.raises(ValueError, match=r"conv_seg.weight is \(19, 160, 1, 1\)"):
-        load_official(m, meta(official_keys("seaformer_b", 19)))
+        load_official(m, state_of(official_keys("seaformer_b", 19)))
     with pytest.raises(ValueError, match="seaformer_b, an encoder.s file.*model.encoder"):
         load_official(
             m,
-            meta(
+            state_of(
                 {n: s for n, s in official_keys("seaformer_b").items() if n.startswith("backbone.")}
             ),
         )
@@ -350,7 +342,9 @@ def test_refused_files():
         load_official(m, {"backbone.stem.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="trans1.extra.weight"):
         load_official(
-            m, meta(official_keys("seaformer_b")) | {"backbone.trans1.extra.weight": torch.zeros(1)}
+            m,
+            state_of(official_keys("seaformer_b"))
+            | {"backbone.trans1.extra.weight": torch.zeros(1)},
         )
     with pytest.raises(ValueError, match="unknown encoder"):
         SeaFormer("seaformer_x")

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shared import need
 from segkern.backbones.blocks import num_params, set_literal
 from segkern.losses.distill import (
     at_grid,
@@ -14,19 +15,11 @@ from segkern.losses.distill import (
 )
 from segkern.models import cost, create_model, list_models, load, save
 from segkern.models.ssa import SSA, SSAClassifier, ssa_losses
-from segkern.testing import assert_close, check_model, fixture, make_input, relative_l2
+from segkern.testing import assert_close, check_model, make_input, relative_l2
 from segkern.weights import load_official
 
 # millions of parameters, without teacher, true GMAC
 SPEC = {"segformer_b0_ssa": (4.320, 4.057, 10.35), "segformer_b5_ssa": (82.575, 82.312, 76.82)}
-
-
-def need(name):
-    "A fixture, or skip."
-    f = fixture(name)
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
-    return f
 
 
 def slow_teacher(net, feat, pos, y):

@@ -5,13 +5,14 @@ import pytest
 import torch
 
 import segkern
+from shared import need
 from segkern.backbones.mit import MITS, MiT
 from segkern.core import load_table
 from segkern.backbones.blocks import num_params
 from segkern.models import cost, create_model, list_models, load, save, set_literal
 from segkern.models.segformer import LevelFusion
 from segkern.ops import use_impl
-from segkern.testing import assert_close, fixture, layouts, make_input, relative_l2, state_of
+from segkern.testing import assert_close, layouts, make_input, relative_l2, state_of
 from segkern.weights import load_official, transfer
 
 NVLABS = [f"segformer_b{i}" for i in range(6)]
@@ -86,14 +87,6 @@ def head_shapes(name, k, width, prefix):
         f"linear_fuse.bn.{n}": (width,) for n in ("weight", "bias", "running_mean", "running_var")
     }
     return {prefix + n: s for n, s in out.items()}
-
-
-def need(name):
-    "A fixture, or skip."
-    f = fixture(name)
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
-    return f
 
 
 @pytest.mark.parametrize("mmseg", [False, True], ids=["nvlabs", "mmseg"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segkern.testing.fill import state_of
 from segkern.testing import official
 from segkern.backbones.vit_adapter import VITS, ViTAdapter
 from segkern.backbones.vit_blocks import DeformableAttention, centres, read_between
@@ -115,15 +116,6 @@ def official_keys(k=150, head=512, **size):
 def filled(keys):
     return {
         n: fill_tensor(n, s, "torch.int64" if n.endswith("tracked") else "torch.float32")
-        for n, s in keys.items()
-    }
-
-
-def meta(keys):
-    return {
-        n: torch.zeros(
-            s, device="meta", dtype=torch.int64 if n.endswith("tracked") else torch.float32
-        )
         for n, s in keys.items()
     }
 
@@ -334,7 +326,7 @@ def test_official_keys():
         with torch.device("meta"):
             m = UPerNet("vit_adapter_l", 150, "vit_adapter_l")
         report = load_official(
-            m, {"meta": {}, container: {prefix + n: t for n, t in meta(shapes).items()}}
+            m, {"meta": {}, container: {prefix + n: t for n, t in state_of(shapes).items()}}
         )
         places = [ours for _, ours in report.loaded]
         assert (
@@ -385,7 +377,7 @@ def test_encoder_files():
     "A segmentor's file fills an encoder; timm's fills its transformer through transfer, and says what is new."
     with torch.device("meta"):
         e = ViTAdapter()
-    report = load_official(e, meta(official_keys(**LARGE)))
+    report = load_official(e, state_of(official_keys(**LARGE)))
     assert all(
         n.startswith(("decode_head.", "auxiliary_head.")) for n, *_ in report.ignored
     ) and len(report.loaded) == len(encoder_keys(**LARGE))
@@ -405,7 +397,7 @@ def test_encoder_files():
     }
     state = {n: make_input(s, i) for i, (n, s) in enumerate(own.items())}
     up = m.encoder.up.weight.detach().clone()
-    for net, given, prefix in ((e, meta(keys | extra), ""), (m, state, "encoder.")):
+    for net, given, prefix in ((e, state_of(keys | extra), ""), (m, state, "encoder.")):
         report = transfer(net, given)
         assert {n for n, *_ in report.ignored} == set(extra) and {
             n for n, _ in report.loaded
@@ -429,7 +421,7 @@ def test_encoder_files():
         match="a plain Vision Transformer of width 1024 and 24 blocks, whose weights "
         "segkern.transfer takes; this encoder is vit_adapter_l",
     ):
-        load_official(e, meta(keys | extra))
+        load_official(e, state_of(keys | extra))
 
 
 def test_refused_files():
@@ -437,7 +429,7 @@ def test_refused_files():
     with torch.device("meta"):
         m = UPerNet("vit_adapter_l", 150, "vit_adapter_l")
         swin = UPerNet()
-    full = meta(official_keys(**LARGE))
+    full = state_of(official_keys(**LARGE))
     with pytest.raises(
         ValueError,
         match="looks like vit_adapter_l with a UPerNet decoder and 150 classes; this model is upernet_swin_t with 150",
@@ -447,15 +439,15 @@ def test_refused_files():
         ValueError,
         match="looks like vit_adapter_l with a UPerNet decoder and 171 classes; this model is vit_adapter_l with 150",
     ):
-        load_official(m, meta(official_keys(171, **LARGE)))
+        load_official(m, state_of(official_keys(171, **LARGE)))
     with pytest.raises(
         ValueError, match="looks like a ViT-Adapter of width 32 and 8 blocks with a UPerNet decoder"
     ):
-        load_official(m, meta(official_keys(**SMALL)))
+        load_official(m, state_of(official_keys(**SMALL)))
     with pytest.raises(ValueError, match="vit_adapter_l, an encoder.s file.*model.encoder"):
         load_official(m, {n: t for n, t in full.items() if n.startswith("backbone.")})
     with pytest.raises(ValueError, match="a plain Vision Transformer of width 1024 and 24 blocks"):
-        load_official(m, meta(plain_keys(**LARGE)))
+        load_official(m, state_of(plain_keys(**LARGE)))
     with pytest.raises(ValueError, match="no Swin Transformer and no ViT-Adapter"):
         load_official(m, {"stem.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="looks like swin_t"):
