@@ -55,7 +55,7 @@ def evaluate(
         "of multiples of 32), square512, square512_ms (the sparse SASFormer's).",
     ),
     miou: str = option(
-        "present", help="Classes the mean runs over: present, all, or s2fpn (as its script does)."
+        "present", help="Classes the mean runs over: present, all, or nonzero (those with a hit)."
     ),
     scales: str = option(
         "", help="Scales of multiscale, exp_sum and square512_ms, e.g. 0.5,0.75,1.0."

@@ -114,6 +114,7 @@ def _resumed_model(name, num_classes, seed, init, out, kw):
 def _start(name, num_classes, recipe, seed, init, out, resume, kw):
     "A model as its training starts, and where its weights come from."
     from segkern.models import create_model
+    from segkern.train.start import INITS
     from segkern.weights.runs import last_checkpoint
     from segkern.weights.transfer import transfer
 
@@ -121,9 +122,10 @@ def _start(name, num_classes, recipe, seed, init, out, resume, kw):
         return _resumed_model(name, num_classes, seed, init, out, kw)
     if not init:
         return _new_model(name, num_classes, recipe, seed, kw), None
-    if recipe.init == "kaiming":
+    if recipe.init in INITS:
         raise ValueError(
-            "--init brings weights, the recipe's init=kaiming would draw new ones: add --set init=scratch"
+            f"--init brings weights, the recipe's init={recipe.init} would draw new ones: "
+            "add --set init=scratch"
         )
     net = create_model(name, num_classes=num_classes, seed=seed, **kw)
     report = transfer(net, init)

@@ -27,8 +27,10 @@ def mean_of(
 MIOU = {
     "present": lambda iou: iou,
     "all": lambda iou: [v or 0.0 for v in iou],
-    "s2fpn": lambda iou: [v for v in iou if v] or [0.0],
+    "nonzero": lambda iou: [v for v in iou if v] or [0.0],
 }
+# the name that a rule had in 0.1.0 -> its name
+_FORMER = {"s2fpn": "nonzero"}
 
 # %% ../../nbs/60_infer.metrics.ipynb #81de7b42
 def flat_ids(
@@ -178,7 +180,8 @@ class Confusion(CountsLogits):
         # miou, iou (list, None where undefined), pixel_acc, mean_acc, n_pixels; fractions of one
     ) -> dict:
         "The usual numbers. A mean over nothing is None."
-        if miou not in MIOU:
+        rule = MIOU.get(_FORMER.get(miou, miou))
+        if rule is None:
             raise ValueError(f"unknown mIoU rule '{miou}'; there are {tuple(MIOU)}")
         self._check_noted()
         m = self.matrix.cpu()
@@ -187,7 +190,7 @@ class Confusion(CountsLogits):
         acc = [h / t if t else None for h, t in zip(hit, true)]
         n = sum(true)
         return dict(
-            miou=mean_of(MIOU[miou](iou)) if n else None,
+            miou=mean_of(rule(iou)) if n else None,
             iou=iou,
             pixel_acc=sum(hit) / n if n else None,
             mean_acc=mean_of(acc),

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..backbones.blocks import resize
 from ..core import Recipe, recipe_for
-from ..core.recipe import allow_values
+from ..core.recipe_fields import allow_values
 from .resized import fitted_labels, square_labels
 from segkern.infer.windows import (
     device_of,

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..core import Table
 from ..core.recipe import Recipe
+from ..core.recipe_fields import Updates
 
 # %% ../../nbs/61d_train.optim.ipynb #033f6645
 def rule_of(
-    recipe: Recipe,  # groups or lr_mult, weight_decay, decay_norms
+    recipe: Updates,  # a `Recipe`, or this part of it
     name: str,  # of a parameter
     dimensions: int,  # of its tensor
 ) -> tuple:  # pattern or None, factor of the rate, decay
@@ -34,7 +35,7 @@ def rule_of(
 # %% ../../nbs/61d_train.optim.ipynb #74df6c57
 def parameter_groups(
     model: nn.Module,
-    recipe: Recipe,  # lr, weight_decay, decay_norms, lr_mult, groups
+    recipe: Updates,  # as in `rule_of`
 ) -> dict:  # (factor of the rate, decay) -> list of (name, parameter, rule)
     "The trained parameters by what the optimizer does with them."
     inner = getattr(model, "inner_name", "")

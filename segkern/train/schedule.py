@@ -9,11 +9,11 @@ __all__ = ['lr_at']
 import bisect
 import math
 
-from ..core.recipe import Recipe
+from ..core.recipe_fields import Schedule
 
 # %% ../../nbs/61b_train.schedule.ipynb #179f03ec
 def decayed_rate(
-    recipe: Recipe,  # schedule, lr, and what the schedule needs
+    recipe: Schedule,  # a `Recipe`, or this part of it
     step: int,  # iterations done before
     share: float,  # of the decay that is over
 ) -> float:
@@ -34,7 +34,7 @@ def decayed_rate(
 
 # %% ../../nbs/61b_train.schedule.ipynb #b67ba709
 def warm_share(
-    recipe: Recipe,  # warmup_ratio
+    recipe: Schedule,  # as above
     share: float,  # of the warm-up that is over
 ) -> float:  # of the full rate
     "How far the rate has come up."
@@ -42,7 +42,7 @@ def warm_share(
 
 # %% ../../nbs/61b_train.schedule.ipynb #0e1ec0df
 def lr_at(
-    recipe: Recipe,  # schedule, lr, warmup, iterations, …
+    recipe: Schedule,  # a `Recipe`, or this part of it
     step: int,  # iterations done before, from 0
 ) -> float:  # the base rate of that iteration
     "The learning rate of one iteration."

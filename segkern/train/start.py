@@ -31,9 +31,8 @@ def kaiming_init(
                 m.momentum = 0.1
 
 # %% ../../nbs/61e_train.start.ipynb #04a6dbba
-INITS = dict(
-    kaiming=kaiming_init
-)  # `recipe.init` -> function (model, seed); others leave weights alone
+# `recipe.init` -> function(model, seed) that draws new weights; others leave them alone
+INITS = dict(kaiming=kaiming_init)
 
 
 def initialise(
