@@ -11,6 +11,8 @@ import torch
 
 import segkern
 from segkern import cli
+from segkern.cli.arguments import parse_overrides
+from segkern.core import Recipe, recipe_for
 from segkern.train import last_checkpoint, run_weights
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "files_0_1_0" / "run.tar.xz"
@@ -56,6 +58,24 @@ def test_the_run_continues(run, expected):
     third = next(line for line in lines if line["step"] == 3 and "loss" in line)
     assert third["loss"] == pytest.approx(expected["loss of step 3"], rel=1e-4)
     assert json.loads((run / "results.json").read_text())["steps"] == 3
+
+
+def as_text(value):
+    "A value of `config.json` as one types it behind `--set`."
+    if isinstance(value, list):
+        return ",".join(map(str, value)) if value and not isinstance(value[0], list) else None
+    return str(value)
+
+
+def test_every_field_of_then_is_one_of_now(run):
+    "The recipe of an old run is read whole; its names can be given with --set."
+    old = json.loads((run / "config.json").read_text())["recipe"]
+    assert len(old) == 52 and set(old) == set(Recipe.from_dict(old).to_dict())
+    given = {name: as_text(value) for name, value in old.items()}
+    named = [n for n in given if given[n] and n not in ("dataset", "preprocess")]
+    fields = parse_overrides([f"{name}={given[name]}" for name in named])
+    recipe = recipe_for("s2fpn_r18", "streets", **fields)
+    assert len(fields) > 40 and all(getattr(recipe, name) == fields[name] for name in named)
 
 
 def test_commands_take_the_old_folder(run, tmp_path):
