@@ -186,5 +186,7 @@ def closest(
     count: int = 1,  # at most so many
     cutoff: float = 0.5,  # similarity from 0 to 1 that a name must have
 ) -> list:  # known names, the nearest first
-    "The known names that look most like a wrong one."
-    return difflib.get_close_matches(str(name).lower(), known, count, cutoff)
+    "The known names that look most like a wrong one; case does not matter."
+    by_lower = {str(k).lower(): k for k in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, count, cutoff)
+    return [by_lower[n] for n in near]

@@ -6,12 +6,11 @@
 __all__ = ['METHODS', 'Method', 'cam_package', 'did_you_mean', 'find_method', 'methods']
 
 # %% ../../nbs/71j_explain.cams.ipynb #c39869c7
-import difflib
 import importlib.metadata
 import re
 from typing import NamedTuple
 
-from ..core import Table
+from ..core import closest, Table
 
 # %% ../../nbs/71j_explain.cams.ipynb #dcbeb634
 class Method(NamedTuple):
@@ -80,7 +79,7 @@ def _plain(name):
 def did_you_mean(name, known):
     "A hint at up to three of the known names that are like this one; case and punctuation do not matter."
     by_plain = {_plain(k): k for k in map(str, known)}
-    close = difflib.get_close_matches(_plain(name), by_plain, 3, 0.5)
+    close = closest(_plain(name), by_plain, 3)
     if not close:
         return ""
     return f" Did you mean {' or '.join(repr(by_plain[c]) for c in close)}?"

@@ -7,7 +7,6 @@ __all__ = ['Descriptions', 'Tracer', 'collect_outputs', 'picture_size', 'trace']
 
 # %% ../../nbs/71e_explain.tracer.ipynb #b5afe90e
 import copy
-import difflib
 import functools
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core import logger
+from ..core import closest, logger
 from .algebra import add
 from .reach import picture_reach
 from .rules import RULES, sees_all
@@ -190,7 +189,7 @@ def _module(model, name):
     modules = dict(model.named_modules())
     if name in modules:
         return modules[name]
-    near = difflib.get_close_matches(name, modules, 5, 0.4) or list(modules)[:8]
+    near = closest(name, modules, 5, 0.4) or list(modules)[:8]
     listed = ", ".join(n for n in near if n)
     raise ValueError(f"the model has no module '{name}'; near: {listed or 'none'}")
 

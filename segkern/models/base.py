@@ -95,6 +95,9 @@ class SegModel(Host, nn.Module):
         with torch.inference_mode():
             return upsample_argmax(self(x), size or x.shape[-2:], self.align_corners)
 
+    # whoever replaces `predict` says so anew, or evaluation asks for labels
+    predict.one_bilinear_step = True
+
     def deploy(self) -> "SegModel":  # itself
         "Drop what only training needs, in place. The logits stay the same."
         self.deployed = True

@@ -6,12 +6,11 @@
 __all__ = ['MODELS', 'Entry', 'register', 'register_alias', 'is_listed', 'list_models', 'create_model']
 
 # %% ../../nbs/29a_models.registry.ipynb #53e9be1f
-import difflib
 import fnmatch
 from dataclasses import dataclass, field
 from typing import Callable
 
-from ..core import add_recipes, ALIASES, seeded
+from ..core import add_recipes, ALIASES, closest, seeded
 from .base import SegModel
 from .ssa import SSA
 
@@ -73,7 +72,7 @@ def list_models(
 # %% ../../nbs/29a_models.registry.ipynb #cc58affa
 def _unknown(name):
     "The error for a name that nobody registered."
-    near = difflib.get_close_matches(name, list_models(all=True), 3)
+    near = closest(name, list_models(all=True), 3, 0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(MODELS)}"
     return ValueError(f"unknown model '{name}'; {hint}")
 
