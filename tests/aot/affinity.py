@@ -1,8 +1,10 @@
 "Production launches of affinity: the stages of the sparse SASFormer, B0 and B4."
 
+from functools import partial
+
 import torch
 
-from segkern.ops.affinity import affinity_bwd, affinity_fwd
+from segkern.ops.affinity import CASES, affinity_bwd, affinity_fwd
 
 MMA = {"_affinity_fwd_kernel", "_affinity_dq_kernel", "_affinity_dkp_kernel"}
 
@@ -17,7 +19,7 @@ MOST = {
 SPILL_36 = {("_affinity_dq_kernel", 80, "B0 stage 1"): 10}
 
 
-def launch(b, h, n, m, d, dtype, blocks=2, c=21, values=None, wanted=(True, True, True)):
+def launch(b, h, n, m, dtype, d=64, blocks=1, c=21, values=None, wanted=(True, True, True)):
     """As the encoder and the loss call it: views of [b, n, h, d] and [b, m, 2, h, d],
     probabilities of a map in NCHW, under autocast float32."""
 
@@ -31,42 +33,28 @@ def launch(b, h, n, m, d, dtype, blocks=2, c=21, values=None, wanted=(True, True
     affinity_bwd(qs, ks, p, lse, out, d**-0.5, wanted)
 
 
+def stage(i):
+    "b, h, n, m of a stage of B4."
+    sizes = CASES[f"MiT-B4 stage {i}, 512² B4"]
+    return tuple(sizes[k] for k in "bhnm")
+
+
 def cases():
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        yield (
-            f"B4 stage 1 {name}",
-            lambda dtype=dtype: launch(
-                4, 1, 16384, 256, 64, dtype, blocks=2 if dtype == torch.bfloat16 else 1
-            ),
-        )
-        yield (
-            f"59 classes {name}",
-            lambda dtype=dtype: launch(4, 5, 1024, 256, 64, dtype, blocks=1, c=59),
-        )
-    yield "B0 stage 1 bf16", lambda: launch(4, 1, 16384, 256, 32, torch.bfloat16, blocks=1)
-    yield (
-        "autocast, B4 stage 2 bf16",
-        lambda: launch(4, 2, 4096, 256, 64, torch.bfloat16, blocks=1, values=torch.float32),
-    )
-    yield (
-        "autocast, B4 stage 4, 59 classes fp16",
-        lambda: launch(4, 8, 1024, 1024, 64, torch.float16, blocks=1, c=59, values=torch.float32),
-    )
-    yield "B4 stage 4 bf16", lambda: launch(4, 8, 1024, 1024, 64, torch.bfloat16, blocks=1)
-    yield (
-        "autocast, 150 classes bf16",
-        lambda: launch(4, 2, 4096, 256, 64, torch.bfloat16, blocks=1, c=150, values=torch.float32),
-    )
-    yield "heads of 128 bf16", lambda: launch(2, 2, 4096, 1024, 128, torch.bfloat16, blocks=1)
-    yield (
-        "gradient of the keys only bf16",
-        lambda: launch(4, 8, 1024, 1024, 64, torch.bfloat16, blocks=1, wanted=(False, True, False)),
-    )
-    yield (
-        "detached maps bf16",
-        lambda: launch(4, 5, 1024, 256, 64, torch.bfloat16, wanted=(False, False, True)),
-    )
-    yield (
-        "more than 2**31 elements bf16",
-        lambda: launch(512, 2, 65536, 256, 64, torch.bfloat16, blocks=1),
-    )
+    bf16 = torch.bfloat16
+    autocast = dict(values=torch.float32)
+    for name, dtype in (("bf16", bf16), ("fp32", torch.float32)):
+        blocks = 2 if dtype == bf16 else 1
+        yield f"B4 stage 1 {name}", partial(launch, *stage(1), dtype, blocks=blocks)
+        yield f"59 classes {name}", partial(launch, *stage(3), dtype, c=59)
+    yield "B0 stage 1 bf16", partial(launch, *stage(1), bf16, d=32)
+    yield "autocast, B4 stage 2 bf16", partial(launch, *stage(2), bf16, **autocast)
+    name = "autocast, B4 stage 4, 59 classes fp16"
+    yield name, partial(launch, *stage(4), torch.float16, c=59, **autocast)
+    yield "B4 stage 4 bf16", partial(launch, *stage(4), bf16)
+    yield "autocast, 150 classes bf16", partial(launch, *stage(2), bf16, c=150, **autocast)
+    yield "heads of 128 bf16", partial(launch, 2, 2, 4096, 1024, bf16, d=128)
+    name = "gradient of the keys only bf16"
+    yield name, partial(launch, *stage(4), bf16, wanted=(False, True, False))
+    name = "detached maps bf16"
+    yield name, partial(launch, *stage(3), bf16, blocks=2, wanted=(False, False, True))
+    yield "more than 2**31 elements bf16", partial(launch, 512, 2, 65536, 256, bf16)

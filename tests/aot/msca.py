@@ -1,8 +1,10 @@
 "Production launches of msca: the blocks of SegNeXt-L at 512×512, larger maps, odd ones."
 
+from functools import partial
+
 import torch
 
-from segkern.ops.msca import TAPS, msca_bwd, msca_fwd
+from segkern.ops.msca import CASES, TAPS, msca_bwd, msca_fwd
 
 MMA = {f"_msca_{name}_kernel" for name in ("fwd", "strips", "square", "rows", "columns", "taps")}
 WIDE = MMA
@@ -38,27 +40,16 @@ def both(b, c, h, w, dtype, wanted=(True, True), last=False):
 
 def cases():
     "The published sizes; layouts, sizes and gradients that take other paths. Convolutions do float32."
-    for c, side in ((64, 128), (128, 64), (320, 32), (512, 16)):
-        yield (
-            f"{c}×{side}² B16 bf16" + (", narrow" if side > 64 else ""),
-            lambda c=c, side=side: both(16, c, side, side, torch.bfloat16),
-        )
-    yield "128×64² fp16", lambda: both(1, 128, 64, 64, torch.float16)
-    yield "480², odd bf16, narrow", lambda: both(1, 128, 60, 59, torch.bfloat16)
-    yield (
-        "128×64² channels last bf16, narrow",
-        lambda: both(4, 128, 64, 64, torch.bfloat16, last=True),
-    )
-    yield "64×256×512 bf16, narrow", lambda: both(1, 64, 256, 512, torch.bfloat16)
-    yield (
-        "gradient of the map only bf16, narrow",
-        lambda: both(4, 128, 64, 64, torch.bfloat16, (True, False)),
-    )
-    yield (
-        "gradient of the taps only bf16",
-        lambda: both(4, 128, 64, 64, torch.bfloat16, (False, True)),
-    )
-    yield (
-        "more than 2**31 elements bf16, narrow",
-        lambda: both(16, 64, 1024, 2048 + 512, torch.bfloat16),
-    )
+    bf16 = torch.bfloat16
+    for sizes in (s for s in CASES.values() if s["b"] == 16):
+        narrow = ", narrow" if sizes["h"] > 64 else ""
+        yield f"{sizes['c']}×{sizes['h']}² B16 bf16{narrow}", partial(both, **sizes, dtype=bf16)
+    one = CASES["SegNeXt-L 128×64², 512² B1"]
+    four = partial(both, **one | dict(b=4), dtype=bf16)
+    yield "128×64² fp16", partial(both, **one, dtype=torch.float16)
+    yield "480², odd bf16, narrow", partial(both, 1, 128, 60, 59, bf16)
+    yield "128×64² channels last bf16, narrow", partial(four, last=True)
+    yield "64×256×512 bf16, narrow", partial(both, 1, 64, 256, 512, bf16)
+    yield "gradient of the map only bf16, narrow", partial(four, wanted=(True, False))
+    yield "gradient of the taps only bf16", partial(four, wanted=(False, True))
+    yield "more than 2**31 elements bf16, narrow", partial(both, 16, 64, 1024, 2048 + 512, bf16)

@@ -1,10 +1,12 @@
 "Production launches of prototypes, cosine_logits and class_sums: the heads of the adaptive classifier."
 
+from functools import partial
+
 import torch
 
 from segkern.ops.class_sums import class_sums_bwd, class_sums_fwd
 from segkern.ops.cosine import cosine_bwd, cosine_fwd
-from segkern.ops.prototypes import prototypes_bwd, prototypes_fwd
+from segkern.ops.prototypes import CASES, prototypes_bwd, prototypes_fwd
 
 MMA = {
     "_prototypes_sums_kernel",
@@ -63,56 +65,42 @@ def sums(b, k, c, h, w, dtype, labels=torch.uint8, last=False):
     class_sums_bwd(x, y, class_sums_fwd(x, y, k)[0])
 
 
-def all_of(*shape, **kw):
+def all_of(**kw):
     for op in (centres, cosine, sums):
-        op(*shape, **kw)
+        op(**kw)
+
+
+def one_gradient_each(**kw):
+    for i in range(3):
+        centres(**kw, wanted=tuple(i == j for j in range(3)))
 
 
 def cases():
     """SegFormer-B5, OCR and SegNeXt-L of kernels' sheet, street scenes, both types; types, layouts
     and sizes that take other paths."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        yield (
-            f"SegFormer-B5 K150 C256 {name}",
-            lambda dtype=dtype: all_of(16, 150, 256, 128, 128, dtype=dtype),
-        )
-        yield f"OCR K171 C512 {name}", lambda dtype=dtype: centres(1, 171, 512, 128, 128, dtype)
-        yield (
-            f"1024×2048 K19 C256 {name}",
-            lambda dtype=dtype: all_of(1, 19, 256, 256, 512, dtype=dtype),
-        )
-    yield "SegNeXt-L K150 C1024 bf16", lambda: all_of(1, 150, 1024, 64, 64, dtype=torch.bfloat16)
-    yield "K256 C512 bf16", lambda: all_of(2, 256, 512, 128, 128, dtype=torch.bfloat16)
-    yield "SegFormer-B5 K150 C256 fp16", lambda: all_of(16, 150, 256, 128, 128, dtype=torch.float16)
-    yield (
-        "logits in float32, features bf16",
-        lambda: centres(16, 150, 256, 128, 128, torch.bfloat16, values=torch.float32),
-    )
-    yield (
-        "channels last bf16, narrow",
-        lambda: all_of(4, 150, 256, 128, 128, dtype=torch.bfloat16, last=True),
-    )
-    yield (
-        "480² K59 C1024, odd bf16, narrow",
-        lambda: all_of(1, 59, 1024, 60, 59, dtype=torch.bfloat16),
-    )
-    yield (
-        "one gradient each bf16",
-        lambda: [
-            centres(4, 150, 256, 128, 128, torch.bfloat16, tuple(i == j for j in range(3)))
-            for i in range(3)
-        ],
-    )
-    yield "no positions bf16", lambda: cosine(4, 150, 256, 128, 128, torch.bfloat16, pos=False)
-    yield (
-        "sums of one channel, 21 classes fp32",
-        lambda: sums(16, 21, 1, 512, 512, torch.float32, torch.int64),
-    )
-    yield (
-        "more than 2**31 elements, channels last bf16, narrow",
-        lambda: all_of(8, 19, 512, 1024, 2048, dtype=torch.bfloat16, last=True),
-    )
-    yield (
-        "more than 2**31 elements, NCHW bf16",
-        lambda: all_of(8, 150, 512, 1024, 2048, dtype=torch.bfloat16),
-    )
+    bf16 = torch.bfloat16
+    segformer = CASES["SegFormer-B5 K150 C256, 512² B16"]
+    four = segformer | dict(b=4)
+    for name, dtype in (("bf16", bf16), ("fp32", torch.float32)):
+        yield f"SegFormer-B5 K150 C256 {name}", partial(all_of, **segformer, dtype=dtype)
+        ocr = CASES["OCR K171 C512, 512² B1"]
+        yield f"OCR K171 C512 {name}", partial(centres, **ocr, dtype=dtype)
+        street = CASES["K19 C256 1/4, 1024×2048 B1"]
+        yield f"1024×2048 K19 C256 {name}", partial(all_of, **street, dtype=dtype)
+    segnext = CASES["SegNeXt-L K150 C1024, 512² B1"]
+    yield "SegNeXt-L K150 C1024 bf16", partial(all_of, **segnext, dtype=bf16)
+    yield "K256 C512 bf16", partial(all_of, b=2, k=256, c=512, h=128, w=128, dtype=bf16)
+    yield "SegFormer-B5 K150 C256 fp16", partial(all_of, **segformer, dtype=torch.float16)
+    name = "logits in float32, features bf16"
+    yield name, partial(centres, **segformer, dtype=bf16, values=torch.float32)
+    yield "channels last bf16, narrow", partial(all_of, **four, dtype=bf16, last=True)
+    odd = CASES["SegNeXt-L K59 C1024, 480² B1"] | dict(w=59)
+    yield "480² K59 C1024, odd bf16, narrow", partial(all_of, **odd, dtype=bf16)
+    yield "one gradient each bf16", partial(one_gradient_each, **four, dtype=bf16)
+    yield "no positions bf16", partial(cosine, **four, dtype=bf16, pos=False)
+    name = "sums of one channel, 21 classes fp32"
+    yield name, partial(sums, 16, 21, 1, 512, 512, torch.float32, torch.int64)
+    huge = dict(b=8, c=512, h=1024, w=2048, dtype=bf16)
+    name = "more than 2**31 elements, channels last bf16, narrow"
+    yield name, partial(all_of, **huge, k=19, last=True)
+    yield "more than 2**31 elements, NCHW bf16", partial(all_of, **huge, k=150)

@@ -1,8 +1,10 @@
 "Production launches of rca_gate: the gates of CGRSeg B and L."
 
+from functools import partial
+
 import torch
 
-from segkern.ops.rca_gate import rca_gate_bwd, rca_gate_fwd
+from segkern.ops.rca_gate import CASES, rca_gate_bwd, rca_gate_fwd
 
 WIDE = {"_rca_gate_fwd_kernel", "_rca_gate_bwd_kernel", "_rca_gate_dx_kernel"}
 
@@ -32,12 +34,12 @@ def gate(b, c, h, w, k, dtype, last=False):
 def cases():
     """Maps of a picture of 512×512 and a training batch, both types; odd sizes, another layout,
     more than 2**31 elements."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        yield f"CGRSeg-B 1/8 {name}", lambda dtype=dtype: gate(1, 64, 64, 64, 11, dtype)
-    yield "CGRSeg-L context B16 bf16, narrow", lambda: gate(16, 656, 8, 8, 9, torch.bfloat16)
-    yield "CGRSeg-B 1/32, 480×640 bf16, narrow", lambda: gate(2, 288, 15, 20, 11, torch.bfloat16)
-    yield "more than 2**31 elements bf16", lambda: gate(40, 512, 512, 1024, 11, torch.bfloat16)
-    yield (
-        "more than 2**31 elements, channels last bf16, narrow",
-        lambda: gate(40, 512, 512, 1024, 11, torch.bfloat16, last=True),
-    )
+    bf16 = torch.bfloat16
+    for name, dtype in (("bf16", bf16), ("fp32", torch.float32)):
+        yield f"CGRSeg-B 1/8 {name}", partial(gate, **CASES["CGRSeg-B 1/8, 512² B1"], dtype=dtype)
+    context = CASES["CGRSeg-L context, 512² B16"]
+    yield "CGRSeg-L context B16 bf16, narrow", partial(gate, **context, dtype=bf16)
+    yield "CGRSeg-B 1/32, 480×640 bf16, narrow", partial(gate, 2, 288, 15, 20, 11, bf16)
+    huge = partial(gate, 40, 512, 512, 1024, 11, bf16)
+    yield "more than 2**31 elements bf16", huge
+    yield "more than 2**31 elements, channels last bf16, narrow", partial(huge, last=True)

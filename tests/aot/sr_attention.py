@@ -1,8 +1,10 @@
 "Production launches of sr_attention: the stages of the Mix Transformers."
 
+from functools import partial
+
 import torch
 
-from segkern.ops.sr_attention import sr_attention_bwd, sr_attention_fwd
+from segkern.ops.sr_attention import CASES, sr_attention_bwd, sr_attention_fwd
 
 MMA = {"_sr_attention_fwd_kernel", "_sr_attention_dq_kernel", "_sr_attention_dkv_kernel"}
 
@@ -31,10 +33,13 @@ def launch(b, h, n, m, d, dtype):
 
 
 def cases():
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        yield f"B0 stage 1 {name}", lambda dtype=dtype: launch(1, 1, 16384, 256, 32, dtype)
-        yield f"B5 stage 1 {name}", lambda dtype=dtype: launch(16, 1, 16384, 256, 64, dtype)
-    yield "B5 stage 3, 1024x2048 bf16", lambda: launch(1, 5, 8192, 2048, 64, torch.bfloat16)
-    yield "heads of 128 bf16", lambda: launch(2, 2, 4096, 1024, 128, torch.bfloat16)
-    yield "heads of 24 bf16", lambda: launch(1, 3, 1000, 100, 24, torch.bfloat16)
-    yield "more than 2**31 elements bf16", lambda: launch(512, 2, 65536, 256, 64, torch.bfloat16)
+    bf16 = torch.bfloat16
+    for name, dtype in (("bf16", bf16), ("fp32", torch.float32)):
+        for net, batch in (("B0", 1), ("B5", 16)):
+            sizes = CASES[f"MiT-{net} stage 1, 512² B{batch}"]
+            yield f"{net} stage 1 {name}", partial(launch, **sizes, dtype=dtype)
+    street = CASES["MiT-B5 stage 3, 1024×2048 B1"]
+    yield "B5 stage 3, 1024x2048 bf16", partial(launch, **street, dtype=bf16)
+    yield "heads of 128 bf16", partial(launch, 2, 2, 4096, 1024, 128, bf16)
+    yield "heads of 24 bf16", partial(launch, 1, 3, 1000, 100, 24, bf16)
+    yield "more than 2**31 elements bf16", partial(launch, 512, 2, 65536, 256, 64, bf16)

@@ -1,8 +1,10 @@
 "Production launches of strip_attention."
 
+from functools import partial
+
 import torch
 
-from segkern.ops.strip_attention import strip_attention_bwd, strip_attention_fwd
+from segkern.ops.strip_attention import CASES, strip_attention_bwd, strip_attention_fwd
 
 KERNELS = {
     "_strip_attention_fwd_kernel",
@@ -27,13 +29,20 @@ def launch(b, c, h, w, dtype, cv=2):
     strip_attention_bwd(q, k, v, out, lse, out)
 
 
+def scale(part, dtype, picture="1024×2048"):
+    launch(**CASES[f"{part}, {picture} B1"], dtype=dtype)
+
+
+def coarse(dtype):
+    scale("1/16", dtype)
+    scale("1/32", dtype)
+
+
 def cases():
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        yield f"1/4 C32 {name}", lambda dtype=dtype: launch(1, 32, 256, 512, dtype)
-        yield f"1/8 C64 {name}", lambda dtype=dtype: launch(1, 64, 128, 256, dtype)
-        yield (
-            f"1/16 C128, 1/32 C256 {name}",
-            lambda dtype=dtype: (launch(1, 128, 64, 128, dtype), launch(1, 256, 32, 64, dtype)),
-        )
-    yield "720x960 bf16", lambda: launch(1, 32, 180, 240, torch.bfloat16)
-    yield "more than 2**31 elements bf16", lambda: launch(64, 128, 512, 1024, torch.bfloat16, 3)
+    bf16 = torch.bfloat16
+    for name, dtype in (("bf16", bf16), ("fp32", torch.float32)):
+        yield f"1/4 C32 {name}", partial(scale, "1/4", dtype)
+        yield f"1/8 C64 {name}", partial(scale, "1/8", dtype)
+        yield f"1/16 C128, 1/32 C256 {name}", partial(coarse, dtype)
+    yield "720x960 bf16", partial(scale, "1/4", bf16, "720×960")
+    yield "more than 2**31 elements bf16", partial(launch, 64, 128, 512, 1024, bf16, 3)

@@ -1,8 +1,10 @@
 "Production launches of strip_pool."
 
+from functools import partial
+
 import torch
 
-from segkern.ops.strip_pool import strip_pool_bwd, strip_pool_fwd
+from segkern.ops.strip_pool import CASES, strip_pool_bwd, strip_pool_fwd
 
 WIDE = {"_strip_pool_fwd_kernel"}
 # one register, outside of the loop
@@ -25,19 +27,12 @@ def launch(shape, dtype, last=False, mean=True, top=True, over_h=True, over_w=Tr
 
 
 def cases():
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        yield f"both axes {name}", lambda dtype=dtype: launch((8, 32, 256, 512), dtype)
-        yield (
-            f"S2-FPN 1/4 {name}",
-            lambda dtype=dtype: launch((1, 32, 256, 512), dtype, over_w=False),
-        )
-        yield (
-            f"over the height, batch 8 {name}",
-            lambda dtype=dtype: launch((8, 32, 256, 512), dtype, over_w=False),
-        )
-        yield (
-            f"channels last {name}",
-            lambda dtype=dtype: launch((8, 32, 256, 512), dtype, last=True),
-        )
-    yield "odd width, narrow loads bf16", lambda: launch((2, 64, 45, 59), torch.bfloat16)
-    yield "more than 2**31 elements bf16", lambda: launch((64, 256, 512, 512), torch.bfloat16)
+    one, eight = (tuple(CASES[f"32×256×512 B{b}"].values()) for b in (1, 8))
+    bf16 = torch.bfloat16
+    for name, dtype in (("bf16", bf16), ("fp32", torch.float32)):
+        yield f"both axes {name}", partial(launch, eight, dtype)
+        yield f"S2-FPN 1/4 {name}", partial(launch, one, dtype, over_w=False)
+        yield f"over the height, batch 8 {name}", partial(launch, eight, dtype, over_w=False)
+        yield f"channels last {name}", partial(launch, eight, dtype, last=True)
+    yield "odd width, narrow loads bf16", partial(launch, (2, 64, 45, 59), bf16)
+    yield "more than 2**31 elements bf16", partial(launch, (64, 256, 512, 512), bf16)
