@@ -11,7 +11,7 @@ from segkern.core import seeded
 from segkern.backbones.blocks import macs, num_params, set_literal
 from segkern.models import SSA, list_models, load, save
 from segkern.models.afformer import AFFormerSegmentor
-from segkern.testing import assert_close, check_model, fill_tensor, make_input, relative_l2
+from segkern.testing import assert_close, check_model, filled_state, make_input, relative_l2
 from segkern.weights import load_official, map_key, transfer
 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -84,11 +84,8 @@ def root(key):
     return at + inner if inner.startswith(SHARED[:2]) else key
 
 
-def filled(k=150):  # an alias holds what its stage holds
-    return {
-        n: fill_tensor(root(n), s, "torch.int64" if n.endswith("tracked") else "torch.float32")
-        for n, s in official_keys(k).items()
-    }
+def official_state(k=150):  # an alias holds what its stage holds
+    return filled_state(official_keys(k), root)
 
 
 def params(keys):
@@ -262,7 +259,7 @@ class Plain:
 def made(k=7, **kw):
     "A network in evaluation mode with official weights whose numbers stay in range."
     m = AFFormerSegmentor("afformer_b", k, **kw).eval()
-    load_official(m, filled(k))
+    load_official(m, official_state(k))
     return m
 
 
@@ -301,7 +298,7 @@ def test_official_keys():
 def test_aliases():
     """Any one name of a shared tensor is enough; where copies differ the last one counts and a
     note says so; other spellings of inner layers."""
-    base = filled(7)
+    base = official_state(7)
     stage = "backbone.mhca_stages.2.mhca_blks.0."
     ref = made().state_dict()
 
@@ -339,7 +336,11 @@ def test_aliases():
 def test_encoder_files():
     """Names without prefix and a classifier that is dropped; a segmentor's file fills an encoder;
     transfer leaves the decoder."""
-    own = {n.removeprefix("backbone."): t for n, t in filled().items() if n.startswith("backbone.")}
+    own = {
+        n.removeprefix("backbone."): t
+        for n, t in official_state().items()
+        if n.startswith("backbone.")
+    }
     extra = {
         "head.weight": torch.zeros(1000, 216),
         "head.bias": torch.zeros(1000),
@@ -354,9 +355,9 @@ def test_encoder_files():
         e.stages[3].encoder.filters.high[2].bias,
         own["mhca_stages.3.mhca_blks.0.crpe.conv_list.2.bias"],
     )
-    report = load_official(e, filled())
+    report = load_official(e, official_state())
     assert {n for n, why, *_ in report.ignored if "decoder" in why} == {
-        n for n in filled() if n.startswith("decode_head.")
+        n for n in official_state() if n.startswith("decode_head.")
     }
     m = AFFormerSegmentor(num_classes=7)
     report = transfer(m, {"state_dict": own | extra})
@@ -412,7 +413,7 @@ def test_as_specified(size):
     "The specification as plain functions in double precision: maps, feature and logits."
     m = made().double()
     x = make_input([2, 3, *size]).double()
-    plain = Plain({n: t.double() for n, t in filled(7).items()})
+    plain = Plain({n: t.double() for n, t in official_state(7).items()})
     with torch.no_grad():
         maps = plain.encoder(x)
         assert [list(t.shape) for t in maps] == [
@@ -434,7 +435,7 @@ def test_training_as_specified():
     m = made(dropout=0.0).double().train()
     state = {
         n: t.double().requires_grad_(n.rsplit(".", 1)[-1] not in BN[2:] and ".align." not in n)
-        for n, t in filled(7).items()
+        for n, t in official_state(7).items()
     }
     rules = m.key_rules({})
     x = make_input([2, 3, 100, 140]).double()
@@ -571,7 +572,7 @@ def test_the_adaptive_classifier():
         both = SSA(m).eval()
         assert both(x).shape == (1, 7, 12, 9)
     fresh = SSA(AFFormerSegmentor(num_classes=7))
-    report = transfer(fresh, filled(7))
+    report = transfer(fresh, official_state(7))
     assert sum("another name" in why for _, why, *_ in report.ignored) == 140 and torch.equal(
         fresh.host.encoder.stem[1].conv.weight, both.host.encoder.stem[1].conv.weight
     )

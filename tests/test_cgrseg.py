@@ -22,7 +22,16 @@ from segkern.models import list_models, load, save
 from segkern.models.cgrseg import CGRSEGS, CGRSeg
 from segkern.models.cgrseg_blocks import RectangularGate
 from segkern.models.ssa import SSA
-from segkern.testing import assert_close, check_model, fill_tensor, fixture, make_input, relative_l2
+from segkern.testing import (
+    assert_close,
+    check_model,
+    fill_tensor,
+    filled_state,
+    fixture,
+    make_input,
+    relative_l2,
+    state_of,
+)
 from segkern.weights import load_official, transfer
 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -177,18 +186,10 @@ def net_keys(name, classes, ssa=False):
     )
 
 
-def tensors(shapes, values=False):
-    "On the meta device, or filled; counters and index tables are integers."
-
-    def kind(k):
-        return torch.int64 if k.endswith(("tracked", "idxs", "idxs_seg")) else torch.float32
-
-    if not values:
-        return {k: torch.zeros(s, device="meta", dtype=kind(k)) for k, s in shapes.items()}
-    return {
-        k: fill_tensor(k, s, str(kind(k))) * (0.1 if ".layer_scale_" in k else 1)
-        for k, s in shapes.items()
-    }
+def official_state(shapes):
+    "Filled; what scales a layer is small."
+    state = filled_state(shapes)
+    return {k: v * (0.1 if ".layer_scale_" in k else 1) for k, v in state.items()}
 
 
 def tiny(name="cgrseg_t", classes=5, **kw):
@@ -214,7 +215,7 @@ def test_official_encoders(size, prefix):
     with torch.device("meta"):
         e = EfficientFormer(f"efficientformerv2_{size}")
     shapes = encoder_keys(size)
-    report = load_official(e, tensors(shapes.under(prefix)))
+    report = load_official(e, state_of(shapes.under(prefix)))
     assert_complete(e, report, shapes.under(prefix.removeprefix("module.")))
     assert (
         all(
@@ -237,7 +238,7 @@ def test_imagenet_files(size):
     shapes = encoder_keys(size, imagenet=True)
     with torch.no_grad():
         _ = [m.attention_biases.fill_(7) for m in e.modules() if isinstance(m, BiasedAttention)]
-    report = load_official(e, {"model": tensors(shapes, values=True)})
+    report = load_official(e, {"model": official_state(shapes)})
     count = 2 * LOOKING[size] + 1
     assert (
         len(report.notes) == 1
@@ -260,7 +261,7 @@ def test_imagenet_files(size):
     with torch.device("meta"):
         m = CGRSeg("cgrseg_b", 3, f"efficientformerv2_{size}")
     with pytest.raises(ValueError, match="goes into model.encoder"):
-        load_official(m, tensors(shapes))
+        load_official(m, state_of(shapes))
 
 
 @pytest.mark.parametrize("ssa", [False, True])
@@ -270,14 +271,14 @@ def test_official_networks(name, ssa):
     with torch.device("meta"):
         m = SSA(CGRSeg(name, 150)) if ssa else CGRSeg(name, 150)
     shapes = net_keys(name, 150, ssa)
-    assert_complete(m, load_official(m, tensors(shapes)), shapes)
+    assert_complete(m, load_official(m, state_of(shapes)), shapes)
     if ssa:
         assert not any("guide" in k for k in m.state_dict())
         with pytest.raises(ValueError, match="left empty"):
-            load_official(m, tensors(net_keys(name, 150)))
+            load_official(m, state_of(net_keys(name, 150)))
         with torch.device("meta"):
             part = SSA(CGRSeg(name, 150))
-        report = transfer(part, tensors(net_keys(name, 150)))
+        report = transfer(part, state_of(net_keys(name, 150)))
         assert {n.split(".")[0] for n, *_ in report.fresh} == {"classifier"} and all(
             "second half" in why for k, why, *_ in report.ignored if ".lgc." in k
         )
@@ -302,7 +303,7 @@ def test_wrong_files():
         ({"stage.weight": (3, 3)}, "no EfficientFormerV2"),
     ):
         with pytest.raises(ValueError, match=words):
-            load_official(m, tensors(state))
+            load_official(m, state_of(state))
 
 
 def bn(s, at, x):
@@ -463,8 +464,7 @@ def test_the_equations_again(height, width):
         }
     )
     state = {
-        k: v.double() if v.is_floating_point() else v
-        for k, v in tensors(shapes, values=True).items()
+        k: v.double() if v.is_floating_point() else v for k, v in official_state(shapes).items()
     }
     m = rewritten(tiny()).double().eval()
     x = make_input([2, 3, height, width]).double()

@@ -575,10 +575,10 @@ def test_options_of_the_network(call):
 
 def test_validation_has_full_labels():
     "Sparse labels, from the recipe or from -D, are for training only."
-    from segkern.cli.train import _split_options
+    from segkern.cli.train import split_options
     from segkern.core import recipe_for
 
-    train, val = _split_options(
+    train, val = split_options(
         recipe_for("segformer_b0", "streets"), ["annotation=scribble", "size=(64, 96)"]
     )
     assert train == ["annotation=scribble", "size=(64, 96)"] and val == ["size=(64, 96)"]

@@ -18,7 +18,8 @@ from segkern.models import cost, create_model, list_models, load, save
 from segkern.testing import (
     assert_close,
     check_model,
-    fill_tensor,
+    filled,
+    filled_state,
     fixture,
     layouts,
     make_input,
@@ -158,13 +159,11 @@ def ocr_keys(k):
     return keys
 
 
-def filled(name, k, **kw):
+def network(name, k, **kw):
     "A network in evaluation mode whose numbers stay in range: untrained ones overflow the softmaxes."
     with torch.device("meta"):
         m = create_model(name, k, seed=None, **kw)
-    m = m.to_empty(device="cpu")
-    m.load_state_dict({n: fill_tensor(n, v.shape, str(v.dtype)) for n, v in m.state_dict().items()})
-    return m.eval()
+    return filled(m.to_empty(device="cpu"))
 
 
 @pytest.mark.parametrize("form", ["mmseg", "microsoft", "timm"])
@@ -297,13 +296,7 @@ def test_imagenet_start():
     """An ImageNet file starts the whole network through transfer: norms of the maps are new, heads
     stay; a second load gives the same."""
     m = create_model("upernet_swin_t", 5, width=64)
-    with seeded(1):
-        state = {
-            k: torch.randn(s) * 0.1
-            if not k.endswith("index")
-            else torch.zeros(s, dtype=torch.int64)
-            for k, s in swin_keys("swin_t", "timm").items()
-        }
+    state = filled_state(swin_keys("swin_t", "timm"))
     head = m.head.fuse.conv.weight.clone()
     report = transfer(m, state)
     assert torch.equal(
@@ -431,7 +424,7 @@ def literal_ocr(m, maps):
 @pytest.mark.parametrize("size", [(64, 96), (45, 67), (33, 31)], ids=str)
 def test_ocr_as_written(size):
     "Both guesses equal the literal form, odd sizes included."
-    m = filled("ocrnet_hr48", 7, width=64)
+    m = network("ocrnet_hr48", 7, width=64)
     x = make_input([2, 3, *size])
     with torch.no_grad():
         m.regions.classifier.weight.mul_(0.01)
@@ -447,7 +440,7 @@ def test_hrnet_is_timm():
     "The four branches are timm's bits once its upsampling interpolates."
     import timm
 
-    e = filled("ocrnet_hr48", 3, width=8).encoder
+    e = network("ocrnet_hr48", 3, width=8).encoder
     net = timm.create_model("hrnet_w48").eval()
     net.load_state_dict({k: v for k, v in e.body.state_dict().items()}, strict=False)
     for mod in net.modules():
@@ -465,7 +458,7 @@ def test_hrnet_is_timm():
 def test_odd_sizes(size):
     "Logits at a quarter, rounded up; one by one as in a batch."
     for name in ("upernet_swin_t", "ocrnet_hr48"):
-        m = filled(name, 7, width=32)
+        m = network(name, 7, width=32)
         x = make_input([2, 3, *size])
         with torch.no_grad():
             ref = m(x)
@@ -490,7 +483,7 @@ def test_contract_full(name):
 )
 def test_compile_and_export(name):
     "No graph break up to the loss; export keeps the logits."
-    m = filled(name, 5, width=32)
+    m = network(name, 5, width=32)
     x = make_input([2, 3, 36, 52])
     y = torch.zeros(2, 36, 52, dtype=torch.uint8)
     assert_close(
@@ -523,7 +516,7 @@ def test_optimized(name):
     "The fast form has the same logits."
     from segkern.infer import optimize
 
-    m = filled(name, 5, width=32)
+    m = network(name, 5, width=32)
     x = make_input([1, 3, 40, 56])
     with torch.no_grad():
         assert_close(name, m(x), optimize(m)(x), 2e-5)
@@ -532,7 +525,7 @@ def test_optimized(name):
 def test_losses():
     "All pixels divide, 0.4 for the second head, and the second guess trains the first."
     for name in ("upernet_swin_t", "ocrnet_hr48"):
-        m = filled(name, 5, width=32)
+        m = network(name, 5, width=32)
         x = make_input([2, 3, 36, 52])
         y = torch.from_numpy(np.random.RandomState(0).randint(0, 5, (2, 36, 52)))
         y[:, :9] = 255

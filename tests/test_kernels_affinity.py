@@ -6,7 +6,6 @@ import torch
 from segkern import ops
 from segkern.ops import affinity as op
 from segkern.ops import AttentionMaps
-from segkern.ops.affinity import _affinity_op, _affinity_pieces_op
 from segkern.ops.affinity_pieces import affinity_ref
 from segkern.ops.dispatch import interpreting
 from segkern.testing import assert_close, make_input, relative_l2
@@ -290,8 +289,9 @@ def test_empty_and_twice(impl):
 def test_operator_compile_and_autocast(impl):
     args = {n: t.requires_grad_() for n, t in inputs(n=9, m=5).items()}
     lists = list(args.values())[:2], list(args.values())[2:4]
+    name = "affinity" if impl == "triton" else "affinity_pieces"
     torch.library.opcheck(
-        (_affinity_op if impl == "triton" else _affinity_pieces_op).op,
+        getattr(torch.ops.segkern, name).default,
         (*lists, args["p"], 0.25),
         test_utils=(
             "test_schema",

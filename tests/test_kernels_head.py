@@ -7,9 +7,6 @@ import torch.nn.functional as F
 
 from segkern import ops
 from segkern.ops.dispatch import interpreting
-from segkern.ops.labels import _upsample_argmax_op, _upsample_confusion_op
-from segkern.ops.ce_unreduced import upsample_nll_op
-from segkern.ops.dice import _dice_op
 from segkern.testing import assert_close, layouts, make_input, make_labels
 from segkern.testing.kernels import check_kernel
 from segkern.testing.memory import exact_interpreter, launches
@@ -262,13 +259,25 @@ def test_operators():
         "test_faketensor",
         "test_aot_dispatch_static",
     )
-    torch.library.opcheck(upsample_nll_op.op, (z, y, None, 255, False, 0.0, True), test_utils=tests)
     torch.library.opcheck(
-        upsample_nll_op.op, (z, y, torch.ones(3), 255, True, 0.1, False), test_utils=tests
+        torch.ops.segkern.upsample_nll.default,
+        (z, y, None, 255, False, 0.0, True),
+        test_utils=tests,
     )
-    torch.library.opcheck(_upsample_argmax_op.op, (z.detach(), 7, 5, False), test_utils=tests)
-    torch.library.opcheck(_upsample_confusion_op.op, (z.detach(), y, 255, False), test_utils=tests)
-    torch.library.opcheck(_dice_op.op, (z, y, 255, False, True), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.segkern.upsample_nll.default,
+        (z, y, torch.ones(3), 255, True, 0.1, False),
+        test_utils=tests,
+    )
+    torch.library.opcheck(
+        torch.ops.segkern.upsample_argmax.default, (z.detach(), 7, 5, False), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.segkern.upsample_confusion.default, (z.detach(), y, 255, False), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.segkern.upsample_dice_sums.default, (z, y, 255, False, True), test_utils=tests
+    )
 
 
 def test_compiled():

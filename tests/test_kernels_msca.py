@@ -8,7 +8,7 @@ from segkern import ops
 from segkern.backbones.mscan import StripGate
 from segkern.core import seeded
 from segkern.ops.dispatch import interpreting, use_blocks
-from segkern.ops.msca import TAPS, _cut, _msca_op, msca_bwd, msca_ref, pack_taps
+from segkern.ops.msca import TAPS, msca_bwd, msca_ref, pack_taps, tiles_along
 from segkern.testing import assert_close, fixture, make_input, relative_l2
 from segkern.testing.kernels import check_kernel
 from segkern.testing.memory import exact_interpreter, launches
@@ -147,7 +147,7 @@ def test_tiles():
     "Own pixels of the tiles cover a side once; a tile without room for its margins is refused."
     for size in range(1, 300, 7):
         for r, margin in ((64, 10), (64, 16), (32, 10), (32, 12), (16, 2), (64, 0)):
-            n, m = _cut(size, r, margin)
+            n, m = tiles_along(size, r, margin)
             step = r - 2 * m
             assert (
                 (n, m) == (1, 0)
@@ -156,7 +156,7 @@ def test_tiles():
                 and (n - 2) * step + r < size <= (n - 1) * step + r
             )
     with pytest.raises(ValueError, match="no room"):
-        _cut(40, 16, 10)
+        tiles_along(40, 16, 10)
 
 
 def layouts(b=2, c=2, h=9, w=12):
@@ -365,7 +365,7 @@ def test_operator_and_compile():
     args = data()
     leaf = [t.clone().requires_grad_() for t in args.values()]
     torch.library.opcheck(
-        _msca_op.op,
+        torch.ops.segkern.msca.default,
         tuple(leaf),
         test_utils=(
             "test_schema",

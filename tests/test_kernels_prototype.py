@@ -8,9 +8,9 @@ import torch
 
 from segkern import ops
 from segkern.ops.dispatch import interpreting
-from segkern.ops.class_sums import _class_sums_op, class_sums_ref
-from segkern.ops.cosine import _cosine_op, cosine_logits_ref
-from segkern.ops.prototypes import _prototypes_op, prototypes_ref
+from segkern.ops.class_sums import class_sums_ref
+from segkern.ops.cosine import cosine_logits_ref
+from segkern.ops.prototypes import prototypes_ref
 from segkern.testing import assert_close, make_input, make_labels, relative_l2
 from segkern.testing.kernels import check_kernel
 from segkern.testing.memory import exact_interpreter, launches
@@ -590,12 +590,18 @@ def test_operators_and_compile(impl):
     def leaf(d):
         return [t.clone().requires_grad_() for t in d.values()]
 
-    torch.library.opcheck(_prototypes_op.op, (*leaf(maps()), kernel), test_utils=tests)
-    torch.library.opcheck(_cosine_op.op, (*leaf(pixels()), kernel), test_utils=tests)
-    torch.library.opcheck(_cosine_op.op, (*leaf(pixels())[:2], None, kernel), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.segkern.prototypes.default, (*leaf(maps()), kernel), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.segkern.cosine.default, (*leaf(pixels()), kernel), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.segkern.cosine.default, (*leaf(pixels())[:2], None, kernel), test_utils=tests
+    )
     if kernel:
         torch.library.opcheck(
-            _class_sums_op.op,
+            torch.ops.segkern.class_sums.default,
             (make_input([2, 20, 5, 9]).requires_grad_(), labelled(), 7),
             test_utils=tests,
         )

@@ -5,7 +5,7 @@ import torch
 
 from segkern import ops
 from segkern.ops.dispatch import interpreting
-from segkern.ops.rca_gate import _rca_gate_op, rca_gate_ref
+from segkern.ops.rca_gate import rca_gate_ref
 from segkern.ops.strip_pool import strip_means
 from segkern.testing import assert_close, make_input, relative_l2
 from segkern.testing.kernels import check_kernel
@@ -272,7 +272,7 @@ def test_operators():
     "What the dispatcher asks of an operator."
     x, *lines = (t.requires_grad_() for t in example().values())
     torch.library.opcheck(
-        _rca_gate_op.op,
+        torch.ops.segkern.rca_gate.default,
         (x, list(lines)),
         test_utils=(
             "test_schema",

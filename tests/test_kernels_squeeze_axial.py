@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from segkern.ops.dispatch import KERNELS, interpreting, use_impl
-from segkern.ops.axial_add import _axial_add_op, axial_add, axial_add_ref
+from segkern.ops.axial_add import axial_add, axial_add_ref
 from segkern.ops.squeeze_axial import (
-    _axial_attention_op,
     axial_attention,
     axial_attention_ref,
     positions,
@@ -438,12 +437,12 @@ def test_operators_and_compile(impl):
         )
         for s in (summands(), summands() | dict(v=layouts()["last channels, channels last"])):
             torch.library.opcheck(
-                _axial_add_op.op,
+                torch.ops.segkern.axial_add.default,
                 tuple(t.detach().requires_grad_() for t in s.values()),
                 test_utils=tests,
             )
         torch.library.opcheck(
-            _axial_attention_op.op,
+            torch.ops.segkern.axial_attention.default,
             (*means().values(), 2),
             test_utils=("test_schema", "test_faketensor"),
         )

@@ -5,7 +5,7 @@ import torch
 
 from segkern import ops
 from segkern.ops.dispatch import interpreting, use_blocks
-from segkern.ops.sr_attention import _sr_attention_op, sr_attention_ref
+from segkern.ops.sr_attention import sr_attention_ref
 from segkern.testing import assert_close, make_input
 from segkern.testing.kernels import check_kernel
 from segkern.testing.memory import exact_interpreter, launches
@@ -171,7 +171,9 @@ def test_operator_compile_export_autocast():
         "test_faketensor",
         "test_aot_dispatch_static",
     )
-    torch.library.opcheck(_sr_attention_op.op, (*args.values(), 0.25), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.segkern.sr_attention.default, (*args.values(), 0.25), test_utils=tests
+    )
     fn = torch.compile(
         lambda q, k, v: ops.sr_attention(q, k, v, impl="triton"),
         backend="aot_eager",

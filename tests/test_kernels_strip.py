@@ -7,8 +7,8 @@ import torch
 from segkern import create_model, ops
 from segkern.ops import strip_attention, strip_pool
 from segkern.ops.dispatch import interpreting, use_blocks
-from segkern.ops.strip_attention import _strip_attention_op, strip_attention_ref
-from segkern.ops.strip_pool import _strip_pool_op, strip_pool_ref
+from segkern.ops.strip_attention import strip_attention_ref
+from segkern.ops.strip_pool import strip_pool_ref
 from segkern.testing import assert_close, layouts, make_input, make_labels
 from segkern.testing.kernels import check_kernel
 from segkern.testing.memory import exact_interpreter, launches
@@ -305,15 +305,19 @@ def test_operators():
     )
     x = make_input([1, 2, 5, 6])
     torch.library.opcheck(
-        _strip_pool_op.op, (x.requires_grad_(), True, True, True, True), test_utils=tests
+        torch.ops.segkern.strip_pool.default,
+        (x.requires_grad_(), True, True, True, True),
+        test_utils=tests,
     )
     torch.library.opcheck(
-        _strip_pool_op.op,
+        torch.ops.segkern.strip_pool.default,
         (x.detach().contiguous(memory_format=torch.channels_last), True, False, True, False),
         test_utils=tests,
     )
     torch.library.opcheck(
-        _strip_attention_op.op, [t.requires_grad_() for t in qkv().values()], test_utils=tests
+        torch.ops.segkern.strip_attention.default,
+        [t.requires_grad_() for t in qkv().values()],
+        test_utils=tests,
     )
 
 

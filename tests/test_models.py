@@ -12,7 +12,14 @@ import segkern
 from segkern.core import load_table
 from segkern.backbones.blocks import num_params
 from segkern.models import cost, create_model, list_models, load, macs, save, set_literal
-from segkern.testing import assert_close, check_model, load_fixture, make_input, relative_l2
+from segkern.testing import (
+    assert_close,
+    check_model,
+    load_fixture,
+    make_input,
+    relative_l2,
+    state_of,
+)
 from segkern.weights import load_official
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -47,7 +54,7 @@ ROUGHLY = {
 }
 
 
-def official_state(name, k=19, device="meta"):
+def official_state(name, k=19):
     "An official state dict of any S2-FPN: the decoder's keys are all networks' alike, the encoder's are torchvision's."
     version = 1 if "_v1_" in name else 2
     spec = load_fixture(FIXTURES / ("s2fpn_v1_r18" if version == 1 else "s2fpn_r18")).spec
@@ -66,11 +73,7 @@ def official_state(name, k=19, device="meta"):
             shapes[f"conv{int(hit[1]) + 1}_x.{key[hit.end() :]}"] = list(v.shape)
         if version == 2 and (hit := re.match(r"down\.layer", key)):
             shapes["down" + key[hit.end() :]] = list(v.shape)
-    return {
-        key: torch.zeros(s, device=device)
-        for key, s in shapes.items()
-        if not key.endswith("num_batches_tracked")
-    }
+    return state_of({k: s for k, s in shapes.items() if not k.endswith("num_batches_tracked")})
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -449,15 +449,15 @@ def test_a_trained_network_remembers_how_it_saw_pictures(tmp_path):
 
 
 def test_options_of_a_recipe_are_for_training_only():
-    from segkern.cli.train import _split_options
+    from segkern.cli.train import split_options
 
     r = recipe_for("sasformer_sparse_b0", "streets")
-    assert _split_options(r, ["size=64x96"]) == (
+    assert split_options(r, ["size=64x96"]) == (
         ["annotation=scribble", "size=64x96"],
         ["size=64x96"],
     )
-    assert _split_options(r, ["annotation=point"]) == (["annotation=point"], [])
-    assert _split_options(recipe_for("sanet_s", "camvid"), ["order=sanet"]) == (
+    assert split_options(r, ["annotation=point"]) == (["annotation=point"], [])
+    assert split_options(recipe_for("sanet_s", "camvid"), ["order=sanet"]) == (
         ["order=sanet"],
         ["order=sanet"],
     )

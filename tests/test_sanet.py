@@ -21,7 +21,7 @@ from segkern.models.context import APPPM, CONTEXTS
 from segkern.models.sanet import SAD, key_rules, speed_form
 from segkern.ops import upsample_cross_entropy, use_impl
 from segkern.core import recipe_for
-from segkern.testing import assert_close, make_input
+from segkern.testing import assert_close, make_input, state_of
 from segkern.testing.memory import launches
 from segkern.weights import load_official, map_key
 
@@ -50,11 +50,7 @@ def official(f, variant="s", k=19, aux=True):
         for key in [k for k in out if k.startswith(f"{d}.conv.0.")]:
             for i in range(2, len(path.steps)):
                 out[key.replace(".conv.0.", f".conv.{i}.")] = out[key]
-    return {
-        k: torch.zeros(s, device="meta")
-        for k, s in out.items()
-        if not k.endswith("num_batches_tracked")
-    }
+    return state_of({k: s for k, s in out.items() if not k.endswith("num_batches_tracked")})
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from segkern.models.seaformer import SeaFormerSegmentor
 from segkern.testing import (
     assert_close,
     check_model,
-    fill_tensor,
+    filled_state,
     fixture,
     layouts,
     make_input,
@@ -132,11 +132,8 @@ def official_keys(name, k=150):
 
 
 @functools.lru_cache(4)
-def filled(name, k=150):  # integers are counters
-    return {
-        n: fill_tensor(n, s, "torch.int64" if n.endswith("tracked") else "torch.float32")
-        for n, s in official_keys(name, k).items()
-    }
+def official_state(name, k=150):
+    return filled_state(official_keys(name, k))
 
 
 def params(keys):
@@ -255,7 +252,7 @@ class Plain:
 def made(name, k=7, **kw):
     "A network in evaluation mode with official weights whose numbers stay in range."
     m = SeaFormerSegmentor(name, k, name, **kw).eval()
-    load_official(m, filled(name, k))
+    load_official(m, official_state(name, k))
     return m
 
 
@@ -290,7 +287,9 @@ def test_imagenet_files(name):
     """Names without prefix and a classifier that is dropped; the averaged weights come first; a
     segmentor's file fills an encoder."""
     own = {
-        n.removeprefix("backbone."): t for n, t in filled(name).items() if n.startswith("backbone.")
+        n.removeprefix("backbone."): t
+        for n, t in official_state(name).items()
+        if n.startswith("backbone.")
     }
     extra = {"head.linear.weight": torch.zeros(1000, 4), "classifier.bias": torch.zeros(1000)}
     e = SeaFormer(name)
@@ -309,7 +308,7 @@ def test_imagenet_files(name):
         e.stages[-1][1].attn.column_k,
         own[f"trans{len(e.stages)}.transformer_blocks.1.attn.pos_emb_columnk.pos_embed"],
     )
-    report = load_official(e, filled(name))
+    report = load_official(e, official_state(name))
     assert all(n.startswith("decode_head.") for n, *_ in report.ignored)
     m = SeaFormerSegmentor(name, 7, name)
     report = transfer(m, {"state_dict_ema": own | extra})
@@ -423,7 +422,7 @@ def test_as_specified(name, size):
     written, ours and the deployed one."""
     m = made(name).double()
     x = make_input([2, 3, *size]).double()
-    state = {n: t.double() for n, t in filled(name, 7).items()}
+    state = {n: t.double() for n, t in official_state(name, 7).items()}
     with torch.no_grad():
         maps = Plain(state, name).encoder(x)
         logits = Plain(state, name).logits(x)
@@ -450,7 +449,7 @@ def test_training_as_specified(name, literal):
     rules = m.key_rules({})
     state = {
         n: t.double().requires_grad_(n.rsplit(".", 1)[-1] not in BN[2:])
-        for n, t in filled(name, 7).items()
+        for n, t in official_state(name, 7).items()
     }
     x = make_input([2, 3, 70, 100]).double()
     ref = Plain(state, name, training=True).logits(x)

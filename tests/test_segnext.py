@@ -22,7 +22,8 @@ from segkern.models.ssa import SSA
 from segkern.testing import (
     assert_close,
     check_model,
-    fill_tensor,
+    filled,
+    filled_state,
     fixture,
     layouts,
     make_input,
@@ -103,17 +104,13 @@ def model(v="t", k=7, **kw):
     return SegNeXt(f"segnext_{v}", k, f"mscan_{v}", **kw)
 
 
-def filled(k=7, **kw):
-    "Random weights of a sensible size, every one different from its initial value."
-    m = model("t", k, **kw)
+def filled_model(k=7, **kw):
+    "Weights of a sensible size, every one different from its initial value."
+    m = filled(model("t", k, **kw))
     with torch.no_grad():
-        for n, t in m.state_dict().items():
-            if not t.is_floating_point():
-                continue
-            t.copy_(fill_tensor(n, t.shape))
-            if ".scale" in n:
-                t.copy_(0.3 + t)
-    return m.eval()
+        for t in (t for n, t in m.state_dict().items() if ".scale" in n):
+            t += 0.3
+    return m
 
 
 @pytest.mark.parametrize("doubled", [True, False], ids=["authors", "openmmlab"])
@@ -213,13 +210,7 @@ def test_refused_files():
 def test_imagenet_start():
     "An encoder's file starts the whole network through transfer."
     m = model()
-    with seeded(1):
-        state = {
-            k: torch.randn(s) * 0.1
-            if not k.endswith("tracked")
-            else torch.zeros(s, dtype=torch.int64)
-            for k, s in encoder_keys("t", False).items()
-        }
+    state = filled_state(encoder_keys("t", False))
     report = transfer(m, state)
     assert torch.equal(
         m.encoder.stages[3].blocks[1].near.weight, state["block4.1.mlp.dwconv.weight"]
@@ -346,9 +337,9 @@ def written_out(m, x, start, training):
 @pytest.mark.parametrize("literal", [False, True], ids=["rewritten", "literal"])
 def test_as_written(training, literal):
     "Logits and the gradient of every parameter by name, in double precision, at an odd size."
-    m = set_literal(filled(drop_path=0.0, dropout=0.0, width=32, rank=5).double(), literal).train(
-        training
-    )
+    m = set_literal(
+        filled_model(drop_path=0.0, dropout=0.0, width=32, rank=5).double(), literal
+    ).train(training)
     x = make_input([2, 3, 61, 45]).double()
     start = unit_bases(make_input([2, 32, 5], 1).abs().double())
     got = m.classify(m.decode(m.encoder(x), start))
@@ -365,7 +356,7 @@ def test_as_written(training, literal):
 @pytest.mark.parametrize("size", [(100, 140), (33, 97), (5, 3), (1, 1)], ids=str)
 def test_odd_sizes(size):
     "Logits at an eighth, rounded up; one by one as in a batch."
-    m = filled(width=64)
+    m = filled_model(width=64)
     x = make_input([2, 3, *size])
     with torch.no_grad():
         ref = m(x)
@@ -378,14 +369,14 @@ def test_odd_sizes(size):
 def test_starts():
     """Evaluation is reproducible, training is not unless seeded; seeds and generators act; nothing
     enters the state dict."""
-    m = filled(width=32)
+    m = filled_model(width=32)
     x = make_input([2, 3, 64, 48])
     assert not any("bases" in n or "table" in n for n in m.state_dict()) and not any(
         "head.bases" in n for n, _ in m.named_buffers()
     )
     with torch.no_grad():
         ref = m(x)
-        other = filled(width=32, bases_seed=1)
+        other = filled_model(width=32, bases_seed=1)
         assert torch.equal(copy.deepcopy(m)(x), ref) and relative_l2(ref, other(x)) > 1e-3
         maps = m.encoder(x)
         again = [m.decode(maps, generator=torch.Generator().manual_seed(5)) for _ in "ab"]
@@ -397,7 +388,7 @@ def test_starts():
         with seeded(0):
             c = m.decode(maps)
         assert torch.equal(a, c) and not torch.equal(a, b)
-        free = filled(width=32, bases_seed=None)
+        free = filled_model(width=32, bases_seed=None)
         with seeded(0):
             first = free(x)
             second = free(x)
@@ -409,7 +400,7 @@ def test_starts():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     "The factorisation stays in float32: all parts of it are, and the features follow."
-    m = filled(width=32)
+    m = filled_model(width=32)
     x = make_input([1, 3, 64, 96])
     with torch.no_grad():
         ref = m(x)
@@ -432,7 +423,7 @@ def test_contract():
 def test_compile_and_export(monkeypatch):
     "No graph break up to the loss; export keeps the logits."
     monkeypatch.setitem(MSCANS, "mscan_t", (WIDTHS["t"], (1, 1, 1, 1), 0.1))
-    m = filled(5, width=32)
+    m = filled_model(5, width=32)
     x = make_input([2, 3, 37, 52])
     y = torch.zeros(2, 37, 52, dtype=torch.uint8)
     assert_close(
@@ -451,7 +442,7 @@ def test_compile_and_export(monkeypatch):
 
 def test_optimized():
     "All norms of the encoder are folded, prepacked or not, and folding twice changes nothing."
-    m = filled(5, width=32)
+    m = filled_model(5, width=32)
     x = make_input([1, 3, 40, 56])
     with torch.no_grad():
         for kw in ({}, dict(channels_last=False, prepack=False), dict(dtype=torch.float64)):

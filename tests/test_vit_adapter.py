@@ -17,7 +17,14 @@ from segkern.core import IMAGENET, Preprocess, seeded
 from segkern.backbones.blocks import macs, num_params, set_literal
 from segkern.models import SSA, list_models, load, save
 from segkern.models.upernet import UPerNet
-from segkern.testing import assert_close, check_model, fill_tensor, fixture, make_input, relative_l2
+from segkern.testing import (
+    assert_close,
+    check_model,
+    filled_state,
+    fixture,
+    make_input,
+    relative_l2,
+)
 from segkern.weights import load_official, map_key, transfer
 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -113,13 +120,6 @@ def official_keys(k=150, head=512, **size):
     return keys
 
 
-def filled(keys):
-    return {
-        n: fill_tensor(n, s, "torch.int64" if n.endswith("tracked") else "torch.float32")
-        for n, s in keys.items()
-    }
-
-
 def params(keys):
     return sum(int(np.prod(s)) for n, s in keys.items() if n.rsplit(".", 1)[-1] not in BN[2:])
 
@@ -127,7 +127,7 @@ def params(keys):
 def small(k=7, head=16, **kw):
     "The network in evaluation mode, made small, with official weights that stay in range."
     m = UPerNet("vit_adapter_l", k, "vit_adapter_l", width=head, encoder_options=SMALL, **kw).eval()
-    load_official(m, filled(official_keys(k, head, **SMALL)))
+    load_official(m, filled_state(official_keys(k, head, **SMALL)))
     return m
 
 
@@ -566,7 +566,7 @@ def test_as_specified(size):
     "The specification as plain functions in double precision: all maps, both forms, and every gradient by name."
     with seeded(0):
         e = ViTAdapter(**SMALL, drop_path=0.0).eval()
-    state = filled(encoder_keys(**SMALL))
+    state = filled_state(encoder_keys(**SMALL))
     load_official(e, state)
     e, state, rules = (
         e.double(),

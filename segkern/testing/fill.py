@@ -39,7 +39,8 @@ def fill_tensor(
     return torch.from_numpy(np.asarray(x, dtype=np.float32))
 
 # %% ../../nbs/01f_testing.fill.ipynb #f56e3d2d
-INTEGERS = ("num_batches_tracked", "index")  # endings of keys that hold integers
+# endings of keys that hold integers
+INTEGERS = ("num_batches_tracked", "index", "idxs", "idxs_seg")
 
 
 def state_of(
