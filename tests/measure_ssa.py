@@ -69,7 +69,7 @@ def loops(net, feat, pos, y):
 
 def ours(net, feat, pos, y):
     "The same with sums by class."
-    t, *_ = net.teach(feat, pos, y)
+    t, *_ = net.teacher_output(feat, pos, y)
     return t.mean() + response_distillation(t, t.detach(), y)
 
 

@@ -16,7 +16,7 @@ from segkern.infer import (
     argmax_resized,
     evaluate,
     evaluating,
-    fitted,
+    fit_into_frame,
     optimize,
     picture_rule,
     segment,
@@ -140,7 +140,7 @@ def test_fitted_against_opencv(cv2, size):
         ref = cv2.resize(array(image), (w, h), interpolation=cv2.INTER_LINEAR)
         up = [-(-n // multiple) * multiple for n in (h, w)]
         ref = cv2.resize(ref, up[::-1], interpolation=cv2.INTER_LINEAR)
-        got = array(fitted(image, (long, short), multiple))
+        got = array(fit_into_frame(image, (long, short), multiple))
         assert got.shape == ref.shape and np.abs(got.astype(int) - ref).mean() < 0.6
 
 
@@ -339,7 +339,7 @@ def test_windows_over_a_fitted_picture():
     m = net()
     image = picture(40, 56)
     data = [(image, torch.zeros(40, 56, dtype=torch.uint8))]
-    seen = fitted(image, (128, 64), 32)
+    seen = fit_into_frame(image, (128, 64), 32)
     logits = sliding_logits(m, m.preprocess(seen[None]), (48, 48), (32, 32))
     want = F.interpolate(logits, (40, 56), mode="bilinear").argmax(1)
     got = infer.fitted_labels(m, image, (128, 64), 32, (48, 48), (32, 32))

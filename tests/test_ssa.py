@@ -83,8 +83,10 @@ def test_against_loops(k, c, size):
     feat = make_input([2, c, *size], 1).double().requires_grad_()
     y = torch.from_numpy(np.random.RandomState(3).randint(0, k, (2, *size)))
     y[:, :2], y[y == 1] = 255, 0
-    a = net.answer(feat)
-    for x, z in zip(net.teach(feat, a.position, y), slow_teacher(net, feat, a.position, y)):
+    a = net.student_output(feat)
+    for x, z in zip(
+        net.teacher_output(feat, a.position, y), slow_teacher(net, feat, a.position, y)
+    ):
         assert relative_l2(z, x) < 1e-10
     fast, slow = (
         f(a.logits, make_input(a.logits.shape, 5).double(), y)
@@ -92,7 +94,7 @@ def test_against_loops(k, c, size):
     )
     assert_close("response", slow, fast, 1e-5)  # the fast one computes in float32
     set_literal(net)
-    assert relative_l2(net.answer(feat).logits, a.logits) < 1e-10
+    assert relative_l2(net.student_output(feat).logits, a.logits) < 1e-10
 
 
 def test_relation_is_one_sided():
@@ -245,7 +247,7 @@ def test_deploy_has_no_loss():
     net = SSAClassifier(3, 4).deploy()
     feat = make_input([1, 4, 5, 5])
     with pytest.raises(RuntimeError, match="deploy form"):
-        ssa_losses(net, net.answer(feat), feat, torch.zeros(1, 9, 9, dtype=torch.long))
+        ssa_losses(net, net.student_output(feat), feat, torch.zeros(1, 9, 9, dtype=torch.long))
 
 
 def test_nearest_rule():
@@ -265,7 +267,7 @@ def test_upernet_parity():
     with torch.no_grad():
         maps = m.host.encoder(x)
         feat, aux = m.features(x)
-        a = m.classifier.answer(feat)
+        a = m.classifier.student_output(feat)
         losses = m(x, y)
     found = {
         **{f"c{i}": t for i, t in enumerate(maps, 1)},

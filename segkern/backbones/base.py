@@ -85,10 +85,10 @@ def table_rules(
 ) -> list:  # of Rule
     "One `Rule` per line of a key table."
 
-    def place(name):
+    def ours_of(name):
         return tuple(ours + n for n in name) if isinstance(name, tuple) else ours + name
 
-    return [Rule(theirs + pattern, place(name)) for pattern, name in pairs]
+    return [Rule(theirs + pattern, ours_of(name)) for pattern, name in pairs]
 
 # %% ../../nbs/20a_backbones.base.ipynb #388a63d8
 def without_decoder(

@@ -15,7 +15,7 @@ import typer
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
-def _below(folder):
+def _pictures_in(folder):
     "The pictures of a folder and of those below, by name."
     files = [p for p in folder.rglob("*") if p.suffix.lower() in _PICTURES]
     return sorted(p for p in files if not p.name.startswith("."))
@@ -30,7 +30,7 @@ def find_pictures(
     for item in map(Path, inputs):
         if not item.exists():
             raise FileNotFoundError(f"{item} does not exist")
-        files = [item] if item.is_file() else _below(item)
+        files = [item] if item.is_file() else _pictures_in(item)
         if not files:
             raise ValueError(f"the folder {item} holds no pictures ({', '.join(_PICTURES)})")
         for f in files:

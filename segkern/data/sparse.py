@@ -58,7 +58,7 @@ class Dice:
         self.bits = np.random.PCG64(np.random.SeedSequence(key))
         self.pool = []
 
-    def u(self):
+    def uniform(self):
         "Uniform in [0, 1)."
         if not self.pool:
             self.pool = (self.bits.random_raw(512) >> np.uint64(11)).tolist()
@@ -66,19 +66,19 @@ class Dice:
 
     def span(self, a, b):
         "Uniform between `a` and `b`."
-        return a + (b - a) * self.u()
+        return a + (b - a) * self.uniform()
 
     def chance(self, p):
         "True with probability `p`."
-        return self.u() < p
+        return self.uniform() < p
 
-    def below(self, n):
+    def integer(self, n):
         "One of 0 … n-1."
-        return int(self.u() * n)
+        return int(self.uniform() * n)
 
     def pick(self, seq):
         "One of the values."
-        return seq[self.below(len(seq))]
+        return seq[self.integer(len(seq))]
 
     def tint(self, rgb, by):
         "A colour made lighter or darker by up to `by`; whoever draws with it clips it to bytes."
@@ -135,12 +135,12 @@ def _stroke(runs, d):
     for y, a, b in runs:
         by_row.setdefault(y, []).append((a, b))
     rows = sorted(by_row)
-    y = rows[d.below(max(len(rows) // 4, 1))]
+    y = rows[d.integer(max(len(rows) // 4, 1))]
     t = d.span(0.3, 0.7)
     out = []
     a, b = max(by_row[y], key=lambda r: r[1] - r[0])
     x = a + int(t * (b - a))
-    last = rows[-1 - d.below(max(len(rows) // 4, 1))]
+    last = rows[-1 - d.integer(max(len(rows) // 4, 1))]
     while y in by_row and y <= last:
         fits = [r for r in by_row[y] if r[0] <= x + 1 and x - 1 < r[1]]
         if not fits:

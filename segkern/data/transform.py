@@ -177,7 +177,7 @@ def _draw_window(t, target, new, factor, generator):
             return window, labels
 
 # %% ../../nbs/50e_data.transform.ipynb #2ee93b82
-def _place(t, x, y, generator):
+def _colour_and_pad(t, x, y, generator):
     "Shift the colours, pad, normalise."
     by = uniform_integer(21, generator) - 10 if t.colour.startswith("shift") else 0
     if by and (t.colour == "shift_picture" or t.pad == "mean"):
@@ -282,7 +282,7 @@ class Augment(TrainTransform):
             y = y.flip(-1)
         if self.colour == "mmseg":
             x = photometric(x, generator)
-        return _place(self, x, y, generator)
+        return _colour_and_pad(self, x, y, generator)
 
     def __repr__(self):
         own = {k: self.__dict__.get(k, "cubic" if self.cubic else "linear") for k in _PLAIN}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Inert', 'read', 'read_safetensors', 'write_safetensors', 'unwrap', 'Rule', 'map_key', 'place', 'LoadReport',
-           'load_official', 'transfer', 'last_checkpoint', 'run_weights']
+           'load_official', 'assignments', 'transfer', 'last_checkpoint', 'run_weights']
 
 # %% ../../nbs/03_weights.ipynb #91bc5b40
 from .read import Inert, read, read_safetensors, unwrap, write_safetensors
-from .rules import load_official, LoadReport, map_key, place, Rule
+from .rules import assignments, load_official, LoadReport, map_key, place, Rule
 from .runs import last_checkpoint, run_weights
 from .transfer import transfer
 
@@ -24,6 +24,7 @@ _all_ = [
     "place",
     "LoadReport",
     "load_official",
+    "assignments",
     "transfer",
     "last_checkpoint",
     "run_weights",

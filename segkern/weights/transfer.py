@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from .read import read, read_safetensors, unwrap
-from .rules import BUFFERS, complaint_about, LoadReport, place, Rule
+from .rules import assignments, BUFFERS, complaint_about, LoadReport, Rule
 from .runs import run_weights
 
 # %% ../../nbs/03c_weights.transfer.ipynb #5724b435
@@ -44,7 +44,7 @@ def _best_reading(model, state):
 
     def found(way):
         rename, rules = way
-        places = [p for k, v in state.items() for p in place(rename(k), v, rules, ours)]
+        places = [p for k, v in state.items() for p in assignments(rename(k), v, rules, ours)]
         return sum(name in ours for name, *_ in places)
 
     return max(_readings(model, state), key=found)
@@ -57,7 +57,7 @@ def _match(model, state, rename, rules, report):
     other = {}
     unknown = []
     for key, whole in state.items():
-        for target, value, why in place(rename(key), whole, rules, ours):
+        for target, value, why in assignments(rename(key), whole, rules, ours):
             if target in new or target in other:
                 unknown.append(f"{key} (its place '{target}' is taken)")
                 continue

@@ -55,11 +55,11 @@ def draw_sky(
     n = min(math.ceil(scene.horizon), scene.h)
     base = scene.add_materials(_sky_colours(high, low), SKY) + 1
     up = (n - np.arange(n)) / n
-    v = (dice.below(256) + 60 / (up + 0.12)).astype(np.int64) & 255
+    v = (dice.integer(256) + 60 / (up + 0.12)).astype(np.int64) & 255
     across = (np.arange(scene.w) - scene.vanish) * (1 / scene.w)
-    u = (dice.below(256) + across * (70 / (up + 0.25))[:, None]).astype(np.int64) & 255
+    u = (dice.integer(256) + across * (70 / (up + 0.25))[:, None]).astype(np.int64) & 255
     thick = noise_tile()[v[:, None], u].astype(np.int16) - (190 - 14 * cover)
-    cloud = np.clip(thick // (12 + dice.below(10)), 0, 7 if cover else 0)
+    cloud = np.clip(thick // (12 + dice.integer(10)), 0, 7 if cover else 0)
     scene.mat[:n] = base + (15 - 15 * up).astype(np.int64)[:, None] * 8 + cloud
     for depth, label, colour in (
         (320, BUILDING, (130, 126, 124)),
@@ -82,10 +82,10 @@ def _sky_colours(high, low):
 def _draw_skyline(scene, n, depth, label, colour):
     "A ragged line of trees or roofs `depth` metres away."
     dice = scene.dice
-    line = noise_tile()[dice.below(256)]
+    line = noise_tile()[dice.integer(256)]
     rough = dice.pick((1, 2, 3))
     if label == TREE:
-        at = np.arange(scene.w) * (256 // rough) // scene.w + dice.below(256)
+        at = np.arange(scene.w) * (256 // rough) // scene.w + dice.integer(256)
     else:
         at = np.arange(scene.w) * 40 // scene.w * 5
     tall = line[at & 255].astype(np.float64)
@@ -156,7 +156,7 @@ def _ground_table(plan):
 def _ground_materials(scene):
     "Asphalt, lines, pavement, kerb, patches, edge lines and grass."
     dice = scene.dice
-    grey = dice.below(45) + 62
+    grey = dice.integer(45) + 62
     stones = (150, 146, 140), (168, 158, 146), (138, 136, 138), (160, 140, 126)
     colours = [
         (grey, grey, grey + 3),

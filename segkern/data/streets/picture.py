@@ -57,8 +57,8 @@ def render_labels(
     rim = np.zeros(mask.shape, bool)
     rim[:, 1:] = mask[:, 1:] != mask[:, :-1]
     rim[1:] |= mask[1:] != mask[:-1]
-    rows = (np.arange(scene.h) * 256 // scene.h + dice.below(256))[:, None] & 255
-    columns = (np.arange(scene.w) * 256 // scene.w + dice.below(256)) & 255
+    rows = (np.arange(scene.h) * 256 // scene.h + dice.integer(256))[:, None] & 255
+    columns = (np.arange(scene.w) * 256 // scene.w + dice.integer(256)) & 255
     mask[rim & (noise_tile()[rows, columns] > 150)] = IGNORE
     return mask
 

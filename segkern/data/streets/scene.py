@@ -319,7 +319,7 @@ def _roadside(scene, plan, side):
     out += _lamps(scene, plan, side, free)
     if dice.chance(dict(houses=0.4, yards=0.6, park=0.8)[plan.backdrop[side]]):
         out += _avenue(scene, plan, side, free)
-    for _ in range(dice.below(3) + 1):
+    for _ in range(dice.integer(3) + 1):
         if free(z := dice.span(4.5, 30)):
             out.append(sign(scene, side * (kerb + dice.span(0.3, 0.8)), z))
     for _ in range(dice.pick((0, 1, 2, 3, 5))):
@@ -348,7 +348,7 @@ def street_objects(
     for side in (-1, 1):
         out += _roadside(scene, plan, side)
     if plan.zebra:
-        for _ in range(dice.below(4)):
+        for _ in range(dice.integer(4)):
             x = dice.span(-plan.half, plan.half)
             out.append(person(scene, x, plan.zebra + dice.span(0.3, 2.7)))
     if dice.chance(0.3):

@@ -205,7 +205,7 @@ def _house(scene, plan, side, z, n, bay, floor, tall, back):
     x = side * (back + dice.pick((0, 0, 0.4, 1.2)))
     deep = dice.span(6, 14)
     roof = dice.pick((0, 0.4, dice.span(1, 2.6)))
-    style = (dice.below(8), 8 + dice.below(6))
+    style = (dice.integer(8), 8 + dice.integer(6))
     light = 112
     if side == -plan.sun:
         light += 14
@@ -267,7 +267,7 @@ def _fence(scene, plan, side, x, z, n):
     "One fence, garden wall or hedge from `z` to `z + n` as a row for `draw_walls`."
     dice = scene.dice
     hedge = dice.chance(0.15)
-    kind = dice.below(6)
+    kind = dice.integer(6)
     main = (62, 92, 44) if hedge else dice.pick(FENCES)
     darker = tuple(c * 3 // 4 for c in main), tuple(c * 4 // 5 for c in main)
     base = scene.add_materials([main, main, *darker, main, main], TREE if hedge else FENCE)
