@@ -12,11 +12,11 @@ from .tiles import LOG2E
 # %% ../../nbs/14a_ops.affinity_kernels.ipynb #bc0a890c
 @triton.jit
 def _affinity_fwd_kernel(
-    q,
-    k,
-    p,
-    out,
-    lse,
+    p_q,
+    p_k,
+    p_p,
+    p_out,
+    p_lse,
     scale,
     weight,
     H,
@@ -53,7 +53,7 @@ def _affinity_fwd_kernel(
     n64 = n.to(tl.int64)
     # [BN, BD]
     qt = tl.load(
-        q + b * sqb + h * sqh + n64[:, None] * sqn + d[None, :] * sqd,
+        p_q + b * sqb + h * sqh + n64[:, None] * sqn + d[None, :] * sqd,
         mask=(n < N)[:, None] & (d < D)[None, :],
         other=0.0,
     )
@@ -64,13 +64,13 @@ def _affinity_fwd_kernel(
         m = m0 + tl.arange(0, BM)
         # [BD, BM]
         kt = tl.load(
-            k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+            p_k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
             mask=(m < M)[None, :] & (d < D)[:, None],
             other=0.0,
         )
         # [BM, BC]
         pt = tl.load(
-            p + b * spb + m[:, None] * spm + c[None, :] * spc,
+            p_p + b * spb + m[:, None] * spm + c[None, :] * spc,
             mask=(m < M)[:, None] & (c < C)[None, :],
             other=0.0,
         )
@@ -83,24 +83,24 @@ def _affinity_fwd_kernel(
         acc = acc * keep[:, None] + tl.dot(a.to(pt.dtype), pt, input_precision=PRECISION)
         top = new
     # [b, h, c, n]
-    at = out + (bh.to(tl.int64) * C + c[None, :]) * N + n[:, None]
+    at = p_out + (bh.to(tl.int64) * C + c[None, :]) * N + n[:, None]
     inside = (n < N)[:, None] & (c < C)[None, :]
     acc = acc * (weight / total)[:, None]
     if not FIRST:
         acc += tl.load(at, mask=inside, other=0.0)
     tl.store(at, acc, mask=inside)
-    tl.store(lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
+    tl.store(p_lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
 
 # %% ../../nbs/14a_ops.affinity_kernels.ipynb #6299ccca
 @triton.jit
 def _affinity_dq_kernel(
-    q,
-    k,
-    p,
-    lse,
-    g,
-    dq,
-    delta,
+    p_q,
+    p_k,
+    p_p,
+    p_lse,
+    p_g,
+    p_dq,
+    p_delta,
     scale,
     weight,
     H,
@@ -146,25 +146,25 @@ def _affinity_dq_kernel(
     n64 = n.to(tl.int64)[:, None]
     row = bh.to(tl.int64) * N + n
     in_q = (n < N)[:, None] & (d < D)[None, :]
-    qt = tl.load(q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd, mask=in_q, other=0.0)
+    qt = tl.load(p_q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd, mask=in_q, other=0.0)
     gt = tl.load(
-        g + b * sgb + n64 * sgn + c[None, :] * sgc,
+        p_g + b * sgb + n64 * sgn + c[None, :] * sgc,
         mask=(n < N)[:, None] & (c < C)[None, :],
         other=0.0,
     )
-    l2 = tl.load(lse + row, mask=n < N, other=0.0)
+    l2 = tl.load(p_lse + row, mask=n < N, other=0.0)
     dl = tl.zeros([BN], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
         # [BD, BM]
         kt = tl.load(
-            k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+            p_k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
             mask=(m < M)[None, :] & (d < D)[:, None],
             other=0.0,
         )
         # [BC, BM]
         pt = tl.load(
-            p + b * spb + m[None, :] * spm + c[:, None] * spc,
+            p_p + b * spb + m[None, :] * spm + c[:, None] * spc,
             mask=(m < M)[None, :] & (c < C)[:, None],
             other=0.0,
         )
@@ -172,19 +172,19 @@ def _affinity_dq_kernel(
         dl += tl.sum(
             tl.where((m < M)[None, :], a * tl.dot(gt, pt, input_precision=PRECISION), 0.0), 1
         )
-    tl.store(delta + row, dl, mask=n < N)
+    tl.store(p_delta + row, dl, mask=n < N)
     if QUERIES:
         acc = tl.zeros([BN, BD], tl.float32)
         for m0 in range(0, M, BM):
             m = m0 + tl.arange(0, BM)
             # [BM, BD]
             kt = tl.load(
-                k + b * skb + h * skh + m[:, None] * skm + d[None, :] * skd,
+                p_k + b * skb + h * skh + m[:, None] * skm + d[None, :] * skd,
                 mask=(m < M)[:, None] & (d < D)[None, :],
                 other=0.0,
             )
             pt = tl.load(
-                p + b * spb + m[None, :] * spm + c[:, None] * spc,
+                p_p + b * spb + m[None, :] * spm + c[:, None] * spc,
                 mask=(m < M)[None, :] & (c < C)[:, None],
                 other=0.0,
             )
@@ -197,22 +197,22 @@ def _affinity_dq_kernel(
             kw = kt.to(tl.float32) if WIDE else kt
             acc += tl.dot(ds.to(kw.dtype), kw, input_precision=PRECISION)
         tl.store(
-            dq + b * tqb + h * tqh + n64 * tqn + d[None, :] * tqd,
-            (acc * (scale * weight)).to(dq.dtype.element_ty),
+            p_dq + b * tqb + h * tqh + n64 * tqn + d[None, :] * tqd,
+            (acc * (scale * weight)).to(p_dq.dtype.element_ty),
             mask=in_q,
         )
 
 # %% ../../nbs/14a_ops.affinity_kernels.ipynb #fb2e2916
 @triton.jit
 def _affinity_dkp_kernel(
-    q,
-    k,
-    p,
-    lse,
-    delta,
-    g,
-    dk,
-    dp,
+    p_q,
+    p_k,
+    p_p,
+    p_lse,
+    p_delta,
+    p_g,
+    p_dk,
+    p_dp,
     scale,
     weight,
     H,
@@ -260,13 +260,13 @@ def _affinity_dkp_kernel(
     c = tl.arange(0, BC)
     # [BD, BM]
     kt = tl.load(
-        k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+        p_k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
         mask=(m < M)[None, :] & (d < D)[:, None],
         other=0.0,
     )
     # [BC, BM]
     pt = tl.load(
-        p + b * spb + m[None, :] * spm + c[:, None] * spc,
+        p_p + b * spb + m[None, :] * spm + c[:, None] * spc,
         mask=(m < M)[None, :] & (c < C)[:, None],
         other=0.0,
     )
@@ -278,14 +278,14 @@ def _affinity_dkp_kernel(
         row = bh.to(tl.int64) * N + n
         inside = (n < N)[:, None]
         qt = tl.load(
-            q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd,
+            p_q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd,
             mask=inside & (d < D)[None, :],
             other=0.0,
         )
         gt = tl.load(
-            g + b * sgb + n64 * sgn + c[None, :] * sgc, mask=inside & (c < C)[None, :], other=0.0
+            p_g + b * sgb + n64 * sgn + c[None, :] * sgc, mask=inside & (c < C)[None, :], other=0.0
         )
-        l2 = tl.load(lse + row, mask=n < N, other=0.0)
+        l2 = tl.load(p_lse + row, mask=n < N, other=0.0)
         a = tl.where(
             inside,
             tl.exp2(tl.dot(qt, kt, input_precision=PRECISION) * (scale * LOG2E) - l2[:, None]),
@@ -296,19 +296,19 @@ def _affinity_dkp_kernel(
         if KEYS:
             ds = a * (
                 tl.dot(gt, pt, input_precision=PRECISION)
-                - tl.load(delta + row, mask=n < N, other=0.0)[:, None]
+                - tl.load(p_delta + row, mask=n < N, other=0.0)[:, None]
             )
             qw = qt.to(tl.float32) if WIDE else qt
             ak += tl.dot(tl.trans(ds.to(qw.dtype)), qw, input_precision=PRECISION)
     at = (bh.to(tl.int64) * SPLITS + split) * M + m[:, None]
     if KEYS:
         tl.store(
-            dk + at * D + d[None, :],
+            p_dk + at * D + d[None, :],
             ak * (scale * weight),
             mask=(m < M)[:, None] & (d < D)[None, :],
         )
     if VALUES:
-        to = dp + at * C + c[None, :]
+        to = p_dp + at * C + c[None, :]
         in_p = (m < M)[:, None] & (c < C)[None, :]
         ap = ap * weight
         if not FIRST:

@@ -36,10 +36,10 @@ def axial_add_ref(
 # %% ../../nbs/18c_ops.axial_add.ipynb #56801095
 @triton.jit
 def _axial_add_fwd_kernel(
-    v,
-    row,
-    column,
-    out,
+    p_v,
+    p_row,
+    p_column,
+    p_out,
     C,
     H,
     W,
@@ -78,25 +78,25 @@ def _axial_add_fwd_kernel(
     w = w.to(tl.int64)
     keep = in_c[:, None, None] & in_h[None, :, None] & in_w[None, None, :]
     r = tl.load(
-        row + b * rb + c[:, None] * rc + h[None, :] * rh,
+        p_row + b * rb + c[:, None] * rc + h[None, :] * rh,
         mask=in_c[:, None] & in_h[None, :],
         other=0.0,
     ).to(tl.float32)
     k = tl.load(
-        column + b * cb + c[:, None] * cc + w[None, :] * cw,
+        p_column + b * cb + c[:, None] * cc + w[None, :] * cw,
         mask=in_c[:, None] & in_w[None, :],
         other=0.0,
     ).to(tl.float32)
     x = tl.load(
-        v + b * vb + c[:, None, None] * vc + h[None, :, None] * vh + w[None, None, :] * vw,
+        p_v + b * vb + c[:, None, None] * vc + h[None, :, None] * vh + w[None, None, :] * vw,
         mask=keep,
         other=0.0,
     ).to(tl.float32)
     s = x + r[:, :, None] + k[:, None, :]
     s = tl.where(s < 0, 0.0, tl.where(s > 6, 6.0, s))  # comparisons are false for NaN, which stays
     tl.store(
-        out + b * ob + c[:, None, None] * oc + h[None, :, None] * oh + w[None, None, :] * ow,
-        s.to(out.dtype.element_ty),
+        p_out + b * ob + c[:, None, None] * oc + h[None, :, None] * oh + w[None, None, :] * ow,
+        s.to(p_out.dtype.element_ty),
         mask=keep,
     )
 
@@ -142,13 +142,13 @@ def axial_add_fwd(
 # %% ../../nbs/18c_ops.axial_add.ipynb #4c648480
 @triton.jit
 def _axial_add_bwd_kernel(
-    g,
-    v,
-    row,
-    column,
-    dv,
-    drow,
-    dcolumn,
+    p_g,
+    p_v,
+    p_row,
+    p_column,
+    p_dv,
+    p_drow,
+    p_dcolumn,
     C,
     H,
     W,
@@ -190,7 +190,7 @@ def _axial_add_bwd_kernel(
     c = c.to(tl.int64)
     w = w.to(tl.int64)
     k = tl.load(
-        column + b * cb + c[:, None] * cc + w[None, :] * cw,
+        p_column + b * cb + c[:, None] * cc + w[None, :] * cw,
         mask=in_c[:, None] & in_w[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -201,17 +201,17 @@ def _axial_add_bwd_kernel(
         h = h.to(tl.int64)
         keep = in_c[:, None, None] & in_h[None, :, None] & in_w[None, None, :]
         r = tl.load(
-            row + b * rb + c[:, None] * rc + h[None, :] * rh,
+            p_row + b * rb + c[:, None] * rc + h[None, :] * rh,
             mask=in_c[:, None] & in_h[None, :],
             other=0.0,
         ).to(tl.float32)
         x = tl.load(
-            v + b * vb + c[:, None, None] * vc + h[None, :, None] * vh + w[None, None, :] * vw,
+            p_v + b * vb + c[:, None, None] * vc + h[None, :, None] * vh + w[None, None, :] * vw,
             mask=keep,
             other=0.0,
         ).to(tl.float32)
         d = tl.load(
-            g + b * gb + c[:, None, None] * gc + h[None, :, None] * gh + w[None, None, :] * gw,
+            p_g + b * gb + c[:, None, None] * gc + h[None, :, None] * gh + w[None, None, :] * gw,
             mask=keep,
             other=0.0,
         ).to(tl.float32)
@@ -219,22 +219,26 @@ def _axial_add_bwd_kernel(
         d = tl.where((s <= 0) | (s >= 6), 0.0, d)
         if MAP:
             tl.store(
-                dv + b * ob + c[:, None, None] * oc + h[None, :, None] * oh + w[None, None, :] * ow,
-                d.to(dv.dtype.element_ty),
+                p_dv
+                + b * ob
+                + c[:, None, None] * oc
+                + h[None, :, None] * oh
+                + w[None, None, :] * ow,
+                d.to(p_dv.dtype.element_ty),
                 mask=keep,
             )
         if ROW:
             tl.store(
-                drow + ((b * C + c[:, None]) * strips + strip) * H + h[None, :],
-                tl.sum(d, 2).to(drow.dtype.element_ty),
+                p_drow + ((b * C + c[:, None]) * strips + strip) * H + h[None, :],
+                tl.sum(d, 2).to(p_drow.dtype.element_ty),
                 mask=in_c[:, None] & in_h[None, :],
             )
         if COLUMN:
             below += tl.sum(d, 1)
     if COLUMN:
         tl.store(
-            dcolumn + (b * C + c[:, None]) * W + w[None, :],
-            below.to(dcolumn.dtype.element_ty),
+            p_dcolumn + (b * C + c[:, None]) * W + w[None, :],
+            below.to(p_dcolumn.dtype.element_ty),
             mask=in_c[:, None] & in_w[None, :],
         )
 

@@ -26,30 +26,30 @@ from .tiles import LN2, LOG2E
 
 # %% ../../nbs/16f_ops.ce_quads.ipynb #55f3e4bc
 @triton.jit
-def _more_classes(z, corners, sc, m, s, left, right, th, KB: tl.constexpr):
+def _more_classes(p_z, corners, sc, m, s, left, right, th, KB: tl.constexpr):
     "Running maximum and sum after `KB` more classes, and these classes' values."
-    v = between(corner_values(z, corners, sc, KB - 1, KB), left, right, 0.0, th)
+    v = between(corner_values(p_z, corners, sc, KB - 1, KB), left, right, 0.0, th)
     n = tl.maximum(m, tl.max(v, 0))
     return n, s * tl.exp2(m - n) + tl.sum(tl.exp2(v - n[None, :, :, :]), 0), v
 
 
 @triton.jit
-def _weighted(v, weight, k, KB: tl.constexpr, WEIGHT: tl.constexpr):
+def _weighted(v, p_weight, k, KB: tl.constexpr, WEIGHT: tl.constexpr):
     "Sum over the classes of a block, each times its weight."
     if WEIGHT:
-        v = v * tl.load(weight + k + tl.arange(0, KB))[:, None, None, None]
+        v = v * tl.load(p_weight + k + tl.arange(0, KB))[:, None, None, None]
     return tl.sum(v, 0)
 
 # %% ../../nbs/16f_ops.ce_quads.ipynb #8eaab7ec
 @triton.jit(do_not_specialize=["ignore", "K", "h", "w", "H", "W", "rows", "cols", "sb", "sc", "sh"])
 def _quad_ce_fwd_kernel(
-    z,
-    target,
-    weight,
-    total,
-    lse,
-    nll,
-    sums,
+    p_z,
+    p_target,
+    p_weight,
+    p_total,
+    p_lse,
+    p_nll,
+    p_sums,
     ignore,
     K,
     smooth,
@@ -83,38 +83,38 @@ def _quad_ce_fwd_kernel(
     m = tl.full([PH, PW, NQ], -3e38, tl.float32)
     s = tl.zeros([PH, PW, NQ], tl.float32)
     smoothed = tl.zeros([PH, PW, NQ], tl.float32)
-    plane = z + b * sb
+    plane = p_z + b * sb
     wide = sc.to(tl.int64)
     for k in range(0, K - K % KB, KB):
         m, s, v = _more_classes(plane, corners, wide, m, s, left, right, th, KB)
         if SMOOTH:
-            smoothed += _weighted(v, weight, k, KB, WEIGHT)
+            smoothed += _weighted(v, p_weight, k, KB, WEIGHT)
         plane += KB * wide
     for k in range(K - K % KB, K):
         m, s, v = _more_classes(plane, corners, wide, m, s, left, right, th, 1)
         if SMOOTH:
-            smoothed += _weighted(v, weight, k, 1, WEIGHT)
+            smoothed += _weighted(v, p_weight, k, 1, WEIGHT)
         plane += wide
     l2 = m + tl.log2(s)
     picture = b * H * W
-    tl.store(lse + picture + at, l2, mask=inside)
-    y = tl.load(target + picture + at).to(tl.int32)
+    tl.store(p_lse + picture + at, l2, mask=inside)
+    y = tl.load(p_target + picture + at).to(tl.int32)
     valid = inside & (y != ignore)
     y = tl.minimum(tl.maximum(tl.where(valid, y, 0), 0), K - 1)
-    own = z + b * sb + y.to(tl.int64) * sc
+    own = p_z + b * sb + y.to(tl.int64) * sc
     top = tl.load(own + corners[0][None, None, :]).to(tl.float32) * left[None, :, :]
     top += tl.load(own + corners[1][None, None, :]).to(tl.float32) * right[None, :, :]
     low = tl.load(own + corners[2][None, None, :]).to(tl.float32) * left[None, :, :]
     low += tl.load(own + corners[3][None, None, :]).to(tl.float32) * right[None, :, :]
     loss = (l2 - (top * (1.0 - th)[:, None, :] + low * th[:, None, :])) * LN2
     if NLL:
-        tl.store(nll + picture + at, tl.where(valid, loss, 0.0), mask=inside)
-    wy = tl.where(valid, tl.load(weight + y), 0.0) if WEIGHT else valid.to(tl.float32)
+        tl.store(p_nll + picture + at, tl.where(valid, loss, 0.0), mask=inside)
+    wy = tl.where(valid, tl.load(p_weight + y), 0.0) if WEIGHT else valid.to(tl.float32)
     part = wy * loss
     if SMOOTH:
-        whole = tl.load(total) if WEIGHT else K.to(tl.float32)
+        whole = tl.load(p_total) if WEIGHT else K.to(tl.float32)
         part = (1.0 - smooth) * part + smooth / K * (whole * l2 - smoothed) * LN2
-    place = sums + 2 * tl.program_id(0)
+    place = p_sums + 2 * tl.program_id(0)
     tl.store(place, tl.sum(tl.sum(tl.sum(tl.where(valid, part, 0.0), 0), 0), 0))
     tl.store(place + 1, tl.sum(tl.sum(tl.sum(tl.where(valid, wy, 0.0), 0), 0), 0))
 
@@ -198,13 +198,13 @@ def ce_fwd(
     ]
 )
 def _quad_ce_bwd_kernel(
-    z,
-    target,
-    weight,
-    weights,
-    lse,
-    pixel,
-    part,
+    p_z,
+    p_target,
+    p_weight,
+    p_weights,
+    p_lse,
+    p_pixel,
+    p_part,
     ignore,
     K,
     k0,
@@ -240,18 +240,18 @@ def _quad_ce_bwd_kernel(
     left = (1.0 - tw) * LOG2E
     right = tw * LOG2E
     picture = b * H * W
-    y = tl.load(target + picture + at).to(tl.int32)
+    y = tl.load(p_target + picture + at).to(tl.int32)
     valid = inside & (y != ignore)
     y = tl.where(valid, y, -1)
-    l2 = tl.where(valid, tl.load(lse + picture + at), float("inf"))
+    l2 = tl.where(valid, tl.load(p_lse + picture + at), float("inf"))
     if PIXEL:
-        coefficient = tl.where(valid, tl.load(pixel + picture + at), 0.0)
+        coefficient = tl.where(valid, tl.load(p_pixel + picture + at), 0.0)
     elif WEIGHT:
-        coefficient = tl.where(valid, tl.load(weight + tl.minimum(tl.maximum(y, 0), K - 1)), 0.0)
-    whole = tl.load(weights) if WEIGHT and SMOOTH else K.to(tl.float32)
+        coefficient = tl.where(valid, tl.load(p_weight + tl.minimum(tl.maximum(y, 0), K - 1)), 0.0)
+    whole = tl.load(p_weights) if WEIGHT and SMOOTH else K.to(tl.float32)
     first = tl.program_id(1) * share
     wide = sc.to(tl.int64)
-    plane = z + b * sb + (k0 + first).to(tl.int64) * sc
+    plane = p_z + b * sb + (k0 + first).to(tl.int64) * sc
     live = p < rows * cols
     where = b * rows * cols + p
     for c in range(first, tl.minimum(first + share, n), KB):
@@ -263,13 +263,13 @@ def _quad_ce_bwd_kernel(
             d = d * coefficient[None, :, :, :]
         if SMOOTH:
             wk = (
-                tl.load(weight + k0 + k, mask=k < n, other=0.0)[:, None, None, None]
+                tl.load(p_weight + k0 + k, mask=k < n, other=0.0)[:, None, None, None]
                 if WEIGHT
                 else 1.0
             )
             even = tl.where(valid[None, :, :, :], whole * q - wk, 0.0)
             d = (1.0 - smooth) * d + smooth / K * even
-        store_corners(part, onto_corners(d, th, left, right), c, n, total, where, live, KB)
+        store_corners(p_part, onto_corners(d, th, left, right), c, n, total, where, live, KB)
         plane += KB * wide
 
 # %% ../../nbs/16f_ops.ce_quads.ipynb #67e3f4ad

@@ -16,13 +16,13 @@ from .tiles import LN2, LOG2E, precision
 # %% ../../nbs/16c_ops.ce_tiles.ipynb #a639fc0b
 @triton.jit
 def _upsample_ce_fwd_kernel(
-    z,
-    target,
-    weight,
-    total,
-    lse,
-    nll,
-    sums,
+    p_z,
+    p_target,
+    p_weight,
+    p_total,
+    p_lse,
+    p_nll,
+    p_sums,
     ignore,
     K,
     smooth,
@@ -54,9 +54,9 @@ def _upsample_ce_fwd_kernel(
     at = b * H * W + oh[:, None] * W + ow[None, :]
     rows = neighbours(oh, step_h, h, ALIGN)
     cols = neighbours(ow, step_w, w, ALIGN)
-    y = tl.load(target + at, mask=inside, other=ignore).to(tl.int32)
+    y = tl.load(p_target + at, mask=inside, other=ignore).to(tl.int32)
     valid = inside & (y != ignore)
-    plane = z + b * sb
+    plane = p_z + b * sb
     m = tl.full([BH, BW], float("-inf"), tl.float32)
     s = tl.zeros([BH, BW], tl.float32)
     zy = tl.zeros([BH, BW], tl.float32)
@@ -68,20 +68,20 @@ def _upsample_ce_fwd_kernel(
         m = tl.where(v > m, v, m)
         zy = tl.where(y == k, v, zy)
         if SMOOTH:
-            smoothed += v * (tl.load(weight + k) if WEIGHT else 1.0)
+            smoothed += v * (tl.load(p_weight + k) if WEIGHT else 1.0)
         plane += sc
     l2 = m + tl.log2(s)
-    tl.store(lse + at, l2, mask=inside)
+    tl.store(p_lse + at, l2, mask=inside)
     loss = (l2 - zy) * LN2
     if NLL:
-        tl.store(nll + at, tl.where(valid, loss, 0.0), mask=inside)
-    wy = tl.load(weight + y, mask=valid, other=0.0) if WEIGHT else valid.to(tl.float32)
+        tl.store(p_nll + at, tl.where(valid, loss, 0.0), mask=inside)
+    wy = tl.load(p_weight + y, mask=valid, other=0.0) if WEIGHT else valid.to(tl.float32)
     part = wy * loss
     if SMOOTH:
-        whole = tl.load(total) if WEIGHT else K.to(tl.float32)
+        whole = tl.load(p_total) if WEIGHT else K.to(tl.float32)
         part = (1.0 - smooth) * part + smooth / K * (whole * l2 - smoothed) * LN2
-    tl.store(sums + 2 * tl.program_id(0), tl.sum(tl.sum(tl.where(valid, part, 0.0), 1), 0))
-    tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(tl.sum(tl.where(valid, wy, 0.0), 1), 0))
+    tl.store(p_sums + 2 * tl.program_id(0), tl.sum(tl.sum(tl.where(valid, part, 0.0), 1), 0))
+    tl.store(p_sums + 2 * tl.program_id(0) + 1, tl.sum(tl.sum(tl.where(valid, wy, 0.0), 1), 0))
 
 # %% ../../nbs/16c_ops.ce_tiles.ipynb #7bf88f11
 def upsample_ce_fwd(
@@ -149,14 +149,14 @@ def last_output(i, inv, n, N, ALIGN: tl.constexpr):
 # %% ../../nbs/16c_ops.ce_tiles.ipynb #1b3bd696
 @triton.jit
 def _upsample_ce_bwd_kernel(
-    z,
-    target,
-    weight,
-    total,
-    lse,
-    pixel,
-    scale,
-    dz,
+    p_z,
+    p_target,
+    p_weight,
+    p_total,
+    p_lse,
+    p_pixel,
+    p_scale,
+    p_dz,
     ignore,
     K,
     smooth,
@@ -194,9 +194,9 @@ def _upsample_ce_bwd_kernel(
     j0 = (tile % tiles_w) * T
     i = i0 + tl.arange(0, T)
     j = j0 + tl.arange(0, T)
-    plane = z + b * sb + k.to(tl.int64) * sc
-    wk = tl.load(weight + k) if WEIGHT else 1.0
-    whole = tl.load(total) if WEIGHT and SMOOTH else K.to(tl.float32)
+    plane = p_z + b * sb + k.to(tl.int64) * sc
+    wk = tl.load(p_weight + k) if WEIGHT else 1.0
+    whole = tl.load(p_total) if WEIGHT and SMOOTH else K.to(tl.float32)
     acc = tl.zeros([T, T], tl.float32)
     for r in range(first_output(i0, inv_h, ALIGN), last_output(i0 + T, inv_h, h, H, ALIGN), BO):
         oh = r + tl.arange(0, BO)
@@ -208,16 +208,16 @@ def _upsample_ce_bwd_kernel(
             wx = hat(ow, j, step_w, w, W, ALIGN)
             inside = (oh < H)[:, None] & (ow < W)[None, :]
             at = b * H * W + oh[:, None] * W + ow[None, :]
-            y = tl.load(target + at, mask=inside, other=ignore).to(tl.int32)
+            y = tl.load(p_target + at, mask=inside, other=ignore).to(tl.int32)
             valid = inside & (y != ignore)
             p = tl.exp2(
                 bilinear(plane, rows, cols, sh, sw, inside) * LOG2E
-                - tl.load(lse + at, mask=inside, other=0.0)
+                - tl.load(p_lse + at, mask=inside, other=0.0)
             )
             if PIXEL:
-                coefficient = tl.load(pixel + at, mask=valid, other=0.0)
+                coefficient = tl.load(p_pixel + at, mask=valid, other=0.0)
             elif WEIGHT:
-                coefficient = tl.load(weight + y, mask=valid, other=0.0)
+                coefficient = tl.load(p_weight + y, mask=valid, other=0.0)
             else:
                 coefficient = 1.0
             d = coefficient * tl.where(y == k, p - 1.0, p)
@@ -227,10 +227,10 @@ def _upsample_ce_bwd_kernel(
             acc += tl.dot(
                 tl.dot(wy, d, input_precision=PRECISION), tl.trans(wx), input_precision=PRECISION
             )
-    acc *= tl.load(scale)
+    acc *= tl.load(p_scale)
     tl.store(
-        dz + b * gb + k.to(tl.int64) * gc + i[:, None] * gh + j[None, :] * gw,
-        acc.to(dz.dtype.element_ty),
+        p_dz + b * gb + k.to(tl.int64) * gc + i[:, None] * gh + j[None, :] * gw,
+        acc.to(p_dz.dtype.element_ty),
         mask=(i < h)[:, None] & (j < w)[None, :],
     )
 

@@ -53,10 +53,10 @@ def class_sums_ref(
 # %% ../../nbs/15e_ops.class_sums.ipynb #5e786af0
 @triton.jit
 def _class_sums_fwd_kernel(
-    x,
-    labels,
-    sums,
-    counts,
+    p_x,
+    p_labels,
+    p_sums,
+    p_counts,
     N,
     K,
     C,
@@ -91,14 +91,14 @@ def _class_sums_fwd_kernel(
     count = tl.zeros([BK], tl.float32)
     for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        y = tl.load(labels + b * yb + pixel_offsets(n, W, yh, yw, FLAT), mask=n < N, other=0).to(
+        y = tl.load(p_labels + b * yb + pixel_offsets(n, W, yh, yw, FLAT), mask=n < N, other=0).to(
             tl.int64
         )
         valid = (n < N) & (y >= 0) & (y < K)
         y = tl.where(valid, y, -1).to(tl.int32)
         # [BN, BC]
         xt = tl.load(
-            x + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[:, None] + c64 * sc,
+            p_x + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[:, None] + c64 * sc,
             mask=(n < N)[:, None] & (c < C)[None, :],
             other=0.0,
         )
@@ -107,16 +107,16 @@ def _class_sums_fwd_kernel(
         acc += tl.dot(hit.to(xt.dtype), xt, input_precision=PRECISION)
         count += tl.sum(hit.to(tl.float32), 1)
     row = (b * SPLITS + split) * K + k
-    tl.store(sums + row[:, None] * C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
+    tl.store(p_sums + row[:, None] * C + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
     if ctile == 0:
-        tl.store(counts + row, count, mask=k < K)
+        tl.store(p_counts + row, count, mask=k < K)
 
 # %% ../../nbs/15e_ops.class_sums.ipynb #ff28c56e
 @triton.jit
 def _class_sums_bwd_kernel(
-    g,
-    labels,
-    dx,
+    p_g,
+    p_labels,
+    p_dx,
     N,
     K,
     C,
@@ -144,19 +144,19 @@ def _class_sums_bwd_kernel(
     n = tile * BN + tl.arange(0, BN)
     c = ctile * BC + tl.arange(0, BC)
     cells = (c < C)[:, None] & (n < N)[None, :]
-    y = tl.load(labels + b * yb + pixel_offsets(n, W, yh, yw, FLAT), mask=n < N, other=0).to(
+    y = tl.load(p_labels + b * yb + pixel_offsets(n, W, yh, yw, FLAT), mask=n < N, other=0).to(
         tl.int64
     )
     valid = (y >= 0) & (y < K)
     # [BC, BN]
     v = tl.load(
-        g + b * gb + tl.where(valid, y, 0)[None, :] * gk + c.to(tl.int64)[:, None] * gc,
+        p_g + b * gb + tl.where(valid, y, 0)[None, :] * gk + c.to(tl.int64)[:, None] * gc,
         mask=cells & valid[None, :],
         other=0.0,
     )
     tl.store(
-        dx + b * db + c.to(tl.int64)[:, None] * dc + n.to(tl.int64)[None, :] * dw,
-        v.to(dx.dtype.element_ty),
+        p_dx + b * db + c.to(tl.int64)[:, None] * dc + n.to(tl.int64)[None, :] * dw,
+        v.to(p_dx.dtype.element_ty),
         mask=cells,
     )
 

@@ -12,11 +12,11 @@ from .dispatch import tl, triton
 # %% ../../nbs/15d_ops.cosine_kernels.ipynb #c8d6fc12
 @triton.jit
 def _cosine_fwd_kernel(
-    u,
-    feat,
-    pos,
-    out,
-    norm,
+    p_u,
+    p_feat,
+    p_pos,
+    p_out,
+    p_norm,
     N,
     K,
     C,
@@ -47,8 +47,8 @@ def _cosine_fwd_kernel(
     k = ktile * BK + tl.arange(0, BK)
     in_n = n < N
     in_k = k < K
-    from_f = feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[None, :]
-    from_p = pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[None, :]
+    from_f = p_feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[None, :]
+    from_p = p_pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[None, :]
     acc = tl.zeros([BK, BN], tl.float32)
     square = tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
@@ -60,7 +60,7 @@ def _cosine_fwd_kernel(
             x += tl.load(from_p + c64 * pc, mask=cells, other=0.0).to(tl.float32)
         # [BK, BC]
         a = tl.load(
-            u + b * K * C + (k[:, None] * C + c[None, :]),
+            p_u + b * K * C + (k[:, None] * C + c[None, :]),
             mask=in_k[:, None] & (c < C)[None, :],
             other=0.0,
         )
@@ -68,23 +68,23 @@ def _cosine_fwd_kernel(
         acc += tl.dot(a, x.to(a.dtype), input_precision=PRECISION)
     r = tl.sqrt(square)
     tl.store(
-        out + (b * K + k)[:, None] * N + n[None, :],
-        (acc / (r + 1e-12)[None, :]).to(out.dtype.element_ty),
+        p_out + (b * K + k)[:, None] * N + n[None, :],
+        (acc / (r + 1e-12)[None, :]).to(p_out.dtype.element_ty),
         mask=in_k[:, None] & in_n[None, :],
     )
     if ktile == 0:
-        tl.store(norm + b * N + n, r, mask=in_n)
+        tl.store(p_norm + b * N + n, r, mask=in_n)
 
 # %% ../../nbs/15d_ops.cosine_kernels.ipynb #57f0c80b
 @triton.jit
 def _cosine_dx_kernel(
-    u,
-    feat,
-    pos,
-    out,
-    norm,
-    g,
-    dx,
+    p_u,
+    p_feat,
+    p_pos,
+    p_out,
+    p_norm,
+    p_g,
+    p_dx,
     N,
     K,
     C,
@@ -124,47 +124,49 @@ def _cosine_dx_kernel(
     c64 = c.to(tl.int64)[:, None]
     n64 = n.to(tl.int64)[None, :]
     cells = (c < C)[:, None] & in_n[None, :]
-    from_g = g + b * gb + pixel_offsets(n, W, gh, gw, FLAT)[None, :]
+    from_g = p_g + b * gb + pixel_offsets(n, W, gh, gw, FLAT)[None, :]
     acc = tl.zeros([BC, BN], tl.float32)
     along = tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         inside = (k < K)[:, None] & in_n[None, :]
         d = tl.load(from_g + k.to(tl.int64)[:, None] * gk, mask=inside, other=0.0)  # [BK, BN]
-        o = tl.load(out + (b * K + k)[:, None] * N + n[None, :], mask=inside, other=0.0)
+        o = tl.load(p_out + (b * K + k)[:, None] * N + n[None, :], mask=inside, other=0.0)
         # [BC, BK]
         a = tl.load(
-            u + b * K * C + (k[None, :] * C + c[:, None]),
+            p_u + b * K * C + (k[None, :] * C + c[:, None]),
             mask=(c < C)[:, None] & (k < K)[None, :],
             other=0.0,
         )
         along += tl.sum(d.to(tl.float32) * o.to(tl.float32), 0)
         acc += tl.dot(a, d, input_precision=PRECISION)
     x = tl.load(
-        feat + b * fb + c64 * fc + pixel_offsets(n, W, fh, fw, FLAT)[None, :], mask=cells, other=0.0
+        p_feat + b * fb + c64 * fc + pixel_offsets(n, W, fh, fw, FLAT)[None, :],
+        mask=cells,
+        other=0.0,
     ).to(tl.float32)
     if POS:
         x += tl.load(
-            pos + b * pb + c64 * pc + pixel_offsets(n, W, ph, pw, FLAT)[None, :],
+            p_pos + b * pb + c64 * pc + pixel_offsets(n, W, ph, pw, FLAT)[None, :],
             mask=cells,
             other=0.0,
         ).to(tl.float32)
-    r = tl.load(norm + b * N + n, mask=in_n, other=1.0)
+    r = tl.load(p_norm + b * N + n, mask=in_n, other=1.0)
     acc -= x * tl.where(r == 0, 0.0, along / tl.where(r == 0, 1.0, r))[None, :]
     tl.store(
-        dx + b * db + c64 * dc + n64 * dw,
-        (acc / (r + 1e-12)[None, :]).to(dx.dtype.element_ty),
+        p_dx + b * db + c64 * dc + n64 * dw,
+        (acc / (r + 1e-12)[None, :]).to(p_dx.dtype.element_ty),
         mask=cells,
     )
 
 # %% ../../nbs/15d_ops.cosine_kernels.ipynb #d2017c21
 @triton.jit
 def _cosine_du_kernel(
-    feat,
-    pos,
-    norm,
-    g,
-    du,
+    p_feat,
+    p_pos,
+    p_norm,
+    p_g,
+    p_du,
     N,
     K,
     C,
@@ -209,26 +211,26 @@ def _cosine_du_kernel(
         cells = in_n[:, None] & (c < C)[None, :]
         # [BK, BN]
         d = tl.load(
-            g + b * gb + k64 * gk + pixel_offsets(n, W, gh, gw, FLAT)[None, :],
+            p_g + b * gb + k64 * gk + pixel_offsets(n, W, gh, gw, FLAT)[None, :],
             mask=(k < K)[:, None] & in_n[None, :],
             other=0.0,
         )
         # [BN, BC]
         x = tl.load(
-            feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[:, None] + c64 * fc,
+            p_feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[:, None] + c64 * fc,
             mask=cells,
             other=0.0,
         ).to(tl.float32)
         if POS:
             x += tl.load(
-                pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[:, None] + c64 * pc,
+                p_pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[:, None] + c64 * pc,
                 mask=cells,
                 other=0.0,
             ).to(tl.float32)
-        x = x / (tl.load(norm + b * N + n, mask=in_n, other=1.0) + 1e-12)[:, None]
+        x = x / (tl.load(p_norm + b * N + n, mask=in_n, other=1.0) + 1e-12)[:, None]
         acc += tl.dot(d, x.to(d.dtype), input_precision=PRECISION)
     tl.store(
-        du + ((b * SPLITS + split) * K + k)[:, None] * C + c[None, :],
+        p_du + ((b * SPLITS + split) * K + k)[:, None] * C + c[None, :],
         acc,
         mask=(k < K)[:, None] & (c < C)[None, :],
     )

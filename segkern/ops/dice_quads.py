@@ -43,9 +43,9 @@ def _sums_over_pixels(x):
     do_not_specialize=["ignore", "K", "share", "h", "w", "H", "W", "rows", "cols", "sb", "sc", "sh"]
 )
 def _quad_dice_fwd_kernel(
-    z,
-    target,
-    out,
+    p_z,
+    p_target,
+    p_out,
     ignore,
     K,
     share,
@@ -74,13 +74,13 @@ def _quad_dice_fwd_kernel(
     )
     left = (tw - 1.0) * LOG2E
     right = -tw * LOG2E
-    y = tl.load(target + b * H * W + at).to(tl.int32)
+    y = tl.load(p_target + b * H * W + at).to(tl.int32)
     valid = inside & (y != ignore)
     y = tl.where(valid, y, -1)
     counted = (valid if EXCLUDE else inside).to(tl.float32)
     first = tl.program_id(1) * share
     wide = sc.to(tl.int64)
-    plane = z + b * sb + first.to(tl.int64) * sc
+    plane = p_z + b * sb + first.to(tl.int64) * sc
     for c in range(first, tl.minimum(first + share, K), KB):
         k = c + tl.arange(0, KB)
         s = _one_over_one_plus(
@@ -88,7 +88,7 @@ def _quad_dice_fwd_kernel(
                 between(corner_values(plane, corners, wide, K - 1 - c, KB), left, right, 0.0, th)
             )
         )
-        place = out + (tl.program_id(0).to(tl.int64) * K + k) * 2
+        place = p_out + (tl.program_id(0).to(tl.int64) * K + k) * 2
         hit = y[None, :, :, :] == k[:, None, None, None]
         tl.store(place, _sums_over_pixels(tl.where(hit, s, 0.0)), mask=k < K)
         tl.store(place + 1, _sums_over_pixels(s * counted[None, :, :, :]), mask=k < K)
@@ -148,10 +148,10 @@ def dice_fwd(logits, target, ignore_index, align_corners, exclude):
     ]
 )
 def _quad_dice_bwd_kernel(
-    z,
-    target,
-    g,
-    part,
+    p_z,
+    p_target,
+    p_g,
+    p_part,
     ignore,
     K,
     k0,
@@ -183,18 +183,18 @@ def _quad_dice_bwd_kernel(
     )
     left = (tw - 1.0) * LOG2E
     right = -tw * LOG2E
-    y = tl.load(target + b * H * W + at).to(tl.int32)
+    y = tl.load(p_target + b * H * W + at).to(tl.int32)
     valid = inside & (y != ignore)
     y = tl.where(valid, y, -1)
     counted = valid if EXCLUDE else inside
     first = tl.program_id(1) * share
     wide = sc.to(tl.int64)
-    plane = z + b * sb + (k0 + first).to(tl.int64) * sc
+    plane = p_z + b * sb + (k0 + first).to(tl.int64) * sc
     live = p < rows * cols
     where = b * rows * cols + p
     for c in range(first, tl.minimum(first + share, n), KB):
         k = k0 + c + tl.arange(0, KB)
-        of_class = g + (b * K + tl.minimum(k, K - 1)) * 2
+        of_class = p_g + (b * K + tl.minimum(k, K - 1)) * 2
         inter = tl.load(of_class)[:, None, None, None]
         whole = tl.load(of_class + 1)[:, None, None, None]
         s = _one_over_one_plus(
@@ -204,7 +204,7 @@ def _quad_dice_bwd_kernel(
         )
         d = tl.where(y[None, :, :, :] == k[:, None, None, None], inter + whole, whole) * (s - s * s)
         d = tl.where(counted[None, :, :, :], d, 0.0)
-        store_corners(part, onto_corners(d, th, left, right), c, n, total, where, live, KB)
+        store_corners(p_part, onto_corners(d, th, left, right), c, n, total, where, live, KB)
         plane += KB * wide
 
 # %% ../../nbs/17e_ops.dice_quads.ipynb #0e80f622

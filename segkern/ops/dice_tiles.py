@@ -17,9 +17,9 @@ from .tiles import precision
 # %% ../../nbs/17d_ops.dice_tiles.ipynb #de87b12e
 @triton.jit
 def _dice_fwd_kernel(
-    z,
-    target,
-    out,
+    p_z,
+    p_target,
+    p_out,
     ignore,
     K,
     h,
@@ -47,19 +47,19 @@ def _dice_fwd_kernel(
     ow = (tile % tiles_w) * BW + tl.arange(0, BW)
     inside = (oh < H)[:, None] & (ow < W)[None, :]
     v = bilinear(
-        z + b * sb + k.to(tl.int64) * sc,
+        p_z + b * sb + k.to(tl.int64) * sc,
         neighbours(oh, step_h, h, ALIGN),
         neighbours(ow, step_w, w, ALIGN),
         sh,
         sw,
         inside,
     )
-    y = tl.load(target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore).to(
+    y = tl.load(p_target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore).to(
         tl.int32
     )
     counted = inside & (y != ignore) if EXCLUDE else inside
     p = tl.where(counted, tl.sigmoid(v), 0.0)
-    at = out + (tl.program_id(0).to(tl.int64) * K + k) * 2
+    at = p_out + (tl.program_id(0).to(tl.int64) * K + k) * 2
     tl.store(at, tl.sum(tl.sum(tl.where((y == k) & (y != ignore), p, 0.0), 1), 0))
     tl.store(at + 1, tl.sum(tl.sum(p, 1), 0))
 
@@ -92,10 +92,10 @@ def dice_tiles_fwd(logits, target, ignore_index, align_corners, exclude):
 # %% ../../nbs/17d_ops.dice_tiles.ipynb #1d531bbc
 @triton.jit
 def _dice_bwd_kernel(
-    z,
-    target,
-    g,
-    dz,
+    p_z,
+    p_target,
+    p_g,
+    p_dz,
     ignore,
     K,
     h,
@@ -130,9 +130,9 @@ def _dice_bwd_kernel(
     j0 = (tile % tiles_w) * T
     i = i0 + tl.arange(0, T)
     j = j0 + tl.arange(0, T)
-    plane = z + b * sb + k.to(tl.int64) * sc
-    g_inter = tl.load(g + (b * K + k) * 2)
-    g_total = tl.load(g + (b * K + k) * 2 + 1)
+    plane = p_z + b * sb + k.to(tl.int64) * sc
+    g_inter = tl.load(p_g + (b * K + k) * 2)
+    g_total = tl.load(p_g + (b * K + k) * 2 + 1)
     acc = tl.zeros([T, T], tl.float32)
     for r in range(first_output(i0, inv_h, ALIGN), last_output(i0 + T, inv_h, h, H, ALIGN), BO):
         oh = r + tl.arange(0, BO)
@@ -144,7 +144,7 @@ def _dice_bwd_kernel(
             wx = hat(ow, j, step_w, w, W, ALIGN)
             inside = (oh < H)[:, None] & (ow < W)[None, :]
             y = tl.load(
-                target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore
+                p_target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore
             ).to(tl.int32)
             s = tl.sigmoid(bilinear(plane, rows, cols, sh, sw, inside))
             d = (tl.where((y == k) & (y != ignore), g_inter, 0.0) + g_total) * s * (1.0 - s)
@@ -154,8 +154,8 @@ def _dice_bwd_kernel(
                 tl.dot(wy, d, input_precision=PRECISION), tl.trans(wx), input_precision=PRECISION
             )
     tl.store(
-        dz + b * gb + k.to(tl.int64) * gc + i[:, None] * gh + j[None, :] * gw,
-        acc.to(dz.dtype.element_ty),
+        p_dz + b * gb + k.to(tl.int64) * gc + i[:, None] * gh + j[None, :] * gw,
+        acc.to(p_dz.dtype.element_ty),
         mask=(i < h)[:, None] & (j < w)[None, :],
     )
 

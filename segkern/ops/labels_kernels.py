@@ -14,8 +14,8 @@ from .resize import bilinear, neighbours, scales
 # %% ../../nbs/16b_ops.labels_kernels.ipynb #0f4bafcf
 @triton.jit
 def _upsample_argmax_kernel(
-    z,
-    out,
+    p_z,
+    p_out,
     K,
     h,
     w,
@@ -41,7 +41,7 @@ def _upsample_argmax_kernel(
     inside = (oh < H)[:, None] & (ow < W)[None, :]
     rows = neighbours(oh, step_h, h, ALIGN)
     cols = neighbours(ow, step_w, w, ALIGN)
-    plane = z + b * sb
+    plane = p_z + b * sb
     best = bilinear(plane, rows, cols, sh, sw, inside)
     label = tl.zeros([BH, BW], tl.int32)
     for k in range(1, K):
@@ -51,7 +51,9 @@ def _upsample_argmax_kernel(
         label = tl.where(better, k, label)
         best = tl.where(better, v, best)
     tl.store(
-        out + b * H * W + oh[:, None] * W + ow[None, :], label.to(out.dtype.element_ty), mask=inside
+        p_out + b * H * W + oh[:, None] * W + ow[None, :],
+        label.to(p_out.dtype.element_ty),
+        mask=inside,
     )
 
 # %% ../../nbs/16b_ops.labels_kernels.ipynb #c3ea2bcc
@@ -90,9 +92,9 @@ def upsample_argmax_fwd(
 # %% ../../nbs/16b_ops.labels_kernels.ipynb #4ea03def
 @triton.jit
 def _upsample_confusion_kernel(
-    z,
-    target,
-    out,
+    p_z,
+    p_target,
+    p_out,
     ignore,
     K,
     h,
@@ -120,7 +122,7 @@ def _upsample_confusion_kernel(
     inside = (oh < H)[:, None] & (ow < W)[None, :]
     rows = neighbours(oh, step_h, h, ALIGN)
     cols = neighbours(ow, step_w, w, ALIGN)
-    plane = z + b * sb
+    plane = p_z + b * sb
     best = bilinear(plane, rows, cols, sh, sw, inside)
     label = tl.zeros([BH, BW], tl.int32)
     for k in range(1, K):
@@ -129,7 +131,7 @@ def _upsample_confusion_kernel(
         better = (v > best) | ((v != v) & (best == best))
         label = tl.where(better, k, label)
         best = tl.where(better, v, best)
-    y = tl.load(target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore).to(
+    y = tl.load(p_target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore).to(
         tl.int32
     )
     counted = inside & (y != ignore)
@@ -137,9 +139,9 @@ def _upsample_confusion_kernel(
     if BINS:
         n = tl.histogram(tl.reshape(pair, [BH * BW]), BINS, mask=tl.reshape(counted, [BH * BW]))
         bins = tl.arange(0, BINS)
-        tl.atomic_add(out + bins, n.to(tl.int64), mask=(n > 0) & (bins < K * K))
+        tl.atomic_add(p_out + bins, n.to(tl.int64), mask=(n > 0) & (bins < K * K))
     else:
-        tl.atomic_add(out + pair, tl.full([BH, BW], 1, tl.int64), mask=counted)
+        tl.atomic_add(p_out + pair, tl.full([BH, BW], 1, tl.int64), mask=counted)
 
 # %% ../../nbs/16b_ops.labels_kernels.ipynb #27d823dc
 def upsample_confusion_fwd(

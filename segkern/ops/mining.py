@@ -12,14 +12,14 @@ from .dispatch import blocks, on_device, tl, triton
 
 # %% ../../nbs/16d_ops.mining.ipynb #22c2f0ca
 @triton.jit
-def _digit_histogram_kernel(x, prefix, counts, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+def _digit_histogram_kernel(p_x, p_prefix, p_counts, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     "Histogram of ten bits of the values whose higher bits equal the prefix."
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(x + i, mask=i < n, other=-1)
-    match = (i < n) & ((bits >> (SHIFT + 10)) == tl.load(prefix))
+    bits = tl.load(p_x + i, mask=i < n, other=-1)
+    match = (i < n) & ((bits >> (SHIFT + 10)) == tl.load(p_prefix))
     c = tl.histogram((bits >> SHIFT) & 1023, 1024, mask=match)
     j = tl.arange(0, 1024)
-    tl.atomic_add(counts + j, c, mask=c > 0)
+    tl.atomic_add(p_counts + j, c, mask=c > 0)
 
 # %% ../../nbs/16d_ops.mining.ipynb #959678a8
 def select(

@@ -21,11 +21,11 @@ from segkern.ops.msca_kernels import (
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #a5347090
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
 def _msca_strips_kernel(
-    x,
-    taps,
-    g,
-    t,
-    dt,
+    p_x,
+    p_taps,
+    p_g,
+    p_t,
+    p_dt,
     TASKS,
     EACH,
     C,
@@ -50,22 +50,22 @@ def _msca_strips_kernel(
     PRECISION: tl.constexpr,
 ):
     "dt = g + sum_k r_k^T u_k, u_k = c_k^T g, on tiles; and t again, where sums for taps are wanted."
-    T: tl.constexpr = dt.dtype.element_ty
+    T: tl.constexpr = p_dt.dtype.element_ty
     c = (tl.program_id(0) % C).to(tl.int64)
     first = (tl.program_id(0) // C) * EACH
-    taps += c * 110
-    across = strip_bands(taps + 25, RW, True, T)
-    down = strip_bands(taps + 64, RH, False, T)
+    p_taps += c * 110
+    across = strip_bands(p_taps + 25, RW, True, T)
+    down = strip_bands(p_taps + 64, RH, False, T)
     if WEIGHTS:
-        square = square_bands(taps, RW, False, T)
+        square = square_bands(p_taps, RW, False, T)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
         at = (b * C + c) * H * W + row.to(tl.int64)[:, None] * W + col[None, :]
         if WEIGHTS:
             made = square_conv(
-                x + b * sb + c * sc,
+                p_x + b * sb + c * sc,
                 square,
-                tl.load(taps + 103),
+                tl.load(p_taps + 103),
                 row,
                 col,
                 H,
@@ -75,22 +75,22 @@ def _msca_strips_kernel(
                 EDGES,
                 PRECISION,
             )
-            tl.store(t + at, made.to(T), mask=own)
-        gt = load_tile(g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
+            tl.store(p_t + at, made.to(T), mask=own)
+        gt = load_tile(p_g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
         acc = gt.to(tl.float32)
         for k in tl.static_range(3):
             # rows beyond the border stay there
             u = tl.dot(down[k], gt, input_precision=PRECISION).to(T)
             acc = tl.dot(u, across[k], acc, input_precision=PRECISION)
-        tl.store(dt + at, acc.to(T), mask=own)
+        tl.store(p_dt + at, acc.to(T), mask=own)
 
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #d6e5e497
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
 def _msca_rows_kernel(
-    t,
-    taps,
-    g,
-    part,
+    p_t,
+    p_taps,
+    p_g,
+    p_part,
     TASKS,
     EACH,
     C,
@@ -110,36 +110,38 @@ def _msca_rows_kernel(
     PRECISION: tl.constexpr,
 ):
     "The sums of the tiles' own pixels for the strips along rows, sum u_k t, and for their biases."
-    T: tl.constexpr = t.dtype.element_ty
+    T: tl.constexpr = p_t.dtype.element_ty
     c = (tl.program_id(0) % C).to(tl.int64)
     first = (tl.program_id(0) // C) * EACH
-    part = part + tl.program_id(0).to(tl.int64) * 110
+    p_part = p_part + tl.program_id(0).to(tl.int64) * 110
     s = tl.arange(0, 32)
     for k in range(3):
         size = 7 + 4 * k + 3 * k * (k - 1)
         at = 7 * k + 2 * k * (k - 1)
-        down = band(taps + c * 110 + 64 + at, size, RH, False, T)
+        down = band(p_taps + c * 110 + 64 + at, size, RH, False, T)
         d = tl.zeros([RW, RW], tl.float32)
         total = tl.zeros([RH], tl.float32)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
-            turned = tl.trans(load_tile(t + (b * C + c) * H * W, row, col, H, W, W, 1))  # [RW, RH]
-            gt = load_tile(g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
+            turned = tl.trans(
+                load_tile(p_t + (b * C + c) * H * W, row, col, H, W, W, 1)
+            )  # [RW, RH]
+            gt = load_tile(p_g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
             u = tl.dot(down, gt, input_precision=PRECISION)
             if EDGES:
                 u = tl.where(own, u, 0.0)
             total += tl.sum(u, 1)
             d = tl.dot(turned, u.to(T), d, input_precision=PRECISION)
-        tl.store(part + 25 + at + s, diagonals(d, size, RW, 32), mask=s < size)
-        tl.store(part + 104 + k, tl.sum(total, 0))
+        tl.store(p_part + 25 + at + s, diagonals(d, size, RW, 32), mask=s < size)
+        tl.store(p_part + 104 + k, tl.sum(total, 0))
 
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #8a5d3dd6
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
 def _msca_columns_kernel(
-    t,
-    taps,
-    g,
-    part,
+    p_t,
+    p_taps,
+    p_g,
+    p_part,
     TASKS,
     EACH,
     C,
@@ -159,37 +161,37 @@ def _msca_columns_kernel(
     PRECISION: tl.constexpr,
 ):
     "The sums of the tiles' own pixels for the strips along columns, sum g a_k, and for their biases."
-    T: tl.constexpr = t.dtype.element_ty
+    T: tl.constexpr = p_t.dtype.element_ty
     c = (tl.program_id(0) % C).to(tl.int64)
     first = (tl.program_id(0) // C) * EACH
-    part = part + tl.program_id(0).to(tl.int64) * 110
+    p_part = p_part + tl.program_id(0).to(tl.int64) * 110
     s = tl.arange(0, 32)
     for k in range(3):
         size = 7 + 4 * k + 3 * k * (k - 1)
         at = 7 * k + 2 * k * (k - 1)
-        across = band(taps + c * 110 + 25 + at, size, RW, False, T)
+        across = band(p_taps + c * 110 + 25 + at, size, RW, False, T)
         d = tl.zeros([RH, RH], tl.float32)
         total = tl.zeros([RH], tl.float32)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
-            made = load_tile(t + (b * C + c) * H * W, row, col, H, W, W, 1)  # [RH, RW]
-            gt = load_tile(g + b * gb + c * gc, row, col, H, W, gh, gw)
+            made = load_tile(p_t + (b * C + c) * H * W, row, col, H, W, W, 1)  # [RH, RW]
+            gt = load_tile(p_g + b * gb + c * gc, row, col, H, W, gh, gw)
             if EDGES:
                 gt = tl.where(own, gt, 0.0)
             total += tl.sum(gt.to(tl.float32), 1)
             a = strip_conv(
-                made, across, taps + c * 110 + 104 + k, (row < H)[:, None], EDGES, PRECISION
+                made, across, p_taps + c * 110 + 104 + k, (row < H)[:, None], EDGES, PRECISION
             )
             d = tl.dot(a, tl.trans(gt.to(T)), d, input_precision=PRECISION)
-        tl.store(part + 64 + at + s, diagonals(d, size, RH, 32), mask=s < size)
-        tl.store(part + 107 + k, tl.sum(total, 0))
+        tl.store(p_part + 64 + at + s, diagonals(d, size, RH, 32), mask=s < size)
+        tl.store(p_part + 107 + k, tl.sum(total, 0))
 
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #715802c9
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
 def _msca_square_kernel(
-    taps,
-    dt,
-    dx,
+    p_taps,
+    p_dt,
+    p_dx,
     TASKS,
     EACH,
     C,
@@ -203,29 +205,29 @@ def _msca_square_kernel(
     PRECISION: tl.constexpr,
 ):
     "dx = K^T dt on tiles."
-    T: tl.constexpr = dx.dtype.element_ty
+    T: tl.constexpr = p_dx.dtype.element_ty
     c = (tl.program_id(0) % C).to(tl.int64)
     first = (tl.program_id(0) // C) * EACH
-    square = square_bands(taps + c * 110, RW, True, T)
+    square = square_bands(p_taps + c * 110, RW, True, T)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = tile_of(i, H, W, TR, TC, 0, PW, RH, RW)
         plane = (b * C + c) * H * W
         acc = tl.zeros([RH, RW], tl.float32)
         for dy in tl.static_range(5):
             acc = tl.dot(
-                load_tile(dt + plane, row + 2 - dy, col, H, W, W, 1),
+                load_tile(p_dt + plane, row + 2 - dy, col, H, W, W, 1),
                 square[dy],
                 acc,
                 input_precision=PRECISION,
             )
-        tl.store(dx + plane + row.to(tl.int64)[:, None] * W + col[None, :], acc.to(T), mask=own)
+        tl.store(p_dx + plane + row.to(tl.int64)[:, None] * W + col[None, :], acc.to(T), mask=own)
 
 # %% ../../nbs/13b_ops.msca_gradients.ipynb #a6991ceb
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
 def _msca_taps_kernel(
-    x,
-    dt,
-    part,
+    p_x,
+    p_dt,
+    p_part,
     TASKS,
     EACH,
     C,
@@ -246,7 +248,7 @@ def _msca_taps_kernel(
     "The sums of the tiles' own pixels for the 25 taps and their bias: two rows of taps at a time."
     c = (tl.program_id(0) % C).to(tl.int64)
     first = (tl.program_id(0) // C) * EACH
-    part += tl.program_id(0).to(tl.int64) * 110
+    p_part += tl.program_id(0).to(tl.int64) * 110
     for dy in range(0, 6, 2):
         d0 = tl.zeros([RW, RW], tl.float32)
         d1 = tl.zeros([RW, RW], tl.float32)
@@ -254,8 +256,8 @@ def _msca_taps_kernel(
         s = tl.arange(0, 8)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = tile_of(i, H, W, TR, TC, 0, PW, RH, RW)
-            mine = load_tile(dt + (b * C + c) * H * W, row, col, H, W, W, 1)
-            at = x + b * sb + c * sc
+            mine = load_tile(p_dt + (b * C + c) * H * W, row, col, H, W, W, 1)
+            at = p_x + b * sb + c * sc
             if EDGES:
                 mine = tl.where(own, mine, 0.0).to(mine.dtype)
             total += tl.sum(mine.to(tl.float32), 1)
@@ -271,6 +273,6 @@ def _msca_taps_kernel(
                 d1,
                 input_precision=PRECISION,
             )
-        tl.store(part + 5 * dy + s, diagonals(d0, 5, RW, 8), mask=s < 5)
-        tl.store(part + 5 * dy + 5 + s, diagonals(d1, 5, RW, 8), mask=(s < 5) & (dy < 4))
-        tl.store(part + 103, tl.sum(total, 0))
+        tl.store(p_part + 5 * dy + s, diagonals(d0, 5, RW, 8), mask=s < 5)
+        tl.store(p_part + 5 * dy + 5 + s, diagonals(d1, 5, RW, 8), mask=(s < 5) & (dy < 4))
+        tl.store(p_part + 103, tl.sum(total, 0))

@@ -10,7 +10,7 @@ from .dispatch import tl, triton
 
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #22db67ae
 @triton.jit
-def band(taps, K, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
+def band(p_taps, K, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
     "B[i, j] = taps[i - j + K//2], zero outside of the strip; TURN: its transpose."
     i = tl.arange(0, R)[:, None]
     j = tl.arange(0, R)[None, :]
@@ -18,28 +18,28 @@ def band(taps, K, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
         t = j - i + K // 2
     else:
         t = i - j + K // 2
-    return tl.load(taps + t, mask=(t >= 0) & (t < K), other=0.0).to(T)
+    return tl.load(p_taps + t, mask=(t >= 0) & (t < K), other=0.0).to(T)
 
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #cdd57f3f
 @triton.jit
-def square_bands(taps, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
+def square_bands(p_taps, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
     "The band matrices of the rows of a 5×5 convolution."
     return (
-        band(taps, 5, R, TURN, T),
-        band(taps + 5, 5, R, TURN, T),
-        band(taps + 10, 5, R, TURN, T),
-        band(taps + 15, 5, R, TURN, T),
-        band(taps + 20, 5, R, TURN, T),
+        band(p_taps, 5, R, TURN, T),
+        band(p_taps + 5, 5, R, TURN, T),
+        band(p_taps + 10, 5, R, TURN, T),
+        band(p_taps + 15, 5, R, TURN, T),
+        band(p_taps + 20, 5, R, TURN, T),
     )
 
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #3ed40f7b
 @triton.jit
-def strip_bands(taps, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
+def strip_bands(p_taps, R: tl.constexpr, TURN: tl.constexpr, T: tl.constexpr):
     "The band matrices of strips of 7, 11 and 21."
     return (
-        band(taps, 7, R, TURN, T),
-        band(taps + 7, 11, R, TURN, T),
-        band(taps + 18, 21, R, TURN, T),
+        band(p_taps, 7, R, TURN, T),
+        band(p_taps + 7, 11, R, TURN, T),
+        band(p_taps + 18, 21, R, TURN, T),
     )
 
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #182327eb
@@ -71,9 +71,9 @@ def tile_of(
 
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #4fd77e49
 @triton.jit
-def load_tile(x, row, col, H, W, sh, sw):
+def load_tile(p_x, row, col, H, W, sh, sw):
     "A tile of a map, zero beyond its borders."
-    at = x + row.to(tl.int64)[:, None] * sh  # [RH, 1]
+    at = p_x + row.to(tl.int64)[:, None] * sh  # [RH, 1]
     return tl.load(
         at + col.to(tl.int64)[None, :] * sw,
         mask=((row >= 0) & (row < H))[:, None] & (col < W)[None, :],
@@ -83,13 +83,16 @@ def load_tile(x, row, col, H, W, sh, sw):
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #ba538988
 @triton.jit
 def square_conv(
-    x, bands, bias, row, col, H, W, sh, sw, EDGES: tl.constexpr, PRECISION: tl.constexpr
+    p_x, bands, bias, row, col, H, W, sh, sw, EDGES: tl.constexpr, PRECISION: tl.constexpr
 ):
     "t = K*x + b on a tile, zero beyond the borders of the map."
-    acc = tl.dot(load_tile(x, row - 2, col, H, W, sh, sw), bands[0], input_precision=PRECISION)
+    acc = tl.dot(load_tile(p_x, row - 2, col, H, W, sh, sw), bands[0], input_precision=PRECISION)
     for dy in tl.static_range(1, 5):
         acc = tl.dot(
-            load_tile(x, row + dy - 2, col, H, W, sh, sw), bands[dy], acc, input_precision=PRECISION
+            load_tile(p_x, row + dy - 2, col, H, W, sh, sw),
+            bands[dy],
+            acc,
+            input_precision=PRECISION,
         )
     acc += bias
     if EDGES:
@@ -98,9 +101,9 @@ def square_conv(
 
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #551a00b5
 @triton.jit
-def strip_conv(t, band, bias, on_map, EDGES: tl.constexpr, PRECISION: tl.constexpr):
+def strip_conv(t, band, p_bias, on_map, EDGES: tl.constexpr, PRECISION: tl.constexpr):
     "a = r*t + b, zero beyond the last row of the map."
-    a = tl.dot(t, band, input_precision=PRECISION) + tl.load(bias)
+    a = tl.dot(t, band, input_precision=PRECISION) + tl.load(p_bias)
     if EDGES:
         a = tl.where(on_map, a, 0.0)
     return a.to(t.dtype)
@@ -108,9 +111,9 @@ def strip_conv(t, band, bias, on_map, EDGES: tl.constexpr, PRECISION: tl.constex
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #3ec189a8
 @triton.jit(do_not_specialize=["TASKS", "EACH", "C", "H", "TR", "TC"])
 def _msca_fwd_kernel(
-    x,
-    taps,
-    y,
+    p_x,
+    p_taps,
+    p_y,
     TASKS,
     EACH,
     C,
@@ -130,20 +133,20 @@ def _msca_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     "y = t + sum_k (c_k*(r_k*t + b) + b) on tiles with margins PH and PW; strips of 7, 11 and 21."
-    T: tl.constexpr = y.dtype.element_ty
+    T: tl.constexpr = p_y.dtype.element_ty
     c = (tl.program_id(0) % C).to(tl.int64)
     first = (tl.program_id(0) // C) * EACH
-    taps += c * 110
-    square = square_bands(taps, RW, False, T)
-    across = strip_bands(taps + 25, RW, False, T)
-    down = strip_bands(taps + 64, RH, True, T)
-    bias = tl.load(taps + 107) + tl.load(taps + 108) + tl.load(taps + 109)
+    p_taps += c * 110
+    square = square_bands(p_taps, RW, False, T)
+    across = strip_bands(p_taps + 25, RW, False, T)
+    down = strip_bands(p_taps + 64, RH, True, T)
+    bias = tl.load(p_taps + 107) + tl.load(p_taps + 108) + tl.load(p_taps + 109)
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
         acc = square_conv(
-            x + b * sb + c * sc,
+            p_x + b * sb + c * sc,
             square,
-            tl.load(taps + 103),
+            tl.load(p_taps + 103),
             row,
             col,
             H,
@@ -155,7 +158,7 @@ def _msca_fwd_kernel(
         )
         t = acc.to(T)
         for k in tl.static_range(3):
-            a = strip_conv(t, across[k], taps + 104 + k, (row < H)[:, None], EDGES, PRECISION)
+            a = strip_conv(t, across[k], p_taps + 104 + k, (row < H)[:, None], EDGES, PRECISION)
             acc = tl.dot(down[k], a, acc, input_precision=PRECISION)
         at = (b * C + c) * H * W + row.to(tl.int64)[:, None] * W + col[None, :]
-        tl.store(y + at, (acc + bias).to(T), mask=own)
+        tl.store(p_y + at, (acc + bias).to(T), mask=own)

@@ -13,9 +13,9 @@ from .tiles import LOG2E
 # %% ../../nbs/15b_ops.prototypes_kernels.ipynb #45b5b15a
 @triton.jit
 def _prototypes_stats_kernel(
-    logits,
-    lse,
-    top,
+    p_logits,
+    p_lse,
+    p_top,
     N,
     K,
     W,
@@ -32,7 +32,7 @@ def _prototypes_stats_kernel(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     n = tile * BN + tl.arange(0, BN)
-    at = logits + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[None, :]
+    at = p_logits + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[None, :]
     high = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
@@ -44,28 +44,28 @@ def _prototypes_stats_kernel(
             other=float("-inf"),
         )
         m = m.to(tl.float32) * LOG2E
-        tl.store(top + (b * tiles + tile) * K + k, tl.max(m, 1), mask=k < K)
+        tl.store(p_top + (b * tiles + tile) * K + k, tl.max(m, 1), mask=k < K)
         new = tl.maximum(high, tl.max(m, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(high - safe) + tl.sum(tl.exp2(m - safe[None, :]), 0)
         high = new
     total = tl.where(n < N, total, 1.0)
     tl.store(
-        lse + b * N + n, tl.where(high == float("-inf"), 0.0, high) + tl.log2(total), mask=n < N
+        p_lse + b * N + n, tl.where(high == float("-inf"), 0.0, high) + tl.log2(total), mask=n < N
     )
 
 # %% ../../nbs/15b_ops.prototypes_kernels.ipynb #3103a88b
 @triton.jit
 def _prototypes_sums_kernel(
-    logits,
-    feat,
-    pos,
-    lse,
-    top,
-    semantic,
-    spatial,
-    mass,
-    total,
+    p_logits,
+    p_feat,
+    p_pos,
+    p_lse,
+    p_top,
+    p_semantic,
+    p_spatial,
+    p_mass,
+    p_total,
     N,
     K,
     C,
@@ -106,7 +106,7 @@ def _prototypes_sums_kernel(
     in_c = c < C
     k64 = k.to(tl.int64)
     c64 = c.to(tl.int64)
-    peak = tl.load(top + b * K + k, mask=in_k, other=0.0)
+    peak = tl.load(p_top + b * K + k, mask=in_k, other=0.0)
     af = tl.zeros([BK, BC], tl.float32)
     ap = tl.zeros([BK, BC], tl.float32)
     ms = tl.zeros([BK], tl.float32)
@@ -118,19 +118,19 @@ def _prototypes_sums_kernel(
         cells = in_n[:, None] & in_c[None, :]
         # [BK, BN]
         m = tl.load(
-            logits + b * sb + k64[:, None] * sk + pixel_offsets(n, W, sh, sw, FLAT)[None, :],
+            p_logits + b * sb + k64[:, None] * sk + pixel_offsets(n, W, sh, sw, FLAT)[None, :],
             mask=inside,
             other=0.0,
         )
         m = m.to(tl.float32) * LOG2E
         # [BN, BC]
         ft = tl.load(
-            feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[:, None] + c64[None, :] * fc,
+            p_feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[:, None] + c64[None, :] * fc,
             mask=cells,
             other=0.0,
         )
         pt = tl.load(
-            pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[:, None] + c64[None, :] * pc,
+            p_pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[:, None] + c64[None, :] * pc,
             mask=cells,
             other=0.0,
         )
@@ -138,7 +138,7 @@ def _prototypes_sums_kernel(
             ft = ft.to(tl.float32)
             pt = pt.to(tl.float32)
         s = tl.where(
-            inside, tl.exp2(m - tl.load(lse + b * N + n, mask=in_n, other=0.0)[None, :]), 0.0
+            inside, tl.exp2(m - tl.load(p_lse + b * N + n, mask=in_n, other=0.0)[None, :]), 0.0
         ).to(ft.dtype)
         t = tl.where(inside, tl.exp2(m - peak[:, None]), 0.0).to(ft.dtype)
         af += tl.dot(s, ft, input_precision=PRECISION)
@@ -147,27 +147,27 @@ def _prototypes_sums_kernel(
         ts += tl.sum(t.to(tl.float32), 1)
     row = (b * SPLITS + split) * K + k
     cells = in_k[:, None] & in_c[None, :]
-    tl.store(semantic + row[:, None] * C + c[None, :], af, mask=cells)
-    tl.store(spatial + row[:, None] * C + c[None, :], ap, mask=cells)
+    tl.store(p_semantic + row[:, None] * C + c[None, :], af, mask=cells)
+    tl.store(p_spatial + row[:, None] * C + c[None, :], ap, mask=cells)
     if ctile == 0:
-        tl.store(mass + row, ms, mask=in_k)
-        tl.store(total + row, ts, mask=in_k)
+        tl.store(p_mass + row, ms, mask=in_k)
+        tl.store(p_total + row, ts, mask=in_k)
 
 # %% ../../nbs/15b_ops.prototypes_kernels.ipynb #936a2d06
 @triton.jit
 def _prototypes_bwd_kernel(
-    logits,
-    feat,
-    pos,
-    lse,
-    top,
-    da,
-    dz,
-    ha,
-    hz,
-    dlogits,
-    dfeat,
-    dpos,
+    p_logits,
+    p_feat,
+    p_pos,
+    p_lse,
+    p_top,
+    p_da,
+    p_dz,
+    p_ha,
+    p_hz,
+    p_dlogits,
+    p_dfeat,
+    p_dpos,
     N,
     K,
     C,
@@ -210,10 +210,10 @@ def _prototypes_bwd_kernel(
     n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     in_n = n < N
     n64 = n.to(tl.int64)
-    from_m = logits + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[None, :]
-    from_f = feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[None, :]
-    from_p = pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[None, :]
-    l2 = tl.load(lse + b * N + n, mask=in_n, other=0.0)[None, :]
+    from_m = p_logits + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[None, :]
+    from_f = p_feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[None, :]
+    from_p = p_pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[None, :]
+    l2 = tl.load(p_lse + b * N + n, mask=in_n, other=0.0)[None, :]
     delta = tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
@@ -234,7 +234,7 @@ def _prototypes_bwd_kernel(
                 * LOG2E
             )
             if LOGITS or FEAT:
-                a = tl.load(da + b * K * C + to, mask=small, other=0.0)  # [BC, BK]
+                a = tl.load(p_da + b * K * C + to, mask=small, other=0.0)  # [BC, BK]
                 s = tl.where(inside, tl.exp2(m - l2), 0.0).to(a.dtype)
                 af += tl.dot(a, s, input_precision=PRECISION)
                 if LOGITS:
@@ -242,16 +242,16 @@ def _prototypes_bwd_kernel(
                         c0 == 0,
                         tl.sum(
                             s.to(tl.float32)
-                            * tl.load(dz + b * K + k, mask=k < K, other=0.0)[:, None],
+                            * tl.load(p_dz + b * K + k, mask=k < K, other=0.0)[:, None],
                             0,
                         ),
                         0.0,
                     )
             if POS:
-                a = tl.load(ha + b * K * C + to, mask=small, other=0.0)
+                a = tl.load(p_ha + b * K * C + to, mask=small, other=0.0)
                 t = tl.where(
                     inside,
-                    tl.exp2(m - tl.load(top + b * K + k, mask=k < K, other=0.0)[:, None]),
+                    tl.exp2(m - tl.load(p_top + b * K + k, mask=k < K, other=0.0)[:, None]),
                     0.0,
                 ).to(a.dtype)
                 ap += tl.dot(a, t, input_precision=PRECISION)
@@ -261,14 +261,14 @@ def _prototypes_bwd_kernel(
             )
         if FEAT:
             tl.store(
-                dfeat + b * gb + c64 * gc + n64[None, :] * gw,
-                af.to(dfeat.dtype.element_ty),
+                p_dfeat + b * gb + c64 * gc + n64[None, :] * gw,
+                af.to(p_dfeat.dtype.element_ty),
                 mask=cells,
             )
         if POS:
             tl.store(
-                dpos + b * qb + c64 * qc + n64[None, :] * qw,
-                ap.to(dpos.dtype.element_ty),
+                p_dpos + b * qb + c64 * qc + n64[None, :] * qw,
+                ap.to(p_dpos.dtype.element_ty),
                 mask=cells,
             )
     for k0 in range(0, K if LOGITS else 0, BK):
@@ -291,18 +291,18 @@ def _prototypes_bwd_kernel(
                 ft = ft.to(tl.float32)
                 pt = pt.to(tl.float32)
             ds += tl.dot(
-                tl.load(da + b * K * C + to, mask=small, other=0.0), ft, input_precision=PRECISION
+                tl.load(p_da + b * K * C + to, mask=small, other=0.0), ft, input_precision=PRECISION
             )
             dt += tl.dot(
-                tl.load(ha + b * K * C + to, mask=small, other=0.0), pt, input_precision=PRECISION
+                tl.load(p_ha + b * K * C + to, mask=small, other=0.0), pt, input_precision=PRECISION
             )
         m = tl.load(from_m + k64 * sk, mask=inside, other=0.0).to(tl.float32) * LOG2E
         s = tl.exp2(m - l2)
-        t = tl.exp2(m - tl.load(top + b * K + k, mask=in_k, other=0.0)[:, None])
-        ds += tl.load(dz + b * K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]
-        out = s * ds + t * (dt - tl.load(hz + b * K + k, mask=in_k, other=0.0)[:, None])
+        t = tl.exp2(m - tl.load(p_top + b * K + k, mask=in_k, other=0.0)[:, None])
+        ds += tl.load(p_dz + b * K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]
+        out = s * ds + t * (dt - tl.load(p_hz + b * K + k, mask=in_k, other=0.0)[:, None])
         tl.store(
-            dlogits + b * lb + k64 * lk + n64[None, :] * lw,
-            out.to(dlogits.dtype.element_ty),
+            p_dlogits + b * lb + k64 * lk + n64[None, :] * lw,
+            out.to(p_dlogits.dtype.element_ty),
             mask=inside,
         )

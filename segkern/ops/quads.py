@@ -132,9 +132,9 @@ def program_patches(
 
 # %% ../../nbs/16e_ops.quads.ipynb #aa90213d
 @triton.jit
-def corner_values(z, corners, sc, last, KB: tl.constexpr):
+def corner_values(p_z, corners, sc, last, KB: tl.constexpr):
     "The four corners of each patch for `KB` classes, each [KB, NQ]; classes after the last one repeat it."
-    plane = z + (tl.minimum(tl.arange(0, KB), last) * sc)[:, None]
+    plane = p_z + (tl.minimum(tl.arange(0, KB), last) * sc)[:, None]
     a = tl.load(plane + corners[0][None, :]).to(tl.float32)
     b = tl.load(plane + corners[1][None, :]).to(tl.float32)
     c = tl.load(plane + corners[2][None, :]).to(tl.float32)
@@ -191,10 +191,10 @@ def onto_corners(d, th, left, right):
 
 # %% ../../nbs/16e_ops.quads.ipynb #7e219e1b
 @triton.jit
-def store_corners(part, sums, k, n, total, at, live, KB: tl.constexpr):
+def store_corners(p_part, sums, k, n, total, at, live, KB: tl.constexpr):
     "Write the four sums of `KB` classes to the partial maps [classes, 4, all patches]."
     kk = k + tl.arange(0, KB)
-    place = part + (kk.to(tl.int64) * 4 * total)[:, None] + at[None, :]
+    place = p_part + (kk.to(tl.int64) * 4 * total)[:, None] + at[None, :]
     ok = (kk < n)[:, None] & live[None, :]
     tl.store(place, sums[0], mask=ok)
     tl.store(place + total, sums[1], mask=ok)
@@ -216,9 +216,9 @@ def _touching(i, SIDE: tl.constexpr, n, N, S: tl.constexpr, P: tl.constexpr, ALI
 # %% ../../nbs/16e_ops.quads.ipynb #170ae9c0
 @triton.jit(do_not_specialize=["total", "h", "w", "H", "W", "rows", "cols", "gb", "gc"])
 def _quad_gather_kernel(
-    part,
-    scale,
-    dz,
+    p_part,
+    p_scale,
+    p_dz,
     total,
     h,
     w,
@@ -246,7 +246,7 @@ def _quad_gather_kernel(
         row, row_end = _touching(i, side_h, h, H, S, PH, ALIGN)
         for side_w in tl.static_range(2):
             col, col_end = _touching(j, side_w, w, W, S, PW, ALIGN)
-            plane = part + (k * 4 + 2 * side_h + side_w) * total + b * rows * cols
+            plane = p_part + (k * 4 + 2 * side_h + side_w) * total + b * rows * cols
             for down in tl.static_range(S // PH + ALIGN):
                 for along in tl.static_range(S // PW + ALIGN):
                     there = inside
@@ -255,8 +255,8 @@ def _quad_gather_kernel(
                     acc += tl.load(
                         plane + ((row + down) * cols + col + along), mask=there, other=0.0
                     )
-    acc *= tl.load(scale) * LN2
-    tl.store(dz + b * gb + k * gc + cell, acc.to(dz.dtype.element_ty), mask=inside)
+    acc *= tl.load(p_scale) * LN2
+    tl.store(p_dz + b * gb + k * gc + cell, acc.to(p_dz.dtype.element_ty), mask=inside)
 
 # %% ../../nbs/16e_ops.quads.ipynb #6fefce41
 def through_corners(

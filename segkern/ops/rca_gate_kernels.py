@@ -30,12 +30,12 @@ def _place(C, H, W, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
 
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #7cbbe1ac
 @triton.jit
-def _bent(rows, s, o, bc, h, H, some):
+def _bent(p_rows, s, o, bc, h, H, some):
     "Rectified rows*slope + offset for rows h, zero beyond the map."
     inside = (h >= 0) & (h < H)
     # [BC, BH]
     r = tl.load(
-        rows + bc[:, None] * H + h[None, :], mask=some[:, None] & inside[None, :], other=0.0
+        p_rows + bc[:, None] * H + h[None, :], mask=some[:, None] & inside[None, :], other=0.0
     ).to(tl.float32)
     z = r[:, :, None] * s[:, None, :] + o[:, None, :]
     return tl.where(inside[None, :, None], tl.where(z <= 0, 0.0, z), 0.0)
@@ -43,23 +43,37 @@ def _bent(rows, s, o, bc, h, H, some):
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #2275360d
 @triton.jit
 def _gate(
-    rows, taps, bias, s, o, bc, c, h, C, H, K, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr
+    p_rows,
+    p_taps,
+    p_bias,
+    s,
+    o,
+    bc,
+    c,
+    h,
+    C,
+    H,
+    K,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
 ):
     "The gate of a tile."
     some = c < C
     acc = (
-        tl.zeros([BC, BH, BW], tl.float32) + tl.load(bias + c, mask=some, other=0.0)[:, None, None]
+        tl.zeros([BC, BH, BW], tl.float32)
+        + tl.load(p_bias + c, mask=some, other=0.0)[:, None, None]
     )
     for t in range(0, K):
         acc += (
-            _bent(rows, s, o, bc, h + t - K // 2, H, some)
-            * tl.load(taps + c * K + t, mask=some, other=0.0)[:, None, None]
+            _bent(p_rows, s, o, bc, h + t - K // 2, H, some)
+            * tl.load(p_taps + c * K + t, mask=some, other=0.0)[:, None, None]
         )
     return 1.0 / (1.0 + tl.exp(-acc))
 
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #d659d98e
 @triton.jit
-def _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, UP: tl.constexpr, LEFT: tl.constexpr):
+def _near(p_x, b, c, h, w, C, H, W, sb, sc, sh, sw, UP: tl.constexpr, LEFT: tl.constexpr):
     "The tile of x that lies UP rows and LEFT columns before, zero beyond the map."
     i = h - UP
     j = w - LEFT
@@ -74,14 +88,14 @@ def _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, UP: tl.constexpr, LEFT: tl.con
         + i.to(tl.int64)[None, :, None] * sh
         + j.to(tl.int64)[None, None, :] * sw
     )
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(p_x + at, mask=inside, other=0.0).to(tl.float32)
 
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #8bd66426
 @triton.jit
 def _local(
-    x,
-    weight,
-    lbias,
+    p_x,
+    p_weight,
+    p_lbias,
     b,
     c,
     h,
@@ -100,27 +114,27 @@ def _local(
     "The 3×3 convolution on a tile."
     acc = (
         tl.zeros([BC, BH, BW], tl.float32)
-        + tl.load(lbias + c, mask=c < C, other=0.0)[:, None, None]
+        + tl.load(p_lbias + c, mask=c < C, other=0.0)[:, None, None]
     )
     for t in tl.static_range(9):
         acc += (
-            _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3)
-            * tl.load(weight + c * 9 + t, mask=c < C, other=0.0)[:, None, None]
+            _near(p_x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3)
+            * tl.load(p_weight + c * 9 + t, mask=c < C, other=0.0)[:, None, None]
         )
     return acc
 
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #7ebe536d
 @triton.jit(do_not_specialize=["C", "H", "K"])
 def _rca_gate_fwd_kernel(
-    x,
-    rows,
-    slope,
-    offset,
-    taps,
-    bias,
-    weight,
-    lbias,
-    out,
+    p_x,
+    p_rows,
+    p_slope,
+    p_offset,
+    p_taps,
+    p_bias,
+    p_weight,
+    p_lbias,
+    p_out,
     C,
     H,
     W,
@@ -142,33 +156,35 @@ def _rca_gate_fwd_kernel(
     bc = b * C + c
     cells = (c < C)[:, None] & (w < W)[None, :]
     # [BC, BW]
-    s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    a = _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
-    y = a * _local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
+    s = tl.load(p_slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    o = tl.load(p_offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    a = _gate(p_rows, p_taps, p_bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
+    y = a * _local(p_x, p_weight, p_lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
     at = (
         b * ob
         + c.to(tl.int64)[:, None, None] * oc
         + h.to(tl.int64)[None, :, None] * oh
         + w.to(tl.int64)[None, None, :] * ow
     )
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None])
+    tl.store(
+        p_out + at, y.to(p_out.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None]
+    )
 
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #f1c2c6c1
 @triton.jit(do_not_specialize=["C", "H", "K", "TILES"])
 def _rca_gate_bwd_kernel(
-    x,
-    g,
-    rows,
-    slope,
-    offset,
-    taps,
-    bias,
-    weight,
-    lbias,
-    p,
-    q,
-    part,
+    p_x,
+    p_g,
+    p_rows,
+    p_slope,
+    p_offset,
+    p_taps,
+    p_bias,
+    p_weight,
+    p_lbias,
+    p_p,
+    p_q,
+    p_part,
     C,
     H,
     W,
@@ -197,13 +213,13 @@ def _rca_gate_bwd_kernel(
     bc = b * C + c
     some = c < C
     cells = (c < C)[:, None] & (w < W)[None, :]
-    s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-    a = _gate(rows, taps, bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
-    gt = _near(g, b, c, h, w, C, H, W, gb, gc, gh, gw, 0, 0)
+    s = tl.load(p_slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    o = tl.load(p_offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+    a = _gate(p_rows, p_taps, p_bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
+    gt = _near(p_g, b, c, h, w, C, H, W, gb, gc, gh, gw, 0, 0)
     back = (
         gt
-        * _local(x, weight, lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
+        * _local(p_x, p_weight, p_lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
         * a
         * (1.0 - a)
     )
@@ -216,17 +232,17 @@ def _rca_gate_bwd_kernel(
             + w.to(tl.int64)[None, None, :] * ow
         )
         inside = cells[:, None, :] & (h < H)[None, :, None]
-        tl.store(p + at, ahead.to(p.dtype.element_ty), mask=inside)
-        tl.store(q + at, back.to(q.dtype.element_ty), mask=inside)
+        tl.store(p_p + at, ahead.to(p_p.dtype.element_ty), mask=inside)
+        tl.store(p_q + at, back.to(p_q.dtype.element_ty), mask=inside)
     if SUMS:
-        to = part + (bc * TILES + i * tl.cdiv(W, BW) + j) * (K + 11)
+        to = p_part + (bc * TILES + i * tl.cdiv(W, BW) + j) * (K + 11)
         for t in tl.static_range(9):
             tl.store(
                 to + t,
                 tl.sum(
                     tl.sum(
                         ahead
-                        * _near(x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3),
+                        * _near(p_x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3),
                         2,
                     ),
                     1,
@@ -238,24 +254,24 @@ def _rca_gate_bwd_kernel(
         for t in range(0, K):
             tl.store(
                 to + 11 + t,
-                tl.sum(tl.sum(back * _bent(rows, s, o, bc, h + t - K // 2, H, some), 2), 1),
+                tl.sum(tl.sum(back * _bent(p_rows, s, o, bc, h + t - K // 2, H, some), 2), 1),
                 mask=some,
             )
 
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #8833aeed
 @triton.jit(do_not_specialize=["C", "H", "K"])
 def _rca_gate_dx_kernel(
-    p,
-    q,
-    rows,
-    slope,
-    offset,
-    taps,
-    weight,
-    dx,
-    drows,
-    dslope,
-    doffset,
+    p_p,
+    p_q,
+    p_rows,
+    p_slope,
+    p_offset,
+    p_taps,
+    p_weight,
+    p_dx,
+    p_drows,
+    p_dslope,
+    p_doffset,
     C,
     H,
     W,
@@ -280,8 +296,8 @@ def _rca_gate_dx_kernel(
         acc = tl.zeros([BC, BH, BW], tl.float32)
         for t in tl.static_range(9):
             acc += (
-                _near(p, b, c, h, w, C, H, W, ob, oc, oh, ow, t // 3 - 1, t % 3 - 1)
-                * tl.load(weight + c * 9 + t, mask=some, other=0.0)[:, None, None]
+                _near(p_p, b, c, h, w, C, H, W, ob, oc, oh, ow, t // 3 - 1, t % 3 - 1)
+                * tl.load(p_weight + c * 9 + t, mask=some, other=0.0)[:, None, None]
             )
         at = (
             b * ob
@@ -290,18 +306,20 @@ def _rca_gate_dx_kernel(
             + w.to(tl.int64)[None, None, :] * ow
         )
         tl.store(
-            dx + at, acc.to(dx.dtype.element_ty), mask=cells[:, None, :] & (h < H)[None, :, None]
+            p_dx + at,
+            acc.to(p_dx.dtype.element_ty),
+            mask=cells[:, None, :] & (h < H)[None, :, None],
         )
     if LINES:
-        s = tl.load(slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
-        o = tl.load(offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+        s = tl.load(p_slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
+        o = tl.load(p_offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
         lines = some[:, None] & (h < H)[None, :]
-        r = tl.load(rows + bc[:, None] * H + h[None, :], mask=lines, other=0.0).to(tl.float32)
+        r = tl.load(p_rows + bc[:, None] * H + h[None, :], mask=lines, other=0.0).to(tl.float32)
         v = tl.zeros([BC, BH, BW], tl.float32)
         for t in range(0, K):
             v += (
-                _near(q, b, c, h - t + K // 2, w, C, H, W, ob, oc, oh, ow, 0, 0)
-                * tl.load(taps + c * K + t, mask=some, other=0.0)[:, None, None]
+                _near(p_q, b, c, h - t + K // 2, w, C, H, W, ob, oc, oh, ow, 0, 0)
+                * tl.load(p_taps + c * K + t, mask=some, other=0.0)[:, None, None]
             )
         v = tl.where(
             (r[:, :, None] * s[:, None, :] + o[:, None, :] <= 0) | (h >= H)[None, :, None], 0.0, v
@@ -309,13 +327,13 @@ def _rca_gate_dx_kernel(
         across = tl.cdiv(W, BW)
         down = tl.cdiv(H, BH)
         tl.store(
-            drows + (bc[:, None] * across + j) * H + h[None, :],
+            p_drows + (bc[:, None] * across + j) * H + h[None, :],
             tl.sum(v * s[:, None, :], 2),
             mask=lines,
         )
         tl.store(
-            dslope + (bc[:, None] * down + i) * W + w[None, :],
+            p_dslope + (bc[:, None] * down + i) * W + w[None, :],
             tl.sum(v * r[:, :, None], 1),
             mask=cells,
         )
-        tl.store(doffset + (bc[:, None] * down + i) * W + w[None, :], tl.sum(v, 1), mask=cells)
+        tl.store(p_doffset + (bc[:, None] * down + i) * W + w[None, :], tl.sum(v, 1), mask=cells)

@@ -32,14 +32,14 @@ def neighbours(o, scale, n, ALIGN: tl.constexpr):
 
 # %% ../../nbs/16a_ops.resize.ipynb #7e804fe3
 @triton.jit
-def bilinear(z, rows, cols, sh, sw, mask):
-    "A tile of the resized plane at `z`, mixed along the width first."
+def bilinear(p_z, rows, cols, sh, sw, mask):
+    "A tile of the resized plane at `p_z`, mixed along the width first."
     lo_h, hi_h, th = rows
     lo_w, hi_w, tw = cols
-    a = tl.load(z + lo_h[:, None] * sh + lo_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(z + lo_h[:, None] * sh + hi_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(z + hi_h[:, None] * sh + lo_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(z + hi_h[:, None] * sh + hi_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(p_z + lo_h[:, None] * sh + lo_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(p_z + lo_h[:, None] * sh + hi_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(p_z + hi_h[:, None] * sh + lo_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(p_z + hi_h[:, None] * sh + hi_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)
     top = a * (1.0 - tw)[None, :] + b * tw[None, :]
     low = c * (1.0 - tw)[None, :] + d * tw[None, :]
     return top * (1.0 - th)[:, None] + low * th[:, None]

@@ -66,22 +66,22 @@ def axial_attention_ref(
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #147e2a3f
 @triton.jit
-def _tokens(rows, columns, b, c, i, in_c, n_row, n_column, rb, rc, rn, cb, cc, cn):
+def _tokens(p_rows, p_columns, b, c, i, in_c, n_row, n_column, rb, rc, rn, cb, cc, cn):
     "Averages at channels c and places i, from the rows or from the columns: one of the two lengths is 0."
     x = tl.load(
-        rows + b * rb + c.to(tl.int64) * rc + i.to(tl.int64) * rn,
+        p_rows + b * rb + c.to(tl.int64) * rc + i.to(tl.int64) * rn,
         mask=in_c & (i < n_row),
         other=0.0,
     ).to(tl.float32)
     return x + tl.load(
-        columns + b * cb + c.to(tl.int64) * cc + i.to(tl.int64) * cn,
+        p_columns + b * cb + c.to(tl.int64) * cc + i.to(tl.int64) * cn,
         mask=in_c & (i < n_column),
         other=0.0,
     ).to(tl.float32)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #4a6edaf5
 @triton.jit
-def _places(of_rows, of_columns, c, i, in_c, n_row, n_column, n, P):
+def _places(p_of_rows, p_of_columns, c, i, in_c, n_row, n_column, n, P):
     "Learned positions at channels c and places i of n, between the P that the tables hold."
     at = tl.maximum((i + 0.5) * (P / n) - 0.5, 0.0)
     low = tl.minimum(at.to(tl.int32), P - 1)
@@ -89,25 +89,25 @@ def _places(of_rows, of_columns, c, i, in_c, n_row, n_column, n, P):
     high = tl.minimum(low + 1, P - 1)
     r = in_c & (i < n_row)
     k = in_c & (i < n_column)
-    a = tl.load(of_rows + c * P + low, mask=r, other=0.0).to(tl.float32) + tl.load(
-        of_columns + c * P + low, mask=k, other=0.0
+    a = tl.load(p_of_rows + c * P + low, mask=r, other=0.0).to(tl.float32) + tl.load(
+        p_of_columns + c * P + low, mask=k, other=0.0
     ).to(tl.float32)
-    z = tl.load(of_rows + c * P + high, mask=r, other=0.0).to(tl.float32) + tl.load(
-        of_columns + c * P + high, mask=k, other=0.0
+    z = tl.load(p_of_rows + c * P + high, mask=r, other=0.0).to(tl.float32) + tl.load(
+        p_of_columns + c * P + high, mask=k, other=0.0
     ).to(tl.float32)
     return a + share * (z - a)
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #383a18ed
 @triton.jit
 def _axial_attention_kernel(
-    rows,
-    columns,
-    row_q,
-    row_k,
-    column_q,
-    column_k,
-    row,
-    column,
+    p_rows,
+    p_columns,
+    p_row_q,
+    p_row_k,
+    p_column_q,
+    p_column_k,
+    p_row,
+    p_column,
     H,
     W,
     HEADS,
@@ -145,9 +145,22 @@ def _axial_attention_kernel(
     cq = head * D + d[None, :]
     cv = head * DV + e[None, :]
     q = _tokens(
-        rows, columns, b, cq, i[:, None], (d < D)[None, :], n_row, n_column, rb, rc, rn, cb, cc, cn
+        p_rows,
+        p_columns,
+        b,
+        cq,
+        i[:, None],
+        (d < D)[None, :],
+        n_row,
+        n_column,
+        rb,
+        rc,
+        rn,
+        cb,
+        cc,
+        cn,
     )
-    q += _places(row_q, column_q, cq, i[:, None], (d < D)[None, :], n_row, n_column, n, P)
+    q += _places(p_row_q, p_column_q, cq, i[:, None], (d < D)[None, :], n_row, n_column, n, P)
     q = q * (scale * LOG2E)  # [BQ, BD]
     high = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BQ], tl.float32)
@@ -157,8 +170,8 @@ def _axial_attention_kernel(
         ck = head * D + d[:, None]
         # [BD, BK]
         k = _tokens(
-            rows,
-            columns,
+            p_rows,
+            p_columns,
             b,
             keys + ck,
             j[None, :],
@@ -172,11 +185,11 @@ def _axial_attention_kernel(
             cc,
             cn,
         )
-        k += _places(row_k, column_k, ck, j[None, :], (d < D)[:, None], n_row, n_column, n, P)
+        k += _places(p_row_k, p_column_k, ck, j[None, :], (d < D)[:, None], n_row, n_column, n, P)
         # [BK, BV]
         v = _tokens(
-            rows,
-            columns,
+            p_rows,
+            p_columns,
             b,
             2 * keys + cv,
             j[:, None],
@@ -201,10 +214,12 @@ def _axial_attention_kernel(
         high = new
     acc = acc / tl.where(i < n, total, 1.0)[:, None]
     at = (b * values + cv) * n + i[:, None]
-    tl.store(row + at, acc.to(row.dtype.element_ty), mask=(e < DV)[None, :] & (i < n_row)[:, None])
     tl.store(
-        column + at,
-        acc.to(column.dtype.element_ty),
+        p_row + at, acc.to(p_row.dtype.element_ty), mask=(e < DV)[None, :] & (i < n_row)[:, None]
+    )
+    tl.store(
+        p_column + at,
+        acc.to(p_column.dtype.element_ty),
         mask=(e < DV)[None, :] & (i < n_column)[:, None],
     )
 

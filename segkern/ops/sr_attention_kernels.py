@@ -12,11 +12,11 @@ from .tiles import LOG2E
 # %% ../../nbs/12a_ops.sr_attention_kernels.ipynb #ad4e32f7
 @triton.jit(do_not_specialize=["N", "M"])
 def _sr_attention_fwd_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
     scale,
     H,
     N,
@@ -58,7 +58,7 @@ def _sr_attention_fwd_kernel(
     n64 = n.to(tl.int64)
     # [BN, BD]
     qt = tl.load(
-        q + b * sqb + h * sqh + n64[:, None] * sqn + d[None, :] * sqd,
+        p_q + b * sqb + h * sqh + n64[:, None] * sqn + d[None, :] * sqd,
         mask=(n < N)[:, None] & (d < D)[None, :],
         other=0.0,
     )
@@ -70,13 +70,13 @@ def _sr_attention_fwd_kernel(
         m = m0 + tl.arange(0, BM)
         # [BD, BM]
         kt = tl.load(
-            k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+            p_k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
             mask=(m < M)[None, :] & (d < D)[:, None],
             other=0.0,
         )
         # [BM, BV]
         vt = tl.load(
-            v + b * svb + h * svh + m[:, None] * svm + e[None, :] * svd,
+            p_v + b * svb + h * svh + m[:, None] * svm + e[None, :] * svd,
             mask=(m < M)[:, None] & (e < DV)[None, :],
             other=0.0,
         )
@@ -89,25 +89,25 @@ def _sr_attention_fwd_kernel(
         total = total * keep + tl.sum(p, 1)
         acc = acc * keep[:, None] + tl.dot(p.to(vt.dtype), vt, input_precision=PRECISION)
         top = new
-    at = out + b * sob + h * soh + n64[:, None] * son + e[None, :] * sod
+    at = p_out + b * sob + h * soh + n64[:, None] * son + e[None, :] * sod
     tl.store(
         at,
-        (acc / total[:, None]).to(out.dtype.element_ty),
+        (acc / total[:, None]).to(p_out.dtype.element_ty),
         mask=(n < N)[:, None] & (e < DV)[None, :],
     )
-    tl.store(lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
+    tl.store(p_lse + bh.to(tl.int64) * N + n, top + tl.log2(total), mask=n < N)
 
 # %% ../../nbs/12a_ops.sr_attention_kernels.ipynb #6a340102
 @triton.jit(do_not_specialize=["N", "M"])
 def _sr_attention_dq_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    g,
-    dq,
-    delta,
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_g,
+    p_dq,
+    p_delta,
     scale,
     H,
     N,
@@ -157,24 +157,24 @@ def _sr_attention_dq_kernel(
     row = bh.to(tl.int64) * N + n
     in_d = (n < N)[:, None] & (d < D)[None, :]
     in_e = (n < N)[:, None] & (e < DV)[None, :]
-    qt = tl.load(q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd, mask=in_d, other=0.0)
-    gt = tl.load(g + b * sgb + h * sgh + n64 * sgn + e[None, :] * sgd, mask=in_e, other=0.0)
-    ot = tl.load(out + b * sob + h * soh + n64 * son + e[None, :] * sod, mask=in_e, other=0.0)
+    qt = tl.load(p_q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd, mask=in_d, other=0.0)
+    gt = tl.load(p_g + b * sgb + h * sgh + n64 * sgn + e[None, :] * sgd, mask=in_e, other=0.0)
+    ot = tl.load(p_out + b * sob + h * soh + n64 * son + e[None, :] * sod, mask=in_e, other=0.0)
     dl = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 1)
-    l2 = tl.load(lse + row, mask=n < N, other=0.0)
-    tl.store(delta + row, dl, mask=n < N)
+    l2 = tl.load(p_lse + row, mask=n < N, other=0.0)
+    tl.store(p_delta + row, dl, mask=n < N)
     acc = tl.zeros([BN, BD], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
         # [BM, BD]
         kt = tl.load(
-            k + b * skb + h * skh + m[:, None] * skm + d[None, :] * skd,
+            p_k + b * skb + h * skh + m[:, None] * skm + d[None, :] * skd,
             mask=(m < M)[:, None] & (d < D)[None, :],
             other=0.0,
         )
         # [BV, BM]
         vt = tl.load(
-            v + b * svb + h * svh + m[None, :] * svm + e[:, None] * svd,
+            p_v + b * svb + h * svh + m[None, :] * svm + e[:, None] * svd,
             mask=(m < M)[None, :] & (e < DV)[:, None],
             other=0.0,
         )
@@ -185,8 +185,8 @@ def _sr_attention_dq_kernel(
         ds = p * (tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])
         acc += tl.dot(ds.to(kt.dtype), kt, input_precision=PRECISION)
     tl.store(
-        dq + b * tqb + h * tqh + n64 * tqn + d[None, :] * tqd,
-        (acc * scale).to(dq.dtype.element_ty),
+        p_dq + b * tqb + h * tqh + n64 * tqn + d[None, :] * tqd,
+        (acc * scale).to(p_dq.dtype.element_ty),
         mask=in_d,
     )
 
@@ -194,14 +194,14 @@ def _sr_attention_dq_kernel(
 # PER is a multiple of BN: knowing that keeps loads wide
 @triton.jit(do_not_specialize=["N", "M", "SPLITS"])
 def _sr_attention_dkv_kernel(
-    q,
-    k,
-    v,
-    lse,
-    delta,
-    g,
-    dk,
-    dv,
+    p_q,
+    p_k,
+    p_v,
+    p_lse,
+    p_delta,
+    p_g,
+    p_dk,
+    p_dv,
     scale,
     H,
     N,
@@ -246,13 +246,13 @@ def _sr_attention_dkv_kernel(
     e = tl.arange(0, BV)
     # [BD, BM]
     kt = tl.load(
-        k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
+        p_k + b * skb + h * skh + m[None, :] * skm + d[:, None] * skd,
         mask=(m < M)[None, :] & (d < D)[:, None],
         other=0.0,
     )
     # [BV, BM]
     vt = tl.load(
-        v + b * svb + h * svh + m[None, :] * svm + e[:, None] * svd,
+        p_v + b * svb + h * svh + m[None, :] * svm + e[:, None] * svd,
         mask=(m < M)[None, :] & (e < DV)[:, None],
         other=0.0,
     )
@@ -263,22 +263,22 @@ def _sr_attention_dkv_kernel(
         n64 = n.to(tl.int64)[:, None]
         row = bh.to(tl.int64) * N + n
         qt = tl.load(
-            q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd,
+            p_q + b * sqb + h * sqh + n64 * sqn + d[None, :] * sqd,
             mask=(n < N)[:, None] & (d < D)[None, :],
             other=0.0,
         )
         gt = tl.load(
-            g + b * sgb + h * sgh + n64 * sgn + e[None, :] * sgd,
+            p_g + b * sgb + h * sgh + n64 * sgn + e[None, :] * sgd,
             mask=(n < N)[:, None] & (e < DV)[None, :],
             other=0.0,
         )
-        l2 = tl.load(lse + row, mask=n < N, other=0.0)
-        dl = tl.load(delta + row, mask=n < N, other=0.0)
+        l2 = tl.load(p_lse + row, mask=n < N, other=0.0)
+        dl = tl.load(p_delta + row, mask=n < N, other=0.0)
         s = tl.dot(qt, kt, input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - l2[:, None])
         av += tl.dot(tl.trans(p.to(gt.dtype)), gt, input_precision=PRECISION)
         ds = p * (tl.dot(gt, vt, input_precision=PRECISION) - dl[:, None])
         ak += tl.dot(tl.trans(ds.to(qt.dtype)), qt, input_precision=PRECISION)
     at = (bh.to(tl.int64) * SPLITS + split) * M + m[:, None]
-    tl.store(dk + at * D + d[None, :], ak * scale, mask=(m < M)[:, None] & (d < D)[None, :])
-    tl.store(dv + at * DV + e[None, :], av, mask=(m < M)[:, None] & (e < DV)[None, :])
+    tl.store(p_dk + at * D + d[None, :], ak * scale, mask=(m < M)[:, None] & (d < D)[None, :])
+    tl.store(p_dv + at * DV + e[None, :], av, mask=(m < M)[:, None] & (e < DV)[None, :])

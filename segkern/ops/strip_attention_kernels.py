@@ -11,9 +11,9 @@ from .tiles import LOG2E
 
 # %% ../../nbs/16h_ops.strip_attention_kernels.ipynb #a25c51cc
 @triton.jit
-def _rows(x, c, n, C, N, sc, sn):
+def _rows(p_x, c, n, C, N, sc, sn):
     "A tile [c, n] of a map [C, N]."
-    at = x + c.to(tl.int64)[:, None] * sc + n.to(tl.int64)[None, :] * sn
+    at = p_x + c.to(tl.int64)[:, None] * sc + n.to(tl.int64)[None, :] * sn
     return tl.load(at, mask=(c < C)[:, None] & (n < N)[None, :], other=0.0)
 
 
@@ -29,8 +29,8 @@ def _product(kt, qt, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _scores(
     qt,
-    q,
-    k,
+    p_q,
+    p_k,
     n,
     m,
     C,
@@ -49,14 +49,14 @@ def _scores(
 ):
     "Scores of a tile, base e; `qt`: the pixels' queries, where all channels fit into one tile."
     if ONE:
-        s = _product(_rows(k, tl.arange(0, BC), m, C, M, skc, skm), qt, KEYS_FIRST, PRECISION)
+        s = _product(_rows(p_k, tl.arange(0, BC), m, C, M, skc, skm), qt, KEYS_FIRST, PRECISION)
     else:
         s = tl.zeros([BM, BN] if KEYS_FIRST else [BN, BM], tl.float32)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
             s += _product(
-                _rows(k, c, m, C, M, skc, skm),
-                _rows(q, c, n, C, N, sqc, sqn),
+                _rows(p_k, c, m, C, M, skc, skm),
+                _rows(p_q, c, n, C, N, sqc, sqn),
                 KEYS_FIRST,
                 PRECISION,
             )
@@ -65,11 +65,11 @@ def _scores(
 # %% ../../nbs/16h_ops.strip_attention_kernels.ipynb #1cf8dd8e
 @triton.jit
 def _strip_attention_fwd_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
     C,
     N,
     M,
@@ -96,7 +96,7 @@ def _strip_attention_fwd_kernel(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     e = tl.arange(0, BV)
-    qt = _rows(q + b * sqb, tl.arange(0, BC), n, C, N, sqc, sqn)
+    qt = _rows(p_q + b * sqb, tl.arange(0, BC), n, C, N, sqc, sqn)
     top = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
     acc = tl.zeros([BN, BV], tl.float32)
@@ -104,8 +104,8 @@ def _strip_attention_fwd_kernel(
         m = m0 + tl.arange(0, BM)
         s = _scores(
             qt,
-            q + b * sqb,
-            k + b * skb,
+            p_q + b * sqb,
+            p_k + b * skb,
             n,
             m,
             C,
@@ -128,28 +128,28 @@ def _strip_attention_fwd_kernel(
         least = tl.where(new == float("-inf"), 0.0, new)  # so far no key that counts
         p = tl.exp2(s * LOG2E - least[:, None])
         keep = tl.exp2(top - least)
-        vt = _rows(v + b * svb, e, m, CV, M, svc, svm)
+        vt = _rows(p_v + b * svb, e, m, CV, M, svc, svm)
         total = total * keep + tl.sum(p, 1)
         acc = acc * keep[:, None] + tl.dot(p.to(vt.dtype), tl.trans(vt), input_precision=PRECISION)
         top = new
-    at = out + (b * CV + e[None, :]) * N + n[:, None]
+    at = p_out + (b * CV + e[None, :]) * N + n[:, None]
     tl.store(
         at,
-        (acc / total[:, None]).to(out.dtype.element_ty),
+        (acc / total[:, None]).to(p_out.dtype.element_ty),
         mask=(n < N)[:, None] & (e < CV)[None, :],
     )
-    tl.store(lse + b * N + n, top + tl.log2(total), mask=n < N)
+    tl.store(p_lse + b * N + n, top + tl.log2(total), mask=n < N)
 
 # %% ../../nbs/16h_ops.strip_attention_kernels.ipynb #042bca0e
 @triton.jit
 def _strip_attention_dq_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    g,
-    dq,
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_g,
+    p_dq,
     C,
     N,
     M,
@@ -179,20 +179,20 @@ def _strip_attention_dq_kernel(
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     e = tl.arange(0, BV)
-    qt = _rows(q + b * sqb, c, n, C, N, sqc, sqn)
-    gt = _rows(g + b * sgb, e, n, CV, N, sgc, sgn)
-    ot = _rows(out + b * CV * N, e, n, CV, N, N, 1)
+    qt = _rows(p_q + b * sqb, c, n, C, N, sqc, sqn)
+    gt = _rows(p_g + b * sgb, e, n, CV, N, sgc, sgn)
+    ot = _rows(p_out + b * CV * N, e, n, CV, N, N, 1)
     delta = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 0)
-    l2 = tl.load(lse + b * N + n, mask=n < N, other=float("inf"))
+    l2 = tl.load(p_lse + b * N + n, mask=n < N, other=float("inf"))
     acc = tl.zeros([BC, BN], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        kt = _rows(k + b * skb, c, m, C, M, skc, skm)
-        vt = _rows(v + b * svb, e, m, CV, M, svc, svm)
+        kt = _rows(p_k + b * skb, c, m, C, M, skc, skm)
+        vt = _rows(p_v + b * svb, e, m, CV, M, svc, svm)
         s = _scores(
             qt,
-            q + b * sqb,
-            k + b * skb,
+            p_q + b * sqb,
+            p_k + b * skb,
             n,
             m,
             C,
@@ -214,22 +214,22 @@ def _strip_attention_dq_kernel(
         ds = p * (tl.dot(tl.trans(vt), gt, input_precision=PRECISION) - delta[None, :])
         acc += tl.dot(kt, ds.to(kt.dtype), input_precision=PRECISION)
     tl.store(
-        dq + (b * C + c[:, None]) * N + n[None, :],
-        acc.to(dq.dtype.element_ty),
+        p_dq + (b * C + c[:, None]) * N + n[None, :],
+        acc.to(p_dq.dtype.element_ty),
         mask=(c < C)[:, None] & (n < N)[None, :],
     )
 
 # %% ../../nbs/16h_ops.strip_attention_kernels.ipynb #76cd17b0
 @triton.jit(do_not_specialize=["SPLITS"])  # PER is always a multiple of BN
 def _strip_attention_dkv_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    g,
-    dk,
-    dv,
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_g,
+    p_dk,
+    p_dv,
     C,
     N,
     M,
@@ -264,21 +264,21 @@ def _strip_attention_dkv_kernel(
     c = y * BC + tl.arange(0, BC)
     m = tile * BM + tl.arange(0, BM)
     e = tl.arange(0, BV)
-    vt = _rows(v + b * svb, e, m, CV, M, svc, svm)
+    vt = _rows(p_v + b * svb, e, m, CV, M, svc, svm)
     ak = tl.zeros([BM, BC], tl.float32)
     av = tl.zeros([BM, BV], tl.float32)
     for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        qt = _rows(q + b * sqb, c, n, C, N, sqc, sqn)
-        gt = _rows(g + b * sgb, e, n, CV, N, sgc, sgn)
-        ot = _rows(out + b * CV * N, e, n, CV, N, N, 1)
+        qt = _rows(p_q + b * sqb, c, n, C, N, sqc, sqn)
+        gt = _rows(p_g + b * sgb, e, n, CV, N, sgc, sgn)
+        ot = _rows(p_out + b * CV * N, e, n, CV, N, N, 1)
         delta = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 0)
         # no weight for pixels that are not there
-        l2 = tl.load(lse + b * N + n, mask=n < N, other=float("inf"))
+        l2 = tl.load(p_lse + b * N + n, mask=n < N, other=float("inf"))
         s = _scores(
             qt,
-            q + b * sqb,
-            k + b * skb,
+            p_q + b * sqb,
+            p_k + b * skb,
             n,
             m,
             C,
@@ -301,11 +301,11 @@ def _strip_attention_dkv_kernel(
         ak += tl.dot(ds.to(qt.dtype), tl.trans(qt), input_precision=PRECISION)
     at = b * SPLITS + split
     tl.store(
-        dk + (at * C + c[None, :]) * M + m[:, None], ak, mask=(c < C)[None, :] & (m < M)[:, None]
+        p_dk + (at * C + c[None, :]) * M + m[:, None], ak, mask=(c < C)[None, :] & (m < M)[:, None]
     )
     wanted = tl.where(y == 0, CV, 0)
     tl.store(
-        dv + (at * CV + e[None, :]) * M + m[:, None],
+        p_dv + (at * CV + e[None, :]) * M + m[:, None],
         av,
         mask=(e < wanted)[None, :] & (m < M)[:, None],
     )

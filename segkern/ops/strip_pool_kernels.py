@@ -29,13 +29,13 @@ def _better(a, b):
 # that of C and W decides whether loads are wide
 @triton.jit(do_not_specialize=["H", "PARTS", "STRIPS", "ROWS"])
 def _strip_pool_fwd_kernel(
-    x,
-    sum_h,
-    max_h,
-    idx_h,
-    sum_w,
-    max_w,
-    idx_w,
+    p_x,
+    p_sum_h,
+    p_max_h,
+    p_idx_h,
+    p_sum_w,
+    p_max_w,
+    p_idx_w,
     C,
     H,
     W,
@@ -67,7 +67,7 @@ def _strip_pool_fwd_kernel(
     b = (plane // blocks_c).to(tl.int64)
     c = (plane % blocks_c) * BC + tl.arange(0, BC)
     w = strip * BW + tl.arange(0, BW)
-    base = x + b * sb + c.to(tl.int64)[:, None, None] * sc + w.to(tl.int64)[None, None, :] * sw
+    base = p_x + b * sb + c.to(tl.int64)[:, None, None] * sc + w.to(tl.int64)[None, None, :] * sw
     columns = (c < C)[:, None, None] & (w < W)[None, None, :]
     first = part * ROWS
     end = tl.minimum(part * ROWS + ROWS, H)
@@ -91,34 +91,34 @@ def _strip_pool_fwd_kernel(
             total += v
         if MEAN and OVER_W:
             across = tl.sum(v, 2) / (W if WHOLE_W else 1)
-            tl.store(sum_w + row, across.to(sum_w.dtype.element_ty), mask=keep)
+            tl.store(p_sum_w + row, across.to(p_sum_w.dtype.element_ty), mask=keep)
         if MAX and OVER_H:
             new = _better(top, low)
             top = tl.where(new, low, top)
             where = tl.where(new, h[None, :, None], where)
         if MAX and OVER_W:
             m, i = _top(low, w[None, None, :], 2)
-            tl.store(max_w + row, m.to(max_w.dtype.element_ty), mask=keep)
-            tl.store(idx_w + row, tl.minimum(i, W - 1), mask=keep)
+            tl.store(p_max_w + row, m.to(p_max_w.dtype.element_ty), mask=keep)
+            tl.store(p_idx_w + row, tl.minimum(i, W - 1), mask=keep)
     col = (bc[:, None] * PARTS + part) * W + w[None, :]
     keep = (c < C)[:, None] & (w < W)[None, :]
     if MEAN and OVER_H:
         down = tl.sum(total, 1) / (H if WHOLE_H else 1)
-        tl.store(sum_h + col, down.to(sum_h.dtype.element_ty), mask=keep)
+        tl.store(p_sum_h + col, down.to(p_sum_h.dtype.element_ty), mask=keep)
     if MAX and OVER_H:
         m, i = _top(top, where, 1)
-        tl.store(max_h + col, m.to(max_h.dtype.element_ty), mask=keep)
-        tl.store(idx_h + col, i, mask=keep)
+        tl.store(p_max_h + col, m.to(p_max_h.dtype.element_ty), mask=keep)
+        tl.store(p_idx_h + col, i, mask=keep)
 
 # %% ../../nbs/11a_ops.strip_pool_kernels.ipynb #33fa9320
 @triton.jit(do_not_specialize=["N", "n"])
 def _strip_pool_join_kernel(
-    sums,
-    tops,
-    at,
-    mean,
-    top,
-    idx,
+    p_sums,
+    p_tops,
+    p_at,
+    p_mean,
+    p_top,
+    p_idx,
     N,
     L,
     n,
@@ -138,30 +138,30 @@ def _strip_pool_join_kernel(
     where = tl.zeros([BLOCK], tl.int32)
     for p in range(0, N):
         if MEAN:
-            total += tl.load(sums + first + p * L, mask=inside, other=0.0)
+            total += tl.load(p_sums + first + p * L, mask=inside, other=0.0)
         if MAX:
-            m = tl.load(tops + first + p * L, mask=inside, other=0.0)
-            j = tl.load(at + first + p * L, mask=inside, other=0)
+            m = tl.load(p_tops + first + p * L, mask=inside, other=0.0)
+            j = tl.load(p_at + first + p * L, mask=inside, other=0)
             new = _better(best, m) | (p == 0)
             best = tl.where(new, m, best)
             where = tl.where(new, j, where)
     if MEAN:
-        tl.store(mean + i, (total / n).to(mean.dtype.element_ty), mask=inside)
+        tl.store(p_mean + i, (total / n).to(p_mean.dtype.element_ty), mask=inside)
     if MAX:
-        tl.store(top + i, best.to(top.dtype.element_ty), mask=inside)
-        tl.store(idx + i, where, mask=inside)
+        tl.store(p_top + i, best.to(p_top.dtype.element_ty), mask=inside)
+        tl.store(p_idx + i, where, mask=inside)
 
 # %% ../../nbs/11a_ops.strip_pool_kernels.ipynb #70c64e3a
 # that of C and W decides whether stores are wide
 @triton.jit(do_not_specialize=["H", "STRIPS", "PARTS"])
 def _strip_pool_bwd_kernel(
-    dx,
-    gmean_h,
-    gmax_h,
-    idx_h,
-    gmean_w,
-    gmax_w,
-    idx_w,
+    p_dx,
+    p_gmean_h,
+    p_gmax_h,
+    p_idx_h,
+    p_gmean_w,
+    p_gmax_w,
+    p_idx_w,
     C,
     H,
     W,
@@ -196,21 +196,21 @@ def _strip_pool_bwd_kernel(
     rows = (c < C)[:, None] & (h < H)[None, :]
     g = tl.zeros([BC, BH, BW], tl.float32)
     if MEAN_H:
-        g += (tl.load(gmean_h + col, mask=cols, other=0.0).to(tl.float32) / H)[:, None, :]
+        g += (tl.load(p_gmean_h + col, mask=cols, other=0.0).to(tl.float32) / H)[:, None, :]
     if MEAN_W:
-        g += (tl.load(gmean_w + row, mask=rows, other=0.0).to(tl.float32) / W)[:, :, None]
+        g += (tl.load(p_gmean_w + row, mask=rows, other=0.0).to(tl.float32) / W)[:, :, None]
     if MAX_H:
-        i = tl.load(idx_h + col, mask=cols, other=-1)
+        i = tl.load(p_idx_h + col, mask=cols, other=-1)
         g += tl.where(
             i[:, None, :] == h[None, :, None],
-            tl.load(gmax_h + col, mask=cols, other=0.0).to(tl.float32)[:, None, :],
+            tl.load(p_gmax_h + col, mask=cols, other=0.0).to(tl.float32)[:, None, :],
             0.0,
         )
     if MAX_W:
-        j = tl.load(idx_w + row, mask=rows, other=-1)
+        j = tl.load(p_idx_w + row, mask=rows, other=-1)
         g += tl.where(
             j[:, :, None] == w[None, None, :],
-            tl.load(gmax_w + row, mask=rows, other=0.0).to(tl.float32)[:, :, None],
+            tl.load(p_gmax_w + row, mask=rows, other=0.0).to(tl.float32)[:, :, None],
             0.0,
         )
     at = (
@@ -219,4 +219,4 @@ def _strip_pool_bwd_kernel(
         + h.to(tl.int64)[None, :, None] * sh
         + w.to(tl.int64)[None, None, :] * sw
     )
-    tl.store(dx + at, g.to(dx.dtype.element_ty), mask=cols[:, None, :] & (h < H)[None, :, None])
+    tl.store(p_dx + at, g.to(p_dx.dtype.element_ty), mask=cols[:, None, :] & (h < H)[None, :, None])

@@ -70,8 +70,8 @@ MUTANTS = [
     (
         "_affinity_dkp_kernel",
         "delta of other rows",
-        "tl.load(delta + row, mask=n < N",
-        "tl.load(delta + n, mask=n < N",
+        "tl.load(p_delta + row, mask=n < N",
+        "tl.load(p_delta + n, mask=n < N",
     ),
     (
         "_affinity_dkp_kernel",

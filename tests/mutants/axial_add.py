@@ -23,8 +23,8 @@ MUTANTS = [
     (
         "_axial_add_fwd_kernel",
         "the first picture's rows",
-        "tl.load(row + b*rb",
-        "tl.load(row + 0*b*rb",
+        "tl.load(p_row + b*rb",
+        "tl.load(p_row + 0*b*rb",
     ),
     (
         "_axial_add_fwd_kernel",
@@ -50,14 +50,14 @@ MUTANTS = [
     (
         "_axial_add_bwd_kernel",
         "gradient of the first picture",
-        "tl.load(g + b*gb",
-        "tl.load(g + 0*b*gb",
+        "tl.load(p_g + b*gb",
+        "tl.load(p_g + 0*b*gb",
     ),
     (
         "_axial_add_bwd_kernel",
         "channels one off",
-        "tl.store(dcolumn + (b*C + c[:, None])*W",
-        "tl.store(dcolumn + (b*C + C - 1 - c[:, None])*W",
+        "tl.store(p_dcolumn + (b*C + c[:, None])*W",
+        "tl.store(p_dcolumn + (b*C + C - 1 - c[:, None])*W",
     ),
 ]
 

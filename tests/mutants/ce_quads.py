@@ -37,8 +37,8 @@ MUTANTS = [
     (
         "_quad_ce_bwd_kernel",
         "weight of the first class",
-        "weight + tl.minimum(tl.maximum(y, 0), K - 1)",
-        "weight + tl.minimum(y, 0)*0",
+        "p_weight + tl.minimum(tl.maximum(y, 0), K - 1)",
+        "p_weight + tl.minimum(y, 0)*0",
     ),
     (
         "_quad_ce_bwd_kernel",
@@ -53,7 +53,12 @@ MUTANTS = [
         "for side_w in tl.static_range(1)",
     ),
     ("_quad_gather_kernel", "corners exchanged", "2*side_h + side_w", "2*side_w + side_h"),
-    ("_quad_gather_kernel", "incoming gradient dropped", "acc *= tl.load(scale)*LN2", "acc *= LN2"),
+    (
+        "_quad_gather_kernel",
+        "incoming gradient dropped",
+        "acc *= tl.load(p_scale)*LN2",
+        "acc *= LN2",
+    ),
 ]
 
 

@@ -27,10 +27,15 @@ MUTANTS = [
     (
         "_upsample_ce_bwd_kernel",
         "weight of the wrong class",
-        "tl.load(weight + y, mask=valid, other=0.0)",
-        "tl.load(weight + k)",
+        "tl.load(p_weight + y, mask=valid, other=0.0)",
+        "tl.load(p_weight + k)",
     ),
-    ("_upsample_ce_bwd_kernel", "incoming gradient dropped", "acc *= tl.load(scale)", "acc *= 1.0"),
+    (
+        "_upsample_ce_bwd_kernel",
+        "incoming gradient dropped",
+        "acc *= tl.load(p_scale)",
+        "acc *= 1.0",
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ MUTANTS = [
     (
         "_digit_histogram_kernel",
         "prefix not compared",
-        "(bits >> SHIFT + 10 == tl.load(prefix))",
+        "(bits >> SHIFT + 10 == tl.load(p_prefix))",
         "(bits >= 0)",
     ),
     (

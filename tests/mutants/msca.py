@@ -11,8 +11,8 @@ MUTANTS = [
     ("band", "taps one off", "t = i - j + K // 2", "t = i - j + K // 2 - 1"),
     ("band", "not turned", "if TURN: t = j - i + K // 2", "if TURN: t = i - j + K // 2"),
     ("band", "longer than the strip", "(t < K), other=0.0)", "(t < K + 1), other=0.0)"),
-    ("square_bands", "the taps of another row", "taps + 15", "taps + 10"),
-    ("strip_bands", "strips one off", "taps + 18", "taps + 17"),
+    ("square_bands", "the taps of another row", "p_taps + 15", "p_taps + 10"),
+    ("strip_bands", "strips one off", "p_taps + 18", "p_taps + 17"),
     ("diagonals", "diagonals one off", "i = j + t - K // 2", "i = j + t - K // 2 + 1"),
     (
         "diagonals",
@@ -55,15 +55,15 @@ MUTANTS = [
         "if EDGES: a = tl.where(on_map, a, 0.0)",
         "a = a + 0.0",
     ),
-    ("strip_conv", "bias missing", " + tl.load(bias)", ""),
-    ("_msca_fwd_kernel", "bias of a strip of columns missing", "tl.load(taps + 108) + ", ""),
+    ("strip_conv", "bias missing", " + tl.load(p_bias)", ""),
+    ("_msca_fwd_kernel", "bias of a strip of columns missing", "tl.load(p_taps + 108) + ", ""),
     (
         "_msca_fwd_kernel",
         "columns with the taps of rows",
-        "strip_bands(taps + 64, RH, True, T)",
-        "strip_bands(taps + 25, RH, True, T)",
+        "strip_bands(p_taps + 64, RH, True, T)",
+        "strip_bands(p_taps + 25, RH, True, T)",
     ),
-    ("_msca_fwd_kernel", "taps of the first channel", "taps += c*110", "taps += c*0"),
+    ("_msca_fwd_kernel", "taps of the first channel", "p_taps += c*110", "p_taps += c*0"),
     (
         "_msca_fwd_kernel",
         "a picture left out",
@@ -73,8 +73,8 @@ MUTANTS = [
     (
         "_msca_strips_kernel",
         "columns not turned",
-        "strip_bands(taps + 25, RW, True, T)",
-        "strip_bands(taps + 25, RW, False, T)",
+        "strip_bands(p_taps + 25, RW, True, T)",
+        "strip_bands(p_taps + 25, RW, False, T)",
     ),
     (
         "_msca_strips_kernel",
@@ -82,7 +82,7 @@ MUTANTS = [
         "acc = gt.to(tl.float32)",
         "acc = 0*gt.to(tl.float32)",
     ),
-    ("_msca_strips_kernel", "gradient of the first picture", "g + b*gb + c*gc", "g + c*gc"),
+    ("_msca_strips_kernel", "gradient of the first picture", "p_g + b*gb + c*gc", "p_g + c*gc"),
     (
         "_msca_rows_kernel",
         "margins counted twice",
@@ -99,8 +99,8 @@ MUTANTS = [
     (
         "_msca_rows_kernel",
         "bias at the place of the next strip",
-        "part + 104 + k",
-        "part + 104 + (k + 1) % 3",
+        "p_part + 104 + k",
+        "p_part + 104 + (k + 1) % 3",
     ),
     (
         "_msca_columns_kernel",
@@ -111,14 +111,14 @@ MUTANTS = [
     (
         "_msca_columns_kernel",
         "bias of the rows of the first strip",
-        "taps + c*110 + 104 + k",
-        "taps + c*110 + 104",
+        "p_taps + c*110 + 104 + k",
+        "p_taps + c*110 + 104",
     ),
     (
         "_msca_columns_kernel",
         "taps at the place of the next strip",
-        "part + 64 + at + s",
-        "part + 64 + at + 4*k + s",
+        "p_part + 64 + at + s",
+        "p_part + 64 + at + 4*k + s",
     ),
     ("_msca_square_kernel", "rows moved the other way", "row + 2 - dy", "row + dy - 2"),
     (
@@ -130,8 +130,8 @@ MUTANTS = [
     (
         "_msca_square_kernel",
         "not turned",
-        "square_bands(taps + c*110, RW, True, T)",
-        "square_bands(taps + c*110, RW, False, T)",
+        "square_bands(p_taps + c*110, RW, True, T)",
+        "square_bands(p_taps + c*110, RW, False, T)",
     ),
     (
         "_msca_taps_kernel",

@@ -28,8 +28,8 @@ MUTANTS = [
     (
         "_prototypes_stats_kernel",
         "maximum of another picture",
-        "top + (b*tiles + tile)*K + k",
-        "top + tile*K + k",
+        "p_top + (b*tiles + tile)*K + k",
+        "p_top + tile*K + k",
     ),
     (
         "_prototypes_sums_kernel",
@@ -71,13 +71,13 @@ MUTANTS = [
     (
         "_prototypes_bwd_kernel",
         "dz left out",
-        "ds += tl.load(dz + b*K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]",
+        "ds += tl.load(p_dz + b*K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]",
         "ds -= delta[None, :]",
     ),
     (
         "_prototypes_bwd_kernel",
         "hz left out",
-        "t*(dt - tl.load(hz + b*K + k, mask=in_k, other=0.0)[:, None])",
+        "t*(dt - tl.load(p_hz + b*K + k, mask=in_k, other=0.0)[:, None])",
         "t*dt",
     ),
     ("_prototypes_bwd_kernel", "the last tile of classes only", "ap += tl.dot", "ap = tl.dot"),
@@ -99,8 +99,8 @@ MUTANTS = [
     (
         "_cosine_fwd_kernel",
         "prototypes of the first picture",
-        "u + b*K*C + (k[:, None]*C",
-        "u + (k[:, None]*C",
+        "p_u + b*K*C + (k[:, None]*C",
+        "p_u + (k[:, None]*C",
     ),
     ("_cosine_dx_kernel", "not orthogonal to the pixel", "acc -= x*", "acc -= 0*x*"),
     ("_cosine_dx_kernel", "not divided by the norm", "along/tl.where(r == 0, 1.0, r)", "along"),
@@ -108,13 +108,13 @@ MUTANTS = [
     (
         "_cosine_dx_kernel",
         "positions left out",
-        "if POS: x += tl.load(pos + b*pb",
-        "if POS: x += 0*tl.load(pos + b*pb",
+        "if POS: x += tl.load(p_pos + b*pb",
+        "if POS: x += 0*tl.load(p_pos + b*pb",
     ),
     (
         "_cosine_du_kernel",
         "norm left out",
-        "x = x/(tl.load(norm + b*N + n, mask=in_n, other=1.0) + 1e-12)[:, None]",
+        "x = x/(tl.load(p_norm + b*N + n, mask=in_n, other=1.0) + 1e-12)[:, None]",
         "x = x + 0.0",
     ),
     ("_cosine_du_kernel", "every split is the first", "n0 in range(split*PER,", "n0 in range(0,"),
@@ -144,7 +144,7 @@ MUTANTS = [
         "mask=cells & valid[None, :]",
         "mask=cells",
     ),
-    ("_class_sums_bwd_kernel", "rows of the first picture", "g + b*gb", "g + 0*b*gb"),
+    ("_class_sums_bwd_kernel", "rows of the first picture", "p_g + b*gb", "p_g + 0*b*gb"),
     (
         "_class_sums_bwd_kernel",
         "channels one off",

@@ -12,14 +12,14 @@ MUTANTS = [
     (
         "_rca_gate_fwd_kernel",
         "offset of the first picture",
-        "offset + bc[:, None]*W",
-        "offset + c[:, None]*W",
+        "p_offset + bc[:, None]*W",
+        "p_offset + c[:, None]*W",
     ),
     (
         "_rca_gate_fwd_kernel",
         "slope of the first channel",
-        "slope + c[:, None]*W",
-        "slope + 0*c[:, None]*W",
+        "p_slope + c[:, None]*W",
+        "p_slope + 0*c[:, None]*W",
     ),
     (
         "_rca_gate_fwd_kernel",
@@ -70,8 +70,8 @@ MUTANTS = [
     (
         "_rca_gate_dx_kernel",
         "tiles of rows overwrite each other",
-        "dslope + (bc[:, None]*down + i)*W",
-        "dslope + (bc[:, None]*down + 0*i)*W",
+        "p_dslope + (bc[:, None]*down + i)*W",
+        "p_dslope + (bc[:, None]*down + 0*i)*W",
     ),
 ]
 

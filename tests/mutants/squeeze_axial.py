@@ -59,14 +59,14 @@ MUTANTS = [
     (
         "_axial_attention_kernel",
         "keys with the queries' positions",
-        "_places(row_k, column_k, ck",
-        "_places(row_q, column_q, ck",
+        "_places(p_row_k, p_column_k, ck",
+        "_places(p_row_q, p_column_q, ck",
     ),
     (
         "_axial_attention_kernel",
         "columns with the rows' positions",
-        "_places(row_k, column_k, ck",
-        "_places(row_k, row_k, ck",
+        "_places(p_row_k, p_column_k, ck",
+        "_places(p_row_k, p_row_k, ck",
     ),
     (
         "_axial_attention_kernel",

@@ -29,8 +29,8 @@ MUTANTS = [
     (
         "_sr_attention_fwd_kernel",
         "query mask one off",
-        "mask=(n < N)[:, None] & (e < DV)[None, :])\n    tl.store(lse",
-        "mask=(n < N - 1)[:, None] & (e < DV)[None, :])\n    tl.store(lse",
+        "mask=(n < N)[:, None] & (e < DV)[None, :])\n    tl.store(p_lse",
+        "mask=(n < N - 1)[:, None] & (e < DV)[None, :])\n    tl.store(p_lse",
     ),
     (
         "_sr_attention_dq_kernel",
