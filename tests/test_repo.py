@@ -215,6 +215,65 @@ def test_import_is_light():
     )
 
 
+def jitted(text):
+    "The functions in a module's text that Triton compiles: name -> node of the syntax tree."
+    return {
+        n.name: n
+        for n in ast.parse(text).body
+        if isinstance(n, ast.FunctionDef)
+        and any(ast.unparse(d).startswith("triton.jit") for d in n.decorator_list)
+    }
+
+
+def parameters(function):
+    return [a.arg for a in function.args.args]
+
+
+def addresses(function, known):
+    "The expressions of a kernel that are addresses: where it loads and stores, and what other kernels take as `p_…`."
+    for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
+        called = ast.unparse(call.func)
+        if re.fullmatch(r"tl\.(load|store|atomic_\w+)", called):
+            yield call.args[0]
+        if called in known:
+            pairs = zip(parameters(known[called]), call.args)
+            yield from (given for name, given in pairs if name.startswith("p_"))
+
+
+def unmarked(function, known):
+    "The parameters of a kernel that are pointers by use and not by name."
+    made = {}  # a name -> what it is assigned
+    for n in ast.walk(function):
+        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name):
+            made.setdefault(n.targets[0].id, []).append(n.value)
+    found = set()
+    open_ends = list(addresses(function, known))
+    for end in open_ends:
+        while isinstance(end, ast.BinOp):  # an address begins with its pointer
+            end = end.left
+        if isinstance(end, ast.Name):
+            found.add(end.id)
+            open_ends += made.pop(end.id, [])
+    return {name for name in found & set(parameters(function)) if not name.startswith("p_")}
+
+
+def test_pointers_have_names():
+    "In a kernel what points to memory begins with p_, and strides s_x belong to a pointer p_x."
+    bad = jitted("@triton.jit\ndef f(x, p_y, n):\n    at = x + n\n    tl.store(p_y, tl.load(at))")
+    assert unmarked(bad["f"], {}) == {"x"}
+    by_way = jitted("@triton.jit\ndef g(x, p_y):\n    f(x, x + 1, 1)")
+    assert unmarked(by_way["g"], bad) == {"x"}
+    known = {}
+    for path in (ROOT / "segkern" / "ops").glob("*.py"):
+        known |= jitted(path.read_text(encoding="utf-8"))
+    assert len([name for name in known if name.endswith("_kernel")]) > 30
+    for name, function in known.items():
+        assert not unmarked(function, known), f"{name}: {unmarked(function, known)}"
+        strides = {p[2:] for p in parameters(function) if p.startswith("s_")}
+        pointers = {p[2:] for p in parameters(function) if p.startswith("p_")}
+        assert strides <= pointers or not name.endswith("_kernel"), f"{name}: {strides - pointers}"
+
+
 def test_ruff():
     "Neither complaints nor another layout."
     pytest.importorskip("ruff")

@@ -81,9 +81,9 @@ def affinity_fwd(
                 m,
                 d,
                 c,
-                *q.stride(),
-                *k.stride(),
-                *p.stride(),
+                q.stride(),
+                k.stride(),
+                p.stride(),
                 FIRST=i == 0,
                 **opts,
             )
@@ -95,7 +95,7 @@ def _common(q, k, p, g, scale, count):
     "What both backward kernels take besides tensors: numbers, sizes, strides; `count`: blocks of the stage."
     (_, h, n, d), (m, c) = q.shape, p.shape[1:]
     numbers = scale, 1 / (count * h), h, n, m, d, c
-    return *numbers, *q.stride(), *k.stride(), *p.stride(), *g.stride()
+    return *numbers, q.stride(), k.stride(), p.stride(), g.stride()
 
 # %% ../../nbs/14_ops.affinity.ipynb #1509c5ce
 def _launch_dq(q, k, p, lse, g, delta, common, want):
@@ -105,7 +105,7 @@ def _launch_dq(q, k, p, lse, g, delta, common, want):
     dq = rows_first(*q.shape, q) if want else q
     _affinity_dq_kernel[(b * h * triton.cdiv(n, opts["BN"]),)](
         *(q, k, p, lse, g, dq, delta),
-        *(*common, *dq.stride()),
+        *(*common, dq.stride()),
         QUERIES=want,
         WIDE=q.dtype == torch.float16,
         **opts,

@@ -24,17 +24,9 @@ def _affinity_fwd_kernel(
     M,
     D,
     C,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    spb,
-    spm,
-    spc,
+    s_q,
+    s_k,
+    s_p,
     FIRST: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -43,6 +35,9 @@ def _affinity_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     "out += weight softmax(scale Q K^T) P for a tile of queries of one head; keeps the log-sum-exp in base 2."
+    sqb, sqh, sqn, sqd = s_q
+    skb, skh, skm, skd = s_k
+    spb, spm, spc = s_p
     tiles = tl.cdiv(N, BN)
     bh = tl.program_id(0) // tiles
     b = (bh // H).to(tl.int64)
@@ -108,24 +103,11 @@ def _affinity_dq_kernel(
     M,
     D,
     C,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    spb,
-    spm,
-    spc,
-    sgb,
-    sgn,
-    sgc,
-    tqb,
-    tqh,
-    tqn,
-    tqd,
+    s_q,
+    s_k,
+    s_p,
+    s_g,
+    s_dq,
     QUERIES: tl.constexpr,
     WIDE: tl.constexpr,
     BN: tl.constexpr,
@@ -136,6 +118,11 @@ def _affinity_dq_kernel(
 ):
     """delta = sum_m A * dA with dA = dG P^T, then dQ = scale weight (A * (dA - delta)) K, for a
     tile of queries of one head."""
+    sqb, sqh, sqn, sqd = s_q
+    skb, skh, skm, skd = s_k
+    spb, spm, spc = s_p
+    sgb, sgn, sgc = s_g
+    tqb, tqh, tqn, tqd = s_dq
     tiles = tl.cdiv(N, BN)
     bh = tl.program_id(0) // tiles
     b = (bh // H).to(tl.int64)
@@ -220,20 +207,10 @@ def _affinity_dkp_kernel(
     M,
     D,
     C,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    spb,
-    spm,
-    spc,
-    sgb,
-    sgn,
-    sgc,
+    s_q,
+    s_k,
+    s_p,
+    s_g,
     SPLITS,
     PER,
     KEYS: tl.constexpr,
@@ -248,6 +225,10 @@ def _affinity_dkp_kernel(
 ):
     """Partial dK = scale weight dS^T Q and dP += weight A^T dG of a tile of keys of one head, over
     one split of the queries."""
+    sqb, sqh, sqn, sqd = s_q
+    skb, skh, skm, skd = s_k
+    spb, spm, spc = s_p
+    sgb, sgn, sgc = s_g
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BM)
     split = pid % SPLITS

@@ -43,25 +43,19 @@ def _axial_add_fwd_kernel(
     C,
     H,
     W,
-    vb,
-    vc,
-    vh,
-    vw,
-    rb,
-    rc,
-    rh,
-    cb,
-    cc,
-    cw,
-    ob,
-    oc,
-    oh,
-    ow,
+    s_v,
+    s_row,
+    s_column,
+    s_out,
     BC: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
     "min(6, max(0, v + row + column)) on a tile of channels, rows and columns."
+    vb, vc, vh, vw = s_v
+    rb, rc, rh = s_row
+    cb, cc, cw = s_column
+    ob, oc, oh, ow = s_out
     pid = tl.program_id(0)
     strips = tl.cdiv(W, BW)
     parts = tl.cdiv(H, BH)
@@ -131,10 +125,10 @@ def axial_add_fwd(
             c,
             h,
             w,
-            *v.stride(),
-            *row.stride(),
-            *column.stride(),
-            *out.stride(),
+            v.stride(),
+            row.stride(),
+            column.stride(),
+            out.stride(),
             **opts,
         )
     return out
@@ -152,24 +146,11 @@ def _axial_add_bwd_kernel(
     C,
     H,
     W,
-    gb,
-    gc,
-    gh,
-    gw,
-    vb,
-    vc,
-    vh,
-    vw,
-    rb,
-    rc,
-    rh,
-    cb,
-    cc,
-    cw,
-    ob,
-    oc,
-    oh,
-    ow,
+    s_g,
+    s_v,
+    s_row,
+    s_column,
+    s_dv,
     MAP: tl.constexpr,
     ROW: tl.constexpr,
     COLUMN: tl.constexpr,
@@ -178,6 +159,11 @@ def _axial_add_bwd_kernel(
     BW: tl.constexpr,
 ):
     "dv = g [0 < v + row + column < 6], its sums over the strip for every row, and over all rows for every column."
+    gb, gc, gh, gw = s_g
+    vb, vc, vh, vw = s_v
+    rb, rc, rh = s_row
+    cb, cc, cw = s_column
+    ob, oc, oh, ow = s_dv
     pid = tl.program_id(0)
     strips = tl.cdiv(W, BW)
     blocks_c = tl.cdiv(C, BC)
@@ -272,11 +258,11 @@ def axial_add_bwd(
             c,
             h,
             w,
-            *g.stride(),
-            *v.stride(),
-            *row.stride(),
-            *column.stride(),
-            *_like(v).stride(),
+            g.stride(),
+            v.stride(),
+            row.stride(),
+            column.stride(),
+            _like(v).stride(),
             MAP=wanted[0],
             ROW=wanted[1],
             COLUMN=wanted[2],

@@ -30,10 +30,7 @@ def _upsample_ce_fwd_kernel(
     w,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_z,
     step_h,
     step_w,
     WEIGHT: tl.constexpr,
@@ -56,20 +53,20 @@ def _upsample_ce_fwd_kernel(
     cols = neighbours(ow, step_w, w, ALIGN)
     y = tl.load(p_target + at, mask=inside, other=ignore).to(tl.int32)
     valid = inside & (y != ignore)
-    plane = p_z + b * sb
+    plane = p_z + b * s_z[0]
     m = tl.full([BH, BW], float("-inf"), tl.float32)
     s = tl.zeros([BH, BW], tl.float32)
     zy = tl.zeros([BH, BW], tl.float32)
     smoothed = tl.zeros([BH, BW], tl.float32)
     for k in range(0, K):
-        v = bilinear(plane, rows, cols, sh, sw, inside) * LOG2E
+        v = bilinear(plane, rows, cols, s_z, inside) * LOG2E
         d = tl.where(v == m, 1.0, tl.exp2(-tl.abs(v - m)))
         s = tl.where(v > m, s * d + 1.0, s + d)
         m = tl.where(v > m, v, m)
         zy = tl.where(y == k, v, zy)
         if SMOOTH:
             smoothed += v * (tl.load(p_weight + k) if WEIGHT else 1.0)
-        plane += sc
+        plane += s_z[1]
     l2 = m + tl.log2(s)
     tl.store(p_lse + at, l2, mask=inside)
     loss = (l2 - zy) * LN2
@@ -117,7 +114,7 @@ def upsample_ce_fwd(
             h,
             w,
             *size,
-            *logits.stride(),
+            logits.stride(),
             scales(h, size[0], align_corners)[0],
             scales(w, size[1], align_corners)[0],
             WEIGHT=weight is not None,
@@ -164,14 +161,8 @@ def _upsample_ce_bwd_kernel(
     w,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
-    gb,
-    gc,
-    gh,
-    gw,
+    s_z,
+    s_dz,
     step_h,
     step_w,
     inv_h,
@@ -185,6 +176,7 @@ def _upsample_ce_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     "dz = U^T [c (softmax(U z) - onehot)] for a tile of cells of one class plane that the program owns."
+    gb, gc, gh, gw = s_dz
     tiles_w = tl.cdiv(w, T)
     tiles = tiles_w * tl.cdiv(h, T)
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -194,7 +186,7 @@ def _upsample_ce_bwd_kernel(
     j0 = (tile % tiles_w) * T
     i = i0 + tl.arange(0, T)
     j = j0 + tl.arange(0, T)
-    plane = p_z + b * sb + k.to(tl.int64) * sc
+    plane = p_z + b * s_z[0] + k.to(tl.int64) * s_z[1]
     wk = tl.load(p_weight + k) if WEIGHT else 1.0
     whole = tl.load(p_total) if WEIGHT and SMOOTH else K.to(tl.float32)
     acc = tl.zeros([T, T], tl.float32)
@@ -211,7 +203,7 @@ def _upsample_ce_bwd_kernel(
             y = tl.load(p_target + at, mask=inside, other=ignore).to(tl.int32)
             valid = inside & (y != ignore)
             p = tl.exp2(
-                bilinear(plane, rows, cols, sh, sw, inside) * LOG2E
+                bilinear(plane, rows, cols, s_z, inside) * LOG2E
                 - tl.load(p_lse + at, mask=inside, other=0.0)
             )
             if PIXEL:
@@ -271,8 +263,8 @@ def upsample_ce_bwd(
             h,
             w,
             *size,
-            *logits.stride(),
-            *dz.stride(),
+            logits.stride(),
+            dz.stride(),
             step_h,
             step_w,
             inv_h,

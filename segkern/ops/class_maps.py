@@ -16,8 +16,9 @@ EPS = 1e-12
 
 # %% ../../nbs/15_ops.class_maps.ipynb #ad971554
 @triton.jit
-def pixel_offsets(n, W, sh, sw, FLAT: tl.constexpr):
-    "Offsets of the pixels with numbers n in a map with strides sh, sw; FLAT: rows follow each other without gaps."
+def pixel_offsets(n, W, s_x, FLAT: tl.constexpr):
+    "Offsets of the pixels with numbers n in a map with strides […, h, w]; FLAT: rows follow each other without gaps."
+    sh, sw = s_x[-2:]
     n = n.to(tl.int64)
     if FLAT:
         at = n * sw
@@ -33,7 +34,7 @@ def map_strides(*maps):
     for x in maps:
         *first, sh, sw = x.stride()
         h, w = x.shape[-2:]
-        strides += [*first, sh, sh if w == 1 else sw]
+        strides.append((*first, sh, sh if w == 1 else sw))
         flat = flat and (h == 1 or w == 1 or sh == w * sw)
     return strides, flat
 

@@ -63,13 +63,8 @@ def _class_sums_fwd_kernel(
     W,
     SPLITS,
     PER,
-    sb,
-    sc,
-    sh,
-    sw,
-    yb,
-    yh,
-    yw,
+    s_x,
+    s_labels,
     FLAT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -91,14 +86,14 @@ def _class_sums_fwd_kernel(
     count = tl.zeros([BK], tl.float32)
     for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        y = tl.load(p_labels + b * yb + pixel_offsets(n, W, yh, yw, FLAT), mask=n < N, other=0).to(
-            tl.int64
-        )
+        y = tl.load(
+            p_labels + b * s_labels[0] + pixel_offsets(n, W, s_labels, FLAT), mask=n < N, other=0
+        ).to(tl.int64)
         valid = (n < N) & (y >= 0) & (y < K)
         y = tl.where(valid, y, -1).to(tl.int32)
         # [BN, BC]
         xt = tl.load(
-            p_x + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[:, None] + c64 * sc,
+            p_x + b * s_x[0] + pixel_offsets(n, W, s_x, FLAT)[:, None] + c64 * s_x[1],
             mask=(n < N)[:, None] & (c < C)[None, :],
             other=0.0,
         )
@@ -121,20 +116,16 @@ def _class_sums_bwd_kernel(
     K,
     C,
     W,
-    gb,
-    gk,
-    gc,
-    yb,
-    yh,
-    yw,
-    db,
-    dc,
-    dw,
+    s_g,
+    s_labels,
+    s_dx,
     FLAT: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
     "Every pixel gets the row of its class, or zero."
+    gb, gk, gc = s_g
+    db, dc, dw = s_dx
     pid = tl.program_id(0)
     ct = tl.cdiv(C, BC)
     tiles = tl.cdiv(N, BN)
@@ -144,9 +135,9 @@ def _class_sums_bwd_kernel(
     n = tile * BN + tl.arange(0, BN)
     c = ctile * BC + tl.arange(0, BC)
     cells = (c < C)[:, None] & (n < N)[None, :]
-    y = tl.load(p_labels + b * yb + pixel_offsets(n, W, yh, yw, FLAT), mask=n < N, other=0).to(
-        tl.int64
-    )
+    y = tl.load(
+        p_labels + b * s_labels[0] + pixel_offsets(n, W, s_labels, FLAT), mask=n < N, other=0
+    ).to(tl.int64)
     valid = (y >= 0) & (y < K)
     # [BC, BN]
     v = tl.load(
@@ -204,11 +195,9 @@ def class_sums_bwd(
             g.shape[1],
             c,
             w,
-            *g.stride(),
+            g.stride(),
             *strides,
-            dx.stride(0),
-            dx.stride(1),
-            dx.stride(3),
+            (dx.stride(0), dx.stride(1), dx.stride(3)),
             FLAT=flat,
             **opts,
         )

@@ -101,8 +101,7 @@ def _pixels_grad(u, feat, pos, kept, g):
     with on_device(feat):
         _cosine_dx_kernel[grid](
             *(u.to(feat.dtype).contiguous(), feat, p, out, norm, g, dx),
-            *(n, k, c, w, *strides),
-            *(dx.stride(0), dx.stride(1), dx.stride(3)),
+            *(n, k, c, w, *strides, (dx.stride(0), dx.stride(1), dx.stride(3))),
             FLAT=flat,
             POS=pos is not None,
             **opts,

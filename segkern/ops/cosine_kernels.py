@@ -21,14 +21,8 @@ def _cosine_fwd_kernel(
     K,
     C,
     W,
-    fb,
-    fc,
-    fh,
-    fw,
-    pb,
-    pc,
-    ph,
-    pw,
+    s_feat,
+    s_pos,
     FLAT: tl.constexpr,
     POS: tl.constexpr,
     BN: tl.constexpr,
@@ -47,17 +41,17 @@ def _cosine_fwd_kernel(
     k = ktile * BK + tl.arange(0, BK)
     in_n = n < N
     in_k = k < K
-    from_f = p_feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[None, :]
-    from_p = p_pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[None, :]
+    from_f = p_feat + b * s_feat[0] + pixel_offsets(n, W, s_feat, FLAT)[None, :]
+    from_p = p_pos + b * s_pos[0] + pixel_offsets(n, W, s_pos, FLAT)[None, :]
     acc = tl.zeros([BK, BN], tl.float32)
     square = tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
         cells = (c < C)[:, None] & in_n[None, :]
         c64 = c.to(tl.int64)[:, None]
-        x = tl.load(from_f + c64 * fc, mask=cells, other=0.0).to(tl.float32)  # [BC, BN]
+        x = tl.load(from_f + c64 * s_feat[1], mask=cells, other=0.0).to(tl.float32)  # [BC, BN]
         if POS:
-            x += tl.load(from_p + c64 * pc, mask=cells, other=0.0).to(tl.float32)
+            x += tl.load(from_p + c64 * s_pos[1], mask=cells, other=0.0).to(tl.float32)
         # [BK, BC]
         a = tl.load(
             p_u + b * K * C + (k[:, None] * C + c[None, :]),
@@ -89,21 +83,10 @@ def _cosine_dx_kernel(
     K,
     C,
     W,
-    fb,
-    fc,
-    fh,
-    fw,
-    pb,
-    pc,
-    ph,
-    pw,
-    gb,
-    gk,
-    gh,
-    gw,
-    db,
-    dc,
-    dw,
+    s_feat,
+    s_pos,
+    s_g,
+    s_dx,
     FLAT: tl.constexpr,
     POS: tl.constexpr,
     BN: tl.constexpr,
@@ -112,6 +95,7 @@ def _cosine_dx_kernel(
     PRECISION: tl.constexpr,
 ):
     "dx = (u^T dO - x/|x| sum_k O dO)/(|x| + eps) for a tile of channels and one of pixels."
+    db, dc, dw = s_dx
     pid = tl.program_id(0)
     ct = tl.cdiv(C, BC)
     tiles = tl.cdiv(N, BN)
@@ -124,13 +108,13 @@ def _cosine_dx_kernel(
     c64 = c.to(tl.int64)[:, None]
     n64 = n.to(tl.int64)[None, :]
     cells = (c < C)[:, None] & in_n[None, :]
-    from_g = p_g + b * gb + pixel_offsets(n, W, gh, gw, FLAT)[None, :]
+    from_g = p_g + b * s_g[0] + pixel_offsets(n, W, s_g, FLAT)[None, :]
     acc = tl.zeros([BC, BN], tl.float32)
     along = tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         inside = (k < K)[:, None] & in_n[None, :]
-        d = tl.load(from_g + k.to(tl.int64)[:, None] * gk, mask=inside, other=0.0)  # [BK, BN]
+        d = tl.load(from_g + k.to(tl.int64)[:, None] * s_g[1], mask=inside, other=0.0)  # [BK, BN]
         o = tl.load(p_out + (b * K + k)[:, None] * N + n[None, :], mask=inside, other=0.0)
         # [BC, BK]
         a = tl.load(
@@ -141,13 +125,13 @@ def _cosine_dx_kernel(
         along += tl.sum(d.to(tl.float32) * o.to(tl.float32), 0)
         acc += tl.dot(a, d, input_precision=PRECISION)
     x = tl.load(
-        p_feat + b * fb + c64 * fc + pixel_offsets(n, W, fh, fw, FLAT)[None, :],
+        p_feat + b * s_feat[0] + c64 * s_feat[1] + pixel_offsets(n, W, s_feat, FLAT)[None, :],
         mask=cells,
         other=0.0,
     ).to(tl.float32)
     if POS:
         x += tl.load(
-            p_pos + b * pb + c64 * pc + pixel_offsets(n, W, ph, pw, FLAT)[None, :],
+            p_pos + b * s_pos[0] + c64 * s_pos[1] + pixel_offsets(n, W, s_pos, FLAT)[None, :],
             mask=cells,
             other=0.0,
         ).to(tl.float32)
@@ -173,18 +157,9 @@ def _cosine_du_kernel(
     W,
     SPLITS,
     PER,
-    fb,
-    fc,
-    fh,
-    fw,
-    pb,
-    pc,
-    ph,
-    pw,
-    gb,
-    gk,
-    gh,
-    gw,
+    s_feat,
+    s_pos,
+    s_g,
     FLAT: tl.constexpr,
     POS: tl.constexpr,
     BN: tl.constexpr,
@@ -211,19 +186,19 @@ def _cosine_du_kernel(
         cells = in_n[:, None] & (c < C)[None, :]
         # [BK, BN]
         d = tl.load(
-            p_g + b * gb + k64 * gk + pixel_offsets(n, W, gh, gw, FLAT)[None, :],
+            p_g + b * s_g[0] + k64 * s_g[1] + pixel_offsets(n, W, s_g, FLAT)[None, :],
             mask=(k < K)[:, None] & in_n[None, :],
             other=0.0,
         )
         # [BN, BC]
         x = tl.load(
-            p_feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[:, None] + c64 * fc,
+            p_feat + b * s_feat[0] + pixel_offsets(n, W, s_feat, FLAT)[:, None] + c64 * s_feat[1],
             mask=cells,
             other=0.0,
         ).to(tl.float32)
         if POS:
             x += tl.load(
-                p_pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[:, None] + c64 * pc,
+                p_pos + b * s_pos[0] + pixel_offsets(n, W, s_pos, FLAT)[:, None] + c64 * s_pos[1],
                 mask=cells,
                 other=0.0,
             ).to(tl.float32)

@@ -26,10 +26,7 @@ def _dice_fwd_kernel(
     w,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_z,
     step_h,
     step_w,
     EXCLUDE: tl.constexpr,
@@ -47,11 +44,10 @@ def _dice_fwd_kernel(
     ow = (tile % tiles_w) * BW + tl.arange(0, BW)
     inside = (oh < H)[:, None] & (ow < W)[None, :]
     v = bilinear(
-        p_z + b * sb + k.to(tl.int64) * sc,
+        p_z + b * s_z[0] + k.to(tl.int64) * s_z[1],
         neighbours(oh, step_h, h, ALIGN),
         neighbours(ow, step_w, w, ALIGN),
-        sh,
-        sw,
+        s_z,
         inside,
     )
     y = tl.load(p_target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore).to(
@@ -80,7 +76,7 @@ def dice_tiles_fwd(logits, target, ignore_index, align_corners, exclude):
             h,
             w,
             *size,
-            *logits.stride(),
+            logits.stride(),
             scales(h, size[0], align_corners)[0],
             scales(w, size[1], align_corners)[0],
             EXCLUDE=exclude,
@@ -102,14 +98,8 @@ def _dice_bwd_kernel(
     w,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
-    gb,
-    gc,
-    gh,
-    gw,
+    s_z,
+    s_dz,
     step_h,
     step_w,
     inv_h,
@@ -121,6 +111,7 @@ def _dice_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     "dz = U^T [(g_I [y = k] + g_S) s (1 - s)] for a tile of cells of one class plane."
+    gb, gc, gh, gw = s_dz
     tiles_w = tl.cdiv(w, T)
     tiles = tiles_w * tl.cdiv(h, T)
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -130,7 +121,7 @@ def _dice_bwd_kernel(
     j0 = (tile % tiles_w) * T
     i = i0 + tl.arange(0, T)
     j = j0 + tl.arange(0, T)
-    plane = p_z + b * sb + k.to(tl.int64) * sc
+    plane = p_z + b * s_z[0] + k.to(tl.int64) * s_z[1]
     g_inter = tl.load(p_g + (b * K + k) * 2)
     g_total = tl.load(p_g + (b * K + k) * 2 + 1)
     acc = tl.zeros([T, T], tl.float32)
@@ -146,7 +137,7 @@ def _dice_bwd_kernel(
             y = tl.load(
                 p_target + b * H * W + oh[:, None] * W + ow[None, :], mask=inside, other=ignore
             ).to(tl.int32)
-            s = tl.sigmoid(bilinear(plane, rows, cols, sh, sw, inside))
+            s = tl.sigmoid(bilinear(plane, rows, cols, s_z, inside))
             d = (tl.where((y == k) & (y != ignore), g_inter, 0.0) + g_total) * s * (1.0 - s)
             counted = inside & (y != ignore) if EXCLUDE else inside
             d = tl.where(counted, d, 0.0)
@@ -179,8 +170,8 @@ def dice_tiles_bwd(logits, target, g, ignore_index, align_corners, exclude):
             h,
             w,
             *size,
-            *logits.stride(),
-            *dz.stride(),
+            logits.stride(),
+            dz.stride(),
             step_h,
             step_w,
             inv_h,

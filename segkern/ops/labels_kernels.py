@@ -21,10 +21,7 @@ def _upsample_argmax_kernel(
     w,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_z,
     step_h,
     step_w,
     ALIGN: tl.constexpr,
@@ -41,12 +38,12 @@ def _upsample_argmax_kernel(
     inside = (oh < H)[:, None] & (ow < W)[None, :]
     rows = neighbours(oh, step_h, h, ALIGN)
     cols = neighbours(ow, step_w, w, ALIGN)
-    plane = p_z + b * sb
-    best = bilinear(plane, rows, cols, sh, sw, inside)
+    plane = p_z + b * s_z[0]
+    best = bilinear(plane, rows, cols, s_z, inside)
     label = tl.zeros([BH, BW], tl.int32)
     for k in range(1, K):
-        plane += sc
-        v = bilinear(plane, rows, cols, sh, sw, inside)
+        plane += s_z[1]
+        v = bilinear(plane, rows, cols, s_z, inside)
         better = (v > best) | ((v != v) & (best == best))
         label = tl.where(better, k, label)
         best = tl.where(better, v, best)
@@ -81,7 +78,7 @@ def upsample_argmax_fwd(
             h,
             w,
             *size,
-            *logits.stride(),
+            logits.stride(),
             scales(h, size[0], align_corners)[0],
             scales(w, size[1], align_corners)[0],
             ALIGN=align_corners,
@@ -101,10 +98,7 @@ def _upsample_confusion_kernel(
     w,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_z,
     step_h,
     step_w,
     BINS: tl.constexpr,
@@ -122,12 +116,12 @@ def _upsample_confusion_kernel(
     inside = (oh < H)[:, None] & (ow < W)[None, :]
     rows = neighbours(oh, step_h, h, ALIGN)
     cols = neighbours(ow, step_w, w, ALIGN)
-    plane = p_z + b * sb
-    best = bilinear(plane, rows, cols, sh, sw, inside)
+    plane = p_z + b * s_z[0]
+    best = bilinear(plane, rows, cols, s_z, inside)
     label = tl.zeros([BH, BW], tl.int32)
     for k in range(1, K):
-        plane += sc
-        v = bilinear(plane, rows, cols, sh, sw, inside)
+        plane += s_z[1]
+        v = bilinear(plane, rows, cols, s_z, inside)
         better = (v > best) | ((v != v) & (best == best))
         label = tl.where(better, k, label)
         best = tl.where(better, v, best)
@@ -164,7 +158,7 @@ def upsample_confusion_fwd(
             h,
             w,
             *size,
-            *logits.stride(),
+            logits.stride(),
             scales(h, size[0], align_corners)[0],
             scales(w, size[1], align_corners)[0],
             BINS=triton.next_power_of_2(max(k * k, 16)) if k <= 32 else 0,

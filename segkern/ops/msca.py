@@ -134,7 +134,7 @@ def msca_fwd(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on_device(x):
         _msca_fwd_kernel[(x.shape[1] * n,)](
-            z, taps, y, *sizes, *z.stride(), EDGES=_edges(x, o), **margins, **o
+            z, taps, y, *sizes, z.stride(), EDGES=_edges(x, o), **margins, **o
         )
     return _as(y, x)
 
@@ -162,8 +162,8 @@ def msca_bwd(
             t,
             dt,
             *sizes,
-            *z.stride(),
-            *g.stride(),
+            z.stride(),
+            g.stride(),
             WEIGHTS=want_taps,
             EDGES=_edges(x, o),
             **margins,
@@ -178,11 +178,11 @@ def msca_bwd(
         part = torch.empty((n, c, TAPS), dtype=torch.float32, device=x.device)
         for kernel in (_msca_rows_kernel, _msca_columns_kernel):
             kernel[(c * n,)](
-                t, taps, g, part, *sizes, *g.stride(), EDGES=_edges(x, o), **margins, **o
+                t, taps, g, part, *sizes, g.stride(), EDGES=_edges(x, o), **margins, **o
             )
         o, _, sizes, margins = _plan("msca_taps", x, n)
         _msca_taps_kernel[(c * n,)](
-            z, dt, part, *sizes, *z.stride(), PW=margins["PW"], EDGES=_edges(x, o), **o
+            z, dt, part, *sizes, z.stride(), PW=margins["PW"], EDGES=_edges(x, o), **o
         )
     return _as(dx, x) if want_x else dx, part.sum(0)
 

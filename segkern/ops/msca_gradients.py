@@ -33,14 +33,8 @@ def _msca_strips_kernel(
     W,
     TR,
     TC,
-    sb,
-    sc,
-    sh,
-    sw,
-    gb,
-    gc,
-    gh,
-    gw,
+    s_x,
+    s_g,
     PH: tl.constexpr,
     PW: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -63,20 +57,19 @@ def _msca_strips_kernel(
         at = (b * C + c) * H * W + row.to(tl.int64)[:, None] * W + col[None, :]
         if WEIGHTS:
             made = square_conv(
-                p_x + b * sb + c * sc,
+                p_x + b * s_x[0] + c * s_x[1],
                 square,
                 tl.load(p_taps + 103),
                 row,
                 col,
                 H,
                 W,
-                sh,
-                sw,
+                s_x,
                 EDGES,
                 PRECISION,
             )
             tl.store(p_t + at, made.to(T), mask=own)
-        gt = load_tile(p_g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
+        gt = load_tile(p_g + b * s_g[0] + c * s_g[1], row, col, H, W, s_g).to(T)  # [RH, RW]
         acc = gt.to(tl.float32)
         for k in tl.static_range(3):
             # rows beyond the border stay there
@@ -98,10 +91,7 @@ def _msca_rows_kernel(
     W,
     TR,
     TC,
-    gb,
-    gc,
-    gh,
-    gw,
+    s_g,
     PH: tl.constexpr,
     PW: tl.constexpr,
     RH: tl.constexpr,
@@ -124,9 +114,9 @@ def _msca_rows_kernel(
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
             turned = tl.trans(
-                load_tile(p_t + (b * C + c) * H * W, row, col, H, W, W, 1)
+                load_tile(p_t + (b * C + c) * H * W, row, col, H, W, (W, 1))
             )  # [RW, RH]
-            gt = load_tile(p_g + b * gb + c * gc, row, col, H, W, gh, gw).to(T)  # [RH, RW]
+            gt = load_tile(p_g + b * s_g[0] + c * s_g[1], row, col, H, W, s_g).to(T)  # [RH, RW]
             u = tl.dot(down, gt, input_precision=PRECISION)
             if EDGES:
                 u = tl.where(own, u, 0.0)
@@ -149,10 +139,7 @@ def _msca_columns_kernel(
     W,
     TR,
     TC,
-    gb,
-    gc,
-    gh,
-    gw,
+    s_g,
     PH: tl.constexpr,
     PW: tl.constexpr,
     RH: tl.constexpr,
@@ -174,8 +161,8 @@ def _msca_columns_kernel(
         total = tl.zeros([RH], tl.float32)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
-            made = load_tile(p_t + (b * C + c) * H * W, row, col, H, W, W, 1)  # [RH, RW]
-            gt = load_tile(p_g + b * gb + c * gc, row, col, H, W, gh, gw)
+            made = load_tile(p_t + (b * C + c) * H * W, row, col, H, W, (W, 1))  # [RH, RW]
+            gt = load_tile(p_g + b * s_g[0] + c * s_g[1], row, col, H, W, s_g)
             if EDGES:
                 gt = tl.where(own, gt, 0.0)
             total += tl.sum(gt.to(tl.float32), 1)
@@ -215,7 +202,7 @@ def _msca_square_kernel(
         acc = tl.zeros([RH, RW], tl.float32)
         for dy in tl.static_range(5):
             acc = tl.dot(
-                load_tile(p_dt + plane, row + 2 - dy, col, H, W, W, 1),
+                load_tile(p_dt + plane, row + 2 - dy, col, H, W, (W, 1)),
                 square[dy],
                 acc,
                 input_precision=PRECISION,
@@ -235,10 +222,7 @@ def _msca_taps_kernel(
     W,
     TR,
     TC,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_x,
     PW: tl.constexpr,
     RH: tl.constexpr,
     RW: tl.constexpr,
@@ -256,19 +240,19 @@ def _msca_taps_kernel(
         s = tl.arange(0, 8)
         for i in range(first, tl.minimum(first + EACH, TASKS)):
             b, row, col, own = tile_of(i, H, W, TR, TC, 0, PW, RH, RW)
-            mine = load_tile(p_dt + (b * C + c) * H * W, row, col, H, W, W, 1)
-            at = p_x + b * sb + c * sc
+            mine = load_tile(p_dt + (b * C + c) * H * W, row, col, H, W, (W, 1))
+            at = p_x + b * s_x[0] + c * s_x[1]
             if EDGES:
                 mine = tl.where(own, mine, 0.0).to(mine.dtype)
             total += tl.sum(mine.to(tl.float32), 1)
             d0 = tl.dot(
-                tl.trans(load_tile(at, row + dy - 2, col, H, W, sh, sw)),
+                tl.trans(load_tile(at, row + dy - 2, col, H, W, s_x)),
                 mine,
                 d0,
                 input_precision=PRECISION,
             )
             d1 = tl.dot(
-                tl.trans(load_tile(at, row + dy - 1, col, H, W, sh, sw)),
+                tl.trans(load_tile(at, row + dy - 1, col, H, W, s_x)),
                 mine,
                 d1,
                 input_precision=PRECISION,

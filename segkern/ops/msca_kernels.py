@@ -71,8 +71,9 @@ def tile_of(
 
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #4fd77e49
 @triton.jit
-def load_tile(p_x, row, col, H, W, sh, sw):
+def load_tile(p_x, row, col, H, W, s_x):
     "A tile of a map, zero beyond its borders."
+    sh, sw = s_x[-2:]
     at = p_x + row.to(tl.int64)[:, None] * sh  # [RH, 1]
     return tl.load(
         at + col.to(tl.int64)[None, :] * sw,
@@ -83,13 +84,13 @@ def load_tile(p_x, row, col, H, W, sh, sw):
 # %% ../../nbs/13a_ops.msca_kernels.ipynb #ba538988
 @triton.jit
 def square_conv(
-    p_x, bands, bias, row, col, H, W, sh, sw, EDGES: tl.constexpr, PRECISION: tl.constexpr
+    p_x, bands, bias, row, col, H, W, s_x, EDGES: tl.constexpr, PRECISION: tl.constexpr
 ):
     "t = K*x + b on a tile, zero beyond the borders of the map."
-    acc = tl.dot(load_tile(p_x, row - 2, col, H, W, sh, sw), bands[0], input_precision=PRECISION)
+    acc = tl.dot(load_tile(p_x, row - 2, col, H, W, s_x), bands[0], input_precision=PRECISION)
     for dy in tl.static_range(1, 5):
         acc = tl.dot(
-            load_tile(p_x, row + dy - 2, col, H, W, sh, sw),
+            load_tile(p_x, row + dy - 2, col, H, W, s_x),
             bands[dy],
             acc,
             input_precision=PRECISION,
@@ -121,10 +122,7 @@ def _msca_fwd_kernel(
     W,
     TR,
     TC,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_x,
     PH: tl.constexpr,
     PW: tl.constexpr,
     RH: tl.constexpr,
@@ -144,15 +142,14 @@ def _msca_fwd_kernel(
     for i in range(first, tl.minimum(first + EACH, TASKS)):
         b, row, col, own = tile_of(i, H, W, TR, TC, PH, PW, RH, RW)
         acc = square_conv(
-            p_x + b * sb + c * sc,
+            p_x + b * s_x[0] + c * s_x[1],
             square,
             tl.load(p_taps + 103),
             row,
             col,
             H,
             W,
-            sh,
-            sw,
+            s_x,
             EDGES,
             PRECISION,
         )

@@ -77,7 +77,7 @@ def prototypes_fwd(
     parts = new(b, splits, k, c), new(b, splits, k, c), new(b, splits, k), new(b, splits, k)
     with on_device(feat):
         _prototypes_stats_kernel[(b * tiles,)](
-            logits, lse, tops, n, k, w, *strides[:4], FLAT=flat, **o
+            logits, lse, tops, n, k, w, strides[0], FLAT=flat, **o
         )
         top = tops.amax(1)
         _prototypes_sums_kernel[(b * cells * splits,)](
@@ -120,9 +120,10 @@ def prototypes_bwd(
     shares = _pixel_shares(semantic, spatial, mass, total, *grads, kind)
     opts = launch_options("prototypes_bwd", feat, k, c, 32, 64, 64, 4, (32, 32, 32, 8))
     outs = _empty_grads((logits, feat, pos), wanted)
-    to = []
-    for x, need in zip(outs, wanted):
-        to += (x.stride(0), x.stride(1), x.stride(3)) if need else (0, 0, 0)
+    to = [
+        (x.stride(0), x.stride(1), x.stride(3)) if need else (0, 0, 0)
+        for x, need in zip(outs, wanted)
+    ]
     strides, flat = map_strides(logits, feat, pos)
     grid = (b * triton.cdiv(n, opts["BN"]),)
     with on_device(feat):

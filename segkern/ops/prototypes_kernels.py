@@ -19,10 +19,7 @@ def _prototypes_stats_kernel(
     N,
     K,
     W,
-    sb,
-    sk,
-    sh,
-    sw,
+    s_logits,
     FLAT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -32,14 +29,14 @@ def _prototypes_stats_kernel(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     n = tile * BN + tl.arange(0, BN)
-    at = p_logits + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[None, :]
+    at = p_logits + b * s_logits[0] + pixel_offsets(n, W, s_logits, FLAT)[None, :]
     high = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         # [BK, BN]
         m = tl.load(
-            at + k.to(tl.int64)[:, None] * sk,
+            at + k.to(tl.int64)[:, None] * s_logits[1],
             mask=(k < K)[:, None] & (n < N)[None, :],
             other=float("-inf"),
         )
@@ -72,18 +69,9 @@ def _prototypes_sums_kernel(
     W,
     SPLITS,
     PER,
-    sb,
-    sk,
-    sh,
-    sw,
-    fb,
-    fc,
-    fh,
-    fw,
-    pb,
-    pc,
-    ph,
-    pw,
+    s_logits,
+    s_feat,
+    s_pos,
     FLAT: tl.constexpr,
     WIDE: tl.constexpr,
     BN: tl.constexpr,
@@ -118,19 +106,28 @@ def _prototypes_sums_kernel(
         cells = in_n[:, None] & in_c[None, :]
         # [BK, BN]
         m = tl.load(
-            p_logits + b * sb + k64[:, None] * sk + pixel_offsets(n, W, sh, sw, FLAT)[None, :],
+            p_logits
+            + b * s_logits[0]
+            + k64[:, None] * s_logits[1]
+            + pixel_offsets(n, W, s_logits, FLAT)[None, :],
             mask=inside,
             other=0.0,
         )
         m = m.to(tl.float32) * LOG2E
         # [BN, BC]
         ft = tl.load(
-            p_feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[:, None] + c64[None, :] * fc,
+            p_feat
+            + b * s_feat[0]
+            + pixel_offsets(n, W, s_feat, FLAT)[:, None]
+            + c64[None, :] * s_feat[1],
             mask=cells,
             other=0.0,
         )
         pt = tl.load(
-            p_pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[:, None] + c64[None, :] * pc,
+            p_pos
+            + b * s_pos[0]
+            + pixel_offsets(n, W, s_pos, FLAT)[:, None]
+            + c64[None, :] * s_pos[1],
             mask=cells,
             other=0.0,
         )
@@ -172,27 +169,12 @@ def _prototypes_bwd_kernel(
     K,
     C,
     W,
-    sb,
-    sk,
-    sh,
-    sw,
-    fb,
-    fc,
-    fh,
-    fw,
-    pb,
-    pc,
-    ph,
-    pw,
-    lb,
-    lk,
-    lw,
-    gb,
-    gc,
-    gw,
-    qb,
-    qc,
-    qw,
+    s_logits,
+    s_feat,
+    s_pos,
+    s_dlogits,
+    s_dfeat,
+    s_dpos,
     FLAT: tl.constexpr,
     WIDE: tl.constexpr,
     LOGITS: tl.constexpr,
@@ -205,14 +187,17 @@ def _prototypes_bwd_kernel(
 ):
     """dF = da^T S, dP = ha^T T, dM = S (da F + dz - sum_k S (da F + dz)) + T (ha P - hz) for a
     tile of pixels; T = exp2(M - top)."""
+    lb, lk, lw = s_dlogits
+    gb, gc, gw = s_dfeat
+    qb, qc, qw = s_dpos
     tiles = tl.cdiv(N, BN)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     in_n = n < N
     n64 = n.to(tl.int64)
-    from_m = p_logits + b * sb + pixel_offsets(n, W, sh, sw, FLAT)[None, :]
-    from_f = p_feat + b * fb + pixel_offsets(n, W, fh, fw, FLAT)[None, :]
-    from_p = p_pos + b * pb + pixel_offsets(n, W, ph, pw, FLAT)[None, :]
+    from_m = p_logits + b * s_logits[0] + pixel_offsets(n, W, s_logits, FLAT)[None, :]
+    from_f = p_feat + b * s_feat[0] + pixel_offsets(n, W, s_feat, FLAT)[None, :]
+    from_p = p_pos + b * s_pos[0] + pixel_offsets(n, W, s_pos, FLAT)[None, :]
     l2 = tl.load(p_lse + b * N + n, mask=in_n, other=0.0)[None, :]
     delta = tl.zeros([BN], tl.float32)
     for c0 in range(0, C, BC):
@@ -228,7 +213,7 @@ def _prototypes_bwd_kernel(
             to = k[None, :] * C + c[:, None]
             # [BK, BN]
             m = (
-                tl.load(from_m + k.to(tl.int64)[:, None] * sk, mask=inside, other=0.0).to(
+                tl.load(from_m + k.to(tl.int64)[:, None] * s_logits[1], mask=inside, other=0.0).to(
                     tl.float32
                 )
                 * LOG2E
@@ -257,7 +242,7 @@ def _prototypes_bwd_kernel(
                 ap += tl.dot(a, t, input_precision=PRECISION)
         if LOGITS:
             delta += tl.sum(
-                af * tl.load(from_f + c64 * fc, mask=cells, other=0.0).to(tl.float32), 0
+                af * tl.load(from_f + c64 * s_feat[1], mask=cells, other=0.0).to(tl.float32), 0
             )
         if FEAT:
             tl.store(
@@ -285,8 +270,8 @@ def _prototypes_bwd_kernel(
             c64 = c.to(tl.int64)[:, None]
             to = k[:, None] * C + c[None, :]
             # [BC, BN]
-            ft = tl.load(from_f + c64 * fc, mask=cells, other=0.0)
-            pt = tl.load(from_p + c64 * pc, mask=cells, other=0.0)
+            ft = tl.load(from_f + c64 * s_feat[1], mask=cells, other=0.0)
+            pt = tl.load(from_p + c64 * s_pos[1], mask=cells, other=0.0)
             if WIDE:
                 ft = ft.to(tl.float32)
                 pt = pt.to(tl.float32)
@@ -296,7 +281,7 @@ def _prototypes_bwd_kernel(
             dt += tl.dot(
                 tl.load(p_ha + b * K * C + to, mask=small, other=0.0), pt, input_precision=PRECISION
             )
-        m = tl.load(from_m + k64 * sk, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        m = tl.load(from_m + k64 * s_logits[1], mask=inside, other=0.0).to(tl.float32) * LOG2E
         s = tl.exp2(m - l2)
         t = tl.exp2(m - tl.load(p_top + b * K + k, mask=in_k, other=0.0)[:, None])
         ds += tl.load(p_dz + b * K + k, mask=in_k, other=0.0)[:, None] - delta[None, :]

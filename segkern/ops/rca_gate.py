@@ -81,7 +81,7 @@ def rca_gate_fwd(
     k = lines[3].shape[1]
     with on_device(x):
         _rca_gate_fwd_kernel[(_grid(x, opts)[0],)](
-            x, *lines, out, *x.shape[1:], k, *x.stride(), *out.stride(), **opts
+            x, *lines, out, *x.shape[1:], k, x.stride(), out.stride(), **opts
         )
     return out
 
@@ -100,7 +100,7 @@ def _maps_and_sums(x, lines, g, maps, sums):
         _rca_gate_bwd_kernel[(programs,)](
             *(x, g, *lines, p, q, part),
             *(c, h, w, k, across * down),
-            *(*x.stride(), *g.stride(), *like.stride()),
+            *(x.stride(), g.stride(), like.stride()),
             MAPS=maps,
             SUMS=sums,
             **opts,
@@ -121,7 +121,7 @@ def _input_and_lines(p, q, lines, want_x, want_lines):
     with on_device(p):
         _rca_gate_dx_kernel[(programs,)](
             *(p, q, rows, slope, offset, taps, weight, dx, *pieces),
-            *(c, h, w, taps.shape[1], *p.stride()),
+            *(c, h, w, taps.shape[1], p.stride()),
             INPUT=want_x,
             LINES=want_lines,
             **opts,

@@ -73,8 +73,9 @@ def _gate(
 
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #d659d98e
 @triton.jit
-def _near(p_x, b, c, h, w, C, H, W, sb, sc, sh, sw, UP: tl.constexpr, LEFT: tl.constexpr):
+def _near(p_x, b, c, h, w, C, H, W, s_x, UP: tl.constexpr, LEFT: tl.constexpr):
     "The tile of x that lies UP rows and LEFT columns before, zero beyond the map."
+    sb, sc, sh, sw = s_x
     i = h - UP
     j = w - LEFT
     inside = (
@@ -103,10 +104,7 @@ def _local(
     C,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_x,
     BC: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
@@ -118,7 +116,7 @@ def _local(
     )
     for t in tl.static_range(9):
         acc += (
-            _near(p_x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3)
+            _near(p_x, b, c, h, w, C, H, W, s_x, 1 - t // 3, 1 - t % 3)
             * tl.load(p_weight + c * 9 + t, mask=c < C, other=0.0)[:, None, None]
         )
     return acc
@@ -139,19 +137,14 @@ def _rca_gate_fwd_kernel(
     H,
     W,
     K,
-    sb,
-    sc,
-    sh,
-    sw,
-    ob,
-    oc,
-    oh,
-    ow,
+    s_x,
+    s_out,
     BC: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
     "y = sigmoid(bias + taps * relu(rows slope + offset)) (weight * x + lbias) on a tile."
+    ob, oc, oh, ow = s_out
     b, c, h, w, _, _ = _place(C, H, W, BC, BH, BW)
     bc = b * C + c
     cells = (c < C)[:, None] & (w < W)[None, :]
@@ -159,7 +152,7 @@ def _rca_gate_fwd_kernel(
     s = tl.load(p_slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
     o = tl.load(p_offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
     a = _gate(p_rows, p_taps, p_bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
-    y = a * _local(p_x, p_weight, p_lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
+    y = a * _local(p_x, p_weight, p_lbias, b, c, h, w, C, H, W, s_x, BC, BH, BW)
     at = (
         b * ob
         + c.to(tl.int64)[:, None, None] * oc
@@ -190,18 +183,9 @@ def _rca_gate_bwd_kernel(
     W,
     K,
     TILES,
-    sb,
-    sc,
-    sh,
-    sw,
-    gb,
-    gc,
-    gh,
-    gw,
-    ob,
-    oc,
-    oh,
-    ow,
+    s_x,
+    s_g,
+    s_p,
     MAPS: tl.constexpr,
     SUMS: tl.constexpr,
     BC: tl.constexpr,
@@ -209,6 +193,7 @@ def _rca_gate_bwd_kernel(
     BW: tl.constexpr,
 ):
     "p = g a and q = g l a (1 - a) on a tile; sums of p x shifted (9), p, q, and q relu(z) shifted (K)."
+    ob, oc, oh, ow = s_p
     b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
     bc = b * C + c
     some = c < C
@@ -216,13 +201,8 @@ def _rca_gate_bwd_kernel(
     s = tl.load(p_slope + c[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
     o = tl.load(p_offset + bc[:, None] * W + w[None, :], mask=cells, other=0.0).to(tl.float32)
     a = _gate(p_rows, p_taps, p_bias, s, o, bc, c, h, C, H, K, BC, BH, BW)
-    gt = _near(p_g, b, c, h, w, C, H, W, gb, gc, gh, gw, 0, 0)
-    back = (
-        gt
-        * _local(p_x, p_weight, p_lbias, b, c, h, w, C, H, W, sb, sc, sh, sw, BC, BH, BW)
-        * a
-        * (1.0 - a)
-    )
+    gt = _near(p_g, b, c, h, w, C, H, W, s_g, 0, 0)
+    back = gt * _local(p_x, p_weight, p_lbias, b, c, h, w, C, H, W, s_x, BC, BH, BW) * a * (1.0 - a)
     ahead = gt * a
     if MAPS:
         at = (
@@ -241,8 +221,7 @@ def _rca_gate_bwd_kernel(
                 to + t,
                 tl.sum(
                     tl.sum(
-                        ahead
-                        * _near(p_x, b, c, h, w, C, H, W, sb, sc, sh, sw, 1 - t // 3, 1 - t % 3),
+                        ahead * _near(p_x, b, c, h, w, C, H, W, s_x, 1 - t // 3, 1 - t % 3),
                         2,
                     ),
                     1,
@@ -276,10 +255,7 @@ def _rca_gate_dx_kernel(
     H,
     W,
     K,
-    ob,
-    oc,
-    oh,
-    ow,
+    s_p,
     INPUT: tl.constexpr,
     LINES: tl.constexpr,
     BC: tl.constexpr,
@@ -288,6 +264,7 @@ def _rca_gate_dx_kernel(
 ):
     """dx = transposed 3×3 convolution of p; v = [z > 0] transposed vertical one of q, and its sums
     v s, v r, v over the tile's rows or columns."""
+    ob, oc, oh, ow = s_p
     b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
     bc = b * C + c
     some = c < C
@@ -296,7 +273,7 @@ def _rca_gate_dx_kernel(
         acc = tl.zeros([BC, BH, BW], tl.float32)
         for t in tl.static_range(9):
             acc += (
-                _near(p_p, b, c, h, w, C, H, W, ob, oc, oh, ow, t // 3 - 1, t % 3 - 1)
+                _near(p_p, b, c, h, w, C, H, W, s_p, t // 3 - 1, t % 3 - 1)
                 * tl.load(p_weight + c * 9 + t, mask=some, other=0.0)[:, None, None]
             )
         at = (
@@ -318,7 +295,7 @@ def _rca_gate_dx_kernel(
         v = tl.zeros([BC, BH, BW], tl.float32)
         for t in range(0, K):
             v += (
-                _near(p_q, b, c, h - t + K // 2, w, C, H, W, ob, oc, oh, ow, 0, 0)
+                _near(p_q, b, c, h - t + K // 2, w, C, H, W, s_p, 0, 0)
                 * tl.load(p_taps + c * K + t, mask=some, other=0.0)[:, None, None]
             )
         v = tl.where(

@@ -32,8 +32,9 @@ def neighbours(o, scale, n, ALIGN: tl.constexpr):
 
 # %% ../../nbs/16a_ops.resize.ipynb #7e804fe3
 @triton.jit
-def bilinear(p_z, rows, cols, sh, sw, mask):
+def bilinear(p_z, rows, cols, s_z, mask):
     "A tile of the resized plane at `p_z`, mixed along the width first."
+    sh, sw = s_z[-2:]
     lo_h, hi_h, th = rows
     lo_w, hi_w, tw = cols
     a = tl.load(p_z + lo_h[:, None] * sh + lo_w[None, :] * sw, mask=mask, other=0.0).to(tl.float32)

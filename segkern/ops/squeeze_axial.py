@@ -66,8 +66,10 @@ def axial_attention_ref(
 
 # %% ../../nbs/18_ops.squeeze_axial.ipynb #147e2a3f
 @triton.jit
-def _tokens(p_rows, p_columns, b, c, i, in_c, n_row, n_column, rb, rc, rn, cb, cc, cn):
+def _tokens(p_rows, p_columns, b, c, i, in_c, n_row, n_column, s_rows, s_columns):
     "Averages at channels c and places i, from the rows or from the columns: one of the two lengths is 0."
+    rb, rc, rn = s_rows
+    cb, cc, cn = s_columns
     x = tl.load(
         p_rows + b * rb + c.to(tl.int64) * rc + i.to(tl.int64) * rn,
         mask=in_c & (i < n_row),
@@ -113,12 +115,8 @@ def _axial_attention_kernel(
     HEADS,
     P,
     scale,
-    rb,
-    rc,
-    rn,
-    cb,
-    cc,
-    cn,
+    s_rows,
+    s_columns,
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
@@ -153,12 +151,8 @@ def _axial_attention_kernel(
         (d < D)[None, :],
         n_row,
         n_column,
-        rb,
-        rc,
-        rn,
-        cb,
-        cc,
-        cn,
+        s_rows,
+        s_columns,
     )
     q += _places(p_row_q, p_column_q, cq, i[:, None], (d < D)[None, :], n_row, n_column, n, P)
     q = q * (scale * LOG2E)  # [BQ, BD]
@@ -178,12 +172,8 @@ def _axial_attention_kernel(
             (d < D)[:, None],
             n_row,
             n_column,
-            rb,
-            rc,
-            rn,
-            cb,
-            cc,
-            cn,
+            s_rows,
+            s_columns,
         )
         k += _places(p_row_k, p_column_k, ck, j[None, :], (d < D)[:, None], n_row, n_column, n, P)
         # [BK, BV]
@@ -196,12 +186,8 @@ def _axial_attention_kernel(
             (e < DV)[None, :],
             n_row,
             n_column,
-            rb,
-            rc,
-            rn,
-            cb,
-            cc,
-            cn,
+            s_rows,
+            s_columns,
         )
         # [BQ, BK]
         s = tl.where((j < n)[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf"))
@@ -253,8 +239,8 @@ def axial_attention_fwd(
             heads,
             p,
             d**-0.5,
-            *rows.stride(),
-            *columns.stride(),
+            rows.stride(),
+            columns.stride(),
             D=d,
             DV=values // heads,
             BD=pow2(d, 16),

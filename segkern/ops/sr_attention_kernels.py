@@ -23,22 +23,10 @@ def _sr_attention_fwd_kernel(
     M,
     D,
     DV,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    svb,
-    svh,
-    svm,
-    svd,
-    sob,
-    soh,
-    son,
-    sod,
+    s_q,
+    s_k,
+    s_v,
+    s_out,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
@@ -48,6 +36,10 @@ def _sr_attention_fwd_kernel(
 ):
     """O = softmax(scale Q K^T) V for a tile of queries, scale > 0; keeps the log-sum-exp in base
     2. EVEN: no block of keys is partly filled."""
+    sqb, sqh, sqn, sqd = s_q
+    skb, skh, skm, skd = s_k
+    svb, svh, svm, svd = s_v
+    sob, soh, son, sod = s_out
     tiles = tl.cdiv(N, BN)
     bh = tl.program_id(0) // tiles
     b = (bh // H).to(tl.int64)
@@ -114,30 +106,12 @@ def _sr_attention_dq_kernel(
     M,
     D,
     DV,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    svb,
-    svh,
-    svm,
-    svd,
-    sob,
-    soh,
-    son,
-    sod,
-    sgb,
-    sgh,
-    sgn,
-    sgd,
-    tqb,
-    tqh,
-    tqn,
-    tqd,
+    s_q,
+    s_k,
+    s_v,
+    s_out,
+    s_g,
+    s_dq,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
@@ -146,6 +120,12 @@ def _sr_attention_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     "delta = sum(dO * O) and dQ = scale (P * (dO V^T - delta)) K for a tile of queries."
+    sqb, sqh, sqn, sqd = s_q
+    skb, skh, skm, skd = s_k
+    svb, svh, svm, svd = s_v
+    sob, soh, son, sod = s_out
+    sgb, sgh, sgn, sgd = s_g
+    tqb, tqh, tqn, tqd = s_dq
     tiles = tl.cdiv(N, BN)
     bh = tl.program_id(0) // tiles
     b = (bh // H).to(tl.int64)
@@ -208,22 +188,10 @@ def _sr_attention_dkv_kernel(
     M,
     D,
     DV,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skm,
-    skd,
-    svb,
-    svh,
-    svm,
-    svd,
-    sgb,
-    sgh,
-    sgn,
-    sgd,
+    s_q,
+    s_k,
+    s_v,
+    s_g,
     SPLITS,
     PER,
     BN: tl.constexpr,
@@ -234,6 +202,10 @@ def _sr_attention_dkv_kernel(
 ):
     """Partial dK = scale dS^T Q and dV = P^T dO of a block of keys, over one split of the queries;
     rows behind the last query are zero and add nothing."""
+    sqb, sqh, sqn, sqd = s_q
+    skb, skh, skm, skd = s_k
+    svb, svh, svm, svd = s_v
+    sgb, sgh, sgn, sgd = s_g
     pid = tl.program_id(0)
     keys = tl.cdiv(M, BM)
     split = pid % SPLITS

@@ -83,7 +83,7 @@ def _common(q, k, v):
     "Arguments that all kernels share."
     return (
         (q.shape[1], q.shape[2], k.shape[2], v.shape[1]),
-        (*q.stride(), *k.stride(), *v.stride()),
+        (q.stride(), k.stride(), v.stride()),
         precision(q),
     )
 
@@ -125,7 +125,7 @@ def _queries_grad(flat, k, v, out, lse, gf, shape):
     tiles = triton.cdiv(flat.shape[2], opts["BN"])
     dq = torch.empty(shape, dtype=flat.dtype, device=flat.device)
     _strip_attention_dq_kernel[(len(flat) * tiles, chunks)](
-        *(flat, k, v, out, lse, gf, dq, *sizes, *strides, *gf.stride()),
+        *(flat, k, v, out, lse, gf, dq, *sizes, *strides, gf.stride()),
         ONE=chunks == 1,
         PRECISION=exact,
         **opts,
@@ -146,7 +146,7 @@ def _keys_grads(flat, k, v, out, lse, gf):
     )
     _strip_attention_dkv_kernel[(b * keys * parts, chunks)](
         *(flat, k, v, out, lse, gf, dk, dv),
-        *(*sizes, *strides, *gf.stride(), parts, per),
+        *(*sizes, *strides, gf.stride(), parts, per),
         ONE=chunks == 1,
         PRECISION=exact,
         **opts,

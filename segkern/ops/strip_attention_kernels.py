@@ -11,8 +11,9 @@ from .tiles import LOG2E
 
 # %% ../../nbs/16h_ops.strip_attention_kernels.ipynb #a25c51cc
 @triton.jit
-def _rows(p_x, c, n, C, N, sc, sn):
+def _rows(p_x, c, n, C, N, s_x):
     "A tile [c, n] of a map [C, N]."
+    sc, sn = s_x[-2:]
     at = p_x + c.to(tl.int64)[:, None] * sc + n.to(tl.int64)[None, :] * sn
     return tl.load(at, mask=(c < C)[:, None] & (n < N)[None, :], other=0.0)
 
@@ -36,10 +37,8 @@ def _scores(
     C,
     N,
     M,
-    sqc,
-    sqn,
-    skc,
-    skm,
+    s_q,
+    s_k,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
@@ -49,14 +48,14 @@ def _scores(
 ):
     "Scores of a tile, base e; `qt`: the pixels' queries, where all channels fit into one tile."
     if ONE:
-        s = _product(_rows(p_k, tl.arange(0, BC), m, C, M, skc, skm), qt, KEYS_FIRST, PRECISION)
+        s = _product(_rows(p_k, tl.arange(0, BC), m, C, M, s_k), qt, KEYS_FIRST, PRECISION)
     else:
         s = tl.zeros([BM, BN] if KEYS_FIRST else [BN, BM], tl.float32)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
             s += _product(
-                _rows(p_k, c, m, C, M, skc, skm),
-                _rows(p_q, c, n, C, N, sqc, sqn),
+                _rows(p_k, c, m, C, M, s_k),
+                _rows(p_q, c, n, C, N, s_q),
                 KEYS_FIRST,
                 PRECISION,
             )
@@ -74,15 +73,9 @@ def _strip_attention_fwd_kernel(
     N,
     M,
     CV,
-    sqb,
-    sqc,
-    sqn,
-    skb,
-    skc,
-    skm,
-    svb,
-    svc,
-    svm,
+    s_q,
+    s_k,
+    s_v,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
@@ -96,7 +89,7 @@ def _strip_attention_fwd_kernel(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     e = tl.arange(0, BV)
-    qt = _rows(p_q + b * sqb, tl.arange(0, BC), n, C, N, sqc, sqn)
+    qt = _rows(p_q + b * s_q[0], tl.arange(0, BC), n, C, N, s_q)
     top = tl.full([BN], float("-inf"), tl.float32)
     total = tl.zeros([BN], tl.float32)
     acc = tl.zeros([BN, BV], tl.float32)
@@ -104,17 +97,15 @@ def _strip_attention_fwd_kernel(
         m = m0 + tl.arange(0, BM)
         s = _scores(
             qt,
-            p_q + b * sqb,
-            p_k + b * skb,
+            p_q + b * s_q[0],
+            p_k + b * s_k[0],
             n,
             m,
             C,
             N,
             M,
-            sqc,
-            sqn,
-            skc,
-            skm,
+            s_q,
+            s_k,
             BN,
             BM,
             BC,
@@ -128,7 +119,7 @@ def _strip_attention_fwd_kernel(
         least = tl.where(new == float("-inf"), 0.0, new)  # so far no key that counts
         p = tl.exp2(s * LOG2E - least[:, None])
         keep = tl.exp2(top - least)
-        vt = _rows(p_v + b * svb, e, m, CV, M, svc, svm)
+        vt = _rows(p_v + b * s_v[0], e, m, CV, M, s_v)
         total = total * keep + tl.sum(p, 1)
         acc = acc * keep[:, None] + tl.dot(p.to(vt.dtype), tl.trans(vt), input_precision=PRECISION)
         top = new
@@ -154,18 +145,10 @@ def _strip_attention_dq_kernel(
     N,
     M,
     CV,
-    sqb,
-    sqc,
-    sqn,
-    skb,
-    skc,
-    skm,
-    svb,
-    svc,
-    svm,
-    sgb,
-    sgc,
-    sgn,
+    s_q,
+    s_k,
+    s_v,
+    s_g,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
@@ -179,29 +162,27 @@ def _strip_attention_dq_kernel(
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     e = tl.arange(0, BV)
-    qt = _rows(p_q + b * sqb, c, n, C, N, sqc, sqn)
-    gt = _rows(p_g + b * sgb, e, n, CV, N, sgc, sgn)
-    ot = _rows(p_out + b * CV * N, e, n, CV, N, N, 1)
+    qt = _rows(p_q + b * s_q[0], c, n, C, N, s_q)
+    gt = _rows(p_g + b * s_g[0], e, n, CV, N, s_g)
+    ot = _rows(p_out + b * CV * N, e, n, CV, N, (N, 1))
     delta = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 0)
     l2 = tl.load(p_lse + b * N + n, mask=n < N, other=float("inf"))
     acc = tl.zeros([BC, BN], tl.float32)
     for m0 in range(0, M, BM):
         m = m0 + tl.arange(0, BM)
-        kt = _rows(p_k + b * skb, c, m, C, M, skc, skm)
-        vt = _rows(p_v + b * svb, e, m, CV, M, svc, svm)
+        kt = _rows(p_k + b * s_k[0], c, m, C, M, s_k)
+        vt = _rows(p_v + b * s_v[0], e, m, CV, M, s_v)
         s = _scores(
             qt,
-            p_q + b * sqb,
-            p_k + b * skb,
+            p_q + b * s_q[0],
+            p_k + b * s_k[0],
             n,
             m,
             C,
             N,
             M,
-            sqc,
-            sqn,
-            skc,
-            skm,
+            s_q,
+            s_k,
             BN,
             BM,
             BC,
@@ -234,18 +215,10 @@ def _strip_attention_dkv_kernel(
     N,
     M,
     CV,
-    sqb,
-    sqc,
-    sqn,
-    skb,
-    skc,
-    skm,
-    svb,
-    svc,
-    svm,
-    sgb,
-    sgc,
-    sgn,
+    s_q,
+    s_k,
+    s_v,
+    s_g,
     SPLITS,
     PER,
     BN: tl.constexpr,
@@ -264,30 +237,28 @@ def _strip_attention_dkv_kernel(
     c = y * BC + tl.arange(0, BC)
     m = tile * BM + tl.arange(0, BM)
     e = tl.arange(0, BV)
-    vt = _rows(p_v + b * svb, e, m, CV, M, svc, svm)
+    vt = _rows(p_v + b * s_v[0], e, m, CV, M, s_v)
     ak = tl.zeros([BM, BC], tl.float32)
     av = tl.zeros([BM, BV], tl.float32)
     for n0 in range(split * PER, tl.minimum(split * PER + PER, N), BN):
         n = n0 + tl.arange(0, BN)
-        qt = _rows(p_q + b * sqb, c, n, C, N, sqc, sqn)
-        gt = _rows(p_g + b * sgb, e, n, CV, N, sgc, sgn)
-        ot = _rows(p_out + b * CV * N, e, n, CV, N, N, 1)
+        qt = _rows(p_q + b * s_q[0], c, n, C, N, s_q)
+        gt = _rows(p_g + b * s_g[0], e, n, CV, N, s_g)
+        ot = _rows(p_out + b * CV * N, e, n, CV, N, (N, 1))
         delta = tl.sum(gt.to(tl.float32) * ot.to(tl.float32), 0)
         # no weight for pixels that are not there
         l2 = tl.load(p_lse + b * N + n, mask=n < N, other=float("inf"))
         s = _scores(
             qt,
-            p_q + b * sqb,
-            p_k + b * skb,
+            p_q + b * s_q[0],
+            p_k + b * s_k[0],
             n,
             m,
             C,
             N,
             M,
-            sqc,
-            sqn,
-            skc,
-            skm,
+            s_q,
+            s_k,
             BN,
             BM,
             BC,

@@ -39,10 +39,7 @@ def _strip_pool_fwd_kernel(
     C,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_x,
     PARTS,
     STRIPS,
     ROWS,
@@ -59,6 +56,7 @@ def _strip_pool_fwd_kernel(
 ):
     """Partial sums and maxima of a part of the rows in a strip of the columns, for `BC` channels;
     means where the part is the whole."""
+    sb, sc, sh, sw = s_x
     pid = tl.program_id(0)
     blocks_c = tl.cdiv(C, BC)
     strip = pid % STRIPS
@@ -165,10 +163,7 @@ def _strip_pool_bwd_kernel(
     C,
     H,
     W,
-    sb,
-    sc,
-    sh,
-    sw,
+    s_dx,
     STRIPS,
     PARTS,
     MEAN_H: tl.constexpr,
@@ -180,6 +175,7 @@ def _strip_pool_bwd_kernel(
     BW: tl.constexpr,
 ):
     "The gradient of a tile from those of its columns and rows."
+    sb, sc, sh, sw = s_dx
     pid = tl.program_id(0)
     blocks_c = tl.cdiv(C, BC)
     strip = pid % STRIPS

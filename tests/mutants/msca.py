@@ -82,7 +82,12 @@ MUTANTS = [
         "acc = gt.to(tl.float32)",
         "acc = 0*gt.to(tl.float32)",
     ),
-    ("_msca_strips_kernel", "gradient of the first picture", "p_g + b*gb + c*gc", "p_g + c*gc"),
+    (
+        "_msca_strips_kernel",
+        "gradient of the first picture",
+        "p_g + b*s_g[0] + c*s_g[1]",
+        "p_g + c*s_g[1]",
+    ),
     (
         "_msca_rows_kernel",
         "margins counted twice",
@@ -143,8 +148,8 @@ MUTANTS = [
     (
         "_msca_taps_kernel",
         "one picture only",
-        "d1 = tl.dot(tl.trans(load_tile(at, row + dy - 1, col, H, W, sh, sw)), mine, d1,",
-        "d1 = tl.dot(tl.trans(load_tile(at, row + dy - 1, col, H, W, sh, sw)), mine, 0*d1,",
+        "d1 = tl.dot(tl.trans(load_tile(at, row + dy - 1, col, H, W, s_x)), mine, d1,",
+        "d1 = tl.dot(tl.trans(load_tile(at, row + dy - 1, col, H, W, s_x)), mine, 0*d1,",
     ),
 ]
 

@@ -59,7 +59,7 @@ MUTANTS = [
     (
         "_prototypes_bwd_kernel",
         "delta without the features",
-        "if LOGITS: delta += tl.sum(af*tl.load(from_f + c64*fc, mask=cells, other=0.0).to(tl.float32), 0)",
+        "if LOGITS: delta += tl.sum(af*tl.load(from_f + c64*s_feat[1], mask=cells, other=0.0).to(tl.float32), 0)",
         "delta += 0.0",
     ),
     (
@@ -108,8 +108,8 @@ MUTANTS = [
     (
         "_cosine_dx_kernel",
         "positions left out",
-        "if POS: x += tl.load(p_pos + b*pb",
-        "if POS: x += 0*tl.load(p_pos + b*pb",
+        "if POS: x += tl.load(p_pos + b*s_pos[0]",
+        "if POS: x += 0*tl.load(p_pos + b*s_pos[0]",
     ),
     (
         "_cosine_du_kernel",
