@@ -10,7 +10,7 @@ from .dispatch import tl, triton
 
 # %% ../../nbs/18b_ops.rca_gate_kernels.ipynb #3931cdaf
 @triton.jit
-def _place(C, H, W, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+def _indices_of_tile(C, H, W, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     "Picture, channels, rows and columns of a program, and the numbers of its tile along rows and columns."
     pid = tl.program_id(0)
     across = tl.cdiv(W, BW)
@@ -145,7 +145,7 @@ def _rca_gate_fwd_kernel(
 ):
     "y = sigmoid(bias + taps * relu(rows slope + offset)) (weight * x + lbias) on a tile."
     ob, oc, oh, ow = s_out
-    b, c, h, w, _, _ = _place(C, H, W, BC, BH, BW)
+    b, c, h, w, _, _ = _indices_of_tile(C, H, W, BC, BH, BW)
     bc = b * C + c
     cells = (c < C)[:, None] & (w < W)[None, :]
     # [BC, BW]
@@ -194,7 +194,7 @@ def _rca_gate_bwd_kernel(
 ):
     "p = g a and q = g l a (1 - a) on a tile; sums of p x shifted (9), p, q, and q relu(z) shifted (K)."
     ob, oc, oh, ow = s_p
-    b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
+    b, c, h, w, i, j = _indices_of_tile(C, H, W, BC, BH, BW)
     bc = b * C + c
     some = c < C
     cells = (c < C)[:, None] & (w < W)[None, :]
@@ -265,7 +265,7 @@ def _rca_gate_dx_kernel(
     """dx = transposed 3×3 convolution of p; v = [z > 0] transposed vertical one of q, and its sums
     v s, v r, v over the tile's rows or columns."""
     ob, oc, oh, ow = s_p
-    b, c, h, w, i, j = _place(C, H, W, BC, BH, BW)
+    b, c, h, w, i, j = _indices_of_tile(C, H, W, BC, BH, BW)
     bc = b * C + c
     some = c < C
     cells = (c < C)[:, None] & (w < W)[None, :]
