@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..core import pick_device, progress
 from ..data import permutation
-from .metrics import Confusion
+from .metrics import Confusion, mean_rule
 from .protocols import explaining_small, labels_of, protocol_of, Settings
 from .windows import device_of, evaluating, legal_input, Wrapper
 from ..ops.labels import upsample_argmax
@@ -208,6 +208,7 @@ def evaluate(
     "Score a model on a dataset. Classes in another order are permuted by name; different classes are refused."
     settings = Settings(window, stride, size, scales, flip, combine, base_size)
     told = protocol_of(protocol).facts(settings)
+    mean_rule(miou)  # refused now, not after the last picture
     count = how_many(dataset, limit, batch)
     names = list(dataset.classes)
     outputs = model.num_classes
