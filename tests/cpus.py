@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from run import ROOT, WORKERS, outcomes, processor
+from run import Outcomes, outcomes, processor, ROOT, WORKERS
 
 OLD = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
 SETTINGS = {
@@ -99,14 +99,14 @@ def run(name):
     files = [f"tests/test_{f}.py" for f in FILES]
     command = [sys.executable, "-m", "pytest", "-k", WHICH, f"--junitxml={report}", *files]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    counts = {}
-    failed = [f"pytest ended with code {done.returncode} and no report"]
+    found = Outcomes({}, [f"pytest ended with code {done.returncode} and no report"])
     if report.exists():
-        counts, failed = outcomes(report)
+        found = outcomes(report)
+    failed = list(found.failed)
     if not takes_effect(setting, seen):
         failed.append("the setting has no effect on this machine")
     row = dict(zip(("setting", "loops", "convolutions", "products", "threads"), (name, *seen)))
-    row |= {k: counts.get(k, 0) for k in ("passed", "skipped")}
+    row |= {k: found.counts.get(k, 0) for k in ("passed", "skipped")}
     row |= dict(failed=len(failed), seconds=round(time.perf_counter() - start))
     return row, failed, done.stdout[-6000:] if failed else ""
 

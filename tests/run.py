@@ -17,6 +17,7 @@ from contextlib import redirect_stderr
 from difflib import get_close_matches
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 # a worker's __main__ belongs to the notebook it runs, so the function lives elsewhere
 from nbtools import test_notebook
@@ -99,8 +100,16 @@ def notebooks(flags, only=()):
     return len(files) - len(failed), failed, took
 
 
+class Outcomes(NamedTuple):
+    "What a run of pytest came to."
+
+    counts: dict  # passed, failures, errors, skipped, tests
+    failed: list  # names of tests
+    seconds: dict = {}  # of each file
+
+
 def tests(slow):
-    "pytest on all cores. Returns its exit code, the counts by outcome, and the names of the tests that failed."
+    "pytest on all cores: its exit code and the outcomes."
     report = ROOT / ".cache" / "pytest.xml"
     report.parent.mkdir(exist_ok=True)
     cmd = [
@@ -120,12 +129,12 @@ def tests(slow):
     files = longest_first((ROOT / "tests").glob("test_*.py"))
     code = subprocess.run([*cmd, *map(str, files)], cwd=ROOT).returncode
     if not report.exists():
-        return code, {}, [f"pytest ended with code {code} and no report"], {}
-    return code, *outcomes(report)
+        return code, Outcomes({}, [f"pytest ended with code {code} and no report"])
+    return code, outcomes(report)
 
 
 def outcomes(report):
-    "The counts of a JUnit report, the names of the tests that failed, and the seconds of each file."
+    "The outcomes in a JUnit report."
     suite = ET.parse(report).getroot().find("testsuite")
     n = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
     n["passed"] = n["tests"] - n["failures"] - n["errors"] - n["skipped"]
@@ -135,7 +144,7 @@ def outcomes(report):
         name = case.get("classname").rpartition(".")[2] + ".py"
         took[name] = took.get(name, 0.0) + float(case.get("time"))
     failed = sorted({f"{c.get('classname')}::{c.get('name')}" for c in cases})
-    return n, failed, {name: round(seconds, 1) for name, seconds in took.items()}
+    return Outcomes(n, failed, {name: round(seconds, 1) for name, seconds in took.items()})
 
 
 def processor():
@@ -166,9 +175,10 @@ def main():
         kernels = "" if os.environ.get("TRITON_INTERPRET") == "1" else "; kernels were NOT run"
         print(f"{passed} notebooks passed, {len(failed)} failed{kernels}")
         sys.exit(1 if failed else 0)
-    code, n, names, of_tests = tests(a.all)
+    code, found = tests(a.all)
+    n = found.counts
     if a.keep and not a.all:
-        DURATIONS.write_text(json.dumps(took | of_tests, indent=1, sort_keys=True) + "\n")
+        DURATIONS.write_text(json.dumps(took | found.seconds, indent=1, sort_keys=True) + "\n")
     other = subprocess.run([sys.executable, "tests/cpus.py"], cwd=ROOT).returncode if a.all else 0
     if a.all and not code:
         subprocess.run([sys.executable, "tests/proven.py", "--keep"], cwd=ROOT, check=True)
@@ -179,7 +189,7 @@ def main():
         f"summary: {passed} notebooks passed, {len(failed)} failed; {n.get('passed', 0)} tests passed, {bad} failed, "
         f"{n.get('skipped', 0)} skipped; {time.perf_counter() - start:.0f} s"
     )
-    for name in sorted(failed) + names:
+    for name in sorted(failed) + found.failed:
         print(f"failed: {name}")
     if other:
         print("failed: the suite under other processors' settings (tests/cpus.py, table above)")
