@@ -6,7 +6,6 @@
 __all__ = ['split_options', 'train', 'pretrain']
 
 # %% ../../nbs/76f_cli.train.ipynb #077344ac
-import dataclasses
 import json
 from pathlib import Path
 
@@ -65,14 +64,10 @@ def split_options(
 # %% ../../nbs/76f_cli.train.ipynb #f6597cfa
 def _show_recipe(model, dataset, recipe, kw):
     "Print what a training would do."
-    from segkern.core import Table
-    from segkern.core.recipe import Recipe
     from segkern.models import create_model
     from segkern.train.optim import group_table
 
-    plain = {f.name: f.default for f in dataclasses.fields(Recipe)}
-    changed = [[k, str(v)] for k, v in recipe.to_dict().items() if getattr(recipe, k) != plain[k]]
-    typer.echo(str(Table(changed, ["field", "value"])))
+    typer.echo(str(recipe.table(changed=True)))
     try:
         known = classes_of(dataset, 0)
     except ValueError:

@@ -20,12 +20,34 @@ from segkern.core.recipe_fields import (
     Treatment,
     Updates,
 )
+from .table import Table
+
+# %% ../../nbs/00h_core.recipe.ipynb #rf000030
+def section_of(
+    kind: type,  # `Recipe`, or a class made from it
+    field: str,
+) -> str:  # the name of a class
+    "The section that brings a field."
+    bases = (k for k in reversed(kind.__mro__) if dataclasses.is_dataclass(k))
+    return next(k.__name__ for k in bases if field in {f.name for f in dataclasses.fields(k)})
 
 # %% ../../nbs/00h_core.recipe.ipynb #82223dc3
 # a dataclass takes the fields of its bases from the last one to the first
 @dataclass(frozen=True)
 class Recipe(Measurement, Treatment, Updates, Schedule, SecondPlane, Sample, Data):
     "One way to train a network on one dataset."
+
+    def table(
+        self,
+        changed: bool = False,  # only what is not at its default
+    ) -> Table:  # section, field, value
+        "The recipe, to be read."
+        rows = [
+            (section_of(type(self), f.name), f.name, str(getattr(self, f.name)))
+            for f in dataclasses.fields(self)
+            if not changed or getattr(self, f.name) != f.default
+        ]
+        return Table(rows, ["section", "field", "value"])
 
     def to_dict(self) -> dict:  # ready for JSON
         "The recipe as a plain dict."

@@ -33,6 +33,12 @@ def _fmt_float(x):
     return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 # %% ../../nbs/00d_core.table.ipynb #fcc3130c
+def _as_markdown(text):
+    "A cell; patterns like `encoder.*norm*` are no emphasis, what stands in backquotes is code already."
+    text = text.replace("|", "\\|")
+    return text if "`" in text else text.replace("*", "\\*")
+
+
 class Table:
     "Rows under headers; numbers are right-aligned. Shows itself as Markdown in a notebook and as text in a terminal."
 
@@ -55,11 +61,11 @@ class Table:
         return len(self.rows)
 
     def _repr_markdown_(self):
-        def esc(r):
-            return "| " + " | ".join(c.replace("|", "\\|") for c in r) + " |"
+        def line(row):
+            return "| " + " | ".join(map(_as_markdown, row)) + " |"
 
         rule = "|" + "|".join("---:" if r else "---" for r in self.right) + "|"
-        return "\n".join([esc(self.headers), rule, *map(esc, self.rows)])
+        return "\n".join([line(self.headers), rule, *map(line, self.rows)])
 
     def __str__(self):
         cols = list(zip(self.headers, *self.rows))
