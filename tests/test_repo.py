@@ -274,6 +274,22 @@ def test_pointers_have_names():
         assert strides <= pointers or not name.endswith("_kernel"), f"{name}: {strides - pointers}"
 
 
+def test_our_own_code_uses_present_names():
+    "Old module names are for other people's scripts: a notebook that uses one shows a warning to its readers."
+    from segkern import MOVED
+
+    old = re.compile(rf"segkern\.({'|'.join(map(re.escape, sorted(MOVED)))})(?:\.\w| import )")
+    assert old.search("segkern.layers.resize(x)") and old.search(
+        "from segkern.layers import resize"
+    )
+    files = [p for folder in ("nbs", "papers") for p in (ROOT / folder).glob("*.ipynb")]
+    files += (ROOT / "tests").rglob("*.py")
+    used = {
+        p.name: old.findall(p.read_text(encoding="utf-8")) for p in files if p != Path(__file__)
+    }
+    assert not {name: found for name, found in used.items() if found}
+
+
 def test_ruff():
     "Neither complaints nor another layout."
     pytest.importorskip("ruff")

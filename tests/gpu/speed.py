@@ -28,7 +28,7 @@ def status_of(row):
 
 
 def main(rows, family, device, tiny, facts):
-    "Time every contender; rows are those of `segkern.bench_ops`."
+    "Time every contender; rows are those of `segkern.bench.ops`."
     from segkern.bench.contenders import run_case
 
     best = facts["ceilings"]
