@@ -67,6 +67,9 @@ class Data(Section):
     # (("annotation", "scribble"), …): options of the training set; validation has full labels
     data_options: tuple = ()
     batch: int = 8
+    # an epoch's pictures beyond its full batches: "drop" leaves them out, "uncounted" trains on them in a
+    # step that neither `iterations` nor the schedule counts
+    last_batch: str = one_of("drop", "uncounted")
     source: str = ""  # where the numbers stand
 
     def check(self):
@@ -184,11 +187,14 @@ class Schedule(Section):
     # "then": the decay starts after it | "inclusive": both count their last step | "times": it
     # multiplies a decay from step 0
     warmup_rule: str = one_of("then", "inclusive", "times")
+    lag: int = 0  # iterations by which the rate comes late: a script may set it after the step
 
     def check(self):
         super().check()
         if self.iterations < 1:
             raise ValueError(f"recipe: iterations must be at least 1, got {self.iterations}")
+        if self.lag < 0:
+            raise ValueError(f"recipe: lag is 0 or more iterations, got {self.lag}")
 
 # %% ../../nbs/00g_core.recipe_fields.ipynb #rf00001c
 @dataclass(frozen=True)
@@ -226,7 +232,8 @@ class Treatment(Section):
     # "kaiming": every convolution is drawn again, a pretrained one too
     init: str = one_of("pretrained", "scratch", "kaiming")
     class_weights: bool = True  # weight the cross-entropy by the dataset's table
-    bn_eps: float = 1e-5  # of every BatchNorm2d while training; 1e-5: each layer's own
+    # of norms while training, but for those that a network exempts (`own_eps`); 1e-5: each layer's own
+    bn_eps: float = 1e-5
     ema: float = 0.0  # decay of an averaged copy of the weights; 0: none
     mixed_precision: str = one_of("no", "bf16", "fp16")
 

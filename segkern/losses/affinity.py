@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ..core import IGNORE
 from . import cross_entropy
 from .distill import at_grid
+from ..ops.checks import at_least_float32
 from ..ops.dispatch import without_autocast
 
 # %% ../../nbs/42_losses.affinity.ipynb #8959f5c4
@@ -75,7 +76,7 @@ def consistency(
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance '{distance}'; known: {', '.join(DISTANCES)}")
     with without_autocast(logits):
-        z = logits if logits.dtype == torch.float64 else logits.float()
+        z = at_least_float32(logits)
         pair = maps.propagate(_probabilities(z, maps.key_size), impl), _probabilities(z, maps.size)
         return DISTANCES[distance](*(torch.softmax(t, 1) if double_softmax else t for t in pair))
 

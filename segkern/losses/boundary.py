@@ -13,6 +13,7 @@ from ..core import IGNORE
 from ..core.labels import class_boundary_target
 from . import ohem_cross_entropy, sum_heads
 from ..ops import upsample_cross_entropy
+from ..ops.checks import at_least_float32
 
 # %% ../../nbs/41_losses.boundary.ipynb #1af16032
 def balanced_bce(
@@ -31,7 +32,7 @@ def balanced_bce(
 # %% ../../nbs/41_losses.boundary.ipynb #89c18f0b
 def _full(logits, size, align_corners):  # [b, 1, h, w] -> [b, H, W], at least float32
     "A single channel at full size."
-    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = at_least_float32(logits)
     if tuple(z.shape[-2:]) != tuple(size):
         z = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
     return z[:, 0]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..core import IGNORE
 from ..core.labels import boundary_target
+from ..ops.checks import at_least_float32
 
 # %% ../../nbs/43_losses.distill.ipynb #2ca33244
 def boundary_cells(
@@ -40,10 +41,10 @@ def response_distillation(
     "Entropy-weighted cross-entropy with the teacher's answers, boundary and interior alike, class by class."
     k = student.shape[1]
     y = labels.long()
-    q = teacher.detach().float().softmax(1)
+    q = at_least_float32(teacher.detach()).softmax(1)
     known = y != IGNORE
     hot = F.one_hot(torch.where(known, y, 0), k).permute(0, 3, 1, 2)
-    ce = -((q + hot) / 2 * student.float().log_softmax(1)).sum(1)
+    ce = -((q + hot) / 2 * at_least_float32(student).log_softmax(1)).sum(1)
     weight = -(q * (q + 1e-12).log()).sum(1) * known
     bins = torch.where(known, 2 * y + boundary_cells(labels).long(), 2 * k).flatten()
 
@@ -77,7 +78,8 @@ def relation_distillation(
     weight: float = 10.0,  # of the loss
 ) -> torch.Tensor:  # scalar
     "Relations between classes that are stronger than the teacher's."
-    excess = (relations(student.float()) - relations(teacher.detach().float())).clamp(min=0)
+    wanted = relations(at_least_float32(teacher.detach()))
+    excess = (relations(at_least_float32(student)) - wanted).clamp(min=0)
     return weight * (excess.sum(-1) - excess.diagonal(dim1=-2, dim2=-1)).mean()
 
 # %% ../../nbs/43_losses.distill.ipynb #fbec6ad6
@@ -87,7 +89,5 @@ def position_distillation(
     weight: float = 0.4,  # of the loss
 ) -> torch.Tensor:  # scalar
     "Cross-entropy of spatial prototypes as distributions over channels."
-    return (
-        -weight
-        * (teacher.detach().float().softmax(-1) * student.float().log_softmax(-1)).sum(-1).mean()
-    )
+    wanted = at_least_float32(teacher.detach()).softmax(-1)
+    return -weight * (wanted * at_least_float32(student).log_softmax(-1)).sum(-1).mean()

@@ -9,6 +9,8 @@ __all__ = ['grid_edges', 'minimum_spanning_tree', 'Tree', 'tree_filter', 'tree_e
 import torch
 import torch.nn.functional as F
 
+from ..ops.checks import at_least_float32
+
 # %% ../../nbs/42a_losses.tree.ipynb #36ebfba7
 def grid_edges(
     h: int,  # height
@@ -308,7 +310,7 @@ def tree_filter(
         raise ValueError(
             f"expected one similarity per edge, {(want[0], want[1] - 1)}, got {tuple(similarity.shape)}"
         )
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat = at_least_float32(flat)
     return _TreeFilter.apply(flat, similarity, tree).view(x.shape)
 
 # %% ../../nbs/42a_losses.tree.ipynb #8639bcec
@@ -320,7 +322,7 @@ def edge_similarity(
     "exp(-d²/sigma) for every edge of the tree, with a gradient into the feature."
     b, d = feature.shape[:2]
     rows = feature.flatten(2).transpose(1, 2).reshape(-1, d)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = at_least_float32(rows)
     a, z = (
         (tree.edges + torch.arange(b, device=rows.device).view(b, 1, 1) * tree.vertices).view(
             -1, 2
@@ -366,7 +368,7 @@ def tree_inputs(
 ) -> tuple:  # probabilities [b, k, h, w], picture [b, 3, h, w], mask [b, 1, h, w] of 0 and 1
     "Everything at the size of the logits."
     size = logits.shape[-2:]
-    real = logits if logits.dtype == torch.float64 else logits.float()
+    real = at_least_float32(logits)
     small = F.interpolate(image.detach().to(real.dtype), size, mode="bilinear", align_corners=False)
     return (
         real.softmax(1),

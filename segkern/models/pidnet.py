@@ -105,13 +105,13 @@ class PIDNet(BoundaryAware):
         p = self.detail3(x)
         d = self.edge3(x)
         x = F.relu(self.layer3(x))
-        early = p = self.pag3(p, self.compression3(x))
-        d = d + resize(self.diff3(x), size)
+        early = F.relu(self.pag3(p, self.compression3(x)))
+        d = F.relu(d + resize(self.diff3(x), size))
         x = F.relu(self.layer4(x))
-        p = self.pag4(self.detail4(F.relu(p)), self.compression4(x))
-        d = self.edge4(F.relu(d)) + resize(self.diff4(x), size)
+        p = F.relu(self.pag4(self.detail4(early), self.compression4(x)))
+        d = F.relu(self.edge4(d) + resize(self.diff4(x), size))
         i = resize(self.spp(self.layer5(x)), size)
-        return self.bag(self.detail5(F.relu(p)), i, self.edge5(F.relu(d))), early, d
+        return self.bag(self.detail5(p), i, self.edge5(d)), early, d
 
 # %% ../../nbs/31a_models.pidnet.ipynb #772eb3bb
 register("pidnet_s", PIDNet, recipes=SANET_RECIPES)

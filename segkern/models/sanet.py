@@ -260,6 +260,9 @@ _COMMON = dict(
     nesterov=True,
     weight_decay=5e-4,
     miou="all",
+    # the script sets the rate after a step, and its counter forgets the last batch of an epoch
+    lag=1,
+    last_batch="uncounted",
 )
 
 # %% ../../nbs/31_models.sanet.ipynb #0e0ffea2

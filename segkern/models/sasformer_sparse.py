@@ -18,6 +18,7 @@ from ..losses.tree import tree_energy_loss
 from .registry import register
 from .segformer import LevelFusion, nvlabs_rules, STREETS_FIELDS, TransformerSegmenter
 from ..ops import upsample_cross_entropy
+from ..ops.checks import at_least_float32
 
 # %% ../../nbs/33_models.sasformer_sparse.ipynb #7d7428fa
 # the five published configurations
@@ -41,7 +42,7 @@ def sparse_losses(
     if model.tree_weight:
         # cross-entropy at full resolution, and the tree energy over picture and features
         seen = labels
-        image = model.preprocess.undo(x).float() / 255
+        image = at_least_float32(model.preprocess.undo(x)) / 255
         how = model.tree_embed(z), model.tree_weight, model.tree_sigma
         ce = upsample_cross_entropy(logits, labels, align_corners=True, empty="zero")
         parts = {"ce": ce, "tree": tree_energy_loss(logits, image, unlabelled, *how)}

@@ -18,6 +18,7 @@ from .base import Segmentor
 from .mmseg import host_recipes
 from .registry import register
 from .segformer import small_recipes
+from ..ops.checks import at_least_float32
 from ..ops.dispatch import without_autocast
 from ..weights.describe import describe_file, find_tensor
 from ..weights.rules import Rule
@@ -148,7 +149,7 @@ class HamHead(nn.Module):
         "The entering map as patterns [b, c, r] and coefficients [b, h*w, r], in float32 or double."
         x = F.relu(self.inlet(s)).flatten(2)
         with without_autocast(x):
-            x = x if x.dtype == torch.float64 else x.float()
+            x = at_least_float32(x)
             start = self.bases(x, generator) if bases is None else bases.to(x)
             return factorise(x, start, self.steps[0 if self.training else 1])
 

@@ -60,6 +60,13 @@ def wide_ids(
         return target
     return target.to(torch.int32 if target.dtype.itemsize <= 2 else torch.int64)
 
+# %% ../../nbs/16g_ops.checks.ipynb #8ed5ab97
+def at_least_float32(
+    t: torch.Tensor,  # any floating type
+) -> torch.Tensor:  # float32 or wider, the same numbers
+    "Numbers in a type in which they can be added up."
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
 # %% ../../nbs/16g_ops.checks.ipynb #32b88790
 def check_target(
     target: torch.Tensor,  # any integer dtype

@@ -11,7 +11,6 @@ import json
 from ..core import env_info, logger, write_json
 from ..weights.runs import run_weights
 from .folder import append_line, rewind
-from .schedule import lr_at
 from .step import Run
 
 # %% ../../nbs/61k_train.records.ipynb #b4709883
@@ -23,13 +22,14 @@ def log_line(
     "Mean losses since the last line, rate and speed: to `metrics.jsonl`, to the tracker, to the log."
     state = run.state
     r = run.recipe
+    epochs = run.epochs
     acc = run.accelerator
     losses = {k: v / state["count"] for k, v in state["sums"].items()}
     row = dict(
         step=state["step"],
-        epoch=round(state["step"] / (len(run.train_set) // r.batch), 3),
+        epoch=round(state["step"] / epochs.steps, 3),
         **losses,
-        lr=lr_at(r, state["step"] - 1),
+        lr=run.rate(state["step"] - 1),
         images_per_s=round(steps * r.batch / max(seconds, 1e-9), 2),
     )
     state.update(sums={}, count=0)
@@ -38,7 +38,7 @@ def log_line(
         logger.info(
             "step %d/%d  loss %.4f  lr %.2e  %.1f images/s",
             row["step"],
-            r.iterations,
+            epochs.total,
             row["loss"],
             row["lr"],
             row["images_per_s"],

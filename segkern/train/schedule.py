@@ -43,11 +43,12 @@ def warm_share(
 # %% ../../nbs/61b_train.schedule.ipynb #0e1ec0df
 def lr_at(
     recipe: Schedule,  # a `Recipe`, or this part of it
-    step: int,  # iterations done before, from 0
+    step: int,  # iterations done before, from 0, as the schedule counts them
 ) -> float:  # the base rate of that iteration
     "The learning rate of one iteration."
     r = recipe
     w = r.warmup
+    step = max(0, step - r.lag)
     if r.warmup_rule == "times":
         rate = decayed_rate(r, step, step / r.iterations)
         return rate * warm_share(r, step / w) if step < w else rate

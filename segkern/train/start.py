@@ -50,8 +50,9 @@ def training_eps(
     model: nn.Module,
     eps: float,  # 1e-5: every layer keeps its own
 ):
-    "Within the block every BatchNorm2d uses `eps`."
+    "Within the block every BatchNorm2d uses `eps`, but for those marked `own_eps`."
     norms = [] if eps == 1e-5 else [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in norms if not getattr(m, "own_eps", False)]
     own = [m.eps for m in norms]
     for m in norms:
         m.eps = eps

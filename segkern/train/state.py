@@ -19,7 +19,6 @@ from ..infer.evaluate import evaluate
 from ..infer.predict import segment
 from ..infer.protocols import settings_for
 from .checkpoints import save_checkpoint, weights_bytes
-from .schedule import lr_at
 from .step import Run
 from ..weights.read import read
 
@@ -50,7 +49,7 @@ def check_finite(run):
     step = run.state["step"]
     for name, v in run.model.state_dict().items():
         if v.is_floating_point() and not torch.isfinite(v).all():
-            lr = lr_at(run.recipe, step - 1)
+            lr = run.rate(step - 1)
             raise FloatingPointError(
                 f"{name} is not finite after step {step} (lr {lr:.3g}); the last checkpoint is untouched"
             )

@@ -20,6 +20,7 @@ from ..core import pick_device
 from ..core.recipe import Recipe
 from ..weights.runs import last_checkpoint
 from .optim import optimizer_for
+from .order import Epochs
 from .schedule import lr_at
 from .start import training_eps
 from .watch import Watch
@@ -40,6 +41,20 @@ class Run:
     state: dict  # step, seconds, best, best_step, and the sums since the last line of metrics
     score: tuple  # name of the metric and its function, see `fit`
     watch: Watch  # over the losses
+
+    @property
+    def epochs(self) -> Epochs:
+        "How the training set falls into steps."
+        acc = self.accelerator
+        pieces = acc.num_processes * acc.gradient_accumulation_steps
+        return Epochs(len(self.train_set), self.recipe, pieces)
+
+    def rate(
+        self,
+        step: int,  # done before
+    ) -> float:
+        "The base rate of a step."
+        return lr_at(self.recipe, self.epochs.counted(step))
 
 # %% ../../nbs/61i_train.step.ipynb #f13bad75
 class Objective(nn.Module):
@@ -190,7 +205,7 @@ def not_finite(run, seen, values):
     what = ", ".join(f"{k} is {v}" for k, v in values.items() if not math.isfinite(v))
     last = last_checkpoint(run.out)
     kept = f"the checkpoint {last.name} is untouched" if last else "nothing was saved before"
-    return f"{what} at step {seen.step} (lr {lr_at(run.recipe, seen.step - 1):.3g}) on {', '.join(names)}; {kept}"
+    return f"{what} at step {seen.step} (lr {run.rate(seen.step - 1):.3g}) on {', '.join(names)}; {kept}"
 
 # %% ../../nbs/61i_train.step.ipynb #45906447
 @torch.no_grad()

@@ -66,7 +66,8 @@ class Watch:
         optimizer: torch.optim.Optimizer,  # the plain one, not accelerate's wrapper
         scaler=None,  # accelerate's, for float16: it tells the optimizer what to skip
     ):
-        self.bad = torch.zeros((), device=next(model.parameters()).device)
+        # fused optimizers read a float32, whatever the default type is
+        self.bad = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
         self.seen = []
         skips = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.can_skip = scaler is not None or skips
