@@ -1,13 +1,10 @@
-"""The golden outputs beside the checkout."""
-
-import pytest
+"""The golden outputs of the checkout."""
 
 from segkern.testing import fixture
 
 
 def need(name):
-    "A fixture, or skip."
+    "A fixture; a checkout has all of them."
     found = fixture(name)
-    if found is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
+    assert found is not None, f"tests/fixtures has no '{name}'"
     return found

@@ -414,10 +414,7 @@ def test_predict_submission(call, weights, tmp_path):
     )
 
 
-@pytest.mark.skipif(
-    shared("parity/dsanet") is None or shared("data/camvid") is None,
-    reason="needs the shared fixtures and CamVid",
-)
+@pytest.mark.skipif(shared("data/camvid") is None, reason="needs CamVid")
 def test_convert_then_predict_on_camvid(call, tmp_path):
     state = {f"module.{k}": v for k, v in fixture("dsanet").state().items()}
     torch.save({"epoch": 3, "model": state}, tmp_path / "official.pth")
@@ -468,7 +465,6 @@ def test_convert_then_predict_on_camvid(call, tmp_path):
     assert (a == b).all() and a.max() < 11
 
 
-@pytest.mark.skipif(shared("parity/dsanet") is None, reason="needs the shared fixtures")
 def test_convert_refuses_the_wrong_network(call, tmp_path):
     torch.save(fixture("dsanet").state(), tmp_path / "official.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "official.pth").read_bytes()[:5000])

@@ -21,7 +21,7 @@ from segkern.cli import masks
 from segkern.cli import samples as shipped
 from segkern.core import load_table
 from segkern.core.labels import boundary_target, class_boundary_target, label_canny
-from segkern.testing import fixture, make_input, relative_l2, shared
+from segkern.testing import fixture, make_input, relative_l2
 
 cam_package = pytest.importorskip(
     "pytorch_grad_cam", reason="grad-cam is not installed: pip install 'segkern[explain]'"
@@ -31,10 +31,6 @@ from segkern.explain import guests  # noqa: E402
 from segkern.explain import heat as H  # noqa: E402
 from segkern.explain import pictures as P  # noqa: E402
 
-SHARED = shared("parity/sanet_tools")
-NEEDS_TOOLS = pytest.mark.skipif(
-    SHARED is None, reason="the shared folder parity/sanet_tools is not beside the checkout"
-)
 READY = [n for n, m in H.METHODS.items() if not m.refused and hasattr(cam_package, m.cls)]
 PASSES = [n for n in READY if H.METHODS[n].passes]
 CITY = load_table("cityscapes")
@@ -138,7 +134,6 @@ def same(a, b):
 # heat maps
 
 
-@NEEDS_TOOLS
 def test_official_heat_map():
     "Map, overlay and mask of SANet's tool, with the fixture's weights."
     golden = fixture("sanet_tools")
@@ -432,7 +427,6 @@ def test_linear_probe():
 # pictures
 
 
-@NEEDS_TOOLS
 def test_official_pictures():
     "Labels, boundary, boundary by class, edges and train ids of the official tools."
     golden = fixture("sanet_tools")
@@ -448,7 +442,6 @@ def test_official_pictures():
     ).all()
 
 
-@NEEDS_TOOLS
 def test_official_train_ids(tmp_path):
     g = fixture("sanet_tools").golden
     Image.fromarray(g["label_ids"].astype(np.uint8)).save(tmp_path / "ids.png")

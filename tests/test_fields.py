@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shared import need
 import segkern
 from segkern.explain import field as X
 from segkern.explain import gradients as P
@@ -25,7 +26,6 @@ from segkern.explain.paths import (
     save_counts,
 )
 from segkern.explain.tracer import trace
-from segkern.testing import fixture
 
 TO_L3 = [(3, s) for s in (2, 2, 1, 1, 2, 1, 1, 1)]
 SPATIAL = [(3, 1, d) for d in (1, 2, 5, 7, 13)]
@@ -33,9 +33,7 @@ SPATIAL = [(3, 1, d) for d in (1, 2, 5, 7, 13)]
 
 @pytest.fixture(scope="module")
 def golden():
-    f = fixture("sanet_rf")
-    if f is None:
-        pytest.skip("the shared fixture sanet_rf is not beside the checkout")
+    f = need("sanet_rf")
     return f
 
 

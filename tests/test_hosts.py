@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shared import need
+from oracles.ocrnet import Keys, hrnet_keys, ocr_keys
 import segkern
-from segkern.testing import official
 from segkern.testing.official import assert_complete
 from segkern.testing.fill import state_of
 from segkern.backbones.swin import SWINS, Swin, WindowAttention, merge_order, seam_mask
@@ -20,7 +21,6 @@ from segkern.testing import (
     check_model,
     filled,
     filled_state,
-    fixture,
     layouts,
     make_input,
     relative_l2,
@@ -29,21 +29,6 @@ from segkern.weights import load_official, transfer
 
 UPERNETS = [f"upernet_swin_{v}" for v in "tbl"]
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-class Keys(official.Keys):
-    "With the layers that these networks repeat."
-
-    def norm(self, key, c):
-        self.pair(key, c)
-
-    def unit(self, key, c_in, c_out, k=1):
-        self[f"{key}.conv.weight"] = (c_out, c_in, k, k)
-        self.bn(f"{key}.bn", c_out)
-
-    def conv_bn(self, conv, bn, c_in, c_out, k):
-        self[f"{conv}.weight"] = (c_out, c_in, k, k)
-        self.bn(bn, c_out)
 
 
 def swin_keys(name, form):
@@ -80,51 +65,6 @@ def swin_keys(name, form):
     return keys
 
 
-def hrnet_keys(widths=(48, 96, 192, 384)):
-    "An official HRNet without a classifier."
-    keys = Keys()
-    modules = (1, 4, 3)
-    keys.conv_bn("conv1", "bn1", 3, 64, 3)
-    keys.conv_bn("conv2", "bn2", 64, 64, 3)
-    for b in range(4):
-        c = 256 if b else 64
-        for n, (i, o, k) in enumerate(((c, 64, 1), (64, 64, 3), (64, 256, 1)), 1):
-            keys.conv_bn(f"layer1.{b}.conv{n}", f"layer1.{b}.bn{n}", i, o, k)
-    keys.conv_bn("layer1.0.downsample.0", "layer1.0.downsample.1", 64, 256, 1)
-    keys.conv_bn("transition1.0.0", "transition1.0.1", 256, widths[0], 3)
-    keys.conv_bn("transition1.1.0.0", "transition1.1.0.1", 256, widths[1], 3)
-    for s in (2, 3):
-        keys.conv_bn(
-            f"transition{s}.{s}.0.0", f"transition{s}.{s}.0.1", widths[s - 1], widths[s], 3
-        )
-    for s, count in zip((2, 3, 4), modules):
-        for m in range(count):
-            for b, c in enumerate(widths[:s]):
-                for k in range(4):
-                    for n in (1, 2):
-                        keys.conv_bn(
-                            f"stage{s}.{m}.branches.{b}.{k}.conv{n}",
-                            f"stage{s}.{m}.branches.{b}.{k}.bn{n}",
-                            c,
-                            c,
-                            3,
-                        )
-            for i in range(s):
-                for j in range(s):
-                    f = f"stage{s}.{m}.fuse_layers.{i}.{j}"
-                    if j > i:
-                        keys.conv_bn(f"{f}.0", f"{f}.1", widths[j], widths[i], 1)
-                    for k in range(i - j):
-                        keys.conv_bn(
-                            f"{f}.{k}.0",
-                            f"{f}.{k}.1",
-                            widths[j],
-                            widths[i if k == i - j - 1 else j],
-                            3,
-                        )
-    return keys
-
-
 def upernet_keys(name, k):
     "The official decoder and auxiliary head."
     c = SWINS[f"swin_{name[-1]}"][0]
@@ -139,23 +79,6 @@ def upernet_keys(name, k):
     keys.pair("decode_head.conv_seg", k, 512, 1, 1)
     keys.unit("auxiliary_head.convs.0", 4 * c, 256, 3)
     keys.pair("auxiliary_head.conv_seg", k, 256, 1, 1)
-    return keys
-
-
-def ocr_keys(k):
-    "Both stages of the official decoder."
-    keys = Keys()
-    block = "decode_head.1.object_context_block"
-    keys.unit("decode_head.0.convs.0", 720, 720)
-    keys.pair("decode_head.0.conv_seg", k, 720, 1, 1)
-    keys.unit("decode_head.1.bottleneck", 720, 512, 3)
-    for p in ("query", "key"):
-        keys.unit(f"{block}.{p}_project.0", 512, 256)
-        keys.unit(f"{block}.{p}_project.1", 256, 256)
-    keys.unit(f"{block}.value_project", 512, 256)
-    keys.unit(f"{block}.out_project", 256, 512)
-    keys.unit(f"{block}.bottleneck", 1024, 512)
-    keys.pair("decode_head.1.conv_seg", k, 512, 1, 1)
     return keys
 
 
@@ -317,9 +240,7 @@ def test_imagenet_start():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_parity(layout):
     "Backbone, feature, classifier and auxiliary head of the official UPerNet."
-    f = fixture("ssa_upernet_swin_t")
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
+    f = need("ssa_upernet_swin_t")
     m = create_model("upernet_swin_t", 150).eval()
     own = re.compile(r"decode_head\.(?:get_feat_pos|(?:gt_)?center_|ssa_loss)")
     load_official(m, {k: t for k, t in f.state().items() if not own.match(k)})

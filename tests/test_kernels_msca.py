@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shared import need
 from segkern import ops
 from segkern.backbones.mscan import StripGate
 from segkern.core import seeded
 from segkern.ops.dispatch import interpreting, use_blocks
 from segkern.ops.msca import TAPS, msca_bwd, msca_ref, pack_taps, tiles_along
-from segkern.testing import assert_close, fixture, make_input, relative_l2
+from segkern.testing import assert_close, make_input, relative_l2
 from segkern.testing.kernels import check_kernel
 from segkern.testing.memory import exact_interpreter, launches
 
@@ -407,9 +408,7 @@ def test_gradcheck_and_export():
 
 def official():
     "The fixture of the official block, its module and its input."
-    f = fixture("mscan_gate")
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
+    f = need("mscan_gate")
     gate = StripGate(32)
     s = f.state()
     names = {

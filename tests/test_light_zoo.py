@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from shared import need
 from segkern.core import load_table
 from segkern.models import claimed, cost, create_model, list_models
 from segkern.core import recipe_for
-from segkern.testing import fixture
 from segkern.train import parameter_groups
 from segkern.weights import map_key
 
@@ -66,9 +66,7 @@ CUSTOM = {
 
 @pytest.mark.parametrize("name", CUSTOM)
 def test_groups_are_what_the_official_optimizer_does(name):
-    golden = fixture(name)
-    if golden is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
+    golden = need(name)
     state = golden.state()
     recipe = recipe_for(name, "ade20k")
     with torch.device("meta"):

@@ -17,7 +17,6 @@ def random_labels(seed, k, shape=(3, 17, 13), void=0.1):
     return torch.where(torch.rand(shape, generator=g) < 0.6, target.clamp(max=k - 1), pred), target
 
 
-@pytest.mark.skipif(fixture("s2fpn_misc") is None, reason="no shared fixtures beside the checkout")
 def test_official_s2fpn_numbers():
     golden = fixture("s2fpn_misc").golden
     rng = np.random.RandomState(5)

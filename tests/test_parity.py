@@ -22,6 +22,7 @@ NETS = {
     "s2fpn_r34m": "s2fpn_r34m",
     "s2fpn_v1_r18": "s2fpn_v1_r18",
     "dsanet": "dsanet",
+    "spfnet_r18": "spfnet_r18",
 }
 FEATURES = {
     "conv2_x": "encoder.body.layer1",
@@ -33,6 +34,11 @@ FEATURES = {
     "bn_prelu_2": "post2",
     "bn_prelu_3": "post3",
     "bn_prelu_4": "post4",
+    "spfm": "spfm",
+    "dsc5": "dsc5",
+    "dsc2": "dsc2",
+    "egca2": "egca2",
+    "fuse": "fuse",
 }
 
 

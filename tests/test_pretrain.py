@@ -12,6 +12,7 @@ import torch
 from conftest import THREADS
 from PIL import Image
 
+from shared import need
 import segkern
 from segkern import pretrain as module
 from segkern.core import IMAGENET
@@ -27,9 +28,6 @@ RECIPE = IMAGENET_RECIPE.replace(
     crop=(64, 64), batch=12, lr=0.02, iterations=24, schedule="cosine", ema=0.5
 )
 HEADS = {"head", "classifier", "aux_head", "boundary_head"}
-needs_golden = pytest.mark.skipif(
-    fixture("sanet_s") is None, reason="no shared fixtures beside the checkout"
-)
 
 
 def draw(path, kind, seed):
@@ -286,7 +284,6 @@ def imagenet_state():
     return {k: v for k, v in state.items() if not k.startswith("seghead_")}
 
 
-@needs_golden
 @pytest.mark.parametrize(
     "wrap",
     [dict, lambda s: {"epoch": 89, "state_dict": {f"module.{k}": v for k, v in s.items()}}],
@@ -333,7 +330,6 @@ def test_official_imagenet_file(wrap, tmp_path):
     assert "(19, 64, 1, 1)" in str(report) and "keep their initial values" in str(report)
 
 
-@needs_golden
 def test_strict_loading_stays_strict():
     """A classifier of another size, a missing and a foreign tensor are errors for `load_official`;
     `transfer` takes the first two."""
@@ -351,7 +347,6 @@ def test_strict_loading_stays_strict():
 # transfer
 
 
-@needs_golden
 @pytest.mark.parametrize("classes", [19, 11])
 def test_official_training_checkpoint(classes):
     "The prefix of the wrapper goes by name, and the buffer of the loss has a reason."
@@ -426,7 +421,6 @@ def test_wrong_files_change_nothing(tmp_path):
     unchanged(model, lambda: transfer(model, tmp_path / "cut.pth"), "cut.pth")
 
 
-@needs_golden
 def test_wrong_official_files():
     model = create_model("s2fpn_r18", 19)
     message = unchanged(
@@ -446,9 +440,7 @@ def test_wrong_official_files():
 
 def test_a_refused_relu_checkpoint_leaves_the_activation():
     "S2-FPN follows a checkpoint without slopes, and goes back when the file is refused."
-    golden = fixture("s2fpn_r18")
-    if golden is None:
-        pytest.skip("no shared fixtures beside the checkout")
+    golden = need("s2fpn_r18")
     relu = {k: v for k, v in golden.state().items() if ".act." not in k}
     model = create_model("s2fpn_r18", 11)
     unchanged(model, lambda: transfer(model, relu | {"who.knows": torch.ones(1)}), "who.knows")

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segkern.testing import official
+from shared import need
+from oracles.segnext import DEPTHS, HEADS, WIDTHS, encoder_keys, head_keys
 from segkern.testing.official import assert_complete
 from segkern.testing.fill import state_of
 from segkern.backbones.mscan import MSCANS, MSCAN
@@ -24,80 +25,11 @@ from segkern.testing import (
     check_model,
     filled,
     filled_state,
-    fixture,
     layouts,
     make_input,
     relative_l2,
 )
 from segkern.weights import load_official, transfer
-
-WIDTHS = {
-    "t": (32, 64, 160, 256),
-    "s": (64, 128, 320, 512),
-    "b": (64, 128, 320, 512),
-    "l": (64, 128, 320, 512),
-}
-DEPTHS = {"t": (3, 3, 5, 2), "s": (2, 2, 4, 2), "b": (3, 3, 12, 3), "l": (3, 5, 27, 3)}
-HEADS = {"t": (256, 16), "s": (256, 16), "b": (512, 64), "l": (1024, 64)}
-
-
-class Keys(official.Keys):
-    "With the layers that these networks repeat."
-
-    def norm(self, key, c, running=True):
-        self[key + ".weight"], self[key + ".bias"] = (c,), (c,)
-        if running:
-            self.update(
-                {
-                    f"{key}.running_mean": (c,),
-                    f"{key}.running_var": (c,),
-                    f"{key}.num_batches_tracked": (),
-                }
-            )
-
-
-def encoder_keys(v, doubled=True):
-    "The authors' encoder, or with OpenMMLab's single `dwconv`."
-    keys = Keys()
-    before = 3
-    for s, (c, depth, ratio) in enumerate(zip(WIDTHS[v], DEPTHS[v], (8, 8, 4, 4)), 1):
-        if s == 1:
-            keys.conv("patch_embed1.proj.0", c // 2, 3, 3, 3)
-            keys.norm("patch_embed1.proj.1", c // 2)
-            keys.conv("patch_embed1.proj.3", c, c // 2, 3, 3)
-            keys.norm("patch_embed1.proj.4", c)
-        else:
-            keys.conv(f"patch_embed{s}.proj", c, before, 3, 3)
-            keys.norm(f"patch_embed{s}.norm", c)
-        for j in range(depth):
-            b = f"block{s}.{j}"
-            g = f"block{s}.{j}.attn.spatial_gating_unit"
-            keys[f"{b}.layer_scale_1"] = keys[f"{b}.layer_scale_2"] = (c,)
-            keys.norm(f"{b}.norm1", c)
-            keys.conv(f"{b}.attn.proj_1", c, c)
-            keys.conv(f"{g}.conv0", c, 1, 5, 5)
-            for i, k in enumerate((7, 11, 21)):
-                keys.conv(f"{g}.conv{i}_1", c, 1, 1, k)
-                keys.conv(f"{g}.conv{i}_2", c, 1, k, 1)
-            keys.conv(f"{g}.conv3", c, c)
-            keys.conv(f"{b}.attn.proj_2", c, c)
-            keys.norm(f"{b}.norm2", c)
-            keys.conv(f"{b}.mlp.fc1", ratio * c, c)
-            keys.conv(f"{b}.mlp.dwconv" + (".dwconv" if doubled else ""), ratio * c, 1, 3, 3)
-            keys.conv(f"{b}.mlp.fc2", c, ratio * c)
-        keys.norm(f"norm{s}", c, False)
-        before = c
-    return keys
-
-
-def head_keys(v, k):
-    keys, (d, _) = Keys(), HEADS[v]
-    keys.conv("conv_seg", k, d)
-    for name, c_in in (("squeeze", sum(WIDTHS[v][1:])), ("hamburger.ham_out", d), ("align", d)):
-        keys.conv(f"{name}.conv", d, c_in, bias=False)
-        keys.norm(f"{name}.gn", d, False)
-    keys.conv("hamburger.ham_in.conv", d, d)
-    return keys
 
 
 def model(v="t", k=7, **kw):
@@ -161,9 +93,7 @@ def test_official_segmentors(v, doubled):
 
 def test_every_tensor_in_its_place():
     "Renamed, the fixture's file gives the same network: a mistake between equal shapes would show."
-    f = fixture("segnext_t")
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
+    f = need("segnext_t")
     x = f.inputs()["x"]
     start = unit_bases(f.inputs()["bases_raw"].abs())
     state = {re.sub(r"mlp\.dwconv\.dwconv\.", "mlp.dwconv.", k): t for k, t in f.state().items()}
@@ -219,10 +149,8 @@ def test_imagenet_start():
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_parity(layout):
-    f = fixture("segnext_t")
-    g = fixture("mscan_t")
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
+    f = need("segnext_t")
+    g = need("mscan_t")
     m = model("t", 150).eval()
     e = MSCAN().eval()
     load_official(m, f.state())

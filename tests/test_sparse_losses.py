@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shared import need
 from segkern.losses.affinity import (
     affinity_losses,
     consistency,
@@ -14,7 +15,7 @@ from segkern.losses.affinity import (
 )
 from segkern.ops import AttentionMaps
 from segkern.ops.dispatch import interpreting
-from segkern.testing import assert_close, fixture, make_input, relative_l2
+from segkern.testing import assert_close, make_input, relative_l2
 from segkern.testing.memory import exact_interpreter
 
 exact_interpreter()
@@ -59,9 +60,7 @@ def plain(z, scores, size, key_size, unlabelled, double=True):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_published_code(impl):
     "Random tensors of the fixture: four losses and all gradients."
-    fx = fixture("sasformer_sparse_affinity")
-    if fx is None:
-        pytest.skip("no shared folder")
+    fx = need("sasformer_sparse_affinity")
     given = fx.inputs()
     sizes = fx.spec["seg_sizes"]
     z = (3 * given["seg"]).requires_grad_()

@@ -107,7 +107,6 @@ def whole(tmp_path_factory):
 # schedule and optimizer
 
 
-@pytest.mark.skipif(fixture("s2fpn_misc") is None, reason="no shared fixtures beside the checkout")
 def test_lr_matches_the_official_schedules():
     golden = fixture("s2fpn_misc").golden
     steps = [0, 1, 250, 499, 500, 501, 1000, 1001, 2000, 2001, 2999]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared import need
 from segkern.losses.tree import (
     Tree,
     edge_similarity,
@@ -16,7 +17,7 @@ from segkern.losses.tree import (
     tree_filter,
     tree_inputs,
 )
-from segkern.testing import assert_close, fixture, make_input
+from segkern.testing import assert_close, make_input
 
 SIZES = [(1, 1), (1, 7), (7, 1), (2, 2), (5, 7), (13, 11)]
 
@@ -202,9 +203,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("name", ["loss", "AS_low", "AS", "grad_preds", "grad_high", "trees"])
 def test_fixture(name):
-    f = fixture("sasformer_sparse_tree")
-    if f is None:
-        pytest.skip("the shared fixtures are not beside the checkout")
+    f = need("sasformer_sparse_tree")
     x = f.inputs()
     logits = (3 * x["preds"]).requires_grad_()
     low = torch.sigmoid(x["low"])

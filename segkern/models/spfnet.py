@@ -159,7 +159,7 @@ _NAMES = (
     (r"(egca\d)\.conv_dws1" + _STEP, r"\1.embed."),
     (r"(egca\d)\.conv_pw1" + _STEP, r"\1.point."),
     (r"(egca\d)\.branch3\.", r"\1.branch."),
-    (r"(adjust\d)" + _STEP, r"\1."),
+    (r"(adjust\d)\.conv\.", r"\1."),
     (r"fuse" + _STEP, "fuse."),
     (r"classifier(?:\.fc)?(?:\.\d)?\.conv\.", "classifier."),
 )
@@ -199,7 +199,7 @@ def key_rules(
 
 
 def _container(part):
-    "The name of what holds the parts: `a.rpp0` lies in a, and so does `a.parts.0`."
+    "The name of what holds the parts: `a.subspaces.0` lies in a, and so does `a.rpp0`."
     in_a_list = part.rsplit(".", 1)[-1].isdigit()
     return part.rsplit(".", 2 if in_a_list else 1)[0]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fill_tensor', 'state_of', 'filled_state', 'filled', 'make_input', 'make_labels', 'poisoned', 'nan_empty',
            'assert_complete', 'layouts', 'shared', 'relative_l2', 'assert_close', 'Fixture', 'load_fixture', 'fixture',
-           'save_fixture', 'check_model', 'Toy', 'toy', 'Keys']
+           'save_fixture', 'golden_origin', 'check_model', 'Toy', 'toy', 'Keys']
 
 # %% ../../nbs/01_testing.ipynb #43b78010
 from .close import assert_close, relative_l2
@@ -21,7 +21,14 @@ from segkern.testing.fill import (
     poisoned,
     state_of,
 )
-from .fixtures import Fixture, fixture, load_fixture, save_fixture, shared
+from segkern.testing.fixtures import (
+    Fixture,
+    fixture,
+    golden_origin,
+    load_fixture,
+    save_fixture,
+    shared,
+)
 from .official import assert_complete, Keys
 from .toys import Toy, toy
 
@@ -44,6 +51,7 @@ _all_ = [
     "load_fixture",
     "fixture",
     "save_fixture",
+    "golden_origin",
     "check_model",
     "Toy",
     "toy",

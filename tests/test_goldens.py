@@ -1,0 +1,186 @@
+"""Golden outputs from re-implementations (`tests/oracles`): the networks keep them, the re-implementations give them
+again and agree with the authors' outputs where there are any."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from oracles import cgrseg, plain, sanet, seaformer, segnext, ssa, upernet
+from oracles.zoo import ORACLES, ORIGIN
+from shared import need
+from segkern.models import create_model, list_models
+from segkern.testing import golden_origin, relative_l2, shared
+from segkern.testing.fixtures import load_fixture
+from segkern.weights import load_official
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WRITTEN = [
+    pytest.param(n, marks=pytest.mark.slow) if oracle.large else n for n, oracle in ORACLES.items()
+]
+
+
+def network(golden):
+    "The network of a fixture, with its official weights."
+    name, options = golden.spec["model"], golden.spec["options"]
+    k = 19 if name.startswith("sanet") else 150
+    with torch.device("meta"):
+        m = create_model(name, k, seed=None, **options)
+    m = m.to_empty(device="cpu").eval()
+    load_official(m, golden.state())
+    return m
+
+
+def answers(m, x, names):
+    "Our outputs under the names of the golden ones: heads, the classifier's map, maps of the encoder, named parts."
+    host = getattr(m, "host", m)
+    parts = {}
+    for n in names:
+        if hasattr(m, n) and n not in ("feature", "outputs"):
+            m.get_submodule(n).register_forward_hook(lambda mod, i, o, n=n: parts.update({n: o}))
+    with torch.no_grad():
+        found = {**m.outputs(x), **parts}
+        if "feat" in names:
+            found["feat"] = m.feature(x)
+        if any(n.startswith("map") for n in names):
+            found |= {f"map{i}": t for i, t in enumerate(host.encoder(x), 1)}
+    return {n: found[n] for n in names}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_networks_keep_them(name):
+    "In single precision, every kept output."
+    golden = need(name)
+    assert golden.spec["origin"] == ORIGIN
+    found = answers(network(golden), golden.inputs()["x"], list(golden.golden))
+    errors = {n: golden.error(n, t) for n, t in found.items()}
+    assert max(errors.values()) <= 2e-5, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ORACLES)
+def test_reimplementations_answer_again(name):
+    "The stored numbers are theirs, and in double precision the network gives the same everywhere."
+    golden = need(name)
+    oracle = ORACLES[name]
+    spec = oracle.spec()
+    assert {n: golden.spec[n] for n in spec} == spec
+    with torch.no_grad():
+        again = oracle.outputs()
+    for n in golden.golden:
+        assert golden.error(n, again[n]) < 1e-6, n
+    m = network(golden).double()
+    for n, t in answers(m, golden.inputs()["x"].double(), list(golden.golden)).items():
+        assert relative_l2(again[n], t) <= 1e-8, n
+
+
+def sanet_s(f):
+    return sanet.answer(f.state(), "sanet_s", f.inputs()["x"])
+
+
+def seaformer_b(f):
+    return seaformer.answer(f.state(), "seaformer_b", f.inputs()["x"])
+
+
+def segnext_t(f):
+    start = F.normalize(f.inputs()["bases_raw"].abs(), dim=1).double()
+    return segnext.answer(f.state(), "t", f.inputs()["x"], start)
+
+
+def cgrseg_b(f):
+    return cgrseg.answer(f.state(), "cgrseg_b", f.inputs()["x"])
+
+
+INSIDE = ("layer1", "layer3", "layer4", "layer5", "dp1", "dp2", "dp", "spp", "decoder")
+OFFICIAL = {  # re-implementation -> output of the fixture: ours
+    sanet_s: dict(main="logits", aux="aux", boundary="boundary") | {n: n for n in INSIDE},
+    seaformer_b: dict(feat="feat", logits="logits"),
+    segnext_t: dict(stage4="map4", logits="logits"),
+    cgrseg_b: dict(stage4="map4", logits="logits"),
+}
+
+
+@pytest.mark.parametrize("answer", OFFICIAL, ids=lambda f: f.__name__)
+def test_reimplementations_agree_with_the_authors(answer):
+    "A family's equations, checked where its authors' code has answered."
+    f = need(answer.__name__)
+    with torch.no_grad():
+        found = answer(f)
+    for theirs, ours in OFFICIAL[answer].items():
+        assert f.error(theirs, found[ours]) < 3e-6, theirs
+
+
+def test_keys_are_the_authors():
+    "Of the checkpoints whose lists are known; sizes of the others as the specification counts them."
+    known = {
+        "sanet_s": sanet.official_keys("sanet_s"),
+        "cgrseg_b": cgrseg.net_keys("cgrseg_b", 150),
+    }
+    for name, keys in known.items():
+        theirs = {k: tuple(s) for k, s, _ in need(name).spec["keys"]}
+        assert theirs == keys, name
+    sizes = {"sanet_m": (519, 12_454_897), "sanet_l": (765, 18_511_089)}
+    for name, (count, params) in sizes.items():
+        keys = sanet.official_keys(name)
+        assert (len(keys), keys.params()) == (count, params)
+
+
+HEADS = {"ssa_head_segformer_b0": "segformer_b0_ssa", "ssa_upernet_swin_t": "upernet_swin_t_ssa"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if "swin" in n else n for n in HEADS]
+)
+def test_the_classifier_agrees_with_its_authors(name):
+    "On the maps of our encoder, which has a golden output of its own."
+    f = need(name)
+    m = create_model(HEADS[name], 150, seed=None).eval()
+    load_official(m, f.state())
+    net = plain.Plain(f.state())
+    with torch.no_grad():
+        maps = m.double().host.encoder(f.inputs()["img"].double())
+        if "swin" in name:
+            feat = upernet.upernet_feature(net, maps)
+            assert f.error("aux", upernet.auxiliary(net, maps)) < 3e-6
+        else:
+            feat = m.feature(f.inputs()["img"].double())
+        found = ssa.ssa_answer(net, feat)
+    names = dict(head_logits="logits", coarse="coarse", center_pos="spatial", pred_proto="semantic")
+    for theirs, ours in names.items():
+        assert f.error(theirs, found[ours]) < 3e-6, theirs
+
+
+def test_copies_are_the_authors_outputs():
+    "Names and shapes as each specification says; equal to the shared folder where that is beside the checkout."
+    folders = sorted((FIXTURES / "official").iterdir())
+    assert len(folders) >= 38
+    for folder in folders:
+        f = load_fixture(folder)
+        assert "origin" not in f.spec and len(f.inputs()) == len(f.spec["input"])
+        for n, shape, stride in f.spec.get("outputs", ()):
+            points = torch.empty(shape, device="meta")
+            points = points[..., ::stride, ::stride] if points.ndim >= 3 else points
+            assert f.golden[n].shape == points.shape, (f.name, n)
+        beside = shared(f"parity/{f.name}")
+        if beside:
+            assert json.loads((beside / "spec.json").read_text()) == f.spec
+            assert (beside / "golden.npz").read_bytes() == (folder / "golden.npz").read_bytes()
+
+
+def test_size_of_the_fixtures():
+    assert sum(p.stat().st_size for p in FIXTURES.rglob("*") if p.is_file()) < 6_000_000
+
+
+def test_who_answered_for_which_network():
+    "README's column is true: the networks that have a golden output of their own, and whose it is."
+    found = {}
+    for name in list_models():
+        found.setdefault(golden_origin(name), []).append(name)
+    theirs = "cgrseg_b dsanet s2fpn_r18 s2fpn_r34m s2fpn_v1_r18 sanet_s sasformer_sparse_b4 seaformer_b segformer_b0 "
+    theirs += "segformer_b0_mmseg segformer_b0_mmseg_ssa segnext_t spfnet_r18 upernet_swin_t upernet_swin_t_ssa"
+    again = "afformer_b afformer_b_ssa cgrseg_b_ssa ocrnet_hr48 ocrnet_hr48_ssa sanet_l sanet_m seaformer_b_ssa "
+    again += "seaformer_l seaformer_l_ssa segnext_t_ssa vit_adapter_l vit_adapter_l_ssa"
+    assert sorted(found["official"]) == theirs.split()
+    assert sorted(found["re-implementation"]) == again.split()
