@@ -14,12 +14,15 @@ from PIL import Image
 from ..core import atomic_path, load_table, logger, progress, write_json
 from . import open_dataset
 from .base import list_images, lookup, read_ids
+from .converters import convert_coco_stuff, convert_context, convert_voc
 from .sparse import points_from_mask, scribbles_from_mask
 
 # %% ../../nbs/55a_data.making.ipynb #ba1c39e2
 def make(
-    name: str,  # "cityscapes" | "streets" | "scribbles" | "points"
-    # the Cityscapes folder, the folder to write streets to, or a folder of masks
+    # "cityscapes" | "coco_stuff10k" | "pascal_context" | "voc2012" | "streets" | "scribbles" |
+    # "points"
+    name: str,
+    # the dataset's folder, the folder to write streets to, or a folder of masks
     root: str | Path,
     out: str | Path | None = None,  # scribbles, points: folder to write to
     n: int | None = None,  # streets: pictures of train; val and test get a quarter each
@@ -28,6 +31,7 @@ def make(
     annotation: str = "full",  # streets: "full" | "scribble" | "point"
     width: int = 3,  # scribbles, points: of the strokes and spots, pixels
     smallest: int | None = None,  # scribbles, points: regions of fewer pixels get none
+    raw: str | Path | None = None,  # pascal_context, voc2012: folder of the MATLAB files
 ) -> int:  # files written
     "Write what a dataset can do without, but other tools want."
     if name in ("scribbles", "points"):
@@ -38,10 +42,16 @@ def make(
         return _make_train_ids(Path(root))
     if name == "streets":
         return _make_streets(Path(root), n or 256, size, seed, annotation)
+    if name == "coco_stuff10k":
+        return convert_coco_stuff(Path(root))
+    if name == "pascal_context":
+        return convert_context(Path(root), raw)
+    if name == "voc2012":
+        return convert_voc(Path(root), raw)
     raise ValueError(
         f"there is nothing to make for '{name}'; there are 'cityscapes' (train-id masks), "
-        f"'streets' (generated pictures), "
-        "'scribbles' and 'points' (from a folder of masks)"
+        "'coco_stuff10k', 'pascal_context' and 'voc2012' (masks from MATLAB files), "
+        "'streets' (generated pictures), 'scribbles' and 'points' (from a folder of masks)"
     )
 
 # %% ../../nbs/55a_data.making.ipynb #991dcb13

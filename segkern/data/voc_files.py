@@ -7,7 +7,6 @@ __all__ = ['train_names', 'read_names', 'find_voc', 'find_sbd', 'FullMasks', 'Sc
 
 # %% ../../nbs/54c_data.voc_files.ipynb #c0cef163
 import functools
-import importlib.util
 import os
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import IGNORE, load_table
-from .base import lookup, read_ids
+from .base import lookup, read_ids, open_mat
 from .sparse import rasterise_points, rasterise_scribbles
 from .voc_annotations import clicks_of, file_stamp, read_points, read_scribbles
 
@@ -49,10 +48,11 @@ def train_names(
 # %% ../../nbs/54c_data.voc_files.ipynb #c8da3e99
 def read_names(
     path: Path,  # list file: a name or a picture path in the first word of each line
+    dataset: str = "voc2012",  # for the message
 ) -> list:  # names without folder and ending
     "The names of a list file."
     if not path.is_file():
-        raise FileNotFoundError(f"voc2012: the list {path} does not exist")
+        raise FileNotFoundError(f"{dataset}: the list {path} does not exist")
     names = [
         Path(line.split()[0]).stem
         for line in path.read_text(encoding="utf-8-sig").splitlines()
@@ -134,20 +134,7 @@ def read_mat(
     path: str | Path,  # a file of SBD's folder cls
 ) -> np.ndarray:  # uint8 [h, w]
     "SBD's segmentation of one picture."
-    if importlib.util.find_spec("scipy") is None:
-        raise ImportError(
-            f"SBD's masks are MATLAB files ({path}): pip install scipy, or convert them to SegmentationClassAug/*.png"
-        )
-    from scipy.io import loadmat
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        ids = loadmat(path, squeeze_me=True, struct_as_record=False)["GTcls"].Segmentation
-    except Exception as e:
-        raise ValueError(
-            f"{path} is not one of SBD's MATLAB files ({type(e).__name__}: {e}): replace it"
-        ) from e
+    ids = open_mat(path, lambda c: c["GTcls"].Segmentation, "one of SBD's MATLAB files")
     return np.atleast_2d(np.asarray(ids, dtype=np.uint8))
 
 # %% ../../nbs/54c_data.voc_files.ipynb #5e2bd831

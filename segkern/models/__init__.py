@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['list_models', 'create_model', 'register', 'save', 'load', 'load_official', 'describe', 'cost', 'claimed',
-           'set_literal', 'SegModel', 'macs', 'SSA', 'SSAClassifier', 'S2FPN', 'SPFNet', 'DSANet', 'SANet', 'PIDNet',
-           'SegFormer', 'SASFormerICIP', 'SASFormerSparse', 'UPerNet', 'OCRNet', 'SegNeXt', 'SeaFormerSegmentor',
-           'AFFormerSegmentor', 'CGRSeg', 'vit_adapter']
+           'set_literal', 'SegModel', 'macs', 'claims', 'SSA', 'SSAClassifier', 'S2FPN', 'SPFNet', 'DSANet', 'SANet',
+           'PIDNet', 'SegFormer', 'SASFormerICIP', 'SASFormerSparse', 'UPerNet', 'OCRNet', 'SegNeXt',
+           'SeaFormerSegmentor', 'AFFormerSegmentor', 'CGRSeg', 'vit_adapter']
 
 # %% ../../nbs/39_models.ipynb #87a2a246
 from .s2fpn import S2FPN
@@ -28,6 +28,7 @@ from . import vit_adapter
 # %% ../../nbs/39_models.ipynb #86c34310
 from ..backbones.blocks import macs, set_literal
 from .base import SegModel
+from .claims import claims
 from .cost import claimed, cost
 from .files import describe, load, save
 from .registry import create_model, list_models, register
@@ -48,6 +49,7 @@ _all_ = [
     "set_literal",
     "SegModel",
     "macs",
+    "claims",
     "SSA",
     "SSAClassifier",
     "S2FPN",

@@ -11,7 +11,7 @@ import functools
 import torch
 
 from ..backbones.blocks import macs, num_params, set_literal
-from ..core import load_table
+from .claims import claims
 from .registry import create_model, MODELS
 
 # %% ../../nbs/38b_models.cost.ipynb #f28136f5
@@ -38,9 +38,9 @@ def claimed(
     "What is said of a network's size: 150 classes, 512×512."
     if name in MODELS and MODELS[name].claims:
         return MODELS[name].claims
-    table = load_table("claims")
-    found = table["ssa_classifier"].get(name) or table["light"].get(name) or {}
-    out = {k: found[k] for k in ("params_millions", "gmacs") if k in found}
-    if "gmacs_readme" in found:
-        out["gmacs"] = found["gmacs_readme"]
-    return out and {**out, "source": found.get("source", table["light"]["source"])}
+    sizes = claims(name, dataset="ade20k", metric="params_millions")
+    costs = claims(name, dataset="ade20k", metric="gmacs")
+    costs = [row for row in costs if row["form"].startswith("512x512")]
+    found = sizes[:1] + costs[:1]
+    said = {row["metric"]: row["value"] for row in found}
+    return said and {**said, "source": found[0]["source"]}
