@@ -16,6 +16,7 @@ from segkern.backbones.swin import SWINS, Swin, WindowAttention, merge_order, se
 from segkern.core import load_table, seeded
 from segkern.backbones.blocks import num_params
 from segkern.models import cost, create_model, list_models, load, save
+from segkern.models.ocrnet import OCRNet
 from segkern.testing import (
     assert_close,
     check_model,
@@ -519,7 +520,7 @@ def test_one_picture_cannot_train():
     with pytest.raises(ValueError, match="at least 2 pictures"):
         create_model("upernet_swin_t", 5, width=32)(make_input([1, 3, 36, 52]))
     with pytest.raises(ValueError, match="2 pictures per device or 2 classes"):
-        create_model("ocrnet_hr48", 1, width=32)(make_input([1, 3, 36, 52]))
+        OCRNet("ocrnet_hr48", 1, width=32)(make_input([1, 3, 36, 52]))
 
 
 def test_names():

@@ -9,8 +9,8 @@ __all__ = ['HALVES', 'STREETS', 'RECIPES', 'ALIASES', 'Recipe', 'mean_only', 're
 import dataclasses
 from dataclasses import dataclass
 
-from .files import load_table, registered_tables
-from .picture import IMAGENET, Preprocess
+from .files import closest, load_table, registered_tables
+from .picture import Preprocess
 from segkern.core.recipe_fields import (
     Data,
     Measurement,
@@ -20,6 +20,7 @@ from segkern.core.recipe_fields import (
     Treatment,
     Updates,
 )
+from .recipe_start import derived, nearest_dataset, PIPELINES
 from .table import Table
 
 # %% ../../nbs/00h_core.recipe.ipynb #rf000030
@@ -133,21 +134,26 @@ def _known_recipes(model):
     return found
 
 # %% ../../nbs/00h_core.recipe.ipynb #e8550325
-# whose recipe a dataset of one's own takes, in order
-_LIKE = ("ade20k", "voc2012", "camvid")
-_STARTS = dict(folder=_LIKE, gtav=("cityscapes",))
-
-
-def _start_for(dataset, known):
+def _start_for(model, dataset, known):
     "A recipe for a dataset that has none, or None."
-    starts = _LIKE if dataset in registered_tables() else _STARTS.get(dataset, ())
-    start = next((d for d in starts if d in known), None)
-    if start is None:
+    if dataset not in {"folder", *PIPELINES, *registered_tables()}:
         return None
-    own = dict(dataset=dataset, class_weights=False, split="train", val_split="val")
-    # the quirks of one benchmark's files are not those of yours
-    own |= dict(data_options=()) | (dict(preprocess=IMAGENET) if start == "voc2012" else {})
-    return known[start].replace(**own)
+    start = nearest_dataset(dataset, known)
+    return start and derived(known[start], dataset, model)
+
+
+def _no_recipe(model, dataset, known):
+    "The error for a pair that nothing can be said about."
+    sets = {"folder", *PIPELINES, *registered_tables()}
+    hint = "a dataset is made known by segkern.data.register"
+    if dataset in sets:
+        hint = "write one (`segkern train --recipe FILE`), or register the network with recipes"
+    elif near := closest(dataset, sets):
+        hint = f"did you mean '{near[0]}'?"
+    return ValueError(
+        f"no recipe for model '{model}' on dataset '{dataset}'; there are recipes for "
+        f"{sorted(known)}, and 'folder' for your own data; {hint}"
+    )
 
 # %% ../../nbs/00h_core.recipe.ipynb #3815819e
 def recipe_for(
@@ -156,15 +162,12 @@ def recipe_for(
     /,
     **fields,  # overrides
 ) -> Recipe:  # the published recipe with the overrides applied
-    """The recipe of a model on a dataset. A dataset of your own (`folder`, or registered) takes the model's
-    recipe for ADE20K, VOC or CamVid as a start."""
+    """The recipe of a model on a dataset. Where nobody published one it is derived from the nearest
+    dataset's, and `source` says what was changed."""
     known = _known_recipes(model)
-    recipe = known.get(dataset) or _start_for(dataset, known)
+    recipe = known.get(dataset) or _start_for(model, dataset, known)
     if recipe is None:
-        raise ValueError(
-            f"no recipe for model '{model}' on dataset '{dataset}'; there are recipes for "
-            f"{sorted(known)}, and 'folder' for your own data"
-        )
+        raise _no_recipe(model, dataset, known)
     return recipe.replace(**fields)
 
 # %% ../../nbs/00h_core.recipe.ipynb #2ff961b1

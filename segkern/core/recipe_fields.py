@@ -9,6 +9,7 @@ __all__ = ['Data', 'Sample', 'SecondPlane', 'Schedule', 'Updates', 'Treatment', 
 import dataclasses
 from dataclasses import dataclass
 
+from .files import closest
 from .picture import Preprocess
 
 # %% ../../nbs/00g_core.recipe_fields.ipynb #rf000006
@@ -43,7 +44,9 @@ class Section:
             words = (*f.metadata.get("words", ()), *_ADDED.get(f.name, ()))
             value = getattr(self, f.name)
             if words and value not in words:
-                raise ValueError(f"recipe: {f.name} is '{value}'; known: {', '.join(words)}")
+                near = closest(value, words)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise ValueError(f"recipe: {f.name} is '{value}'; known: {', '.join(words)}{hint}")
 
     def replace(
         self,

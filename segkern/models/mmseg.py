@@ -7,6 +7,7 @@ __all__ = ['ENCODER_GROUPS', 'ENCODER_GROUPS_MMSEG', 'FORMER', 'ADE20K', 'CITYSC
 
 # %% ../../nbs/29b_models.mmseg.ipynb #d289f0e3
 from ..core import IMAGENET, Recipe
+from ..core.recipe_start import PIPELINES
 
 # %% ../../nbs/29b_models.mmseg.ipynb #d7b1e469
 # norms do not decay, the rest does, and what follows learns faster
@@ -33,23 +34,18 @@ FORMER = dict(
 )
 
 # %% ../../nbs/29b_models.mmseg.ipynb #a0d7ef8f
-ADE20K = dict(crop=(512, 512), fit_size=(2048, 512), batch=16, protocol="ade32")
-CITYSCAPES = dict(
-    crop=(1024, 1024), fit_size=(2048, 1024), batch=8, protocol="sliding", stride=(768, 768)
-)
+ADE20K = dict(**PIPELINES["ade20k"], batch=16)
+CITYSCAPES = PIPELINES["cityscapes"]
 MMSEG = dict(groups=ENCODER_GROUPS_MMSEG, warmup_rule="inclusive")
 
 # %% ../../nbs/29b_models.mmseg.ipynb #c0aa6310
-HOST_DATASETS = (
-    ("ade20k", dict(fit_size=(2048, 512), crop=(512, 512), iterations=160_000, protocol="ade32")),
-    (
-        "coco_stuff10k",
-        dict(fit_size=(2048, 512), crop=(512, 512), iterations=80_000, protocol="ade"),
-    ),
-    (
-        "pascal_context",
-        dict(fit_size=(520, 520), crop=(480, 480), iterations=80_000, protocol="ade"),
-    ),
+HOST_DATASETS = tuple(
+    (name, dict(**PIPELINES[name], iterations=iterations))
+    for name, iterations in (
+        ("ade20k", 160_000),
+        ("coco_stuff10k", 80_000),
+        ("pascal_context", 80_000),
+    )
 )
 
 # %% ../../nbs/29b_models.mmseg.ipynb #366adea7
@@ -77,3 +73,13 @@ def host_recipes(
     if rates is None:
         return [host_recipe(name, **fields) for name in names]
     return [host_recipe(n, lr=rate, **fields) for n, rate in zip(names, rates) if rate]
+
+# %% ../../nbs/29b_models.mmseg.ipynb #b27caf86
+def city_recipe(
+    source: str,  # where the numbers stand
+    whole: bool,  # each picture at once in validation, else windows as large as the crop
+    **fields,  # what this network does differently
+) -> Recipe:
+    "The Cityscapes recipe of a host, as its own project published it."
+    seen = dict(protocol="whole", stride=()) if whole else {}
+    return Recipe("cityscapes", source=source, **{**FORMER, **CITYSCAPES, **seen, **fields})

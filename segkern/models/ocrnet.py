@@ -14,7 +14,7 @@ from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.hrnet import HRNet, key_rules
 from ..core import IMAGENET
 from .base import Segmentor
-from .mmseg import host_recipes
+from .mmseg import city_recipe, host_recipes
 from .registry import register
 from .segformer import small_recipes
 from .upernet import classifier_of, init_conv
@@ -160,22 +160,26 @@ def describe_state(
     return describe_file(model, f"hrnet_w{branches[0]}", decoder, classifier)
 
 # %% ../../nbs/35a_models.ocrnet.ipynb #aa13f190
+_SGD = dict(
+    groups=(),
+    optimizer="sgd",
+    lr=1e-2,
+    lr_min=1e-4,
+    weight_decay=5e-4,
+    power=0.9,
+    warmup=0,
+    warmup_rule="then",
+)
+_city = city_recipe(
+    "mmsegmentation's OCRNet (512x1024, 160k); 4 GPUs of 2 pictures",
+    whole=True,
+    crop=(512, 1024),
+    **_SGD,
+)
 register(
     "ocrnet_hr48",
     OCRNet,
-    recipes=[
-        *host_recipes(
-            groups=(),
-            optimizer="sgd",
-            lr=1e-2,
-            lr_min=1e-4,
-            weight_decay=5e-4,
-            power=0.9,
-            warmup=0,
-            warmup_rule="then",
-        ),
-        *small_recipes(()),
-    ],
+    recipes=[*host_recipes(**_SGD), _city, *small_recipes(())],
     adaptive_recipes=(),
     encoder="hrnet_w48",
 )

@@ -76,10 +76,21 @@ def _unknown(name):
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(MODELS)}"
     return ValueError(f"unknown model '{name}'; {hint}")
 
+# %% ../../nbs/29a_models.registry.ipynb #766a211a
+def check_count(
+    num_classes: int,
+):
+    "Refuse a single class: a softmax over it is always right, so the loss is 0 and nothing is learned."
+    if num_classes == 1:
+        raise ValueError(
+            "num_classes=1: one class is always predicted and its loss is always 0; "
+            "use num_classes=2, background and object"
+        )
+
 # %% ../../nbs/29a_models.registry.ipynb #3cec614b
 def create_model(
     name: str,  # published name, e.g. "s2fpn_r18"
-    num_classes: int = 19,  # k
+    num_classes: int = 19,  # k, at least 2
     # for class names, weights and the input rule; None: 19 classes mean Cityscapes, 11 CamVid
     dataset: str | None = None,
     seed: int | None = 0,  # of the random initialisation; `None` uses the global generator
@@ -87,6 +98,7 @@ def create_model(
     **kwargs,  # options of the network, e.g. `act="relu"`
 ) -> SegModel:  # in training mode, as every new module
     "A network by name, with seeded weights. Nothing is downloaded unless `pretrained` is set."
+    check_count(num_classes)
     name = ALIASES.get(name, name)
     host = name.removesuffix("_ssa")
     with seeded(seed):

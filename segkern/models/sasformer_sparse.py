@@ -12,6 +12,7 @@ from torch import nn
 
 from ..backbones.mit import key_rules
 from ..core import IMAGENET, Preprocess, Recipe, STREETS
+from ..core.recipe_file import NAMED, NamedRecipe
 from ..losses.affinity import affinity_losses, partial_cross_entropy, sparse_target
 from ..losses.distill import at_grid
 from ..losses.tree import tree_energy_loss
@@ -282,3 +283,12 @@ TREE_ENERGY = {
     ),
     "ade20k r101": (_tree("ade20k", 2e-2, 16, 150_000, **_BLOCKS), dict(weight=0.4, sigma=0.002)),
 }
+
+# %% ../../nbs/33_models.sasformer_sparse.ipynb #8c39fa52
+for _name, (_recipe, _loss) in TREE_ENERGY.items():
+    NAMED["tree_" + _name.replace(" ", "_")] = NamedRecipe(
+        _recipe,
+        "sasformer_sparse_*",
+        {f"tree_{n}": v for n, v in _loss.items()},
+        f"tree energy loss of {_name.split()[1]}, without host here: trains a sparse SASFormer",
+    )

@@ -14,7 +14,7 @@ from ..backbones.blocks import ConvNormAct, resize
 from ..backbones.seaformer import key_rules, SeaFormer, SEAFORMERS, SqueezeAxialAttention
 from ..core import IMAGENET
 from .base import Segmentor
-from .mmseg import host_recipes
+from .mmseg import city_recipe, host_recipes
 from .registry import register
 from .segformer import small_recipes
 from .upernet import classifier_of
@@ -160,5 +160,11 @@ GROUPS = (
 # %% ../../nbs/36a_models.seaformer.ipynb #61cd0934
 for _name in WIDTHS:
     _rates = (2.5e-4, 2e-4, 2e-4) if _name.startswith("seaformer_b") else (2.5e-4, 2.5e-4, 2.5e-4)
-    _recipes = [*host_recipes(_rates, groups=GROUPS), *small_recipes(GROUPS)]
+    _city = city_recipe(
+        "configuration files of the official SeaFormer (1024x1024, 160k); 8 GPUs of 1 picture",
+        whole=True,
+        lr=3e-4 if _name.startswith("seaformer_b") else 2.5e-4,
+        groups=GROUPS,
+    )
+    _recipes = [*host_recipes(_rates, groups=GROUPS), _city, *small_recipes(GROUPS)]
     register(_name, SeaFormerSegmentor, recipes=_recipes, adaptive_recipes=(), encoder=_name)

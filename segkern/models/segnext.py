@@ -15,7 +15,7 @@ from ..backbones.blocks import resize
 from ..backbones.mscan import adapt, describe_state as describe_encoder, key_rules, MSCAN
 from ..core import IMAGENET
 from .base import Segmentor
-from .mmseg import host_recipes
+from .mmseg import city_recipe, host_recipes
 from .registry import register
 from .segformer import small_recipes
 from ..ops.checks import at_least_float32
@@ -292,6 +292,16 @@ GROUPS = (
 )
 
 # %% ../../nbs/36_models.segnext.ipynb #bb45611f
-_recipes = [*host_recipes((6e-5, 6e-5, 6e-5), groups=GROUPS), *small_recipes(GROUPS)]
+_city = city_recipe(
+    "configuration files of the official SegNeXt (1024x1024, 160k); 8 pictures a step as its paper says",
+    whole=False,
+    lr=6e-5,
+    groups=GROUPS,
+)
+_recipes = [
+    *host_recipes((6e-5, 6e-5, 6e-5), groups=GROUPS),
+    _city,
+    *small_recipes(GROUPS),
+]
 for _name, (_encoder, *_) in SEGNEXTS.items():
     register(_name, SegNeXt, recipes=_recipes, adaptive_recipes=(), encoder=_encoder)

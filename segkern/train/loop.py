@@ -19,6 +19,7 @@ from ..core import folder_lock, progress, Recipe, seeded
 from .folder import open_run, run_config
 from .order import batches
 from .records import describe_run, log_line, log_validation, write_results
+from .schedule import lr_at
 from .start import initialise, prepare_model
 from .state import evaluate_run, restore_run, save_run
 from segkern.train.step import (
@@ -30,6 +31,7 @@ from segkern.train.step import (
     start_run,
     uncompiled,
 )
+from .validation import Keeps
 
 # %% ../../nbs/61l_train.loop.ipynb #498fbc14
 def interval(
@@ -65,7 +67,7 @@ def surroundings(device, seed):
 # %% ../../nbs/61l_train.loop.ipynb #bbd0a646
 def set_rate(run):
     "Give every group of parameters the rate of the coming step."
-    rate = run.rate(run.state["step"])
+    rate = lr_at(run.recipe, run.state["step"])
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
 
@@ -87,7 +89,7 @@ def train_steps(
     "Train to the end of the recipe."
     acc = run.accelerator
     state = run.state
-    total = run.epochs.total
+    total = run.recipe.iterations
     found = None
 
     def due(what):
@@ -155,6 +157,12 @@ def fit(
     save_every: int | None = None,  # steps; None: ten times; 0: at the end
     log_every: int | None = None,  # steps; None: fifty times
     tracker: str | None = None,  # "tensorboard" | "wandb" | "mlflow": besides metrics.jsonl
+    # label maps of the first so many validation pictures at every evaluation, in `predictions/`;
+    # -1: of all
+    predictions: int = 0,
+    # the loss on validation pictures and the mIoU of auxiliary heads, which cost further passes;
+    # None: with a tracker
+    val_loss: bool | None = None,
     accumulate: int = 1,  # cut each batch into so many parts, to save memory
     transform=None,  # (image, target, generator) -> (input, target); default: the recipe's
     # further arguments of `segkern.infer.evaluate`, e.g. dict(limit=50)
@@ -167,12 +175,19 @@ def fit(
     "Train a model by a recipe. A killed run continues bit-exactly on the same CPU with the same threads and versions."
     out = Path(out)
     plain = uncompiled(model)
-    if seed < 0 or accumulate < 1:
-        raise ValueError(f"need seed >= 0 and accumulate >= 1; got {seed}, {accumulate}")
-    intervals = dict(log=(log_every, 50), eval=(eval_every, 10), save=(save_every, 10))
-    for steps, parts in intervals.values():
-        interval(steps, recipe.iterations, parts)  # a wrong one is refused before anything is made
+    total = recipe.iterations
+    if seed < 0 or accumulate < 1 or total < 1:
+        raise ValueError(
+            f"need seed >= 0, accumulate >= 1, iterations >= 1; got {seed}, {accumulate}, {total}"
+        )
+    every = dict(
+        log=interval(log_every, total, 50),
+        eval=interval(eval_every, total, 10),
+        save=interval(save_every, total, 10),
+    )
     prepare_model(plain, recipe, train_set, val_set)
+    # what a transform of the caller's makes of a target is not known here
+    wants_losses = bool(tracker) and transform is None if val_loss is None else val_loss
     if transform is None:
         from segkern.data.transform import TrainTransform
 
@@ -191,8 +206,7 @@ def fit(
         if checkpoint is None:
             initialise(plain, recipe, seed)
         run = start_run(out, model, recipe, train_set, acc, score)
-        total = run.epochs.total
-        every = {k: interval(steps, total, parts) for k, (steps, parts) in intervals.items()}
+        run.keeps = Keeps(predictions, wants_losses)
         pin = acc.device.type == "cuda"
         split = dict(rank=rank, world=acc.num_processes, accumulate=accumulate, pin=pin)
         first = step_of(checkpoint)

@@ -9,6 +9,7 @@ __all__ = ['log_line']
 import json
 
 from ..core import env_info, logger, write_json
+from ..core.recipe_start import DERIVED
 from ..weights.runs import run_weights
 from .folder import append_line, rewind
 from .step import Run
@@ -43,8 +44,30 @@ def log_line(
             row["lr"],
             row["images_per_s"],
         )
-    acc.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+    numbers = {k: v for k, v in row.items() if k != "step"}
+    acc.log(numbers | dict(train_loss=row["loss"]), step=row["step"])
     return row
+
+# %% ../../nbs/61k_train.records.ipynb #6d02504b
+def iou_scalars(prefix, iou, classes):
+    "The IoU of every class that occurs, as numbers with a name."
+    names = classes or [str(i) for i in range(len(iou))]
+    return {f"{prefix}/{name}": v for name, v in zip(names, iou) if v is not None}
+
+
+def tracked(
+    val: dict,  # miou, iou, perhaps loss and aux
+    classes: list | None,  # their names
+) -> dict:  # name -> number
+    "A validation as curves: valid_loss, valid_mIoU, valid_mIoU_aux, and the IoU of every class."
+    numbers = dict(valid_mIoU=val["miou"], valid_loss=val.get("loss"))
+    numbers |= iou_scalars("valid_IoU", val["iou"], classes)
+    heads = val.get("aux", {})
+    for name, head in heads.items():
+        which = "_aux" if len(heads) == 1 else f"_aux_{name}"
+        numbers[f"valid_mIoU{which}"] = head["miou"]
+        numbers |= iou_scalars(f"valid_IoU{which}", head["iou"], classes)
+    return {name: value for name, value in numbers.items() if value is not None}
 
 # %% ../../nbs/61k_train.records.ipynb #e815e6dc
 def log_validation(
@@ -54,8 +77,9 @@ def log_validation(
     "Metrics of a validation: to `metrics.jsonl`, to the tracker, to the log."
     metric = run.score[0]
     state = run.state
-    names = ("miou", "pixel_acc", "mean_acc", "iou") if metric == "miou" else found
-    val = {k: found[k] for k in names}
+    usual = ("miou", "pixel_acc", "mean_acc", "iou")
+    names = [*usual, *(k for k in ("loss", "losses", "aux") if k in found)]
+    val = {k: found[k] for k in (names if metric == "miou" else found)}
     append_line(run.out, dict(step=state["step"], val=val))
     logger.info(
         "step %d  %s %.4f  (best %.4f at step %d)",
@@ -66,6 +90,8 @@ def log_validation(
         state["best_step"],
     )
     numbers = {f"val/{k}": v for k, v in val.items() if isinstance(v, float)}
+    if metric == "miou":
+        numbers |= tracked(val, getattr(run.model, "classes", None))
     run.accelerator.log(numbers, step=state["step"])
     return val
 
@@ -90,6 +116,8 @@ def describe_run(
     seed: int,
 ):
     "Write what the run is, and take back the lines of metrics beyond the step it starts from."
+    if run.recipe.source.startswith(DERIVED):
+        logger.info("recipe: %s", run.recipe.source)
     write_json(run.out / "config.json", config)
     env = {
         **env_info(),

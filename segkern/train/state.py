@@ -20,6 +20,7 @@ from ..infer.predict import segment
 from ..infer.protocols import settings_for
 from .checkpoints import save_checkpoint, weights_bytes
 from .step import Run
+from .validation import kept_of
 from ..weights.read import read
 
 # %% ../../nbs/61j_train.state.ipynb #244d4f86
@@ -172,6 +173,8 @@ def evaluate_run(
         score = function or evaluation_of(run.recipe)
         with seeded(0):
             found = score(model, val_set, **kwargs)
+            if function is None and run.keeps is not None:
+                found |= kept_of(run, model, val_set, run.keeps, kwargs.get("limit"))
         keep_best(run, model, found[metric])
         if function is None:
             draw_samples(run.out, model, val_set, run.state["step"])

@@ -41,6 +41,7 @@ class Run:
     state: dict  # step, seconds, best, best_step, and the sums since the last line of metrics
     score: tuple  # name of the metric and its function, see `fit`
     watch: Watch  # over the losses
+    keeps: object = None  # `Keeps`: what validations keep besides the score
 
     @property
     def epochs(self) -> Epochs:

@@ -44,16 +44,31 @@ def _flat(row, prefix=""):
             out[prefix + key] = value
     return out
 
+# %% ../../nbs/02c_viz.curves.ipynb #fbc8df3e
+def series_of(path):
+    "The series of a run; those of several runs carry the runs' names."
+    if isinstance(path, (str, Path)):
+        return read_metrics(path)
+    paths = [Path(p) for p in path]
+    if len(paths) == 1:
+        return read_metrics(paths[0])
+    folders = [p if p.is_dir() else p.parent for p in paths]
+    names = [f.name for f in folders]
+    if len(set(names)) < len(names):
+        names = [f.as_posix() for f in folders]
+    runs = dict(zip(names, map(read_metrics, paths)))
+    return {f"{run}: {name}": s for run, found in runs.items() for name, s in found.items()}
+
 # %% ../../nbs/02c_viz.curves.ipynb #2dc10cb4
 def curves(
-    path: str | Path,  # a `metrics.jsonl`, or the run folder that holds it
+    path: str | Path | list,  # a `metrics.jsonl`, the run folder that holds it, or several
     width: float = 9.0,  # inches
 ) -> Picture:  # one panel each, where there is something to draw
-    "Loss, mIoU and learning rate over the steps of a run."
-    series = read_metrics(path)
+    "Loss, mIoU and learning rate over the steps of a run, or of several."
+    series = series_of(path)
 
     def last(name):
-        return name.rsplit(".", 1)[-1].rsplit("/", 1)[-1]
+        return name.rsplit(": ", 1)[-1].rsplit(".", 1)[-1].rsplit("/", 1)[-1]
 
     groups = [
         ("loss", [n for n in series if last(n) == "loss"]),
