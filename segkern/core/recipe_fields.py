@@ -248,7 +248,9 @@ class Measurement(Section):
     protocol: str = "whole"  # one of `segkern.infer.PROTOCOLS`, which adds their names here
     # step of the windows of a sliding protocol, which are as large as the crop; (): two thirds
     stride: tuple = ()
-    test_size: tuple = ()  # frame of validation pictures where it is not `fit_size`
+    # frame of validation pictures where it is not `fit_size`; with a base size, what the scales
+    # of `exp_sum` refer to
+    test_size: tuple = ()
     # which classes the mean runs over, see `infer.metrics`; "s2fpn": former name of "nonzero"
     miou: str = one_of("present", "all", "nonzero", "s2fpn")
 

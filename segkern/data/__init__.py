@@ -64,7 +64,9 @@ def open_dataset(
         raise ValueError(e.args[0]) from None
     place = (root,) if entry.needs_root else ()
     try:
-        return entry.make(*place, split=split, **kwargs)
+        dataset = entry.make(*place, split=split, **kwargs)
+        dataset.opened = dict(name=name, root=root, split=split, options=kwargs)
+        return dataset
     except TypeError as e:
         if "unexpected keyword" not in str(e):
             raise

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'legal_size', 'window_starts', 'whole_logits', 'sliding_logits', 'fit_into_frame', 'fitted',
-           'argmax_resized', 'exp_scores', 'multiscale_probs', 'fitted_labels', 'square_labels', 'Settings', 'Protocol',
-           'PROTOCOLS', 'protocol_of', 'labels_of', 'settings_for', 'input_rule', 'picture_rule', 'segment',
-           'class_lookup', 'FirstClasses', 'evaluate', 'conv_chains', 'fold_norm', 'PackedConv', 'Optimized',
-           'optimize']
+           'argmax_resized', 'exp_scores', 'multiscale_probs', 'fitted_labels', 'fitted_probs', 'square_labels',
+           'Settings', 'Protocol', 'PROTOCOLS', 'protocol_of', 'labels_of', 'settings_for', 'input_rule',
+           'picture_rule', 'Plan', 'plan_for', 'plan_of', 'segment', 'class_lookup', 'FirstClasses', 'evaluate',
+           'conv_chains', 'fold_norm', 'PackedConv', 'Optimized', 'optimize']
 
 # %% ../../nbs/62_infer.ipynb #e414c998
 from .deploy import optimize, Optimized
 from .evaluate import class_lookup, evaluate, FirstClasses
 from .fold import conv_chains, fold_norm, PackedConv
+from .plan import Plan, plan_for, plan_of
 from .predict import segment
 from segkern.infer.protocols import (
     input_rule,
@@ -29,6 +30,7 @@ from segkern.infer.resized import (
     fit_into_frame,
     fitted,
     fitted_labels,
+    fitted_probs,
     square_labels,
 )
 from segkern.infer.windows import (
@@ -54,6 +56,7 @@ _all_ = [
     "exp_scores",
     "multiscale_probs",
     "fitted_labels",
+    "fitted_probs",
     "square_labels",
     "Settings",
     "Protocol",
@@ -63,6 +66,9 @@ _all_ = [
     "settings_for",
     "input_rule",
     "picture_rule",
+    "Plan",
+    "plan_for",
+    "plan_of",
     "segment",
     "class_lookup",
     "FirstClasses",

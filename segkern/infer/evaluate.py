@@ -8,12 +8,13 @@ __all__ = ['class_lookup', 'FirstClasses', 'evaluate']
 # %% ../../nbs/62e_infer.evaluate.ipynb #93ce37b5
 import contextlib
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..core import pick_device, progress
+from ..core import pick_device, progress, seeded
 from ..data import permutation
 from .metrics import Confusion, mean_rule
 from .protocols import explaining_small, labels_of, protocol_of, Settings
@@ -123,29 +124,52 @@ def one_bilinear_step(
     return getattr(predict, "one_bilinear_step", False)
 
 # %% ../../nbs/62e_infer.evaluate.ipynb #33d20e46
-def count_batch(
-    confusion: Confusion,  # takes the counts
+@dataclass
+class Answer:
+    "What a network says about a batch: small logits where counting needs no more, else labels."
+
+    model: nn.Module
+    lookup: torch.Tensor | None  # of `fit_classes`
+    logits: torch.Tensor | None = None  # [b, K, h', w']
+    ids: torch.Tensor | None = None  # the model's own [b, h, w]
+
+    def count(self, confusion, targets):
+        "Add to a confusion matrix."
+        if self.logits is None:
+            confusion.update(self.labels(targets.shape[-2:]), targets)
+            return
+        order = None if self.lookup is None else self.lookup[: confusion.num_classes]
+        confusion.update_logits(self.logits, targets, self.model.align_corners, order)
+
+    def labels(self, size):
+        "The dataset's ids [b, h, w]."
+        ids = self.ids
+        if ids is None:
+            ids = upsample_argmax(self.logits, tuple(size), self.model.align_corners)
+        return ids if self.lookup is None else self.lookup.to(ids.device)[ids.long()]
+
+    def pictures(self):
+        "The answers about each picture of the batch."
+        logits, ids = ((t,) * 0 if t is None else t.split(1) for t in (self.logits, self.ids))
+        for one in logits:
+            yield Answer(self.model, self.lookup, logits=one)
+        for one in ids:
+            yield Answer(self.model, self.lookup, ids=one)
+
+# %% ../../nbs/62e_infer.evaluate.ipynb #738645f6
+def ask(
     model: nn.Module,  # in evaluation mode
     protocol: str,
     settings: Settings,
     lookup: torch.Tensor | None,  # of `fit_classes`
     images: torch.Tensor,  # uint8 [b, 3, h, w]
-    targets: torch.Tensor,  # [b, h, w]
-):
-    "Count one batch: from small logits where that is the same, else from labels."
-    device = device_of(model)
-    targets = targets.to(device)
-    if protocol == "whole" and one_bilinear_step(model):
-        x = model.preprocess(images.to(device))
-        with explaining_small(model, x.shape[-2:], x.shape[-2:]):
-            logits = model(legal_input(model, x))
-        order = None if lookup is None else lookup[: confusion.num_classes]
-        confusion.update_logits(logits, targets, model.align_corners, order)
-        return
-    labels = labels_of(model, images, protocol, settings)
-    if lookup is not None:
-        labels = lookup.to(labels.device)[labels.long()]
-    confusion.update(labels, targets)
+) -> Answer:
+    "What a network says about one batch."
+    if protocol != "whole" or not one_bilinear_step(model):
+        return Answer(model, lookup, ids=labels_of(model, images, protocol, settings))
+    x = model.preprocess(images.to(device_of(model)))
+    with explaining_small(model, x.shape[-2:], x.shape[-2:]):
+        return Answer(model, lookup, logits=model(legal_input(model, x)))
 
 # %% ../../nbs/62e_infer.evaluate.ipynb #bbb69ef7
 @contextlib.contextmanager
@@ -182,6 +206,26 @@ def how_many(
         raise ValueError(f"batch must be at least 1, got {batch}")
     return count
 
+# %% ../../nbs/62e_infer.evaluate.ipynb #7ad0a4c5
+def tell_each(
+    each,  # function(number, image, target, labels, confusion)
+    first: int,  # number of the batch's first picture
+    answer: Answer,
+    images: torch.Tensor,  # uint8 [b, 3, h, w]
+    targets: torch.Tensor,  # [b, h, w]
+    num_classes: int,
+) -> Confusion:  # of the whole batch
+    "Hand on every picture of a batch with its own counts."
+    total = Confusion(num_classes)
+    for i, one in enumerate(answer.pictures()):
+        confusion = Confusion(num_classes)
+        target = targets[i : i + 1]
+        labels = one.labels(target.shape[-2:])
+        one.count(confusion, target.to(labels.device))
+        each(first + i, images[i], targets[i], labels[0].cpu(), confusion)
+        total = total + confusion
+    return total
+
 # %% ../../nbs/62e_infer.evaluate.ipynb #2d38e9a7
 def evaluate(
     model: nn.Module,  # a segmentation model; mode and device stay as they are
@@ -191,22 +235,25 @@ def evaluate(
     limit: int | None = None,  # only the first so many pictures
     device: str | torch.device | None = None,  # evaluate here; default: where the model is
     batch: int = 1,  # pictures at once, where their sizes agree
-    window: int | tuple | None = None,  # this and the next six are settings of protocols:
+    window: int | tuple | None = None,  # this and the next seven are settings of protocols:
     stride: int | tuple | None = None,  # `PROTOCOLS` says who reads which,
     scales: tuple | None = None,  # and its defaults
-    flip: bool = True,
+    flip: bool | None = None,
     combine: str = "softmax",
     base_size: int = 0,
     size: tuple | None = None,
+    multiple: int = 1,
     # where the model has more outputs than the dataset classes: measure the first ones
     restrict: bool = False,
     classes: list | None = None,  # names of the model's classes; default: `model.classes`
     workers: int = 0,  # processes that read pictures
     desc: str = "evaluating",  # text of the progress bar
+    # is called with (number, image, target, labels in the dataset's ids, `Confusion`) of each picture
+    each=None,
     # the metrics of `Confusion.result` with classes, protocol, number of images and seconds
 ) -> dict:
     "Score a model on a dataset. Classes in another order are permuted by name; different classes are refused."
-    settings = Settings(window, stride, size, scales, flip, combine, base_size)
+    settings = Settings(window, stride, size, scales, flip, combine, base_size, multiple)
     told = protocol_of(protocol).facts(settings)
     mean_rule(miou)  # refused now, not after the last picture
     count = how_many(dataset, limit, batch)
@@ -215,10 +262,16 @@ def evaluate(
     model, lookup = fit_classes(model, names, classes, restrict)
     confusion = Confusion(len(names))
     start = time.perf_counter()
+    done = 0
     bar = progress(desc=desc, total=count, unit="image")
-    with visiting(model, device), evaluating(model), bar:
+    with seeded(0), visiting(model, device), evaluating(model), bar:
         for images, targets in batches_of_one_size(dataset, count, batch, workers):
-            count_batch(confusion, model, protocol, settings, lookup, images, targets)
+            answer = ask(model, protocol, settings, lookup, images)
+            if each is None:
+                answer.count(confusion, targets.to(device_of(model)))
+            else:
+                confusion += tell_each(each, done, answer, images, targets, len(names))
+            done += len(images)
             bar.update(len(images))
     facts = dict(
         classes=names,

@@ -16,7 +16,7 @@ from torch import nn
 from ..backbones.blocks import resize
 from ..core import Recipe, recipe_for
 from ..core.recipe_fields import allow_values
-from .resized import fitted_labels, square_labels
+from .resized import fitted_labels, fitted_probs, square_labels
 from segkern.infer.windows import (
     device_of,
     exp_scores,
@@ -34,9 +34,10 @@ class Settings:
     stride: int | tuple | None = None  # its step; None: two thirds of the window
     size: tuple | None = None  # the picture is brought to; None: the protocol's own
     scales: tuple | None = None  # factors of the picture; None: the protocol's own
-    flip: bool = True  # mirror images where there are scales
+    flip: bool | None = None  # mirror images where there are scales; None: as the protocol does
     combine: str = "softmax"  # average "softmax" | "logits" over scales
     base_size: int = 0  # what scales refer to; 0: the long side of each picture
+    multiple: int = 1  # sides of a fitted picture go up to one of this
 
 # %% ../../nbs/62c_infer.protocols.ipynb #cdbc05c6
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Protocol:
     size: tuple | None = None  # default, where pictures are brought to a size
     size_is: str = ""  # what the two numbers are
     scales: tuple | None = None  # default, where there are scales
+    flip: bool = True  # default, where there are mirror images
+    multiple: int = 1  # of the sides of what the network sees
     size_from: tuple = ()  # fields of a recipe that hold the size; the first that is set
 
     def settings(
@@ -62,8 +65,11 @@ class Protocol:
             raise ValueError(f"protocol '{self.name}' wants a window, e.g. window=(512, 512)")
         known = {name: getattr(given, name) for name in self.reads}
         for name in ("size", "scales"):
-            if name in known:
-                known[name] = tuple(known[name] or getattr(self, name))
+            value = known.get(name) or getattr(self, name)
+            if name in known and value is not None:
+                known[name] = tuple(value)
+        if known.get("flip", False) is None:
+            known["flip"] = self.flip
         return Settings(**known)
 
     def facts(
@@ -73,7 +79,8 @@ class Protocol:
         "What a report says about a protocol besides its name."
         complete = self.settings(settings)
         facts = {name: getattr(complete, name) for name in self.reads}
-        return {k: list(v) if k in ("size", "scales") else v for k, v in facts.items()}
+        as_list = ("size", "scales")
+        return {k: list(v) if k in as_list and v else v for k, v in facts.items()}
 
 # %% ../../nbs/62c_infer.protocols.ipynb #21bd8581
 @contextlib.contextmanager
@@ -140,6 +147,12 @@ def multiscale_scores(model, x, s):
     return multiscale_probs(model, x, s.scales, s.flip, s.combine, s.window, s.stride)
 
 
+def framed_scores(model, image, s):
+    "Probabilities over frames."
+    several = s.scales, s.flip, s.combine
+    return fitted_probs(model, image, s.size, s.multiple, *several, s.window, s.stride)
+
+
 def summed_scores(model, x, s):
     "Exponentials over scales."
     return exp_scores(model, x, s.scales, s.flip, s.base_size, s.window)
@@ -155,6 +168,17 @@ def frame32_labels(model, image, s):
     return fitted_labels(model, image, s.size, 32, s.window, s.stride)
 
 
+def framed_labels(model, image, s):
+    "Fitted into several frames."
+    return framed_scores(model, image, s).argmax(1).to(torch.uint8)
+
+
+def multiscale_labels(model, images, s):
+    "In several scales: of the frame where there is one, else of the picture."
+    labels = one_by_one(framed_labels) if s.size else best_class(multiscale_scores)
+    return labels(model, images, s)
+
+
 def stretched_labels(model, image, s):
     "Stretched to a square, in several scales where there are some."
     return square_labels(model, image, s.size, s.scales or (), s.flip)
@@ -162,7 +186,8 @@ def stretched_labels(model, image, s):
 # %% ../../nbs/62c_infer.protocols.ipynb #33ef4c68
 _QUARTERS = tuple(n / 4 for n in range(2, 9))  # 0.5, 0.75, … 2
 _WINDOW = ("window", "stride")
-_FRAME = dict(size=(2048, 512), size_is="long x short side", size_from=("test_size", "fit_size"))
+_IN_FRAME = dict(size_is="long x short side", size_from=("test_size", "fit_size"))
+_FRAME = dict(size=(2048, 512), **_IN_FRAME)
 _SQUARE = dict(size=(512, 512), size_is="height x width", size_from=("crop",))
 
 # %% ../../nbs/62c_infer.protocols.ipynb #18b003bb
@@ -177,17 +202,19 @@ _AS_IT_IS = (
     ),
     Protocol(
         "multiscale",
-        "probabilities averaged over scales",
-        best_class(multiscale_scores),
-        (*_WINDOW, "scales", "flip", "combine"),
+        "probabilities averaged over scales, of a frame where there is one",
+        multiscale_labels,
+        (*_WINDOW, "scales", "flip", "combine", "size", "multiple"),
         scales=_QUARTERS[:-1],
+        **_IN_FRAME,
     ),
     Protocol(
         "exp_sum",
         "exponentials of logits summed over scales",
         best_class(summed_scores),
-        (*_WINDOW, "scales", "flip", "base_size"),
-        scales=_QUARTERS[:-1],
+        ("window", "scales", "flip", "base_size"),
+        scales=_QUARTERS[:4],
+        flip=False,
     ),
 )
 
@@ -199,6 +226,7 @@ _BROUGHT_TO_A_SIZE = (
         "fitted into a frame, sides up to multiples of 32",
         one_by_one(frame32_labels),
         ("size",),
+        multiple=32,
         **_FRAME,
     ),
     Protocol(
@@ -207,6 +235,7 @@ _BROUGHT_TO_A_SIZE = (
         one_by_one(frame32_labels),
         (*_WINDOW, "size"),
         needs_window=True,
+        multiple=32,
         **_FRAME,
     ),
     Protocol(
@@ -255,14 +284,19 @@ def labels_of(
 # %% ../../nbs/62c_infer.protocols.ipynb #daa5c1c6
 def settings_for(
     recipe: Recipe,  # protocol, crop, stride, base_size, test_size, fit_size
+    protocol: str = "",  # another one than the recipe's own
 ) -> dict:  # what `segkern.infer.evaluate` wants besides the protocol
     "How a recipe validates."
-    protocol = protocol_of(recipe.protocol)
+    own = protocol_of(recipe.protocol)
+    protocol = protocol_of(protocol or recipe.protocol)
     more = {}
-    if protocol.needs_window:
+    if protocol.needs_window or (own.needs_window and "stride" in protocol.reads):
         more.update(window=recipe.crop, stride=recipe.stride or None)
     if "base_size" in protocol.reads:
-        more.update(window=recipe.crop, base_size=recipe.base_size)
+        long, short = recipe.test_size if recipe.base_size and recipe.test_size else (0, 0)
+        more.update(window=(short, long) if long else None, base_size=long or recipe.base_size)
+    if "multiple" in protocol.reads:
+        more.update(multiple=own.multiple)
     sizes = [getattr(recipe, field) for field in protocol.size_from]
     if any(sizes):
         more.update(size=next(tuple(size) for size in sizes if size))

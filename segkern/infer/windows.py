@@ -174,6 +174,24 @@ def check_scales(
         raise ValueError(f"scales must be positive numbers, got {scales}")
     return scales
 
+# %% ../../nbs/62a_infer.windows.ipynb #98fa70b4
+def mean_probs(
+    logits_of,  # function [b, 3, h', w'] -> [b, K, h, w], all of one size
+    pictures,  # the picture in several sizes, normalised
+    flip: bool,  # mirror images, too
+    combine: str = "softmax",  # average "softmax" | "logits"
+) -> torch.Tensor:  # [b, K, h, w] probabilities
+    "Probabilities averaged over sizes of a picture and their mirror images."
+    if combine not in ("softmax", "logits"):
+        raise ValueError(f"combine must be 'softmax' or 'logits', got '{combine}'")
+    total = 0
+    count = 0
+    for x in pictures:
+        for logits in mirrored_too(logits_of, x, flip):
+            total = total + (logits.softmax(1) if combine == "softmax" else logits)
+            count += 1
+    return total / count if combine == "softmax" else (total / count).softmax(1)
+
 # %% ../../nbs/62a_infer.windows.ipynb #0cf6b966
 def multiscale_probs(
     model: nn.Module,  # a segmentation model in evaluation mode
@@ -185,8 +203,6 @@ def multiscale_probs(
     stride: int | tuple | None = None,  # step of the window
 ) -> torch.Tensor:  # [b, K, h, w] probabilities
     "Probabilities averaged over scales and mirror images."
-    if combine not in ("softmax", "logits"):
-        raise ValueError(f"combine must be 'softmax' or 'logits', got '{combine}'")
     scales = check_scales(scales)
     size = tuple(x.shape[-2:])
 
@@ -195,13 +211,11 @@ def multiscale_probs(
             return whole_logits(model, scaled, size)
         return resize(sliding_logits(model, scaled, window, stride), size)
 
-    total = 0
-    for scale in scales:
-        scaled = resize(x, legal_size(model, [max(1, round(s * scale)) for s in size]))
-        for logits in mirrored_too(logits_of, scaled, flip):
-            total = total + (logits.softmax(1) if combine == "softmax" else logits)
-    mean = total / (len(scales) * (1 + bool(flip)))
-    return mean if combine == "softmax" else mean.softmax(1)
+    def sizes():
+        for scale in scales:
+            yield resize(x, legal_size(model, [max(1, round(s * scale)) for s in size]))
+
+    return mean_probs(logits_of, sizes(), flip, combine)
 
 # %% ../../nbs/62a_infer.windows.ipynb #fb8ba01a
 def exponentials(

@@ -301,6 +301,7 @@ SANET_GTAV = Recipe(
     val_split="test",
     crop=(1024, 1024),
     base_size=960,
+    test_size=(2048, 1024),
     batch=12,
     iterations=150 * (18749 // 12),
     lr=1e-3,

@@ -80,6 +80,7 @@ def save_checkpoint(
     folder: str | Path,  # `checkpoints/` of a run
     step: int,
     files: dict,  # file name -> content, as bytes
+    keep: int = 1,  # so many checkpoints stay: this one and those before it
 ) -> Path:  # the new checkpoint
     "Write a checkpoint, point `last.json` to it, remove older ones."
     folder = Path(folder)
@@ -90,7 +91,9 @@ def save_checkpoint(
         return target
     write_folder(target, files)
     write_json(pointer, dict(step=step, folder=target.name))
+    older = sorted(f for f in folder.glob("step_*") if f.name < target.name)
+    stay = {target, *older[max(0, len(older) - keep + 1) :]}
     for old in [*folder.glob("step_*"), *folder.glob(".step_*")]:
-        if old != target:
+        if old not in stay:
             shutil.rmtree(old, ignore_errors=True)
     return target

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core import folder_lock, progress, Recipe, seeded
-from .folder import open_run, run_config
+from .folder import open_run, run_config, validation_facts
 from .order import batches
 from .records import describe_run, log_line, log_validation, write_results
 from .schedule import lr_at
@@ -85,6 +85,7 @@ def train_steps(
     every: dict,  # intervals: log, eval, save
     val_set=None,
     eval_args: dict | None = None,  # for `segkern.infer.evaluate`
+    keep: int = 1,  # so many checkpoints stay
 ) -> dict | None:  # the last validation result
     "Train to the end of the recipe."
     acc = run.accelerator
@@ -123,7 +124,7 @@ def train_steps(
                 found = evaluate_run(run, val_set, **(eval_args or {}))
                 found = found and log_validation(run, found)
             if due("save"):
-                save_run(run)
+                save_run(run, keep)
             clock += time.perf_counter() - pause
     return found
 
@@ -156,6 +157,7 @@ def fit(
     eval_every: int | None = None,  # steps; None: ten times; 0: at the end
     save_every: int | None = None,  # steps; None: ten times; 0: at the end
     log_every: int | None = None,  # steps; None: fifty times
+    keep: int = 1,  # so many of the last checkpoints stay
     tracker: str | None = None,  # "tensorboard" | "wandb" | "mlflow": besides metrics.jsonl
     # label maps of the first so many validation pictures at every evaluation, in `predictions/`;
     # -1: of all
@@ -176,9 +178,10 @@ def fit(
     out = Path(out)
     plain = uncompiled(model)
     total = recipe.iterations
-    if seed < 0 or accumulate < 1 or total < 1:
+    if seed < 0 or accumulate < 1 or total < 1 or keep < 1:
         raise ValueError(
-            f"need seed >= 0, accumulate >= 1, iterations >= 1; got {seed}, {accumulate}, {total}"
+            "need seed >= 0, accumulate >= 1, iterations >= 1, keep >= 1; "
+            f"got {seed}, {accumulate}, {total}, {keep}"
         )
     every = dict(
         log=interval(log_every, total, 50),
@@ -214,13 +217,14 @@ def fit(
         if checkpoint is not None:
             restore_run(run, checkpoint)
         if main and not done:
-            describe_run(run, config, seed)
+            facts = None if val_set is None else validation_facts(val_set, eval_args or {})
+            describe_run(run, config, seed, facts)
         if tracker:
             start_tracking(acc, recipe)
         found = None
         if not done:
             eval_args = {"workers": workers, **(eval_args or {})}
-            found = train_steps(run, loader, every, val_set, eval_args)
+            found = train_steps(run, loader, every, val_set, eval_args, keep)
         for t in acc.trackers:
             t.finish()
         if run.ema is not None:

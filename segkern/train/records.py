@@ -114,6 +114,7 @@ def describe_run(
     run: Run,
     config: dict,  # of `run_config`
     seed: int,
+    validation: dict | None = None,  # of `validation_facts`
 ):
     "Write what the run is, and take back the lines of metrics beyond the step it starts from."
     if run.recipe.source.startswith(DERIVED):
@@ -124,6 +125,8 @@ def describe_run(
         "device": str(run.accelerator.device),
         "processes": run.accelerator.num_processes,
     }
+    if validation:
+        env["validation"] = validation
     if run.state["step"] and (run.out / "env.json").exists():
         warn_of_changes(run.out / "env.json", env)
     write_json(run.out / "env.json", {**env, "seed": seed, "started_at_step": run.state["step"]})

@@ -17,7 +17,7 @@ from torch import nn
 from ..core import atomic_path, logger, Recipe, seeded
 from ..infer.evaluate import evaluate
 from ..infer.predict import segment
-from ..infer.protocols import settings_for
+from ..infer.plan import plan_for
 from .checkpoints import save_checkpoint, weights_bytes
 from .step import Run
 from .validation import kept_of
@@ -58,6 +58,7 @@ def check_finite(run):
 # %% ../../nbs/61j_train.state.ipynb #b8522f12
 def save_run(
     run: Run,
+    keep: int = 1,  # so many checkpoints stay
 ):
     "Write a checkpoint of everything that decides the rest of the run."
     acc = run.accelerator
@@ -79,7 +80,8 @@ def save_run(
     files = {"model.safetensors": weights_bytes(run.model, step=step)}
     if run.ema is not None:
         files["ema.safetensors"] = weights_bytes(run.ema, step=step)
-    save_checkpoint(run.out / "checkpoints", step, {**files, "state.pt": buffer.getbuffer()})
+    files["state.pt"] = buffer.getbuffer()
+    save_checkpoint(run.out / "checkpoints", step, files, keep)
 
 # %% ../../nbs/61j_train.state.ipynb #c416c2bd
 def restore_run(
@@ -111,9 +113,9 @@ def restore_run(
 def evaluation_of(
     recipe: Recipe,  # protocol, sizes, mIoU rule
 ):  # function(model, dataset, **kwargs) -> metrics, as `segkern.infer.evaluate`
-    "The evaluation of a segmentation network that a recipe asks for."
-    settings = dict(protocol=recipe.protocol, miou=recipe.miou, **settings_for(recipe))
-    return lambda model, val_set, **kwargs: evaluate(model, val_set, **{**settings, **kwargs})
+    "The evaluation of a segmentation network that a recipe asks for, as `segkern eval` repeats it."
+    plan = plan_for(recipe)
+    return lambda model, data, **said: evaluate(model, data, **plan.told(**said).arguments())
 
 # %% ../../nbs/61j_train.state.ipynb #098b6b52
 def draw_samples(

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CYCLE', 'IMPL_COLOURS', 'use_style', 'Picture', 'figure', 'save_png', 'show', 'VOID', 'colour', 'overlay',
-           'error_map', 'panel', 'save_labels', 'read_metrics', 'curves', 'confusion_figure', 'heatmap']
+           'error_map', 'panel', 'save_labels', 'read_metrics', 'curves', 'confusion_figure', 'heatmap', 'saving']
 
 # %% ../../nbs/02_viz.ipynb #816d70e8
 from .curves import curves, read_metrics
 from .figures import CYCLE, figure, IMPL_COLOURS, Picture, save_png, show, use_style
 from .labels import colour, error_map, overlay, panel, save_labels, VOID
 from .matrices import confusion_figure, heatmap
+from .pages import saving
 
 # %% ../../nbs/02_viz.ipynb #11f35871
 _all_ = [
@@ -31,4 +32,5 @@ _all_ = [
     "curves",
     "confusion_figure",
     "heatmap",
+    "saving",
 ]

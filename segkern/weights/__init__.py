@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Inert', 'read', 'read_safetensors', 'write_safetensors', 'unwrap', 'Rule', 'map_key', 'place', 'LoadReport',
-           'load_official', 'assignments', 'transfer', 'last_checkpoint', 'run_weights']
+           'load_official', 'assignments', 'transfer', 'last_checkpoint', 'run_weights', 'kept_weights', 'run_of']
 
 # %% ../../nbs/03_weights.ipynb #91bc5b40
 from .read import Inert, read, read_safetensors, unwrap, write_safetensors
 from .rules import assignments, load_official, LoadReport, map_key, place, Rule
-from .runs import last_checkpoint, run_weights
+from .runs import kept_weights, last_checkpoint, run_of, run_weights
 from .transfer import transfer
 
 # %% ../../nbs/03_weights.ipynb #fea17257
@@ -28,4 +28,6 @@ _all_ = [
     "transfer",
     "last_checkpoint",
     "run_weights",
+    "kept_weights",
+    "run_of",
 ]
