@@ -11,17 +11,15 @@ from pathlib import Path
 import typer
 
 from .app import argument, command, option
-from segkern.cli.arguments import (
-    DEVICE,
-    load_model,
-    MODEL,
-    named_model,
-    NUM_CLASSES,
-    parse_optional_size,
-)
+from .arguments import DEVICE, load_model, MODEL, named_model, NUM_CLASSES
+from .maps import Wanted, write_maps
 from .pictures import find_pictures, output_names
+from .showing import BASE_SIZE, FLIP, PROTOCOL, SCALES, shown, SIZE, STRIDE, WINDOW
 
 # %% ../../nbs/76h_cli.predict.ipynb #726bf5c5
+_SUBMISSIONS = ("cityscapes", "s2fpn")
+
+
 def _submission(name, net):
     "What a test server wants: a table from the model's ids to the server's."
     import torch
@@ -30,11 +28,11 @@ def _submission(name, net):
     from segkern.data.cityscapes import to_label_ids
     from segkern.infer.evaluate import class_lookup
 
-    if name != "cityscapes":
-        raise ValueError(f"--submission knows 'cityscapes', not '{name}'")
+    if name not in _SUBMISSIONS:
+        raise ValueError(f"--submission knows {' and '.join(_SUBMISSIONS)}, not '{name}'")
     if not net.classes:
         raise ValueError(
-            "--submission cityscapes needs a model that knows its classes; this one has none"
+            f"--submission {name} needs a model that knows its classes; this one has none"
         )
     order = class_lookup(net.classes, load_table("cityscapes")["classes"])
     if order is None:
@@ -76,8 +74,43 @@ def _write_overlay(file, labels, target, palette):
     with atomic_path(target) as tmp:
         picture.save(tmp, "JPEG", quality=92)
 
+# %% ../../nbs/76h_cli.predict.ipynb #eccc01a1
+def _names(files, submission):
+    "Names of the results; a server's are the pictures' own."
+    names = output_names(files)
+    if not submission:
+        return names
+    stems = [f.stem for f in files]
+    if len(set(stems)) < len(stems):
+        twice = next(s for s in stems if stems.count(s) > 1)
+        raise ValueError(
+            f"--submission: two pictures are called {twice}; the server knows them by name"
+        )
+    return stems if submission == "cityscapes" else [s.split("_leftImg8bit")[0] for s in stems]
+
+# %% ../../nbs/76h_cli.predict.ipynb #53e1932c
+def _label_files(net, names, out, way, wanted, ids, overlay):
+    "Label every file, write what is wanted, and say what could not be done."
+    from segkern.core import progress
+
+    failed = []
+    for file, name in progress(names.items(), "predicting", unit="image"):
+        try:
+            maps = wanted.maps(net, file, *way)
+        except (ValueError, OSError, RuntimeError) as e:
+            failed.append((file, " ".join(str(e).split())))
+            continue
+        labels = maps.labels[0].cpu()
+        _write_prediction(file, labels, out, name, net.palette, ids, overlay)
+        write_maps(maps, out, name, net.classes, wanted)
+    typer.echo(f"{len(names) - len(failed)} of {len(names)} pictures labelled: {out}")
+    for file, why in failed:
+        typer.echo(f"error: {file}: {why}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
 # %% ../../nbs/76h_cli.predict.ipynb #1c1c8863
-@command("segkern predict runs/first street.jpg frames/ --out labels --overlay")
+@command("segkern predict runs/first street.jpg frames/ --out labels --overlay --uncertainty")
 def predict(
     checkpoint: str = argument(..., help="Weights file or run folder."),
     inputs: list[str] = argument(..., help="Pictures, and folders of pictures or video frames."),
@@ -87,10 +120,30 @@ def predict(
     overlay: bool = option(
         False, "--overlay", help="Also write the pictures tinted by their labels, to OUT/overlays."
     ),
-    submission: str = option("", help="cityscapes: the ids and names that its test server wants."),
-    size: str = option(
-        "", help="Height x width of the network's input; default: the picture's own."
+    probabilities: str = option(
+        "",
+        help="Also write them to OUT/probabilities: float16 or uint8 (.npz), or png (per class).",
     ),
+    top_k: int = option(
+        0,
+        "--topk",
+        "--top-k",
+        help="Also write the best so many classes of every pixel, to OUT/topk.",
+    ),
+    uncertainty: bool = option(
+        False, "--uncertainty", help="Also write entropy and margin, to OUT/uncertainty."
+    ),
+    submission: str = option(
+        "",
+        help="Ids and names for Cityscapes' server: cityscapes (whole stems), s2fpn (short ones).",
+    ),
+    protocol: str = PROTOCOL,
+    scales: str = SCALES,
+    flip: bool = FLIP,
+    window: str = WINDOW,
+    stride: str = STRIDE,
+    base_size: int = BASE_SIZE,
+    size: str = SIZE,
     fast: bool = option(
         False,
         "--optimize",
@@ -103,31 +156,26 @@ def predict(
 ):
     "Label pictures. One that cannot be read is reported at the end; the others are done."
     files = find_pictures(inputs)  # before torch is loaded: a wrong name is told at once
-    from segkern.core import progress
-    from segkern.infer.predict import segment
-
-    shape = parse_optional_size(size)
+    wanted = Wanted(probabilities, top_k, uncertainty)
     net = load_model(checkpoint, model, dataset, num_classes, device)
     ids = _submission(submission, net) if submission else None
-    names = output_names(files)
+    names = _names(files, submission)
     _check_targets(files, [out / f"{n}.png" for n in names])
+    way = shown(
+        net,
+        protocol,
+        scales=scales,
+        flip=flip,
+        window=window,
+        stride=stride,
+        base_size=base_size,
+        size=size,
+    )
     if fast:
         from segkern.infer.deploy import optimize
 
         net = optimize(net)
-    failed = []
-    for file, name in zip(progress(files, "predicting", unit="image"), names):
-        try:
-            labels = segment(net, file, shape).cpu()
-        except (ValueError, OSError, RuntimeError) as e:
-            failed.append((file, " ".join(str(e).split())))
-            continue
-        _write_prediction(file, labels, out, name, net.palette, ids, overlay)
-    typer.echo(f"{len(files) - len(failed)} of {len(files)} pictures labelled: {out}")
-    for file, why in failed:
-        typer.echo(f"error: {file}: {why}", err=True)
-    if failed:
-        raise typer.Exit(1)
+    _label_files(net, dict(zip(files, names)), out, way, wanted, ids, overlay)
 
 # %% ../../nbs/76h_cli.predict.ipynb #a728fa91
 @command(

@@ -64,7 +64,7 @@ def _noting(name, inner, seen, order):
 
 # %% ../../nbs/71k_explain.targets.ipynb #1f70ae58
 def probe(model, x, names):
-    "One pass without gradients: logits, and per named layer its calls, in the order in which they are made."
+    "One pass without gradients: logits, and per named layer its calls, in the order in which the last ones are made."
     seen = {}
     order = []
     handles = []
@@ -79,16 +79,24 @@ def probe(model, x, names):
     finally:
         for h in handles:
             h.remove()
-    return logits, seen, list(dict.fromkeys(order))
+    return logits, seen, list(dict.fromkeys(reversed(order)))[::-1]
 
 # %% ../../nbs/71k_explain.targets.ipynb #6e17c351
-def _is_map(calls):
-    "Whether a layer was run once and gave a map."
+def lies_over(
+    sides: tuple,  # (h, w) of a layer's output
+    size: tuple,  # (H, W) of the input
+) -> bool:
+    "Whether sides are those of the input over one stride, up to a cell of rounding, or a pooled grid of a few cells."
+    (h, w), (H, W) = sides, size
+    same_stride = abs(h * W - w * H) <= max(H, W)
+    return same_stride or 1 < h == w <= 8
+
+
+def _is_map(calls, size):
+    "Whether a layer was run once and gave a map that lies over the picture."
+    t = calls[0] if len(calls) == 1 else None
     return (
-        len(calls) == 1
-        and torch.is_tensor(calls[0])
-        and calls[0].ndim == 4
-        and min(calls[0].shape[2:]) > 1
+        torch.is_tensor(t) and t.ndim == 4 and min(t.shape[2:]) > 1 and lies_over(t.shape[2:], size)
     )
 
 # %% ../../nbs/71k_explain.targets.ipynb #8e823a92
@@ -99,15 +107,26 @@ def default_layer(
     "The last part of the network before the one that feeds the classifier."
     parts = [n for n, _ in model.named_children() if n != "classifier"]
     _, seen, order = probe(model, x, parts + ["classifier:in"])
-    maps = [n for n in order if _is_map(seen[n])]
-    fed = seen["classifier:in"][0]
-    maps = maps[: maps.index("classifier:in")]
-    if maps and seen[maps[-1]][0].data_ptr() == fed.data_ptr():
-        maps = maps[:-1]
-    return maps[-1] if maps else "classifier:in"
+    before = order[: order.index("classifier:in")]
+    maps = [n for n in before if _is_map(seen[n], x.shape[2:])]
+    *_, fed = seen["classifier:in"]
+    feeding = [n for n in maps[-1:] if seen[n][0].data_ptr() == fed.data_ptr()]
+    others = [n for n in maps if n not in feeding]
+    if not others and len(seen["classifier:in"]) > 1:
+        others = feeding  # the classifier's input is not one map
+    return others[-1] if others else "classifier:in"
 
 # %% ../../nbs/71k_explain.targets.ipynb #26d28499
-def _trouble(calls):
+def _kind(shape):
+    "What an output that is no map may be."
+    if len(shape) == 3:
+        return "tokens; take a layer that gives a map"
+    if len(shape) == 4 and min(shape[2:]) > 1:
+        return "tokens with channels last, or attention; take a layer that gives a map"
+    return "a vector or a strip; take a layer that gives a map"
+
+
+def _trouble(calls, size):
     "Why a layer cannot be asked; empty where it can."
     if not calls:
         return "is not run by model(x)"
@@ -115,8 +134,12 @@ def _trouble(calls):
         return f"runs {len(calls)} times: take one of its users or its parts"
     if not torch.is_tensor(calls[0]):
         return f"gives a {calls[0]} and no map: take one of its parts"
-    if not _is_map(calls):
-        return f"gives {list(calls[0].shape)}, which is no map [1, c, h, w]"
+    if not _is_map(calls, size):
+        shape = list(calls[0].shape)
+        h, w = size
+        return (
+            f"gives {shape}, which is no map [1, c, h, w] over a picture of {h}x{w}: {_kind(shape)}"
+        )
     return ""
 
 # %% ../../nbs/71k_explain.targets.ipynb #21d892bb
@@ -124,7 +147,7 @@ def checked_layers(model, x, layers):
     "Logits, the layers in the order in which they run, and their activations; what is no single map is refused."
     logits, seen, order = probe(model, x, layers)
     for n in layers:
-        if why := _trouble(seen.get(n, [])):
+        if why := _trouble(seen.get(n, []), x.shape[2:]):
             raise ValueError(f"{model.name}: layer '{n}' {why}")
     return logits, order, {n: seen[n][0] for n in order}
 

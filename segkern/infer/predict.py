@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .protocols import labels_of, picture_rule, Settings, whole_labels
-from .windows import as_pair, device_of, evaluating
+from .maps import picture_maps, shown_as
+from .protocols import labels_of, Settings, whole_labels
+from .windows import device_of, evaluating
 
 # %% ../../nbs/62d_infer.predict.ipynb #113b3cec
 def open_picture(
@@ -90,21 +91,26 @@ def segment(
     size: int | tuple | None = None,
     # one of `PROTOCOLS`; default: `picture_rule` where no size is given
     protocol: str | None = None,
+    probabilities: bool = False,  # also float32 [K, h, w], or [b, K, h, w] for a batch
+    settings: Settings | None = None,  # of the protocol: window, stride, scales, flip, …
     # uint8 labels [h, w], or [b, h, w] for a batch, at the picture's size, on the model's device
-) -> torch.Tensor:
-    "Labels of a picture."
+) -> torch.Tensor | tuple:
+    "Labels of a picture; with `probabilities` a pair, whose best class is the label everywhere."
     images, batched = to_pictures(image)
-    if protocol is None:
-        rule = dict(protocol="whole", size=size) if size is not None else picture_rule(model)
-        protocol = rule["protocol"]
-        size = rule["size"]
-    if size is not None:
-        size = as_pair(size, "size")
+    protocol, settings = shown_as(model, size, protocol, settings)
     with evaluating(model):
+        if probabilities:
+            maps = [
+                picture_maps(model, one, protocol, settings, all_classes=torch.float32)
+                for one in images
+            ]
+            labels = torch.cat([one.labels for one in maps])
+            shares = torch.cat([one.probabilities for one in maps])
+            return (labels, shares) if batched else (labels[0], shares[0])
         if protocol != "whole":
-            labels = labels_of(model, images, protocol, Settings(size=size))
+            labels = labels_of(model, images, protocol, settings)
         elif hasattr(type(model), "pictures"):  # not what a wrapper hands through
-            labels = model.pictures(images.to(device_of(model)), size)
+            labels = model.pictures(images.to(device_of(model)), settings.size)
         else:
-            labels = whole_labels(model, images.to(device_of(model)), size)
+            labels = whole_labels(model, images.to(device_of(model)), settings.size)
     return labels if batched else labels[0]
