@@ -19,9 +19,9 @@ from segkern.cli.arguments import (
     load_dataset,
     parse_overrides,
     parse_pairs,
-    parse_value,
     WORKERS,
 )
+from .recipe import chosen_recipe, DATASET, MODEL_OPTIONS, OVERRIDES, RECIPE
 
 # %% ../../nbs/76f_cli.train.ipynb #67831f1c
 # options of both commands
@@ -29,17 +29,19 @@ _RESUME = option(False, "--resume", help="Go on from the last checkpoint in --ou
 _STEPS = option(None, help="Steps; default: ten times in a run.")
 _ACCUMULATE = option(1, help="Cut each batch into so many parts, to save memory.")
 _TRACKER = option("", help="tensorboard, wandb or mlflow.")
+_PREDICTIONS = option(
+    "0",
+    "--save-predictions",
+    metavar="N",
+    help="Keep the labels of the first N validation pictures of every evaluation; all: of all.",
+)
+_VAL_LOSS = option(
+    None,
+    "--val-loss/--no-val-loss",
+    help="The loss on validation pictures and the mIoU of auxiliary heads, which cost further "
+    "passes; default: with a tracker.",
+)
 _SEED = option(0, help="Of weights, order and augmentation.")
-
-# %% ../../nbs/76f_cli.train.ipynb #0c1f8e75
-def _network_options(given):
-    "Options of the network; what the command has an option for is refused."
-    options = {n: parse_value(v) for n, v in parse_pairs(given).items()}
-    if own := sorted({"name", "num_classes", "dataset", "seed", "pretrained"} & set(options)):
-        raise ValueError(
-            f"-M {own[0]}=…: say it otherwise (classes follow from the dataset, --seed, --set init=…)"
-        )
-    return options
 
 # %% ../../nbs/76f_cli.train.ipynb #1a4e8cc8
 def _score(found, key, what):
@@ -47,6 +49,15 @@ def _score(found, key, what):
     if found.get(key) is None:
         return ""
     return f", {what} {100 * found[key]:.2f} % (best {100 * found[f'best_{key}']:.2f} %)"
+
+# %% ../../nbs/76f_cli.train.ipynb #9c93e157
+def _how_many(text):
+    "A number of pictures; -1 for all."
+    if text == "all":
+        return -1
+    if not text.isdigit():
+        raise ValueError(f"--save-predictions {text}: a number of pictures, or all")
+    return int(text)
 
 # %% ../../nbs/76f_cli.train.ipynb #afdf4f3e
 def split_options(
@@ -135,10 +146,8 @@ def _start(name, num_classes, recipe, seed, init, out, resume, kw):
 )
 def train(
     model: str = argument(..., help="Name of a model, see `segkern models`."),
-    dataset: str = option(
-        "streets",
-        help="streets, camvid, cityscapes, gtav, ade20k, coco_stuff10k, pascal_context, voc2012, folder.",
-    ),
+    dataset: str = DATASET,
+    given: str = RECIPE,
     root: str = option("", help="Folder of the dataset; streets needs none."),
     out: Path = option(Path("runs/run"), help="Run folder."),
     init: str = option(
@@ -146,21 +155,16 @@ def train(
         help="Start from weights that fit: an official file, one of ours, a run folder of train or pretrain.",
     ),
     resume: bool = _RESUME,
-    overrides: list[str] = option(
-        [], "--set", metavar="FIELD=VALUE", help="Change a field of the recipe; may be repeated."
-    ),
+    overrides: list[str] = OVERRIDES,
     data_options: list[str] = DATA_OPTIONS,
-    model_options: list[str] = option(
-        [],
-        "-M",
-        metavar="NAME=VALUE",
-        help="Option of the network, e.g. levels=2 (sparse SASFormer).",
-    ),
+    model_options: list[str] = MODEL_OPTIONS,
     limit: int = option(0, help="Train on the first so many pictures only; 0: all."),
     eval_limit: int = option(0, help="Score on the first so many pictures only; 0: all."),
     no_eval: bool = option(False, "--no-eval", help="Never score on the validation split."),
     eval_every: int = _STEPS,
     save_every: int = _STEPS,
+    save_predictions: str = _PREDICTIONS,
+    val_loss: bool = _VAL_LOSS,
     keep: int = option(
         1, help="So many of the last checkpoints stay, e.g. 10 for `segkern eval OUT --last 10`."
     ),
@@ -174,14 +178,10 @@ def train(
     ),
 ):
     "Train a model by its recipe."
-    from segkern.core import recipe_with_options, recipe_for
     from segkern.train.loop import fit
 
-    fields = parse_overrides(overrides)
-    if "dataset" in fields:
-        raise ValueError("--set dataset=… : name the dataset with --dataset")
-    kw = _network_options(model_options)
-    recipe = recipe_with_options(recipe_for(model, dataset, **fields), model, kw, fields)
+    recipe, kw = chosen_recipe(model, dataset, given, overrides, model_options)
+    dataset = recipe.dataset
     if show:
         return _show_recipe(model, dataset, recipe, kw)
     ours, theirs = split_options(recipe, data_options)
@@ -202,6 +202,8 @@ def train(
         save_every=save_every,
         keep=keep,
         tracker=tracker or None,
+        predictions=_how_many(save_predictions),
+        val_loss=val_loss,
         accumulate=accumulate,
         eval_args=dict(limit=eval_limit) if eval_limit else None,
         origin=origin,

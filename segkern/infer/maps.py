@@ -15,6 +15,7 @@ from ..backbones.blocks import resize
 from .probabilities import Maps, maps_of, Scores
 from segkern.infer.protocols import (
     explaining_small,
+    framed_scores,
     multiscale_scores,
     picture_rule,
     protocol_of,
@@ -73,10 +74,17 @@ def _stretched(model, image, s):
     return square_scores(model, image.cpu(), s.size, s.scales or (), s.flip)
 
 
+def _several(model, image, s):
+    if not s.size:
+        return _of_input(multiscale_scores, "shares")(model, image, s)
+    found = framed_scores(model, image.cpu(), s)
+    return Scores(found, (tuple(image.shape[1:]),), unit="shares")
+
+
 # protocol -> function (model, uint8 picture [3, h, w], settings) -> scores; "whole" has its own
 SCORES = dict(
     sliding=_of_input(sliding_scores),
-    multiscale=_of_input(multiscale_scores, "shares"),
+    multiscale=_several,
     exp_sum=_of_input(summed_scores, "shares"),
     ade=_framed,
     ade32=_framed32,

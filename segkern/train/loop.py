@@ -19,7 +19,6 @@ from ..core import folder_lock, progress, Recipe, seeded
 from .folder import open_run, run_config, validation_facts
 from .order import batches
 from .records import describe_run, log_line, log_validation, write_results
-from .schedule import lr_at
 from .start import initialise, prepare_model
 from .state import evaluate_run, restore_run, save_run
 from segkern.train.step import (
@@ -67,7 +66,7 @@ def surroundings(device, seed):
 # %% ../../nbs/61l_train.loop.ipynb #bbd0a646
 def set_rate(run):
     "Give every group of parameters the rate of the coming step."
-    rate = lr_at(run.recipe, run.state["step"])
+    rate = run.rate(run.state["step"])
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
 
@@ -90,7 +89,7 @@ def train_steps(
     "Train to the end of the recipe."
     acc = run.accelerator
     state = run.state
-    total = run.recipe.iterations
+    total = run.epochs.total
     found = None
 
     def due(what):
@@ -177,17 +176,13 @@ def fit(
     "Train a model by a recipe. A killed run continues bit-exactly on the same CPU with the same threads and versions."
     out = Path(out)
     plain = uncompiled(model)
-    total = recipe.iterations
-    if seed < 0 or accumulate < 1 or total < 1 or keep < 1:
+    if seed < 0 or accumulate < 1 or keep < 1:
         raise ValueError(
-            "need seed >= 0, accumulate >= 1, iterations >= 1, keep >= 1; "
-            f"got {seed}, {accumulate}, {total}, {keep}"
+            f"need seed >= 0, accumulate >= 1, keep >= 1; got {seed}, {accumulate}, {keep}"
         )
-    every = dict(
-        log=interval(log_every, total, 50),
-        eval=interval(eval_every, total, 10),
-        save=interval(save_every, total, 10),
-    )
+    intervals = dict(log=(log_every, 50), eval=(eval_every, 10), save=(save_every, 10))
+    for steps, parts in intervals.values():
+        interval(steps, recipe.iterations, parts)  # a wrong one is refused before anything is made
     prepare_model(plain, recipe, train_set, val_set)
     # what a transform of the caller's makes of a target is not known here
     wants_losses = bool(tracker) and transform is None if val_loss is None else val_loss
@@ -209,6 +204,8 @@ def fit(
         if checkpoint is None:
             initialise(plain, recipe, seed)
         run = start_run(out, model, recipe, train_set, acc, score)
+        total = run.epochs.total
+        every = {k: interval(steps, total, parts) for k, (steps, parts) in intervals.items()}
         run.keeps = Keeps(predictions, wants_losses)
         pin = acc.device.type == "cuda"
         split = dict(rank=rank, world=acc.num_processes, accumulate=accumulate, pin=pin)
