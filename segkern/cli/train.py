@@ -61,7 +61,7 @@ def _how_many(text):
 
 # %% ../../nbs/76f_cli.train.ipynb #afdf4f3e
 def split_options(
-    recipe,  # its `data_options` are for training only: sparse labels
+    recipe,  # data_options
     given: list,  # "name=value" of `-D`, which overrides them
 ) -> tuple:  # "name=value" of the training set, and of the validation set
     "Options of both datasets."
@@ -69,7 +69,9 @@ def split_options(
     named = parse_pairs(given)
     kept = {k: v for k, v in own.items() if k not in named}
     # whatever is trained on, full labels tell how good it is
-    full = {k: v for k, v in named.items() if k not in own and k != "annotation"}
+    shared = recipe.validation_options()
+    sparse = {"annotation", *own} - set(shared)
+    full = {**shared, **{k: v for k, v in named.items() if k not in sparse}}
     return [f"{k}={v}" for k, v in {**kept, **named}.items()], [f"{k}={v}" for k, v in full.items()]
 
 # %% ../../nbs/76f_cli.train.ipynb #f6597cfa

@@ -67,13 +67,18 @@ class Data(Section):
     preprocess: Preprocess  # from uint8 RGB to network input
     split: str = "train"  # trained on
     val_split: str = "val"  # measured on
-    # (("annotation", "scribble"), …): options of the training set; validation has full labels
+    # (("annotation", "scribble"), …): options of the dataset, see `validation_options`
     data_options: tuple = ()
     batch: int = 8
     # an epoch's pictures beyond its full batches: "drop" leaves them out, "uncounted" trains on them in a
     # step that neither `iterations` nor the schedule counts
     last_batch: str = one_of("drop", "uncounted")
     source: str = ""  # where the numbers stand
+
+    def validation_options(self) -> dict:
+        "Options of the set that is measured on: where annotations are sparse, it has full labels."
+        options = dict(self.data_options)
+        return {} if "annotation" in options else options
 
     def check(self):
         super().check()

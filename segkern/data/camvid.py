@@ -9,6 +9,7 @@ __all__ = ['LAYOUT', 'SPLITS', 'camvid_files', 'CamVid']
 from pathlib import Path
 
 from ..core import IGNORE, load_table
+from ..core.classes import in_order
 from segkern.data.base import (
     MissingSplit,
     SegDataset,
@@ -86,16 +87,12 @@ class CamVid(SegDataset):
         if split not in SPLITS and not list:
             raise ValueError(f"camvid has the splits {[*SPLITS]}, got '{split}'")
         files = camvid_files(need_root("camvid", root, LAYOUT), split, list)
-        names = table["orders"][order]
-        stored = table["orders"]["segnet"]
-        take = [stored.index(n) for n in names]
-
-        def pick(key):
-            return [table[key][i] for i in take]
-
-        super().__init__("camvid", split, files, names, pick("palette"), pick("class_weights"))
+        stored = table["classes"]
+        table = in_order(table, order)
+        names = table["classes"]
+        super().__init__("camvid", split, files, names, table["palette"], table["class_weights"])
         self.order = order
-        self._colours = pick("label_colours")
+        self._colours = table["label_colours"]
         self._ids = {
             **{i: names.index(n) for i, n in enumerate(stored)},
             table["void_id"]: IGNORE,

@@ -101,6 +101,7 @@ def plan_for(
         recipe.miou,
         settings_for(recipe),
         recipe,
+        options=recipe.validation_options(),
     )
 
 # %% ../../nbs/62h_infer.plan.ipynb #45c8d525

@@ -188,6 +188,7 @@ class BoundaryAware(SegModel):
     multiple = 8
     align_corners = True
     weights_key = "class_weights_hrnet"
+    class_order = "sanet"  # of official files, where papers number classes differently
 
     def __init__(
         self,
@@ -206,7 +207,9 @@ class BoundaryAware(SegModel):
                 f"{name}: the published weights are on Google Drive; download them and load "
                 f"the file (load_official, or --init FILE in training)"
             )
-        super().__init__(name, num_classes, table=dataset_table(num_classes, dataset))
+        super().__init__(
+            name, num_classes, table=dataset_table(num_classes, dataset, self.class_order)
+        )
         self.width = width
         self.ohem = None if ohem is None else tuple(ohem)
         self.classwise = classwise

@@ -290,7 +290,8 @@ SANET_CAMVID = Recipe(
     lr=1e-3,
     class_weights=False,
     source="configuration files of the official repository; 150 epochs of trainval from Cityscapes "
-    "weights; dataset option order=sanet",
+    "weights",
+    data_options=(("order", "sanet"),),
     **_COMMON,
 )
 
@@ -306,8 +307,9 @@ SANET_GTAV = Recipe(
     iterations=150 * (18749 // 12),
     lr=1e-3,
     class_weights=False,
-    source="configuration files of the official repository, whose loader does not run; 35 classes "
-    "(dataset option classes=35), its own split",
+    source="configuration files of the official repository, whose loader does not run; 35 classes, "
+    "its own split",
+    data_options=(("classes", 35),),
     **_COMMON,
 )
 
