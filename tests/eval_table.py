@@ -27,6 +27,7 @@ from segkern.train import state
 SMALL = {
     ("whole", "present"): ("dsanet", {}),
     ("whole", "all"): ("sanet_s", {}),
+    ("whole", "nonzero"): ("s2fpn_r18", {}),
     ("sliding", "present"): ("segformer_b0", dict(crop="48x48", stride="32x32")),
     ("ade", "present"): ("segformer_b0_mmseg", dict(fit_size="120x40")),
     ("ade32", "present"): ("sasformer_icip_b0", dict(fit_size="120x40")),
