@@ -80,7 +80,12 @@ def test_coco_stuff_mistakes(tmp_path):
     bad.write_bytes(b"not a matrix")
     with pytest.raises(ValueError, match="COCO_b.mat is not a mask of COCO-Stuff"):
         make("coco_stuff10k", tmp_path)
+    (tmp_path / "images" / "COCO_a.jpg").unlink()
+    mat(bad, S=np.zeros((20, 30), np.uint16))
+    with pytest.raises(FileNotFoundError, match="COCO_a.jpg is missing, but a list names it"):
+        make("coco_stuff10k", tmp_path)
     bad.unlink()
+    (tmp_path / "annotations" / "train2014" / "COCO_b_labelTrainIds.png").unlink()
     with pytest.raises(FileNotFoundError, match="1 of 2 annotations are missing.*COCO_b.mat"):
         make("coco_stuff10k", tmp_path)
 

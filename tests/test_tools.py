@@ -30,6 +30,8 @@ PENDING = {
     "segkern recipe show",
     "segkern train --keep",
     "segkern train --recipe",
+    "segkern train --save-predictions",
+    "segkern train --val-loss",
 }
 
 

@@ -72,11 +72,11 @@ def _place(picture, there):
     "Put a picture elsewhere: a hard link, or a copy where links cannot be."
     if there.exists():
         return 0
+    if not picture.is_file():
+        raise FileNotFoundError(f"coco_stuff10k: {picture} is missing, but a list names it")
     there.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(picture, there)
-    except FileNotFoundError:
-        raise
     except OSError:
         with atomic_path(there) as tmp:
             shutil.copyfile(picture, tmp)
