@@ -255,3 +255,28 @@ def test_bench_models(net, tmp_path):
         r["ms_50"] > 0 and r["gmacs"] > 0 for r in rows
     )
     assert len(bench_models([net], [(8, 8)], optimized=False, device="cpu", repeats=2)) == 1
+
+
+@pytest.mark.parametrize("protocol", ["s2fpn", "ddrnet", "mmseg"])
+def test_a_papers_clock_on_a_run(protocol, tmp_path, capsys):
+    "A run folder by the protocol of a paper: its classes, its size, what is on the clock."
+    from segkern.bench.published import SPEED
+    from segkern.bench.tables import read_csv
+    from segkern.cli import main
+    from segkern.models import create_model, save
+
+    net = create_model("dsanet", num_classes=11, dataset="camvid")
+    save(net, tmp_path / "net.safetensors")
+    out = tmp_path / "speed.csv"
+    how = ["--protocol", protocol, "--repeats", "1", "--device", "cpu", "--out", str(out)]
+    # the paper's own size once; it takes seconds
+    how += [] if protocol == "s2fpn" else ["--size", "64x96"]
+    assert main(["bench", "models", str(tmp_path / "net.safetensors"), *how]) in (0, None)
+    text = capsys.readouterr().out
+    assert SPEED[protocol].holds in text and "threads" in text
+    (row,) = read_csv(out)
+    assert SPEED["ddrnet"].sizes["camvid"] == (720, 960)
+    size = (360, 480) if protocol == "s2fpn" else (64, 96)
+    assert (row["height"], row["width"]) == size
+    assert row["passes"] == 1 and row["fps"] > 0 and row["model"] == "dsanet"
+    assert (row["bn_folded"] > 0) == (protocol == "ddrnet")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['quantile', 'Timing', 'CLOCKS', 'measure', 'Comparison', 'compare', 'take_turns', 'cost', 'paper_outputs',
            'paper_speed', 'network_speed', 'picture_speed', 'describe', 'latency', 'image_to_labels', 'write_csv',
-           'read_csv', 'bench_models', 'Case', 'add_op', 'divided']
+           'read_csv', 'bench_models', 'published_speed', 'SPEED', 'Case', 'add_op', 'divided']
 
 # %% ../../nbs/70_bench.ipynb #ab6aa186
 from .case import add_op, Case, divided
@@ -29,6 +29,7 @@ from segkern.bench.cost import (
     picture_speed,
 )
 from .models import bench_models
+from .published import published_speed, SPEED
 from .tables import read_csv, write_csv
 
 # %% ../../nbs/70_bench.ipynb #564f4cbb
@@ -51,6 +52,8 @@ _all_ = [
     "write_csv",
     "read_csv",
     "bench_models",
+    "published_speed",
+    "SPEED",
     "Case",
     "add_op",
     "divided",

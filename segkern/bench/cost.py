@@ -100,6 +100,7 @@ def network_speed(
     first: int = 100,  # passes of the first round; doubled until a round lasts `round_time`
     round_time: float = 1.0,  # seconds
     total: float = 6.0,  # seconds of the timed round
+    iterations: int | None = None,  # passes of the timed round instead, without the search for them
 ) -> dict:  # fps, ms, iterations
     "Frames per second by the DDRNet line's protocol."
     device = next(model.parameters()).device
@@ -119,10 +120,10 @@ def network_speed(
         with evaluating(model):
             x = torch.randn(1, 3, *size, device=device)
             run(warmup)
-            n = max(1, first)
-            while (seconds := run(n)) < round_time:
+            n = iterations or max(1, first)
+            while not iterations and (seconds := run(n)) < round_time:
                 n *= 2
-            n = max(1, int(total * n / seconds))
+            n = iterations or max(1, int(total * n / seconds))
             seconds = run(n)
     finally:
         torch.backends.cudnn.benchmark = was

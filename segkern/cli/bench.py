@@ -11,7 +11,15 @@ from pathlib import Path
 import typer
 
 from .app import argument, command, command_group, option
-from .arguments import DEVICE, parse_optional_size, parse_options
+from segkern.cli.arguments import (
+    DATA_OPTIONS,
+    DEVICE,
+    load_dataset,
+    load_model,
+    named_model,
+    parse_optional_size,
+    parse_options,
+)
 from .models import echo_rows
 
 # %% ../../nbs/76i_cli.bench.ipynb #333cb036
@@ -52,15 +60,68 @@ def _op_row(r):
         "status": r["status"],
     }
 
+# %% ../../nbs/76i_cli.bench.ipynb #e569c9f6
+def _targets(given):
+    "Names that match, and files and folders as they are."
+    from segkern.models import list_models
+
+    found = []
+    for text in given:
+        names = list_models(text) or list_models(text, all=True)
+        if not names and not Path(text).exists():
+            raise ValueError(f"no model matches {text}; `segkern models` lists them all")
+        found += names or [text]
+    return list(dict.fromkeys(found))
+
+# %% ../../nbs/76i_cli.bench.ipynb #dce73dee
+def _network(target, dataset, device):
+    "A network on its device; one that is only named has random weights, which take the same time."
+    from segkern.core import pick_device
+
+    if Path(target).exists():
+        return load_model(target, dataset=dataset, device=device)
+    return named_model(target, dataset or "cityscapes", 0).eval().to(pick_device(device))
+
+# %% ../../nbs/76i_cli.bench.ipynb #a9cd6836
+def _by_a_paper(nets, protocol, shapes, data, passes, out):
+    "Measure and print by a paper's protocol."
+    from segkern.bench.published import published_speed
+    from segkern.bench.tables import write_csv
+
+    rows = [published_speed(net, protocol, s, data, passes) for net in nets for s in shapes]
+    columns = ("model", "ms", "fps", "passes", "rounds", "aux_heads", "bn_folded")
+    shown = [{k: r[k] for k in columns} for r in rows]
+    for row, r in zip(shown, rows):
+        row["size"] = r["pictures"] if "height" not in r else f"{r['height']}x{r['width']}"
+    echo_rows(shown)
+    one = rows[0]
+    where = f"batch 1, {one['dtype']}, {one['device']}, {one['threads']} threads"
+    shows = f" ({one['pictures']})" if one["pictures"] else ""
+    typer.echo(f"\n{protocol}: {one['holds']}{shows}\n{where}; the paper's numbers: {one['paper']}")
+    if out:
+        typer.echo(f"rows with all facts: {write_csv(out, rows)}")
+
 # %% ../../nbs/76i_cli.bench.ipynb #321786b9
 @command(
     "segkern bench models s2fpn_r18 --size 512x1024 --out speed.csv", group=bench, name="models"
 )
 def bench_models(
-    patterns: list[str] = argument(
-        None, help="Names of models, with * and ?; default: s2fpn_r18 and s2fpn_v1_r18."
+    targets: list[str] = argument(
+        None,
+        help="Names of models, with * and ?, weights files or run folders; default: s2fpn_r18 and "
+        "s2fpn_v1_r18.",
     ),
-    sizes: list[str] = option(["512x1024"], "--size", help="Height x width; may be repeated."),
+    sizes: list[str] = option(
+        None, "--size", help="Height x width; may be repeated; default: 512x1024, or the paper's."
+    ),
+    protocol: str = option(
+        "",
+        help="By a paper's clock only: s2fpn, ddrnet or mmseg, at the paper's size (--dataset camvid "
+        "has another).",
+    ),
+    dataset: str = option("", help="Whose classes; with --root its pictures, for mmseg."),
+    root: str = option("", help="Folder of the dataset; without it mmseg shows random pictures."),
+    data_options: list[str] = DATA_OPTIONS,
     out: Path = option(None, help="CSV file; in a checkout the default is data/bench/models.csv."),
     paper: bool = option(
         False,
@@ -72,16 +133,17 @@ def bench_models(
 ):
     "Cost and latency of models, before and after `optimize`."
     from segkern.bench.models import bench_models as run
-    from segkern.models import list_models
 
-    names = [n for p in patterns or ["s2fpn_r18", "s2fpn_v1_r18"] for n in list_models(p)]
-    if not names:
-        raise ValueError(f"no model matches {patterns}; `segkern models` lists them all")
+    targets = _targets(targets or ["s2fpn_r18", "s2fpn_v1_r18"])
+    shapes = [parse_optional_size(s) for s in sizes or ()]
+    nets = (_network(t, dataset, device) for t in targets)
+    if protocol:
+        data = load_dataset(dataset, root, "val", data_options) if root else None
+        return _by_a_paper(nets, protocol, shapes or [None], data, repeats, out)
     if out is None:
         out = _in_checkout("models.csv")
-    shapes = [parse_optional_size(s) for s in sizes]
-    names = list(dict.fromkeys(names))
-    rows = run(names, shapes, out, device=device, paper=paper, repeats=repeats or None)
+    shapes = shapes or [(512, 1024)]
+    rows = run(list(nets), shapes, out, device=device, paper=paper, repeats=repeats or None)
     echo_rows([_model_row(r) for r in rows])
     one = rows[0]
     typer.echo(

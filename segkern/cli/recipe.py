@@ -122,7 +122,7 @@ def _kind(source):
     "Who wrote a recipe, from its `source`."
     return next((word for word in ("derived", "ours") if source.startswith(word)), "published")
 
-
+# %% ../../nbs/76o_cli.recipe.ipynb #de4ef6a3
 def _rows(names, sets):
     "A line per network: its datasets by who wrote the recipe."
     from segkern.core import recipe_for

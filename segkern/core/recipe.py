@@ -141,7 +141,7 @@ def _start_for(model, dataset, known):
     start = nearest_dataset(dataset, known)
     return start and derived(known[start], dataset, model)
 
-
+# %% ../../nbs/00h_core.recipe.ipynb #c131acd9
 def _no_recipe(model, dataset, known):
     "The error for a pair that nothing can be said about."
     sets = {"folder", *PIPELINES, *registered_tables()}

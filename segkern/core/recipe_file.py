@@ -26,11 +26,11 @@ WANTED = {
     Preprocess: "an object of order, scale, mean and std",
 }
 
-
+# %% ../../nbs/00m_core.recipe_file.ipynb #ef264656
 def plain_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-
+# %% ../../nbs/00m_core.recipe_file.ipynb #ceefaf2e
 def fits(value, kind):
     "Whether a value from JSON is of a field's kind."
     if kind is float:
@@ -39,7 +39,7 @@ def fits(value, kind):
         return plain_number(value) and value == int(value)
     return isinstance(value, {tuple: list, Preprocess: dict}.get(kind, kind))
 
-
+# %% ../../nbs/00m_core.recipe_file.ipynb #d8bd7c15
 def hashable(value):
     "Lists as tuples, to any depth."
     return tuple(map(hashable, value)) if isinstance(value, list) else value
@@ -51,7 +51,7 @@ def unknown_name(what, name, known):
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
     return f"{what} '{name}'; {hint}"
 
-
+# %% ../../nbs/00m_core.recipe_file.ipynb #5a395ec9
 def input_rule_of(value):
     "An input rule from JSON."
     known = [f.name for f in dataclasses.fields(Preprocess)]
@@ -62,7 +62,7 @@ def input_rule_of(value):
         raise ValueError(f"preprocess: order is '{value['order']}'; known: rgb, bgr")
     return Preprocess.from_dict({**Preprocess().to_dict(), **value})
 
-
+# %% ../../nbs/00m_core.recipe_file.ipynb #f3a2815a
 def field_value(name, value):
     "A field of a recipe, from JSON."
     kinds = {f.name: f.type for f in dataclasses.fields(Recipe)}

@@ -24,6 +24,8 @@ PIPELINES = dict(
     pascal_context=dict(crop=(480, 480), fit_size=(520, 520), protocol="ade"),
     voc2012=dict(crop=(512, 512), fit_size=(2048, 512), protocol="ade"),
 )
+
+# %% ../../nbs/00k_core.recipe_start.ipynb #25bd4e2b
 # trained on, measured on, where it is not ("train", "val")
 SPLITS = dict(camvid=("trainval", "test"))
 
@@ -36,7 +38,7 @@ KINDS = dict(
 # a dataset of one's own
 OWN_LIKE = ("ade20k", "voc2012", "camvid", "coco_stuff10k", "pascal_context", "cityscapes", "gtav")
 
-
+# %% ../../nbs/00k_core.recipe_start.ipynb #863b4ba2
 def kind_of(
     dataset: str,
 ) -> str:  # "" where nobody knows
@@ -92,7 +94,7 @@ def input_for(
 # %% ../../nbs/00k_core.recipe_start.ipynb #e29ab762
 DERIVED = "derived from "  # how the `source` of such a recipe begins
 
-
+# %% ../../nbs/00k_core.recipe_start.ipynb #dbb559e6
 def derived(
     start,  # `Recipe` of the same network on another dataset
     dataset: str,  # that nobody published one for

@@ -54,7 +54,7 @@ def iou_scalars(prefix, iou, classes):
     names = classes or [str(i) for i in range(len(iou))]
     return {f"{prefix}/{name}": v for name, v in zip(names, iou) if v is not None}
 
-
+# %% ../../nbs/61k_train.records.ipynb #0db594e8
 def tracked(
     val: dict,  # miou, iou, perhaps loss and aux
     classes: list | None,  # their names

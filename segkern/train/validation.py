@@ -58,7 +58,7 @@ def count_heads(
         head = counts.setdefault(name, Confusion(model.num_classes))
         head.update_logits(logits, ids, getattr(model, "align_corners", False))
 
-
+# %% ../../nbs/61p_train.validation.ipynb #506bd505
 def scalars(losses):
     "The numbers among a network's losses, as doubles on its device."
     return {n: v.double().reshape(()) for n, v in losses.items() if v.numel() == 1}
