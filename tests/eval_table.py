@@ -1,6 +1,7 @@
 """Is a network measured as its training measured it? A line for every published recipe.
 
-python tests/eval_table.py     recipe | what eval does by itself | plans equal | numbers equal
+python tests/eval_table.py               recipe | what eval does by itself | plans equal | numbers equal
+python tests/eval_table.py --networks    numbers of every network and every kind of measurement it has (slow)
 
 Plans: what training hands to `infer.evaluate` against what `segkern eval` would, for a run folder, for a file
 of weights, and against the recipe's fields read anew. Numbers: for each kind of measurement among the recipes
@@ -106,20 +107,36 @@ def measure(target, out, *args):
     return json.loads(Path(out).read_text())
 
 
-def number(folder, protocol, miou):
+def number(folder, protocol, miou, network=None):
     "Train by one kind of measurement, evaluate the folder: (what training wrote, what eval finds)."
     model, fields = SMALL[protocol, miou]
+    model = network or model
     fields = dict(crop="48x64", batch=2, iterations=2, init="scratch") | fields
     fields |= dict(protocol=protocol, miou=miou)
     changed = [part for k, v in fields.items() for part in ("--set", f"{k}={v}")]
     data = ["--dataset", "streets", "-D", "size=48x64", "-D", "length=3", "--device", "cpu"]
-    run = folder / f"{protocol}_{miou}"
+    run = folder / f"{model}_{protocol}_{miou}"
     command("train", model, *data, *changed, "--eval-every", 1, "--out", run)
     wrote = json.loads((run / "results.json").read_text())
     best = measure(run, folder / "best.json")
     last = measure(run, folder / "last.json", "--last", 1)
     assert (best["protocol"], best["miou_over"]) == (protocol, miou), best
     return (wrote["best_miou"], wrote["miou"]), (best["miou"], last["miou"])
+
+
+def of_every_network():
+    "Numbers of every network and every kind of measurement among its recipes; the memory of a run is freed."
+    every = sorted({(model, *kind(r)) for (model, _), r in RECIPES.items()})
+    good = True
+    for model, *k in every:
+        with tempfile.TemporaryDirectory() as d:
+            wrote, found = number(Path(d), *k, network=model)
+        good &= wrote == found
+        texts = [", ".join(f"{100 * v:.10f}" for v in pair) for pair in (wrote, found)]
+        print(
+            f"| {model} | {k[0]}, '{k[1]}' | {' | '.join(texts)} | {wrote == found} |", flush=True
+        )
+    return int(not good)
 
 
 def main_table():
@@ -147,4 +164,4 @@ def main_table():
 
 
 if __name__ == "__main__":
-    sys.exit(main_table())
+    sys.exit(of_every_network() if sys.argv[1:] == ["--networks"] else main_table())

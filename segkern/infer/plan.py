@@ -61,14 +61,14 @@ class Plan:
             said["limit"] = None
         name = said.pop("protocol", self.protocol)
         miou = said.pop("miou", self.miou)
-        settings = dict(self.settings)
-        if name != self.protocol:
-            settings = settings_for(self.recipe, name) if self.recipe else {}
+        settings = self.settings
+        if name != self.protocol and self.recipe:
+            settings = settings_for(self.recipe, name)
         reads = protocol_of(name).reads
         given = {k: said.pop(k) for k in _SETTINGS if k in said}
         for k in given.keys() - set(reads):
             logger.warning("protocol '%s' does not read %s: it has no effect", name, k)
-        settings |= {k: v for k, v in given.items() if k in reads}
+        settings = {k: v for k, v in {**settings, **given}.items() if k in reads}
         plan = dataclasses.replace(
             self, protocol=name, miou=miou, settings=settings, more={**self.more, **said}
         )
