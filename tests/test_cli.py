@@ -32,6 +32,7 @@ COMMANDS = [
     "bench models",
     "data check",
     "data make",
+    "metrics explain",
     *(
         f"explain {c}"
         for c in "heat labels boundary class-boundary field effective paths calculators gallery samples".split()
@@ -167,7 +168,9 @@ def test_as_a_module(module):
 
 def test_groups_and_commands_in_their_order(call):
     listed = call("--help")[1].split("Commands:")[1]
-    commands = "doctor models train pretrain eval predict convert reproduce lab bench explain data"
+    commands = (
+        "doctor models train pretrain eval predict convert reproduce lab bench explain data metrics"
+    )
     assert [line.split()[0] for line in listed.splitlines() if line.strip()] == commands.split()
 
 

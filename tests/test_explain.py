@@ -30,6 +30,7 @@ cam_package = pytest.importorskip(
 from segkern.explain import guests  # noqa: E402
 from segkern.explain import heat as H  # noqa: E402
 from segkern.explain import pictures as P  # noqa: E402
+from segkern.explain import targets as T  # noqa: E402
 
 READY = [n for n, m in H.METHODS.items() if not m.refused and hasattr(cam_package, m.cls)]
 PASSES = [n for n in READY if H.METHODS[n].passes]
@@ -823,3 +824,48 @@ def test_expected_scores_are_those_of_the_specification():
         "main": [79.7, 96.8],
         "aux": [56.8, 93.8],
     }
+
+
+# every network of the zoo
+
+SMALLEST = [
+    "s2fpn_r18 spfnet_r18 dsanet sanet_s pidnet_s segformer_b0 sasformer_icip_b0",
+    "sasformer_sparse_b0 segnext_t seaformer_b cgrseg_t afformer_b sanet_s_ssa cgrseg_t_ssa",
+]
+ZOO = segkern.models.list_models(all=True)
+QUICK = " ".join(SMALLEST).split()
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
+)
+def test_every_network_is_drawn(name, tmp_path):
+    "A heat map where nobody chose a layer, and the gallery; of the slow ones the receptive field, too."
+    m = segkern.create_model(name, 11).eval()
+    files = P.gallery(
+        m, picture(), tmp_path, heats=1, target="everywhere", fields=name not in QUICK
+    )
+    heats = [caption for f, caption in files if "heat" in f.name]
+    assert len(heats) == 1 and all(f.is_file() for f, _ in files)
+    one = H.heat(m, picture(), commonest(m, picture()))
+    assert one.map.shape == (64, 96) and one.map.max() > 0.99 and 0 <= one.map.min()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, "upernet_swin_t", "ocrnet_hr48"])
+def test_every_layer_is_drawn_or_refused(name):
+    "A layer gives a heat map, or one line says why it cannot; some of those that give a map are drawn."
+    m = segkern.create_model(name, 11).eval()
+    with H.held_still(m):
+        x, _ = H.network_input(m, picture(), None)
+        layers = [n for n, _ in m.named_modules() if n]
+        layers += [f"{n}:in" for n in layers]
+        maps = []
+        _, seen, _ = T.probe(m, x, layers)
+        for n in layers:
+            why = T._trouble(seen.get(n, []), x.shape[2:])
+            assert "\n" not in why
+            maps += [] if why else [n]
+    assert maps
+    for n in maps[:: max(1, len(maps) // 8)]:
+        assert H.heat(m, picture(), 0, n, target="everywhere").map.shape == (64, 96)

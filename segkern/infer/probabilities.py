@@ -131,6 +131,20 @@ class KeepAll:
         whole = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 1)
         return put_first(whole, labels)
 
+# %% ../../nbs/60c_infer.probabilities.ipynb #d378ccad
+def first_best(
+    values: torch.Tensor,  # [1, g, H, W], not negative
+    count: int,  # how many
+) -> tuple:  # values and indices [1, count, H, W], falling
+    "The largest along the classes, of equal ones the first: `topk` promises no order."
+    left = values.clone()
+    found = []
+    for _ in range(min(count, values.shape[1])):
+        best, index = left.max(1, keepdim=True)
+        left.scatter_(1, index, -1)
+        found.append((best, index))
+    return tuple(torch.cat(part, 1) for part in zip(*found))
+
 # %% ../../nbs/60c_infer.probabilities.ipynb #7983cafe
 class KeepBest:
     "The best classes of every pixel and their probabilities, the label first."
@@ -154,9 +168,7 @@ class KeepBest:
         if self.values is not None:
             part = torch.cat([self.values, part], 1)
             ids = torch.cat([self.ids, ids], 1)
-        # of equal classes the first one: topk promises no order, a stable sort does
-        order = part.sort(dim=1, descending=True, stable=True).indices[:, : self.count]
-        self.values = part.gather(1, order)
+        self.values, order = first_best(part, self.count)
         self.ids = ids.gather(1, order)
 
     def result(self, labels):  # values [1, n, H, W], ids uint8 or int64 [1, n, H, W]

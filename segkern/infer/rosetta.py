@@ -97,6 +97,7 @@ def averaged(
 OUTSIDE = {
     "miss": "misses the true class, accuses none",
     "error": "an error",
+    "anywhere": "an error, on void pixels too",
     "garbled": "an error, or counted for another pair",
 }
 ZERO = {
@@ -139,7 +140,8 @@ class MetricRule:
         tally: Tally,
     ) -> dict:  # miou, pixel_acc, mean_acc: fractions of one, None where undefined or not reported
         "The numbers that the script reports."
-        if self.outside != "miss" and tally.matrix[:-1, -1].sum():
+        looked_at = tally.matrix if self.outside == "anywhere" else tally.matrix[:-1]
+        if self.outside != "miss" and looked_at[:, -1].sum():
             return dict(miou=None, pixel_acc=None, mean_acc=None)
         hit, true, _ = three_counts(tally.matrix)
         whole = self.over == "set" and self.zero != "void" and int(true.sum())
@@ -166,12 +168,13 @@ _PICTURES = MetricRule(
     "torchmetrics_pictures",
     "torchmetrics mean_iou, mean of what it gives",
     over="pictures",
+    outside="anywhere",
     void="unknown: shown as pixels of no class",
 )
 RULES = (
     MetricRule("segkern", "segkern eval", accuracy="present"),
     MetricRule("cityscapes", "Cityscapes' scripts", outside="miss"),
-    MetricRule("voc", "PASCAL VOC's development kit", "complete"),
+    MetricRule("voc", "PASCAL VOC's development kit", "complete", outside="anywhere"),
     _MMSEG,
     replace(_MMSEG, name="huggingface", source="evaluate's mean_iou (transformers)"),
     MetricRule("torchmetrics", "torchmetrics JaccardIndex, macro", outside="garbled"),
