@@ -122,6 +122,8 @@ _GOLDEN_OF = {  # network -> its fixture, where it has another name
     "afformer_b": "afformer_b_ssa",
     "ocrnet_hr48": "ocrnet_hr48_ssa",
     "seaformer_l": "seaformer_l_ssa",
+    "segformer_b5_mmseg": "segformer_b5_mmseg_ssa",
+    "upernet_swin_l": "upernet_swin_l_ssa",
     "vit_adapter_l": "vit_adapter_l_ssa",
 }
 

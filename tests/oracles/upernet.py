@@ -4,6 +4,28 @@ import torch
 import torch.nn.functional as F
 
 from oracles.plain import up
+from segkern.testing.official import Keys
+
+
+def upernet_keys(widths, k, c=512):
+    "Of both heads, on maps of four widths."
+    keys = Keys()
+
+    def unit(at, c_in, c_out, kernel=1):
+        keys.conv(f"{at}.conv", c_out, c_in, kernel, kernel, bias=False)
+        keys.bn(f"{at}.bn", c_out)
+
+    for i in range(4):
+        unit(f"decode_head.psp_modules.{i}.1", widths[3], c)
+    unit("decode_head.bottleneck", widths[3] + 4 * c, c, 3)
+    for i in range(3):
+        unit(f"decode_head.lateral_convs.{i}", widths[i], c)
+        unit(f"decode_head.fpn_convs.{i}", c, c, 3)
+    unit("decode_head.fpn_bottleneck", 4 * c, c, 3)
+    keys.conv("decode_head.conv_seg", k, c)
+    unit("auxiliary_head.convs.0", widths[2], 256, 3)
+    keys.conv("auxiliary_head.conv_seg", k, 256)
+    return keys
 
 
 def upernet_feature(net, maps):

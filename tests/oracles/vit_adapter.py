@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from oracles import plain
 from oracles.ssa import ssa_answer, ssa_keys
-from oracles.upernet import auxiliary, upernet_feature
-from segkern.testing import official
+from oracles.upernet import auxiliary, upernet_feature, upernet_keys
+from segkern.testing.official import Keys
 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -16,14 +16,6 @@ SMALL = dict(width=32, depth=8, heads=4, inner=8)
 
 
 LARGE = dict(width=1024, depth=24, heads=16, inner=64)
-
-
-class Keys(official.Keys):
-    "With the layers that these networks repeat."
-
-    def unit(self, key, c_in, c, k=1):
-        self.pair(f"{key}.conv", c, c_in, k, k, bias=False)
-        self.bn(f"{key}.bn", c)
 
 
 def plain_keys(width, depth, side=24, **_):
@@ -90,17 +82,7 @@ def official_keys(k=150, head=512, **size):
     "The authors' segmentor."
     keys = Keys({f"backbone.{n}": s for n, s in encoder_keys(**size).items()})
     c = size["width"]
-    for i in range(4):
-        keys.unit(f"decode_head.psp_modules.{i}.1", c, head)
-    keys.unit("decode_head.bottleneck", c + 4 * head, head, 3)
-    for i in range(3):
-        keys.unit(f"decode_head.lateral_convs.{i}", c, head)
-        keys.unit(f"decode_head.fpn_convs.{i}", head, head, 3)
-    keys.unit("decode_head.fpn_bottleneck", 4 * head, head, 3)
-    keys.pair("decode_head.conv_seg", k, head, 1, 1)
-    keys.unit("auxiliary_head.convs.0", c, 256, 3)
-    keys.pair("auxiliary_head.conv_seg", k, 256, 1, 1)
-    return keys
+    return Keys({**keys, **upernet_keys([c] * 4, k, head)})
 
 
 def params(keys):

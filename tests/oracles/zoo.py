@@ -3,7 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Callable
 
-from oracles import afformer, cgrseg, ocrnet, sanet, seaformer, segnext, vit_adapter
+from oracles import (
+    afformer,
+    cgrseg,
+    ocrnet,
+    s2fpn,
+    sanet,
+    seaformer,
+    segformer,
+    segnext,
+    swin,
+    vit_adapter,
+)
 from segkern.testing import Fixture, state_of
 
 ORIGIN = "double-precision re-implementation"
@@ -33,8 +44,8 @@ class Oracle:
         return self.answer(source.state(), source.inputs()["x"])
 
 
-SSA = dict(logits=2, coarse=3, feat=4)
-MAPS = dict(map1=8, map2=4, map3=4, map4=2)
+SSA = dict(logits=3, coarse=4, feat=6)
+MAPS = dict(map1=8, map2=8, map3=4, map4=3)
 # gammas of the size of trained ones: at their fill the deep blocks amplify every rounding
 SMALL_SCALES = {"fill_scale": {".layer_scale_": 0.1}}
 # unnormalised branches grow to hundreds, where a softmax is a choice and a rounding makes another one
@@ -45,6 +56,30 @@ SMALL_REGIONS = {
         "decode_head.1.bottleneck.bn.bias": 0.02,
     }
 }
+
+
+def of_s2fpn(kind, pool):
+    strides = dict(logits=1, sup1=1, sup2=1, sup3=1, sup4=2, gfu1=4)
+    keys = s2fpn.official_keys(kind, 34)
+    # products of maps overflow with the standard fill: slopes stay at their first value, as official fixtures do it
+    slopes = [k for k in keys if k.endswith(".act.weight")]
+    return Oracle(
+        keys,
+        lambda state, x: s2fpn.answer(state, 34, pool, x),
+        (72, 104),
+        strides if pool else {n: 2 * stride for n, stride in strides.items()},
+        extra={"keep": slopes, "keep_value": 0.25} if slopes else {},
+    )
+
+
+def of_segformer_b5(form, ssa):
+    return Oracle(
+        segformer.official_keys(5, form, ssa=ssa),
+        lambda state, x: segformer.answer(state, 5, form, x),
+        (64, 96),
+        {**(SSA if ssa else dict(logits=3, feat=6)), **MAPS},
+        large=True,
+    )
 
 
 def of_sanet(name):
@@ -101,6 +136,18 @@ def of_vit_adapter(head, size, picture, **kw):
 
 NARROW = dict(width=256, depth=8, heads=8, inner=32)
 ORACLES = {
+    "s2fpn_v1_r34": of_s2fpn("s2fpn_v1", True),
+    "s2fpn_v1_r34m": of_s2fpn("s2fpn_v1", False),
+    "s2fpn_r34": of_s2fpn("s2fpn", True),
+    "segformer_b5": of_segformer_b5("nvlabs", False),
+    "segformer_b5_mmseg_ssa": of_segformer_b5("mmseg", True),
+    "upernet_swin_l_ssa": Oracle(
+        swin.official_keys("l"),
+        lambda state, x: swin.answer(state, "l", x),
+        (96, 128),
+        {**SSA, "aux": 1, **MAPS},
+        large=True,
+    ),
     "sanet_m": of_sanet("sanet_m"),
     "sanet_l": of_sanet("sanet_l"),
     "seaformer_b_ssa": of_seaformer("seaformer_b"),
@@ -111,7 +158,7 @@ ORACLES = {
         afformer.ssa_official_keys(),
         afformer.answer,
         (128, 192),
-        {**SSA, **MAPS},
+        {**SSA, **MAPS, "map4": 8},
         extra={"aliases": afformer.aliases()},
     ),
     "ocrnet_hr48_ssa": Oracle(
