@@ -166,3 +166,51 @@ def test_tree_energy_recipes_are_reachable(tmp_path, capsys):
     assert config["recipe"]["lr"] == 5e-3 and config["model"]["options"]["tree_weight"] == 0.4
     with pytest.raises(ValueError, match="name one of sasformer_sparse_"):
         chosen_recipe("s2fpn_r18", "", names[0], [], [])
+
+
+@pytest.mark.parametrize("options", [{}, {"tree_weight": 0.4}])
+def test_the_sparse_losses_in_half_precision(options):
+    "As published: fp16 autocast and a scaled loss; a processor can compute it, only not train by it."
+    import torch
+    from segkern.data import open_dataset
+    from segkern.data.transform import transform_for
+    from segkern.models import create_model
+    from segkern.train.start import prepare_model
+
+    data = open_dataset("streets", size=(64, 64), length=2, annotation="scribble")
+    recipe = recipe_for("sasformer_sparse_b0", "streets", crop=(64, 64))
+    net = create_model("sasformer_sparse_b0", num_classes=11, **options)
+    prepare_model(net, recipe, data)
+    generator = torch.Generator().manual_seed(0)
+    pairs = [transform_for(recipe)(*data[i], generator) for i in range(2)]
+    x, target = (torch.stack(parts) for parts in zip(*pairs))
+    losses, gradients = [], []
+    for half in (False, True):
+        torch.manual_seed(0)
+        net.zero_grad()
+        net.train()
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = net(x, target)["loss"]
+        (loss * 2**16).backward()
+        losses.append(loss.item())
+        grads = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+        gradients.append(torch.cat(grads) / 2**16)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert torch.isfinite(gradients[1]).all()
+    assert (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
+
+
+def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path, caplog):
+    from segkern.data import open_dataset
+    from segkern.testing import toy
+    from segkern.train import fit
+
+    assert recipe_for("sasformer_sparse_b4", "voc2012").mixed_precision == "fp16"
+    plan = dict(iterations=1, batch=2, crop=(32, 32), mixed_precision="fp16")
+    recipe = recipe_for("dsanet", "streets", **plan, class_weights=False)
+    data = open_dataset("streets", size=(32, 48), length=2)
+    fit(toy(num_classes=11), recipe, data, out=tmp_path / "run", device="cpu")
+    env = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert env["precision"] == "no" and "fp16 needs a GPU" in caplog.text
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"]["mixed_precision"] == "fp16"

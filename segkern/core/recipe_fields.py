@@ -243,6 +243,7 @@ class Treatment(Section):
     # of norms while training, but for those that a network exempts (`own_eps`); 1e-5: each layer's own
     bn_eps: float = 1e-5
     ema: float = 0.0  # decay of an averaged copy of the weights; 0: none
+    # "fp16": with a scaled loss; on a processor without use for it the run is in float32
     mixed_precision: str = one_of("no", "bf16", "fp16")
 
 # %% ../../nbs/00g_core.recipe_fields.ipynb #rf000022

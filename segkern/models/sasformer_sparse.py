@@ -181,6 +181,7 @@ SASFORMER_SPARSE_VOC = Recipe(
     lr=5e-3,
     weight_decay=1e-4,
     class_weights=False,
+    mixed_precision="fp16",
     protocol="square512",
     data_options=(("annotation", "scribble"),),
     source="official repository; configuration 3 (four levels), whose base rate 5e-4 reaches every "
@@ -254,6 +255,7 @@ def _tree(dataset, lr, batch, iterations, mult=1.0, **more):
         groups=groups,
         preprocess=IMAGENET,
         inside=True,
+        mixed_precision="no",  # of its official run nothing is known
         **more,
         source="table of the official repository: rate, batch, iterations; the rest as for the sparse SASFormer",
     )

@@ -97,7 +97,7 @@ def log_validation(
 
 # %% ../../nbs/61k_train.records.ipynb #2baf1c79
 # what the last digits depend on
-_ROUNDING = ("cpu", "vectors", "threads", "gpu", "device", "processes", "torch")
+_ROUNDING = ("cpu", "vectors", "threads", "gpu", "device", "processes", "precision", "torch")
 
 
 def warn_of_changes(path, env):
@@ -124,6 +124,7 @@ def describe_run(
         **env_info(),
         "device": str(run.accelerator.device),
         "processes": run.accelerator.num_processes,
+        "precision": run.accelerator.mixed_precision,
     }
     if validation:
         env["validation"] = validation

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import pick_device
+from ..core import logger, pick_device
 from ..core.recipe import Recipe
 from ..weights.runs import last_checkpoint
 from .optim import optimizer_for
@@ -89,6 +89,17 @@ def forget_settings(precision, device, launched):
     if moved or held.get("_mixed_precision") != precision:
         AcceleratorState._reset_state(reset_partial_state=not launched)
 
+# %% ../../nbs/61i_train.step.ipynb #9fde8742
+def precision_on(
+    device: torch.device,
+    wanted: str,  # of the recipe
+) -> str:  # that the device trains in
+    "The precision of a run: half precision needs a GPU."
+    if wanted != "fp16" or device.type != "cpu":
+        return wanted
+    logger.warning("the recipe's fp16 needs a GPU: this run is in float32")
+    return "no"
+
 # %% ../../nbs/61i_train.step.ipynb #1550a87b
 def accelerator_for(
     # "auto" | "cpu" | "cuda" | "cuda:1" …; under torchrun every process takes its own GPU
@@ -106,13 +117,14 @@ def accelerator_for(
     check_tracker(tracker)
     device = pick_device(device)
     launched = "LOCAL_RANK" in os.environ
-    forget_settings(recipe.mixed_precision, device, launched)
+    precision = precision_on(device, recipe.mixed_precision)
+    forget_settings(precision, device, launched)
     with patch_environment(**({} if launched else {"ACCELERATE_TORCH_DEVICE": device})):
         # the other processes wait while one evaluates
         patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
         return Accelerator(
             cpu=device.type == "cpu",
-            mixed_precision=recipe.mixed_precision,
+            mixed_precision=precision,
             gradient_accumulation_steps=accumulate,
             log_with=tracker,
             project_dir=str(out) or None,
