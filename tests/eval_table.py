@@ -113,8 +113,12 @@ def number(folder, protocol, miou, network=None):
     model = network or model
     fields = dict(crop="48x64", batch=2, iterations=2, init="scratch") | fields
     fields |= dict(protocol=protocol, miou=miou)
+    size = "48x64"
+    if network:  # some take multiples of 32 only
+        fields["crop"] = "64x64"
+        size = "64x96"
     changed = [part for k, v in fields.items() for part in ("--set", f"{k}={v}")]
-    data = ["--dataset", "streets", "-D", "size=48x64", "-D", "length=3", "--device", "cpu"]
+    data = ["--dataset", "streets", "-D", f"size={size}", "-D", "length=3", "--device", "cpu"]
     run = folder / f"{model}_{protocol}_{miou}"
     command("train", model, *data, *changed, "--eval-every", 1, "--out", run)
     wrote = json.loads((run / "results.json").read_text())

@@ -319,7 +319,7 @@ def test_a_setting_that_is_not_read_is_told(run, tmp_path, caplog):
     assert "protocol 'whole' does not read window" in caplog.text
 
 
-@pytest.mark.parametrize("protocol, batch", [("whole", 2), ("ade", 1)])
+@pytest.mark.parametrize("protocol, batch", [("whole", 2), ("sliding", 1)])
 def test_saved_pictures_give_the_number(run, protocol, batch, tmp_path):
     "What lies in the folder is what was counted."
     pages = tmp_path / "pages"

@@ -77,8 +77,8 @@ def _written_score(run, step):
     return scores.get(step)
 
 # %% ../../nbs/76g_cli.evaluate.ipynb #f6419191
-def _about_weights(file, run):
-    "What is known about a file before it is scored."
+def _about_weights(file, run, as_trained):
+    "What is known about a file before it is scored; the number of training, where it means the same."
     from segkern.weights.runs import saved_step
 
     step = saved_step(file) if Path(file).is_file() else None
@@ -86,7 +86,8 @@ def _about_weights(file, run):
     if run is None:
         return said
     which = "best" if Path(file).name == "best.safetensors" else "last"
-    return dict(said, which=which, written_miou=_written_score(run, step))
+    written = _written_score(run, step) if as_trained else None
+    return dict(said, which=which, written_miou=written)
 
 # %% ../../nbs/76g_cli.evaluate.ipynb #fabd469d
 def _in_words(about):
@@ -269,7 +270,10 @@ def evaluate(
             plan = plan_of(net, dataset, run).told(**said)
             data, plan = _pictures(plan, root, split, data_options)
             logger.info("%s", plan)
-        about = _about_weights(file, run)
+            # pictures at once do not make it another measurement
+            otherwise = [k for k, v in said.items() if v is not None and k != "batch"]
+            as_trained = plan.of_run and not (otherwise or split or data_options or restrict)
+        about = _about_weights(file, run, as_trained)
         logger.info("%s", _in_words(about))
         more = dict(workers=workers, restrict=restrict)
         results.append(_scored(net, data, plan, about, save, worst, **more))

@@ -50,6 +50,7 @@ class Plan:
     root: str | None = None  # folder of the dataset
     options: dict = dataclasses.field(default_factory=dict)  # of the dataset
     more: dict = dataclasses.field(default_factory=dict)  # further arguments, e.g. limit
+    of_run: bool = False  # it is how training scored a run
 
     def told(
         self,
@@ -160,6 +161,7 @@ def run_plan(
         split=seen.get("split") or plan.split,
         root=seen.get("root"),
         options=seen.get("options", {}),
+        of_run=True,
     )
     said = {k: v for k, v in seen.get("arguments", {}).items() if k not in ("workers", "device")}
     return plan.told(**said)
