@@ -213,7 +213,7 @@ class KeepDoubt:
 class Maps:
     "What is known of a picture besides its labels; every map has the size of the labels."
 
-    labels: torch.Tensor  # uint8 [1, H, W]
+    labels: torch.Tensor = field(repr=False)  # uint8 [1, H, W]
     probabilities: torch.Tensor | None = field(default=None, repr=False)  # [1, K, H, W]
     best: tuple | None = field(default=None, repr=False)  # values and ids [1, n, H, W]
     doubt: tuple | None = field(default=None, repr=False)  # entropy and margin [1, H, W]
