@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oracles import cgrseg, plain, s2fpn, sanet, seaformer, segformer, segnext, swin
+from oracles import cgrseg, plain, s2fpn, sanet, seaformer, segformer, segnext, swin, vit_adapter
 from oracles.zoo import ORACLES, ORIGIN
 from shared import need
 from segkern.models import create_model, list_models
@@ -130,6 +130,16 @@ def test_reimplementations_agree_with_the_authors(name):
         if ours is not None and list(ours.shape) == shape:
             compared[n] = f.error(n, ours)
     assert {"logits", "main", "head_logits"} & set(compared) and max(compared.values()) < 3e-6
+
+
+def test_deformable_attention_agrees_with_its_authors():
+    "Of ViT-Adapter, whose network has no official output: three levels, four heads."
+    f = need("msdeform_attn")
+    state = {f"attn.{k}": t for k, t in f.state().items()}
+    net = vit_adapter.Plain(state, width=64, depth=0, heads=4)
+    query, tokens = (f.inputs()[n].double() for n in ("query", "feat"))
+    sizes = [(8, 12), (4, 6), (2, 3)]
+    assert f.error("out", net.deform(query, [(4, 6)], tokens, sizes, "attn")) < 1e-6
 
 
 def test_keys_are_the_authors():
