@@ -49,6 +49,15 @@ def network_options(given):
         )
     return options
 
+# %% ../../nbs/76o_cli.recipe.ipynb #35f3c831
+def check_name(model):
+    "Refuse a name that no network has; the error names the nearest."
+    from segkern.core import ALIASES
+    from segkern.models import create_model, list_models
+
+    if ALIASES.get(model, model) not in list_models(all=True):
+        create_model(model)
+
 # %% ../../nbs/76o_cli.recipe.ipynb #67b0a862
 def _by_name(name, model, dataset):
     "A recipe of `NAMED`: the recipe, and the options of the network."
@@ -76,6 +85,7 @@ def chosen_recipe(
     from segkern.core.recipe_file import read_recipe
     from segkern.infer.protocols import PROTOCOLS  # noqa: F401, a recipe may name one
 
+    check_name(model)
     fields = parse_overrides(overrides)
     if "dataset" in fields:
         raise ValueError("--set dataset=… : name the dataset with --dataset")
@@ -103,13 +113,11 @@ def recipe_show(
 ):
     "Print a recipe, and where its numbers stand."
     from segkern.core.recipe_file import NAMED
-    from segkern.models import create_model, list_models  # noqa: F401, fills the tables
+    from segkern.models import list_models  # noqa: F401, fills the tables
 
     if model in NAMED:
         named, model = model, NAMED[model].networks.replace("*", "b0")
         given = given or named
-    elif model not in list_models(all=True):
-        create_model(model)  # an alias, or an error that names the nearest
     chosen, options = chosen_recipe(model, dataset, given, overrides, model_options)
     if as_json:
         return typer.echo(json.dumps(chosen.to_dict(), indent=1))

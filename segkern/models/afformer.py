@@ -114,7 +114,7 @@ def describe_state(
 
 # %% ../../nbs/36b_models.afformer.ipynb #331f33d6
 _city = city_recipe(
-    "configuration files of the official AFFormer (1024x1024, 160k), which claims 78.7 for it; 2 GPUs of 4 pictures",
+    "configuration files of the official AFFormer (1024x1024, 160k), which claims 78.7 for it; 2 GPUs of 4 pictures, seen whole (inferred)",
     whole=True,
     lr=4e-4,
     groups=(),
