@@ -58,7 +58,7 @@ def _recipe_settings(net, protocol):
         recipe = recipe_for(getattr(net, "name", ""), getattr(net, "dataset", None) or "")
     except ValueError:
         return {}
-    return settings_for(recipe.replace(protocol=protocol))
+    return settings_for(recipe, protocol)
 
 
 def _check_read(said, protocol):
