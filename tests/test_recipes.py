@@ -214,3 +214,32 @@ def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path, caplog):
     assert env["precision"] == "no" and "fp16 needs a GPU" in caplog.text
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["recipe"]["mixed_precision"] == "fp16"
+
+
+def test_a_run_says_that_its_recipe_is_derived(tmp_path, capsys):
+    "On a folder of one's own, from the command line: a line before the first step, and in the run's files."
+    import torch
+    from PIL import Image
+    from segkern.cli import main
+
+    drawn = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            shape = (32, 32, 3) if kind == "images" else (32, 32)
+            for i in range(2):
+                picture = torch.randint(0, 2, shape, generator=drawn, dtype=torch.uint8)
+                Image.fromarray(picture.numpy()).save(tmp_path / kind / split / f"{i}.png")
+    data = ["--dataset", "folder", "--root", str(tmp_path), "-D", "classes=('ground', 'thing')"]
+    small = "--set iterations=1 --set batch=2 --set crop=32x32 --set init=scratch --no-eval".split()
+    out = tmp_path / "run"
+    assert main(["train", "dsanet", *data, *small, "--device", "cpu", "--out", str(out)]) in (
+        0,
+        None,
+    )
+    said = capsys.readouterr().err
+    assert (
+        "recipe: derived from dsanet's recipe for camvid" in said and "class_weights=False" in said
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config["recipe"]["source"].startswith(DERIVED)

@@ -114,7 +114,8 @@ def describe_state(
 
 # %% ../../nbs/36b_models.afformer.ipynb #331f33d6
 _city = city_recipe(
-    "configuration files of the official AFFormer (1024x1024, 160k), which claims 78.7 for it; 2 GPUs of 4 pictures, seen whole (inferred)",
+    "configuration files of the official AFFormer (1024x1024, 160k; 78.7 claimed); 2 GPUs of 4 pictures; "
+    "validated whole, which is inferred",
     whole=True,
     lr=4e-4,
     groups=(),

@@ -293,7 +293,8 @@ GROUPS = (
 
 # %% ../../nbs/36_models.segnext.ipynb #bb45611f
 _city = city_recipe(
-    "configuration files of the official SegNeXt (1024x1024, 160k); they name 2 to 4 pictures per GPU, 8 in all are inferred",
+    "configuration files of the official SegNeXt (1024x1024, 160k); they name 2 to 4 "
+    "pictures per GPU, 8 in all are inferred",
     whole=False,
     lr=6e-5,
     groups=GROUPS,
