@@ -7,7 +7,13 @@ import pytest
 from segkern.cli.recipe import chosen_recipe
 from segkern.core import Recipe, recipe_for
 from segkern.core.recipe_file import NAMED
-from segkern.core.recipe_start import DERIVED, kind_of, nearest_dataset, PIPELINES
+from segkern.core.recipe_start import (
+    DERIVED,
+    kind_of,
+    nearest_dataset,
+    PIPELINES,
+    WITHOUT_QUIRKS,
+)
 from segkern.data import DATASETS
 from segkern.infer.protocols import protocol_of, settings_for
 from segkern.models import list_models
@@ -38,6 +44,8 @@ def test_a_derived_recipe_keeps_what_belongs_to_the_network():
     changed_by_data = {"dataset", "source", "split", "val_split", "data_options", "class_weights"}
     changed_by_data |= {"preprocess", "edge_frame", "crop", "fit_size", "base_size", "batch"}
     changed_by_data |= {"protocol", "stride", "test_size", "iterations"}
+    # how an official script deviates from what everybody means
+    changed_by_data |= set(WITHOUT_QUIRKS)
     count = 0
     for name in NAMES:
         for dataset in PIPELINES:
@@ -49,6 +57,7 @@ def test_a_derived_recipe_keeps_what_belongs_to_the_network():
             start = recipe_for(name, whose)
             assert not start.source.startswith(DERIVED)
             different = {k for k, v in r.to_dict().items() if v != start.to_dict()[k]}
+            assert all(getattr(r, k) == v for k, v in WITHOUT_QUIRKS.items())
             assert different <= changed_by_data, (name, dataset, different - changed_by_data)
             if kind_of(whose) != kind_of(dataset):
                 assert r.crop == PIPELINES[dataset]["crop"]
