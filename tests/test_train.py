@@ -310,6 +310,9 @@ def test_recipes_are_found_and_survive_json():
             split="trainval",
             val_split="test",
             source=camvid.source,
+            # of the official script
+            bn_eps=1e-3,
+            miou="nonzero",
         )
         == camvid
     )

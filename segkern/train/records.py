@@ -93,7 +93,7 @@ def log_validation(
     if metric == "miou":
         numbers |= tracked(val, getattr(run.model, "classes", None))
     run.accelerator.log(numbers, step=state["step"])
-    return val
+    return val | {k: found[k] for k in ("protocol", "miou_over") if k in found}
 
 # %% ../../nbs/61k_train.records.ipynb #2baf1c79
 # what the last digits depend on
@@ -151,7 +151,8 @@ def write_results(
         "val": found,
     }
     if function is None:
-        results.update(miou_over=run.recipe.miou, protocol=run.recipe.protocol)
+        asked = dict(miou_over=run.recipe.miou, protocol=run.recipe.protocol)
+        results.update({k: (found or {}).get(k, v) for k, v in asked.items()})
     speed = state["step"] * run.recipe.batch / max(state["seconds"], 1e-9)
     results.update(
         seconds=round(state["seconds"], 2),
