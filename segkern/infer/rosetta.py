@@ -213,8 +213,8 @@ SEEDS = (
     ),
     MetricRule("sanet", "SANet's evaluation", "all", accuracy="all"),
     MetricRule("sasformer_sparse", "sparse SASFormer's scoring of PNGs"),
-    replace(_MMSEG, name="sasformer_icip", source="ICIP SASFormer (mmsegmentation 0.x)"),
-    replace(_MMSEG, name="ssa", source="SSA classifier (mmsegmentation 0.x)"),
+    replace(_MMSEG, name="sasformer_icip", source="ICIP SASFormer (mmsegmentation 1.x)"),
+    replace(_MMSEG, name="ssa", source="SSA classifier (mmsegmentation 0.30)"),
 )
 
 # %% ../../nbs/60b_infer.rosetta.ipynb #ac28f0c4
