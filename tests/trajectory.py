@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from segkern.core import load_table, recipe_for, Table
+from segkern.core import load_table, progress, recipe_for, Table
 from segkern.models import create_model, s2fpn_blocks
 from segkern.testing import fixture, make_input, relative_l2
 from segkern.train.loop import set_rate
@@ -229,11 +229,9 @@ def single_precision(name):
 def main():
     torch.set_num_threads(1)
     rows = []
-    for name in RUNS:
-        row = compared(name)
-        numbers = {k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.items()}
-        rows.append({**numbers, "loss in float32": f"{single_precision(name):.1e}"})
-        print(Table(rows[-1:]) if len(rows) == 1 else rows[-1], flush=True)
+    for name in progress(list(RUNS), "trajectories"):
+        row = {**compared(name), "loss in float32": single_precision(name)}
+        rows.append({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.items()})
     print(Table(rows))
 
 
