@@ -162,7 +162,7 @@ def _report(results, plan, classes, save):
     typer.echo(f"\n{_summary(best, plan)}")
     typer.echo(_in_words(best))
     if save:
-        worst = ", ".join(f"{w['file']} {_percent(w['miou'])}" for w in best["worst"])
+        worst = ", ".join(f"{w['file']} {_percent(w['miou'])}" for w in best["worst"][:3])
         typer.echo(f"pictures in {save}; the worst: {worst or 'none has labels'}")
 
 # %% ../../nbs/76g_cli.evaluate.ipynb #7fafab83
