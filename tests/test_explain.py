@@ -848,7 +848,10 @@ def test_every_network_is_drawn(name, tmp_path):
     heats = [caption for f, caption in files if "heat" in f.name]
     assert len(heats) == 1 and all(f.is_file() for f, _ in files)
     one = H.heat(m, picture(), commonest(m, picture()))
-    assert one.map.shape == (64, 96) and one.map.max() > 0.99 and 0 <= one.map.min()
+    assert one.map.shape == (64, 96) and 0 <= one.map.min()
+    # a map is brought to 0..1, unless nothing of it speaks for the class: random weights may say so
+    nothing = name not in QUICK and not one.map.any()
+    assert 0.99 < one.map.max() <= 1 or nothing
 
 
 @pytest.mark.slow

@@ -156,14 +156,7 @@ def fit(
     eval_every: int | None = None,  # steps; None: ten times; 0: at the end
     save_every: int | None = None,  # steps; None: ten times; 0: at the end
     log_every: int | None = None,  # steps; None: fifty times
-    keep: int = 1,  # so many of the last checkpoints stay
     tracker: str | None = None,  # "tensorboard" | "wandb" | "mlflow": besides metrics.jsonl
-    # label maps of the first so many validation pictures at every evaluation, in `predictions/`;
-    # -1: of all
-    predictions: int = 0,
-    # the loss on validation pictures and the mIoU of auxiliary heads, which cost further passes;
-    # None: with a tracker
-    val_loss: bool | None = None,
     accumulate: int = 1,  # cut each batch into so many parts, to save memory
     transform=None,  # (image, target, generator) -> (input, target); default: the recipe's
     # further arguments of `segkern.infer.evaluate`, e.g. dict(limit=50)
@@ -172,6 +165,13 @@ def fit(
     # the recipe's
     score: tuple = ("miou", None),
     origin: dict | None = None,  # where the first weights come from, for config.json
+    keep: int = 1,  # so many of the last checkpoints stay
+    # label maps of the first so many validation pictures at every evaluation, in `predictions/`;
+    # -1: of all
+    predictions: int = 0,
+    # the loss on validation pictures and the mIoU of auxiliary heads, which cost further passes;
+    # None: with a tracker
+    val_loss: bool | None = None,
 ) -> dict:  # what stands in results.json
     "Train a model by a recipe. A killed run continues bit-exactly on the same CPU with the same threads and versions."
     out = Path(out)
