@@ -32,6 +32,11 @@ def section_of(
     bases = (k for k in reversed(kind.__mro__) if dataclasses.is_dataclass(k))
     return next(k.__name__ for k in bases if field in {f.name for f in dataclasses.fields(k)})
 
+# %% ../../nbs/00h_core.recipe.ipynb #cf5d3090
+def hashable(value):
+    "Lists, the only sequences of JSON, as tuples, to any depth."
+    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
+
 # %% ../../nbs/00h_core.recipe.ipynb #82223dc3
 # a dataclass takes the fields of its bases from the last one to the first
 @dataclass(frozen=True)
@@ -58,10 +63,6 @@ class Recipe(Measurement, Treatment, Updates, Schedule, SecondPlane, Sample, Dat
     @classmethod
     def from_dict(cls, d: dict) -> "Recipe":  # the record
         "The recipe that `to_dict` wrote, also after a round trip through JSON."
-
-        def hashable(v):  # JSON knows lists only
-            return tuple(map(hashable, v)) if isinstance(v, (list, tuple)) else v
-
         fields = {k: hashable(v) for k, v in d.items() if k != "preprocess"}
         return cls(**fields, preprocess=Preprocess.from_dict(d["preprocess"]))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .files import closest
 from .picture import Preprocess
-from .recipe import Recipe, recipe_for
+from .recipe import hashable, Recipe, recipe_for
 from .recipe_start import derived
 
 # %% ../../nbs/00m_core.recipe_file.ipynb #65e0ffd5
@@ -38,11 +38,6 @@ def fits(value, kind):
     if kind is int:
         return plain_number(value) and value == int(value)
     return isinstance(value, {tuple: list, Preprocess: dict}.get(kind, kind))
-
-# %% ../../nbs/00m_core.recipe_file.ipynb #d8bd7c15
-def hashable(value):
-    "Lists as tuples, to any depth."
-    return tuple(map(hashable, value)) if isinstance(value, list) else value
 
 # %% ../../nbs/00m_core.recipe_file.ipynb #02897051
 def unknown_name(what, name, known):
